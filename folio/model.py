@@ -1,0 +1,281 @@
+"""GPT-2's architecture, and nothing else: tokens in, loss or logits out.
+
+Parameter names and public methods are nanoGPT's (``model.py``), so its checkpoints and its users' code fit.
+Sources: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019; nanoGPT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.optim import AdamW
+
+AUTO = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64."""
+
+    block_size: int = field(default=1024, metadata={"help": "context length, in tokens", "min": 1})
+    vocab_size: int | AUTO = field(
+        default=50304, metadata={"help": "token ids the model knows; auto: the data set's", "min": 1}
+    )
+    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1})
+    n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1})
+    n_embd: int = field(default=768, metadata={"help": "width", "min": 1})
+    dropout: float = field(default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1})
+    bias: bool = field(default=True, metadata={"help": "biases in Linears and LayerNorms, as GPT-2 has"})
+    qkv_bias: bool | AUTO = field(
+        default="auto", metadata={"help": "bias of the query, key and value projection; auto: as bias"}
+    )
+    activation: Literal["gelu", "gelu_tanh"] = field(
+        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2"}
+    )
+    tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding"})
+
+    def check(self) -> None:
+        """Raises ValueError where two fields do not go together."""
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                f"choose n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head} or another n_head"
+            )
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for each block: two (B, n_head, capacity, head) buffers."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, n_head, T, head) after what is there and returns all of it."""
+        if block not in self._buffers:
+            B, H, _, D = k.shape
+            self._buffers[block] = (k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D))
+        keys, values = self._buffers[block]
+        end = self.length + k.size(2)
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
+
+    With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
+    where a query may look, and broadcasts to (B, n_head, T, S). On CUDA the flash kernel does it. On a CPU
+    its backward is slow, so attention that will be differentiated is written out there
+    (benchmarks/attention.py).
+    """
+    T, S = q.size(2), k.size(2)
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if q.device.type != "cpu" or not q.requires_grad:
+        causal = mask is None and T > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    scores = (q * (1.0 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + bias
+    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension, with an optional bias."""
+
+    def __init__(self, ndim: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and the tokens before it, (B, T, C) → (B, T, C)."""
+
+    def __init__(self, config: GPTConfig, block: int = 0) -> None:
+        super().__init__()
+        config.check()
+        qkv_bias = config.bias if config.qkv_bias == "auto" else config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=qkv_bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.block = block
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k, v = cache.append(self.block, k, v)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then the MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: GPTConfig, block: int = 0) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, block)
+        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The parts of the body, under nanoGPT's names; ``GPT.hidden`` runs them."""
+
+    def __init__(self, config: GPTConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+
+
+class GPT(nn.Module):
+    """A GPT-2-class language model.
+
+    ``generator(name)`` gives the random generator for the parameter of that name; without it the initial
+    weights come from torch's global generator, as nanoGPT's do.
+
+    Raises:
+        ValueError: ``n_embd`` is not divisible by ``n_head``, or ``vocab_size`` is still "auto".
+    """
+
+    def __init__(self, config: GPTConfig, generator: Callable[[str], torch.Generator] | None = None) -> None:
+        super().__init__()
+        config.check()
+        if config.vocab_size == "auto":
+            raise ValueError("vocab_size='auto' is for the trainer, which knows the data: give a number")
+        self.config = config
+        self.transformer = Transformer(config, config.vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        self._init_weights(generator or (lambda _: None))
+
+    @torch.no_grad()
+    def _init_weights(self, generator: Callable[[str], torch.Generator | None]) -> None:
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # residual projections start smaller, by the root of their number (GPT-2 paper, section 2.3)
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                p.normal_(0.0, std, generator=generator(name))
+            elif name.endswith(".bias"):
+                p.zero_()
+
+    def hidden(
+        self,
+        idx: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T) token ids → (B, T, C) normalised states: the body under every head.
+
+        ``positions`` (T) or (B, T) default to 0 … T − 1, after what the cache holds; ``mask`` as in ``attend``.
+
+        Raises:
+            ValueError: more tokens than ``block_size``.
+        """
+        start = cache.length if cache is not None else 0
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
+        if positions is None:
+            positions = torch.arange(start, start + T, device=idx.device)
+        body = self.transformer
+        x = body.drop(body.wte(idx) + body.wpe(positions))  # (B, T, C)
+        for block in body.h:
+            x = block(x, mask, cache)
+        if cache is not None:
+            cache.length += T
+        return body.ln_f(x)
+
+    def loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (B, T) → (sum of nats over the targets that are not −1, how many those are), two scalars."""
+        logits = self.lm_head(self.hidden(idx)).float()  # (B, T, V)
+        nats = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
+        return nats, (targets != -1).sum()
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """nanoGPT's contract: (logits (B, T, V), mean loss); without targets (last logits (B, 1, V), None)."""
+        if targets is None:
+            return self.lm_head(self.hidden(idx)[:, [-1]]), None
+        logits = self.lm_head(self.hidden(idx))
+        loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Parameters; without the position embeddings by default, as nanoGPT counts."""
+        total = sum(p.numel() for p in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Keeps the first ``block_size`` positions; raises ValueError where there are fewer."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size} is not within 1 … {self.config.block_size}")
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+        wpe.num_embeddings = block_size
+
+    # nanoGPT's methods that belong to other modules
+
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """(B, T) → (B, T + max_new_tokens); see ``folio.generate.generate``."""
+        from folio.generate import generate
+
+        return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> AdamW:
+        """See ``folio.optim.adamw``; ``device_type`` is nanoGPT's and tells nothing that the weights do not."""
+        from folio.optim import adamw
+
+        return adamw(self, learning_rate, betas, weight_decay)
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
+        """Share of this device's peak that ``fwdbwd_per_iter`` rows in ``dt`` seconds are; NaN if unknown."""
+        from folio.flops import mfu
+
+        p = next(self.parameters())
+        return mfu(self, fwdbwd_per_iter * self.config.block_size / dt, p.device, torch.bfloat16)

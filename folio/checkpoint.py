@@ -1,0 +1,218 @@
+"""Checkpoints: folders that appear whole or not at all, verify themselves, and can run no code.
+
+out_dir/checkpoints/step-00002000/   model.safetensors   optimizer.safetensors   state.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from folio.model import GPT, GPTConfig
+from folio.tokens import sha256
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk and its ``state.json``; tensors are read when asked for."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.path / MODEL)
+
+    def slots(self) -> dict[str, Tensor]:
+        return load_file(self.path / OPTIMIZER)
+
+    def model(self) -> GPT:
+        """The model as it was saved, on the CPU."""
+        model = GPT(GPTConfig(**self.state["model"]))
+        load_weights(model, self.weights())
+        return model
+
+
+def folder(out_dir: Path, step: int) -> Path:
+    return out_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes, syncs, and only then renames into place. A checkpoint of the same step is replaced.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
+    """
+    final = folder(out_dir, step)
+    unfinished = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        save_file(weights, unfinished / MODEL)
+        save_file(slots, unfinished / OPTIMIZER)
+        hashes = {name: sha256(unfinished / name) for name in (MODEL, OPTIMIZER)}
+        write_json(unfinished / STATE, {**state, "sha256": hashes})
+        for name in (MODEL, OPTIMIZER):
+            _sync(unfinished / name)
+        _sync(unfinished)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
+    if final.exists():
+        shutil.rmtree(final)
+    unfinished.rename(final)
+    _sync(final.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that appears whole or not at all, and stays through a loss of power."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def steps(out_dir: Path) -> list[int]:
+    """The steps that have a checkpoint, in order; not verified."""
+    found = (out_dir / "checkpoints").glob("step-*")
+    return sorted(int(p.name[5:]) for p in found if p.is_dir() and p.name[5:].isdigit())
+
+
+def verify(path: Path, run_id: str | None = None) -> dict[str, Any]:
+    """The state of a checkpoint whose files are what it says they are.
+
+    Raises:
+        ValueError: something is missing, changed, or of another run.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        for name, expected in state["sha256"].items():
+            if sha256(path / name) != expected:
+                raise ValueError(f"{name} is not what was written")
+        if run_id is not None and state["run"] != run_id:
+            raise ValueError(f"it is of another run, {state['run']}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return dict(state)
+
+
+def latest(out_dir: Path, run_id: str | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+    Those are set aside as ``….damaged``, so that a later look does not meet them again.
+    """
+    lines: list[str] = []
+    for step in reversed(steps(out_dir)):
+        path = folder(out_dir, step)
+        try:
+            return Checkpoint(path, verify(path, run_id)), lines
+        except ValueError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            lines.append(f"{error}; set aside as {aside.name}")
+    return None, lines
+
+
+def best_step(out_dir: Path) -> int | None:
+    """The step of ``best.json``; where that is lost, the best that the newest checkpoint knows of."""
+    try:
+        return int(json.loads((out_dir / "best.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    for step in reversed(steps(out_dir)):
+        try:
+            best = json.loads((folder(out_dir, step) / STATE).read_text(encoding="utf-8"))["best"]
+            return int(best["step"]) if best else None
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def choose(out_dir: Path, which: str = "best") -> Checkpoint:
+    """``best``, ``latest`` or a step's number.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint; says what there is.
+        ValueError: it is damaged.
+    """
+    have = steps(out_dir)
+    if not have:
+        raise FileNotFoundError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first")
+    if which == "best":
+        best = best_step(out_dir)
+        step = best if best in have else have[-1]
+    elif which == "latest":
+        step = have[-1]
+    else:
+        step = int(which) if which.isdigit() else -1
+        if step not in have:
+            raise FileNotFoundError(
+                f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
+            )
+    assert step is not None
+    return Checkpoint(folder(out_dir, step), verify(folder(out_dir, step)))
+
+
+def prune(out_dir: Path, keep: int) -> None:
+    """Removes all but the ``keep`` newest checkpoints and the best."""
+    best = best_step(out_dir)
+    for step in steps(out_dir)[:-keep]:
+        if step != best:
+            shutil.rmtree(folder(out_dir, step), ignore_errors=True)
+
+
+def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+    """Copies weights by name; raises ValueError where names or shapes differ."""
+    wanted = dict(model.named_parameters())
+    if odd := wanted.keys() ^ weights.keys():
+        raise ValueError(f"the weights do not fit the model: {sorted(odd)[0]} is on one side only")
+    with torch.no_grad():
+        for name, p in wanted.items():
+            if p.shape != weights[name].shape:
+                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, the model {tuple(p.shape)}")
+            p.copy_(weights[name])
+
+
+def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: dict[str, Tensor]) -> None:
+    """Puts ``<parameter>/<slot>`` tensors back into an optimiser of this model."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in slots.items():
+        name, slot = key.rsplit("/", 1)
+        by_name.setdefault(name, {})[slot] = value
+    names = {p: name for name, p in model.named_parameters()}
+    packed = optimizer.state_dict()
+    order: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
+    packed["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
+    optimizer.load_state_dict(packed)
+
+
+def model_state(model: GPT) -> dict[str, Any]:
+    """The model's shape as it goes into ``state.json``."""
+    return asdict(model.config)

@@ -1,0 +1,572 @@
+"""The training run: ``build`` it from a config, ``fit`` it, ``finish`` it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from folio import __version__, checkpoint, rng
+from folio.config import COMMAND_LINE, Data, TrainConfig, check, flat, override
+from folio.flops import flops_per_token, mfu
+from folio.log import METRICS, Log, rewind
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw, learning_rate
+from folio.runtime import Loss, Runtime
+from folio.tokens import Tokens
+from folio.validation import evaluate
+
+_OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # never taken from a checkpoint
+_SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
+_SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
+
+
+@dataclass
+class State:
+    """Where a run is. With the weights and the optimiser's tensors, all that it needs to go on."""
+
+    step: int = 0  # updates done
+    rows: int = 0  # rows of the order that they consumed
+    tokens: int = 0  # targets in those
+    seconds: float = 0.0  # of wall time
+    train_loss: float | None = None  # of the last evaluation
+    val_loss: float | None = None
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
+    evaluations_without_improvement: int = 0
+
+
+class MicroBatch(NamedTuple):
+    """One forward and backward: tokens (B, T), targets (B, T), and what seeds its dropout."""
+
+    idx: Tensor
+    targets: Tensor
+    seed: int
+
+
+class Figures(NamedTuple):
+    """A step's [nats, tokens, signal, gradient norm], perhaps still on their way from the device."""
+
+    step: int
+    lr: float
+    at: float  # when they were asked for
+    read: Callable[[], list[float]]
+
+
+@dataclass
+class Run:
+    """All parts of a run; ``work`` is what is done between updates, as (due, function → record or None)."""
+
+    config: TrainConfig
+    id: str
+    model: GPT
+    loss: Loss
+    optimizer: torch.optim.AdamW
+    tokens: Tokens
+    runtime: Runtime
+    log: Log
+    state: State
+    work: list[tuple[Callable[[Run], bool], Callable[[Run], dict[str, Any] | None]]] = field(default_factory=list)
+    begun: int = 0  # the step this process began at
+    stop: str = ""  # why the loop ends: "max_iters", "SIGINT" or "SIGTERM"
+    signal: str = ""  # that this rank received
+    pending: Figures | None = None  # of the last step, read one step late
+    speed: float = math.nan  # tokens per second, without the work between updates
+    started: float = field(default_factory=time.perf_counter)  # when this process began, less former seconds
+    lap: tuple[int, float] = (0, 0.0)  # step and time of the last line
+    aside: float = 0.0  # seconds of work between updates since then
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.output.out_dir)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.data.gradient_accumulation_steps * self.config.data.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.model.config.block_size
+
+    @property
+    def mfu(self) -> float:
+        """Share of the devices' peak in use, NaN where that is unknown."""
+        return mfu(self.model, self.speed, self.runtime.device, self.runtime.dtype, self.runtime.world)
+
+
+def fit(run: Run) -> str:
+    """Trains until ``stop_reason``, and returns it.
+
+    Step N means N updates done: what is due at N sees the weights after N updates.
+
+    Raises:
+        FloatingPointError: the loss is not finite; weights and checkpoints stay as they were before.
+    """
+    config, state, runtime = run.config.optimizer, run.state, run.runtime
+    with signals(run), batches(run) as steps:
+        run.log.start(state.step, run.tokens_per_step)
+        run.lap = (state.step, time.perf_counter())
+        while True:
+            run.stop = stop_reason(run)
+            do_what_is_due(run)
+            if run.stop:
+                return run.stop
+
+            rate = learning_rate(state.step, config)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            totals = torch.zeros(2, device=runtime.device)
+            micro_batches = next(steps)
+            for batch in micro_batches:
+                runtime.seed(batch.seed)
+                with runtime.sync(run.loss, last=batch is micro_batches[-1]):
+                    nats, counted = run.loss(batch.idx, batch.targets)
+                    runtime.backward(nats * (runtime.world / run.tokens_per_step))
+                totals += torch.stack([nats.detach(), counted])
+            stop = torch.full((1,), _SIGNALS.get(run.signal, 0.0), device=runtime.device)
+            totals = runtime.reduce(torch.cat([totals, stop]))
+            norm = runtime.clip(run.optimizer, config.grad_clip)
+            runtime.update(run.optimizer, totals[0], norm)
+
+            settle(run)  # the step before; on a GPU this one still runs
+            figures = runtime.later(torch.cat([totals, norm[None]]))
+            run.pending = Figures(state.step, rate, time.perf_counter(), figures)
+            state.step += 1
+            state.rows += run.rows_per_step
+            state.tokens += run.tokens_per_step
+
+
+def stop_reason(run: Run) -> str:
+    """Why to stop here, the same on every rank, or "". Nothing is due before the last loss is known."""
+    finished = run.state.step >= run.config.optimizer.max_iters
+    if finished or run.signal or any(due(run) for due, _ in run.work):
+        settle(run)
+    alone = run.signal if run.runtime.world == 1 else ""  # several ranks learn of it with the loss
+    return run.stop or alone or ("max_iters" if finished else "")
+
+
+def do_what_is_due(run: Run) -> None:
+    """The work between updates; its time does not count into the speed of training."""
+    began = time.perf_counter()
+    for due, work in run.work:
+        if due(run) and (record := work(run)):
+            run.log.write(record)
+    run.aside += time.perf_counter() - began
+
+
+def settle(run: Run) -> None:
+    """Reads the last step's figures: writes its line, and takes up a signal that any rank received."""
+    if run.pending is None:
+        return
+    (step, rate, at, read), run.pending = run.pending, None
+    nats, counted, received, norm = read()
+    loss = nats / counted
+    # float16 overflows now and then, which its scaler takes care of
+    if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        kept = checkpoint.steps(run.out_dir)
+        raise FloatingPointError(
+            f"the {what} of step {step} is not finite, training stopped before its update: lower --learning_rate, "
+            + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
+        )
+    run.stop = next((name for name, mark in _SIGNALS.items() if received >= mark), "")
+    if step % run.config.evaluation.log_interval == 0:
+        run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
+        run.lap, run.aside = (step + 1, at), 0.0
+        run.log.advance(step + 1, loss, run.speed)
+        run.log.write(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "tokens": (step + 1) * run.tokens_per_step,
+                "tokens_per_second": run.speed,
+                "mfu": run.mfu,
+                "seconds": at - run.started,
+            }
+        )
+
+
+# The data of a step
+
+
+def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int]]:
+    """This rank's share of a step's rows: (first row, rows, global micro step) of each micro step.
+
+    Where the world divides the accumulation, the micro steps are dealt out and a rank's are those of one
+    process. Else each rank takes its share of the rows in micro batches of at most ``batch_size``.
+
+    Raises:
+        ValueError: the world does not divide the rows; names the nearest that fit.
+    """
+    steps, size = data.gradient_accumulation_steps, data.batch_size
+    rows = steps * size
+    if steps % world == 0:
+        return [(m * size, size, m) for m in range(rank, steps, world)]
+    if rows % world:
+        worlds = [w for w in range(1, rows + 1) if rows % w == 0]
+        near_world = min(worlds, key=lambda w: (abs(w - world), w))
+        near_rows = max(1, round(rows / world)) * world
+        raise ValueError(
+            f"gradient_accumulation_steps × batch_size = {steps} × {size} = {rows} rows cannot be shared by "
+            f"{world} processes: {near_world} processes or {near_rows} rows would fit"
+        )
+    share = rows // world
+    starts = range(rank * share, (rank + 1) * share, size)
+    return [(first, min(size, (rank + 1) * share - first), rank * len(starts) + i) for i, first in enumerate(starts)]
+
+
+@contextmanager
+def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
+    """This rank's micro batches, step after step; a thread reads the next step's during this one."""
+    runtime, state = run.runtime, run.state
+    share = micro_batches(run.config.data, runtime.rank, runtime.world)
+
+    def read(step: int, row: int) -> list[tuple[Tensor, int]]:
+        found = []
+        for first, count, micro in share:
+            rows = torch.from_numpy(run.tokens.rows("train", row + first, count))
+            pinned = rows.pin_memory() if runtime.device.type == "cuda" else rows
+            found.append((pinned, rng.key(run.config.system.seed, "dropout", step, micro)))
+        return found
+
+    with ThreadPoolExecutor(1, "batches") as pool:
+
+        def forever() -> Iterator[list[MicroBatch]]:
+            ahead = pool.submit(read, state.step, state.rows)
+            while True:
+                here = ahead.result()
+                ahead = pool.submit(read, state.step + 1, state.rows + run.rows_per_step)
+                moved = [(runtime.move(rows), seed) for rows, seed in here]
+                yield [MicroBatch(rows[:, :-1], rows[:, 1:], seed) for rows, seed in moved]
+
+        yield forever()
+
+
+@contextmanager
+def signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run after the step, with a checkpoint; a second SIGINT ends it at once."""
+
+    def receive(number: int, frame: Any) -> None:
+        if run.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.signal = signal.Signals(number).name
+        run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# The work between updates
+
+
+def evaluation_due(run: Run) -> bool:
+    fresh = run.begun == 0 or run.state.step != run.begun  # a resumed run has evaluated where it begins
+    return fresh and (run.state.step % run.config.evaluation.eval_interval == 0 or run.stop == "max_iters")
+
+
+def validate(run: Run) -> dict[str, Any]:
+    """The loss over both splits; remembers the best."""
+    config, state = run.config.evaluation, run.state
+    windows = config.eval_iters * run.config.data.batch_size
+    losses = {}
+    for split in ("train", "val"):
+        count = windows or len(run.tokens.spread("val", 0))
+        losses[split] = evaluate(
+            run.model,
+            run.loss,
+            run.tokens,
+            split,
+            0 if split == "val" and not windows else count,
+            run.config.data.batch_size,
+            run.runtime,
+        )
+    state.train_loss, state.val_loss = losses["train"], losses["val"]
+    if state.step > 0:
+        if state.best is None or losses["val"] < state.best["loss"]:
+            state.best = {"step": state.step, "loss": losses["val"]}
+            state.evaluations_without_improvement = 0
+        else:
+            state.evaluations_without_improvement += 1
+    return {
+        "kind": "eval",
+        "step": state.step,
+        "train_loss": losses["train"],
+        "val_loss": losses["val"],
+        "lr": learning_rate(state.step, run.config.optimizer),
+        "mfu": run.mfu,
+        "tokens": state.tokens,
+        "seconds": time.perf_counter() - run.started,
+    }
+
+
+def checkpoint_due(run: Run) -> bool:
+    config, step = run.config, run.state.step
+    interval = config.output.checkpoint_interval
+    if interval == "auto":
+        interval = config.evaluation.eval_interval
+    best = run.state.best is not None and run.state.best["step"] == step
+    return step > run.begun and (step % interval == 0 or best or bool(run.stop))
+
+
+def save(run: Run) -> None:
+    """A checkpoint of this step; then ``best.json``; then older ones may go."""
+    run.log.sync()
+    weights, slots = run.runtime.full_state(run.model, run.optimizer)
+    run.state.seconds = time.perf_counter() - run.started
+    state = {
+        "run": run.id,
+        **asdict(run.state),
+        "model": asdict(run.model.config),
+        "tokenizer": run.tokens.tokenizer(),
+        "data": run.tokens.fingerprint(),
+        "scaler": run.runtime.scaler.state_dict(),
+        "resolved": run.runtime.resolved,
+    }
+
+    def write() -> None:
+        checkpoint.save(run.out_dir, run.state.step, weights, slots, state)
+        if run.state.best:
+            checkpoint.write_json(run.out_dir / "best.json", run.state.best)
+        output = run.config.output
+        checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
+
+    run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, run.state.step)}")
+    run.runtime.broadcast(write)
+
+
+# How a run begins and ends
+
+
+def build(config: TrainConfig) -> Run:
+    """Everything that a run needs, checked; nothing is written before all of it is in place.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the knob or file and the remedy.
+    """
+    check(config)
+    lines: list[str] = []
+    out_dir, begin = Path(config.output.out_dir), config.output.init_from
+    former = _former(out_dir, begin)
+    if former is not None:
+        config = _overlay(config, former.asked, lines)
+        check(config)
+    source = checkpoint.choose(Path(begin)) if begin not in ("scratch", "resume", "auto") else None
+    tokens = Tokens.open(config.data, config.model.block_size, config.system.seed)
+    shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
+    if given := former.state if former else source.state if source else None:
+        shape = _shape_of(given["model"], shape, config, lines)
+    tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
+    model = GPT(shape, lambda name: rng.generator(config.system.seed, name))
+    if source:
+        checkpoint.load_weights(model, source.weights())
+        lines.append(f"weights of {source.path}, step {source.step}")
+    data = config.data
+    tokens_per_step = data.gradient_accumulation_steps * data.batch_size * shape.block_size
+    flops = flops_per_token(model) * float(tokens_per_step) * config.optimizer.max_iters
+    runtime = Runtime(config.system, flops=flops, resolved=former.state["resolved"] if former else None)
+    try:
+        largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
+        if data.gradient_accumulation_steps % runtime.world:
+            lines.append(f"{runtime.world} processes do not divide the micro steps: dropout masks differ from one's")
+        model.to(runtime.device)
+        o = config.optimizer
+        optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
+        loss = runtime.wrap(model, largest)
+        log = Log(runtime.rank == 0, o.max_iters)
+        run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, runtime, log, State())
+        if former:
+            _restore(run, former, lines)
+        run.work = [(evaluation_due, validate), (checkpoint_due, save)]
+        if not config.evaluation.eval_only:
+            runtime.broadcast(lambda: _take_folder(run))
+            log.open(out_dir)
+    except BaseException:
+        runtime.close()
+        raise
+    _introduce(run, lines)
+    return run
+
+
+def finish(run: Run) -> None:
+    """Says how it went, where it did, and gives everything back; belongs on every path."""
+    state, max_iters = run.state, run.config.optimizer.max_iters
+    if run.stop == "max_iters" and run.begun == state.step > 0:
+        run.log.say(f"nothing to do: step {state.step} of max_iters={max_iters}; a larger --max_iters goes on")
+    elif run.stop:
+        why = "" if run.stop == "max_iters" else f" ({run.stop}), --init_from=resume goes on"
+        best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}" if state.best else ""
+        run.log.say(f"step {state.step} of {max_iters}{why}{best}")
+    run.log.close()
+    run.runtime.close()
+
+
+class _Former(NamedTuple):
+    """What an earlier run left: its id, what was asked of it, the newest state that can be read."""
+
+    id: str
+    asked: dict[str, Any]
+    state: dict[str, Any]
+
+
+def _former(out_dir: Path, begin: str) -> _Former | None:
+    if begin not in ("resume", "auto"):
+        if begin != "scratch" and not Path(begin).is_dir():
+            raise ValueError(
+                f"init_from={begin}: there is no such folder; it is scratch, resume, auto or an out_dir with "
+                "checkpoints (OpenAI's weights cannot be read yet)"
+            )
+        return None
+    have = checkpoint.steps(out_dir)
+    if not have:
+        if begin == "auto":
+            return None
+        raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
+    path = out_dir / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        run_id, asked = str(raw["run"]), dict(raw["asked"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): start afresh with --init_from={out_dir}") from None
+    for step in reversed(have):
+        try:
+            path = checkpoint.folder(out_dir, step) / checkpoint.STATE
+            return _Former(run_id, asked, dict(json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue
+    raise ValueError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
+
+
+def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> TrainConfig:
+    """defaults < files < what the checkpoint's run was asked < command line."""
+    mine, values = flat(config), {}
+    for name, value in asked.items():
+        source = config.sources.get(name)
+        if name in _OF_THE_CALL or name not in mine or source == COMMAND_LINE:
+            continue
+        if source and mine[name] != value:
+            lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
+        values[name] = value
+    merged = override(config, values)
+    o = merged.optimizer
+    longer = o.max_iters > asked.get("max_iters", o.max_iters)
+    if longer and o.decay_lr and o.lr_decay_iters == asked.get("lr_decay_iters"):
+        lines.append(
+            f"max_iters grew from {asked['max_iters']} to {o.max_iters}: beyond lr_decay_iters={o.lr_decay_iters} "
+            f"the learning rate stays at min_lr={o.min_lr:g}"
+        )
+    return merged
+
+
+def _shape_of(given: dict[str, Any], shape: GPTConfig, config: TrainConfig, lines: list[str]) -> GPTConfig:
+    """The checkpoint's shape with this run's dropout; a shape that was typed and differs is refused."""
+    for name in _SHAPE:
+        mine, source = getattr(shape, name), config.sources.get(name)
+        if mine == given[name]:
+            continue
+        if source == COMMAND_LINE:
+            raise ValueError(f"--{name}={mine} does not fit the checkpoint, which has {name}={given[name]}")
+        if source or name == "vocab_size":
+            lines.append(f"{name}={given[name]} from the checkpoint, not {mine} from {source or 'the data set'}")
+    return GPTConfig(**{**given, "dropout": shape.dropout})
+
+
+def _vocab_size(config: TrainConfig, tokens: Tokens, lines: list[str]) -> int:
+    asked, found = config.model.vocab_size, tokens.meta.vocab_size
+    if asked != "auto":
+        return asked
+    if found is None or tokens.tokenizer() == {"kind": "tiktoken", "name": "gpt2"}:
+        lines.append("vocab_size = 50304 (GPT-2's 50257 rounded up for speed)")
+        return 50304
+    lines.append(f"found vocab_size = {found} (inside {tokens.folder})")
+    return found
+
+
+def _restore(run: Run, former: _Former, lines: list[str]) -> None:
+    """Weights, optimiser and position of the newest checkpoint that verifies."""
+    found, damaged = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id))
+    lines += damaged
+    if found is None:
+        raise ValueError(
+            f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
+        )
+    state = found.state
+    checkpoint.load_weights(run.model, found.weights())
+    checkpoint.load_slots(run.optimizer, run.model, found.slots())
+    run.runtime.scaler.load_state_dict(state["scaler"])
+    run.state = State(**{f.name: state[f.name] for f in fields(State)})
+    run.id, run.begun = former.id, run.state.step
+    run.started -= run.state.seconds
+    lines.append(f"resuming {run.out_dir} at step {run.begun}")
+    why = run.runtime.differences(state["resolved"])
+    if state["data"] != run.tokens.fingerprint():
+        why.append(f"the data in {run.tokens.folder} changed")
+    if why:
+        lines.append(f"exact to rounding only: {'; '.join(why)}")
+
+
+def _take_folder(run: Run) -> None:
+    """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics."""
+    out_dir = run.out_dir
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if run.begun:
+            rewind(out_dir / METRICS, run.begun)
+        else:
+            _move_aside(out_dir)
+        asked = {k: v for k, v in flat(run.config).items() if k not in _OF_THE_CALL}
+        checkpoint.write_json(out_dir / "config.json", {"run": run.id, "folio": __version__, "asked": asked})
+    except OSError as error:
+        raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
+
+
+def _move_aside(out_dir: Path) -> None:
+    names = ("config.json", METRICS, "best.json", "checkpoints")
+    there = [out_dir / name for name in names if (out_dir / name).exists()]
+    if not there:
+        return
+    number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
+    aside = out_dir / f"previous-{number}"
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+
+
+def _introduce(run: Run, lines: list[str]) -> None:
+    """What was chosen, for the reader and for the record."""
+    say, config, resolved = run.log.say, run.config, run.runtime.resolved
+    say(f"tokens per iteration will be: {run.tokens_per_step:,}")
+    for line in lines:
+        say(line)
+    say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
+    say(
+        f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, float32 products "
+        f"{resolved['matmul_precision']}, {resolved['threads']} threads, {resolved['world']} processes"
+    )
+    if not config.evaluation.eval_only:
+        chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
+        run.log.write({"kind": "start", "step": run.begun, **chosen})
+        e = config.evaluation
+        if e.wandb_log:
+            run.log.follow(e.wandb_project, e.wandb_run_name, run.id, flat(config))

@@ -1,0 +1,35 @@
+"""The loss over a split."""
+
+from __future__ import annotations
+
+import torch
+
+from folio.model import GPT
+from folio.runtime import Loss, Runtime
+from folio.tokens import Split, Tokens
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, loss: Loss, tokens: Tokens, split: Split, windows: int, batch_size: int, runtime: Runtime
+) -> float:
+    """Mean nats per token over ``windows`` windows spread evenly over the split; 0: every token once.
+
+    The ranks take batches in turn, and the mean is weighted by tokens. The last batches are filled up with
+    targets of −1, so that every rank runs as many batches, all of one shape.
+    """
+    starts = tokens.spread(split, windows)
+    exact = torch.float32 if runtime.device.type == "mps" else torch.float64
+    total = torch.zeros(2, device=runtime.device, dtype=exact)
+    share = batch_size * runtime.world
+    model.eval()
+    for first in range(0, len(starts), share):
+        mine = starts[first + runtime.rank * batch_size : first + (runtime.rank + 1) * batch_size]
+        rows = torch.full((batch_size, tokens.block_size + 1), -1)
+        rows[: len(mine)] = torch.from_numpy(tokens.windows(split, mine))
+        idx, targets = runtime.move(rows[:, :-1].clamp(min=0)), runtime.move(rows[:, 1:])
+        nats, counted = loss(idx, targets)
+        total += torch.stack([nats, counted]).to(total.dtype)
+    model.train()
+    nats, counted = runtime.reduce(total).tolist()
+    return nats / counted

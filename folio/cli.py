@@ -1,0 +1,168 @@
+"""argv → config → command. The only reader of sys.argv, and where errors become one line."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+COMMANDS = {
+    "prepare": "turn text into token files",
+    "train": "train a model, or go on with one",
+    "sample": "let a trained model write",
+    "plot": "draw the losses of a run",
+    "bench": "measure the speed of a training step",
+    "demo": "prepare, train, sample and plot on this Python's own sources, in about two minutes",
+}
+_TAKE_FILES = {"train", "sample", "bench", "demo"}
+
+
+def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
+    """Runs one command and exits: 0; 2 for bad input; 1 for a run that failed; 128 + n for a signal.
+
+    A script at the root names its command, and what stands before the arguments that were typed.
+    """
+    try:
+        sys.exit(_main(command, [*first, *sys.argv[1:]]))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "folio":
+            raise
+        _fail(f"the package {error.name!r} is missing: pip install {_package(error.name or '')}", 2)
+    except FloatingPointError as error:
+        _fail(str(error), 1)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        _fail(_describe(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _main(command: str | None, argv: list[str]) -> int:
+    script = f"{command}.py" if command else ""
+    if command is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+            return 0
+        if argv[0] == "--version":
+            from folio import __version__
+
+            print(__version__)
+            return 0
+        command, argv = argv[0], argv[1:]
+        if command not in COMMANDS:
+            close = difflib.get_close_matches(command, COMMANDS, n=1)
+            raise ValueError(
+                f"no command {command!r}: " + (f"did you mean {close[0]!r}?" if close else "folio --help lists them")
+            )
+    module = importlib.import_module(f"folio.commands.{command}")
+    argv = [*getattr(module, "FIRST", []), *argv]
+    options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
+    return int(module.main(options) or 0)
+
+
+def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
+    """Files and flags, left to right, to a command's options.
+
+    Raises:
+        ValueError, FileNotFoundError: what is wrong, in one line.
+        SystemExit: after --help.
+    """
+    import tyro
+
+    from folio import config
+
+    flags: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        token = waiting.pop(0)
+        if token in ("-h", "--help"):
+            rest.append(token)
+        elif token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in config.knobs(options):
+                raise ValueError(config.unknown(name, options))
+            if not equals and not waiting:
+                raise ValueError(f"--{name} needs a value: --{name}=…")
+            flags[name] = value if equals else waiting.pop(0)
+            sources[name] = config.COMMAND_LINE
+        elif files and not token.startswith("-"):
+            read = config.read_file(token, options, ignore=config.TrainConfig)
+            values.update(read)
+            for name in read:
+                flags.pop(name, None)
+                sources[name] = token
+        else:
+            rest.append(token)
+    given = [*rest, *(f"--{name}={value}" for name, value in flags.items())]
+    kwargs: dict[str, Any] = {"default": config.override(options(), values)} if files else {}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed = tyro.cli(
+                options,
+                args=given,
+                prog=prog,
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
+                **kwargs,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_one_line(said.getvalue())) from None
+        raise
+    config.check(parsed)
+    if hasattr(parsed, "sources"):
+        parsed.sources.update(sources)
+    return parsed
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's error box, without the box and the help below it."""
+    words: list[str] = []
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯─ ")
+        if line.startswith("│") and not text:
+            break
+        if line.startswith("│"):
+            words.append(text)
+    return " ".join(words) or box.strip()
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        "Folio trains GPT-2-class language models from scratch.\n\n"
+        f"usage: folio COMMAND [FILE or PRESET …] [--knob=value …]\n\n{table}\n\n"
+        "folio COMMAND --help lists the knobs of a command."
+    )
+
+
+def _package(module: str) -> str:
+    extras = {"matplotlib": "'folio[plot]' (or matplotlib)", "wandb": "'folio[log]' (or wandb)"}
+    return extras.get(module.split(".")[0], module.split(".")[0])
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    """One line from rank 0 alone, then out."""
+    if os.environ.get("RANK", "0") == "0":
+        name = Path(sys.argv[0]).name
+        print(f"{'folio' if name == '__main__.py' else name}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)

@@ -1,0 +1,97 @@
+"""folio bench: how long a training step takes, as nanoGPT's bench.py asks it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from folio import rng
+from folio.config import Data, System, knob
+from folio.flops import flops_per_token, mfu
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw
+from folio.runtime import Runtime
+from folio.tokens import Tokens
+
+BURN_IN, STEPS, SECONDS = 10, 20, 60.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time training steps of a model: folio bench [PRESET or FILE …] [--knob=value …]."""
+
+    real_data: bool = knob(True, "False: random tokens, no data set needed")
+    profile: bool = knob(False, "write a PyTorch profiler trace to bench_log/ and print the costliest operations")
+    data: Data = field(default_factory=Data)
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
+    system: System = field(default_factory=System)
+
+
+def main(options: Options) -> None:
+    shape, size, seed = options.model, options.data.batch_size, options.system.seed
+    rows: torch.Tensor
+    if options.real_data:
+        tokens = Tokens.open(options.data, shape.block_size, seed)
+        tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
+        rows = torch.from_numpy(tokens.rows("train", 0, size))
+    else:
+        rows = torch.randint(int(shape.vocab_size), (size, shape.block_size + 1), generator=rng.generator(seed))
+    model = GPT(shape, lambda name: rng.generator(seed, name))
+    tokens_per_step = size * shape.block_size
+    flops = flops_per_token(model) * float(tokens_per_step)
+    runtime = Runtime(options.system, flops=flops * 1000)
+    try:
+        model.to(runtime.device)
+        optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
+        loss = runtime.wrap(model, size)
+        rows = runtime.move(rows)
+
+        def step() -> float:
+            nats, counted = loss(rows[:, :-1], rows[:, 1:])
+            runtime.backward(nats / tokens_per_step)
+            runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
+            return nats.item() / counted.item()  # waits for the device
+
+        print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {shape.block_size} tokens a step")
+        print(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
+        if options.profile:
+            _profile(step)
+            return
+        _steps(step, BURN_IN, "burn-in")
+        times = _steps(step, STEPS, "step")
+    finally:
+        runtime.close()
+    each = sum(times) / len(times)
+    share = mfu(model, tokens_per_step / each, runtime.device, runtime.dtype)
+    print(
+        f"time per iteration: {each * 1000:.2f}ms (fastest {min(times) * 1000:.2f}ms of {len(times)}), "
+        f"{tokens_per_step / each:,.0f} tokens/s, {flops / each / 1e12:.2f} TFLOP/s, MFU: {share * 100:.2f}%"
+    )
+
+
+def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyped-def]
+    """Seconds of each of ``count`` steps; fewer where they take longer than a minute together."""
+    times: list[float] = []
+    while len(times) < count and sum(times) < SECONDS:
+        start = time.perf_counter()
+        value = step()
+        times.append(time.perf_counter() - start)
+        print(f"{name} {len(times)}/{count} loss: {value:.4f}", flush=True)
+    return times
+
+
+def _profile(step, wait: int = 2, steps: int = 3) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(wait):
+        step()
+    Path("bench_log").mkdir(exist_ok=True)
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            step()
+    trace = Path("bench_log") / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=48))
+    print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")

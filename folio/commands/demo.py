@@ -1,0 +1,45 @@
+"""folio demo: the whole job in two minutes, on text that every machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from folio import datasets, tokenizer
+from folio.commands.sample import LINE, Sampling, samples
+from folio.commands.sample import Options as SampleOptions
+from folio.commands.train import EXIT
+from folio.config import TrainConfig as Options
+from folio.plot import loss_curve
+from folio.train import Run, build, finish, fit
+
+FIRST = ["train_stdlib"]
+
+
+def main(options: Options) -> int:
+    folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
+    if not (folder / "meta.json").exists():
+        datasets.prepare(options.data.dataset, folder)
+    run = build(options)
+    try:
+        run.log.say(f"\nThe untrained model writes:\n\n{_sample(run)}\n{LINE}\n")
+        stop = fit(run)
+        run.log.say(f"\nThe trained model writes:\n\n{_sample(run)}\n{LINE}\n")
+    finally:
+        finish(run)
+    picture = run.out_dir / "loss.png"
+    loss_curve(run.out_dir, picture)
+    print(f"The loss over the steps: {picture}\n")
+    print("What next?")
+    print(f'  folio sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
+    print(f"  folio train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
+    print("  folio prepare shakespeare_char && folio train shakespeare_char")
+    print("  folio --help")
+    return EXIT.get(stop, 0)
+
+
+def _sample(run: Run) -> str:
+    run.model.eval()
+    prompt = SampleOptions(sampling=Sampling(start="def ", num_samples=1, max_new_tokens=300))
+    text = "".join(samples(run.model, tokenizer.from_json(run.tokens.tokenizer()), prompt))
+    run.model.train()
+    return text.removesuffix(f"\n{LINE}\n")

@@ -1,0 +1,97 @@
+"""Sampling: a pass over the prompt, then one token at a time over cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from folio import rng
+from folio.model import GPT, KVCache
+
+
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    uniform: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """(B, T) token ids → (B, T + max_new_tokens). Arguments as in ``stream``."""
+    new = stream(model, idx, max_new_tokens, temperature, top_k, top_p, uniform, vocab_size)
+    return torch.cat([idx, *new], dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    uniform: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Tensor]:
+    """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
+
+    ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
+    come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
+    takes the likeliest token.
+
+    Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
+    ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
+    cached is of use and each new token costs ``block_size`` tokens' work.
+    """
+    if uniform is None:
+        uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
+    uniform = uniform.to(idx.device, torch.float32 if idx.device.type == "mps" else torch.float64)
+    block_size = model.config.block_size
+    cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    fresh = idx
+    for i in range(max_new_tokens):
+        cached = idx.size(1) <= block_size
+        x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
+        logits = model.lm_head(x[:, -1])[:, :vocab_size]
+        fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)
+        idx = torch.cat([idx, fresh], dim=1)
+        yield fresh
+
+
+def pick(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """(B, V) logits and (B, 1) draws in [0, 1) → (B, 1) ids, by inverting the cumulative distribution.
+
+    ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
+    al., "The Curious Case of Neural Text Degeneration", 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.to(uniform.dtype) / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        probs = probs.masked_fill(torch.empty_like(before).scatter_(1, order, before) >= top_p, 0.0)
+    total = probs.cumsum(-1)
+    last = total[:, -1:]
+    below = torch.minimum(uniform * last, last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(total, below, right=True)
+
+
+def draws(seed: int, samples: int, max_new_tokens: int) -> Tensor:
+    """(samples, max_new_tokens) float64: each row from its own (seed, number), however many there are."""
+    rows = [
+        torch.rand(max_new_tokens, dtype=torch.float64, generator=rng.generator("sample", seed, i))
+        for i in range(samples)
+    ]
+    return torch.stack(rows)

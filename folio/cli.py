@@ -28,20 +28,27 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
 
     A script at the root names its command, and what stands before the arguments that were typed.
     """
+    line = ""
     try:
-        sys.exit(_main(command, [*first, *sys.argv[1:]]))
+        code = _main(command, [*first, *sys.argv[1:]])
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "folio":
             raise
-        _fail(f"the package {error.name!r} is missing: pip install {_package(error.name or '')}", 2)
+        code, line = 2, f"the package {error.name!r} is missing: pip install {_package(error.name or '')}"
     except FloatingPointError as error:
-        _fail(str(error), 1)
+        code, line = 1, str(error)
+    except BrokenPipeError:
+        code = 141
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            sys.exit(141)
-        _fail(_describe(error), 2)
+        code, line = 2, _describe(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if line and os.environ.get("RANK", "0") == "0":  # one process speaks for all
+        name = Path(sys.argv[0]).name
+        print(f"{'folio' if name == '__main__.py' else name}: {line}", file=sys.stderr, flush=True)
+    if runtime := sys.modules.get("folio.runtime"):
+        runtime.leave(code)
+    sys.exit(code)
 
 
 def _main(command: str | None, argv: list[str]) -> int:
@@ -158,11 +165,3 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
-
-
-def _fail(line: str, code: int) -> NoReturn:
-    """One line from rank 0 alone, then out."""
-    if os.environ.get("RANK", "0") == "0":
-        name = Path(sys.argv[0]).name
-        print(f"{'folio' if name == '__main__.py' else name}: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)

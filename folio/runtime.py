@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ T = TypeVar("T")
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LEFT: list[Any] = []  # process groups that were left
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -190,7 +191,7 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
-        return box[0]  # type: ignore[no-any-return]
+        return box[0]
 
     def move(self, tensor: Tensor) -> Tensor:
         """To the device; from pinned memory without waiting."""
@@ -230,13 +231,23 @@ class Runtime:
         return weights, slots
 
     def close(self) -> None:
+        """Leaves the process group.
+
+        The group's C++ object stays until the process ends: its destructor waits for gloo's threads with the
+        GIL held, while one of those may be waiting for the GIL to let go of a tensor (seen with torch 2.13).
+        """
         if self._grouped and dist.is_initialized():
+            _LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for the run; known before a process group is."""
-    return os.environ.get("RANK", "0") == "0"
+def leave(code: int) -> NoReturn:
+    """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
+    if _LEFT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""What tests share: real data, a small data set, the command line in this process or in its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from folio import cli
+from folio.datasets import shakespeare_char
+
+ROOT = Path(__file__).resolve().parent.parent
+STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
+
+# A model and a run so small that a step takes milliseconds
+SMALL = (
+    "--device=cpu --compile=False --dtype=float32 --matmul_precision=highest --n_layer=2 --n_head=2 --n_embd=16 "
+    "--block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --eval_iters=2 --eval_interval=5 --max_iters=10 "
+    "--warmup_iters=2 --lr_decay_iters=10"
+).split()
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the project; CI has it."""
+    folder = Path(os.environ.get("FOLIO_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; FOLIO_TEST_DATA names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of characters, made from the committed text."""
+    folder = tmp_path_factory.mktemp("story")
+    shakespeare_char.prepare(folder, STORY)
+    return folder
+
+
+@pytest.fixture
+def folio(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command in this process: ``folio("train", "--max_iters=3")``."""
+
+    def run(*argv: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["folio", *map(str, argv)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Outcome(int(stop.value.code or 0), out, err)
+
+    return run
+
+
+def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in its own process, to its end; ``python("-m", "folio", "--help")``."""
+    command = [sys.executable, *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(autouse=True)
+def _restored_torch() -> Iterator[None]:
+    """Tests that run a command in this process leave torch's global settings as they found them."""
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)

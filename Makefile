@@ -1,0 +1,26 @@
+# Needs Python 3.11 or later with pip; everything else goes into .venv.
+PYTHON ?= python3
+MARK ?= not slow and not gpu
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
+	$(BIN)/folio demo
+
+test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too
+	$(BIN)/python -m pytest -m "$(MARK)"
+
+check: .venv/installed  ## lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+clean:                  ## removes the venv; data and runs stay
+	rm -rf .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

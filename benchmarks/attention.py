@@ -1,0 +1,55 @@
+"""Attention on a CPU, forward and backward: torch's fused kernel against the one that is written out.
+
+    python benchmarks/attention.py
+
+The two run in turn; the ratio is of the medians within a round, its spread over the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from folio.model import attend
+
+SHAPES = {"B12 H4 T64 D32": (12, 4, 64, 32), "B16 H6 T256 D64": (16, 6, 256, 64), "B1 H12 T1024 D64": (1, 12, 1024, 64)}
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, None, 0.0)
+
+
+def median_seconds(function, shape: tuple[int, ...], dtype: torch.dtype, calls: int = 20) -> float:  # type: ignore[no-untyped-def]
+    qkv = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        function(*qkv).sum().backward()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(rounds: int = 5) -> None:
+    torch.set_float32_matmul_precision("medium")
+    for name, shape in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            ratios = [
+                median_seconds(fused, shape, dtype) / median_seconds(written_out, shape, dtype) for _ in range(rounds)
+            ]
+            kind = str(dtype).removeprefix("torch.")
+            print(
+                f"{name:17} {kind:9} written out is {statistics.median(ratios):.2f}× as fast as fused "
+                f"({min(ratios):.2f} … {max(ratios):.2f})"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""nanoGPT and Folio in turn on the same Shakespeare files: wall time, tokens/s, and the loss of what they saved.
+
+    python benchmarks/nanogpt_shakespeare.py --peer PATH_TO_A_NANOGPT_CHECKOUT --source tinyshakespeare.txt
+
+Both losses are of the whole validation split, every token once, in float32, by the same code. Each round runs
+all contestants one after another; ratios are taken within a round, and their spread is over the rounds.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from folio import checkpoint
+from folio.config import Data, System
+from folio.datasets import shakespeare_char
+from folio.log import METRICS, read_metrics
+from folio.model import GPT, GPTConfig
+from folio.runtime import Runtime
+from folio.tokens import Tokens
+from folio.validation import evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (
+    "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+    "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+SETTINGS = {
+    "cpu": f"--device=cpu --compile=False {README}",  # the command of nanoGPT's README
+    "batch16": "--device=cpu --compile=False --batch_size=16 --max_iters=40 --eval_iters=1 --log_interval=1",
+    "gpu": "--device=cuda",  # the preset as it is
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare with nanoGPT."""
+
+    peer: Path
+    """a checkout of nanoGPT"""
+    source: Path | None = None
+    """tiny Shakespeare; downloaded if not given"""
+    setting: Literal["cpu", "batch16", "gpu"] = "cpu"
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: seconds of the whole process, tokens per second of its median step, loss in nats per token."""
+
+    wall: float
+    speed: float
+    loss: float
+
+
+def main(options: Options) -> None:
+    flags = SETTINGS[options.setting].split()
+    variants = {"folio auto": [], "folio float32": ["--dtype=float32"]} if options.setting != "gpu" else {"folio": []}
+    results: dict[str, list[Result]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        shakespeare_char.prepare(data, options.source)
+        _write_meta_pkl(data)
+        for turn in range(options.rounds):
+            results.setdefault("nanoGPT", []).append(_peer(options.peer, flags, data, Path(folder) / f"peer{turn}"))
+            for name, more in variants.items():
+                out = Path(folder) / f"{name}{turn}".replace(" ", "-")
+                results.setdefault(name, []).append(_ours([*flags, *more], data, out))
+            for name, found in results.items():
+                print(f"round {turn + 1}: {name:14} {found[-1]}", flush=True)
+    _print(results)
+
+
+def _print(results: dict[str, list[Result]]) -> None:
+    peer = results["nanoGPT"]
+    print(f"\n{'':14} {'wall s':>8} {'tokens/s':>10} {'val loss':>9}   wall and tokens/s against nanoGPT (min … max)")
+    for name, found in results.items():
+        row = [statistics.median(getattr(r, f) for r in found) for f in ("wall", "speed", "loss")]
+        walls = [p.wall / r.wall for p, r in zip(peer, found, strict=True)]
+        speeds = [r.speed / p.speed for p, r in zip(peer, found, strict=True)]
+        ratios = "  ".join(f"{statistics.median(x):.2f}× ({min(x):.2f} … {max(x):.2f})" for x in (walls, speeds))
+        print(f"{name:14} {row[0]:8.1f} {row[1]:10,.0f} {row[2]:9.4f}   {ratios}")
+
+
+def _write_meta_pkl(data: Path) -> None:
+    characters = Tokens.open(Data(data_dir=str(data)), 64, 0).tokenizer()["characters"]
+    meta = {
+        "vocab_size": len(characters),
+        "itos": dict(enumerate(characters)),
+        "stoi": {c: i for i, c in enumerate(characters)},
+    }
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def _run(command: list[str], cwd: Path) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return time.perf_counter() - start, done.stdout
+
+
+def _peer(peer: Path, flags: list[str], data: Path, out: Path) -> Result:
+    # an absolute dataset is what os.path.join('data', dataset) then gives; iteration 0 does not save
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+    wall, said = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], peer)
+    steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss .*, time ([\d.]+)ms", said, re.MULTILINE)]
+    iteration = int(next(iter(re.findall(r"tokens per iteration will be: ([\d,]+)", said))).replace(",", ""))
+    speed = iteration / statistics.median(steps[5:])
+    if not (out / "ckpt.pt").exists():
+        return Result(wall, speed, float("nan"))
+    saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    model = GPT(GPTConfig(**saved["model_args"]))
+    weights = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
+    model.load_state_dict(weights)
+    return Result(wall, speed, _loss(model, data))
+
+
+def _ours(flags: list[str], data: Path, out: Path) -> Result:
+    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+    wall, _ = _run([*command, f"--data_dir={data}", f"--out_dir={out}"], ROOT)
+    speeds = [r["tokens_per_second"] for r in read_metrics(out / METRICS) if r["kind"] == "train"]
+    return Result(wall, statistics.median(speeds[5:]), _loss(checkpoint.choose(out, "latest").model(), data))
+
+
+def _loss(model: GPT, data: Path) -> float:
+    runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+    tokens = Tokens.open(Data(data_dir=str(data)), model.config.block_size, 0)
+    return evaluate(model, runtime.wrap(model, 64), tokens, "val", 0, 64, runtime)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

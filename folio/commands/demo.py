@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 from folio import datasets, tokenizer
@@ -22,7 +25,8 @@ def main(options: Options) -> int:
     run = build(options)
     try:
         run.log.say(f"\nThe untrained model writes:\n\n{_sample(run)}\n{LINE}\n")
-        stop = fit(run)
+        if stop := EXIT.get(fit(run)):
+            return stop
         run.log.say(f"\nThe trained model writes:\n\n{_sample(run)}\n{LINE}\n")
     finally:
         finish(run)
@@ -30,11 +34,12 @@ def main(options: Options) -> int:
     loss_curve(run.out_dir, picture)
     print(f"The loss over the steps: {picture}\n")
     print("What next?")
-    print(f'  folio sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
-    print(f"  folio train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
-    print("  folio prepare shakespeare_char && folio train shakespeare_char")
-    print("  folio --help")
-    return EXIT.get(stop, 0)
+    folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
+    print(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
+    print(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
+    print(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
+    print(f"  {folio} --help")
+    return 0
 
 
 def _sample(run: Run) -> str:
@@ -42,4 +47,4 @@ def _sample(run: Run) -> str:
     prompt = SampleOptions(sampling=Sampling(start="def ", num_samples=1, max_new_tokens=300))
     text = "".join(samples(run.model, tokenizer.from_json(run.tokens.tokenizer()), prompt))
     run.model.train()
-    return text.removesuffix(f"\n{LINE}\n")
+    return tokenizer.printable(text).removesuffix(f"\n{LINE}\n")

@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         if runtime.compile:
             model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
         for text in samples(model, tokenizer.from_json(chosen.state["tokenizer"]), options):
-            sys.stdout.write(text)
+            sys.stdout.write(tokenizer.printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
     finally:
         runtime.close()

@@ -16,6 +16,6 @@ max_iters = 1500
 lr_decay_iters = 1500
 beta2 = 0.99
 
-eval_interval = 250
-eval_iters = 40
+eval_interval = 100
+eval_iters = 20
 log_interval = 10

@@ -26,7 +26,7 @@ from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.runtime import Loss, Runtime
-from folio.tokens import Tokens
+from folio.tokens import Split, Tokens
 from folio.validation import evaluate
 
 _OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # never taken from a checkpoint
@@ -151,9 +151,9 @@ def fit(run: Run) -> str:
 def stop_reason(run: Run) -> str:
     """Why to stop here, the same on every rank, or "". Nothing is due before the last loss is known."""
     finished = run.state.step >= run.config.optimizer.max_iters
-    if finished or run.signal or any(due(run) for due, _ in run.work):
+    alone = run.signal if run.runtime.world == 1 else ""  # several ranks learn of it with the loss, together
+    if finished or alone or any(due(run) for due, _ in run.work):
         settle(run)
-    alone = run.signal if run.runtime.world == 1 else ""  # several ranks learn of it with the loss
     return run.stop or alone or ("max_iters" if finished else "")
 
 
@@ -287,33 +287,27 @@ def evaluation_due(run: Run) -> bool:
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """The loss over both splits; remembers the best."""
-    config, state = run.config.evaluation, run.state
-    windows = config.eval_iters * run.config.data.batch_size
-    losses = {}
-    for split in ("train", "val"):
-        count = windows or len(run.tokens.spread("val", 0))
-        losses[split] = evaluate(
-            run.model,
-            run.loss,
-            run.tokens,
-            split,
-            0 if split == "val" and not windows else count,
-            run.config.data.batch_size,
-            run.runtime,
-        )
-    state.train_loss, state.val_loss = losses["train"], losses["val"]
+    """The loss over both splits, as many windows of each; remembers the best."""
+    state, size = run.state, run.config.data.batch_size
+    windows = run.config.evaluation.eval_iters * size
+
+    def loss_over(split: Split, count: int) -> float:
+        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime)
+
+    train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
+    val_loss = loss_over("val", windows)
+    state.train_loss, state.val_loss = train_loss, val_loss
     if state.step > 0:
-        if state.best is None or losses["val"] < state.best["loss"]:
-            state.best = {"step": state.step, "loss": losses["val"]}
+        if state.best is None or val_loss < state.best["loss"]:
+            state.best = {"step": state.step, "loss": val_loss}
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
     return {
         "kind": "eval",
         "step": state.step,
-        "train_loss": losses["train"],
-        "val_loss": losses["val"],
+        "train_loss": train_loss,
+        "val_loss": val_loss,
         "lr": learning_rate(state.step, run.config.optimizer),
         "mfu": run.mfu,
         "tokens": state.tokens,

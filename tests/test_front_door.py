@@ -1,0 +1,144 @@
+"""What nanoGPT's users type, and every command of the README, in a copy of the clone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, STORY
+
+TINY = (
+    "--device=cpu --compile=False --dtype=float32 --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=4 "
+    "--eval_iters=1 --eval_interval=3"
+)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files, as a fresh clone has them: no data, no venv."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """One command line with this Python, wherever it says python, folio or torchrun."""
+    words = shlex.split(line)
+    interpreter = {"python": [], "folio": ["-m", "folio"], "torchrun": ["-m", "torch.distributed.run"]}
+    if words[0] in interpreter:
+        words = [sys.executable, *interpreter[words[0]], *words[1:]]
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeed(line: str, cwd: Path, **env: str) -> str:
+    done = run(line, cwd, **env)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> None:
+    """Bare train.py wants OpenWebText: without it one line, with nanoGPT's files a run with GPT-2's vocabulary."""
+    missing = run("python train.py --batch_size=32 --compile=False", clone)
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1
+    assert "data/openwebtext/train.bin" in missing.stderr
+    folder = clone / "data" / "openwebtext"
+    folder.mkdir()
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 50257, 400).astype(np.uint16).tofile(folder / f"{split}.bin")
+    out = succeed(f"python train.py --batch_size=32 --compile=False {TINY} --max_iters=1 --out_dir=out-owt", clone)
+    assert "50304" in out
+    assert f"tokens per iteration will be: {40 * 4 * 16:,}" in out
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "data/shakespeare_char/prepare.py"])
+def test_sh_runs_the_scripts(clone: Path, script: str) -> None:
+    """Under a POSIX shell the same file hands itself to Python."""
+    assert "usage:" in succeed(f"sh {script} --help", clone, VIRTUAL_ENV=sys.prefix)
+
+
+def test_sh_prefers_the_active_venv_then_the_clones(clone: Path, tmp_path: Path) -> None:
+    """$VIRTUAL_ENV, else .venv beside the script, else python3; each recognised by what it prints."""
+
+    def fake(folder: Path, word: str) -> Path:
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").write_text(f"#!/bin/sh\necho {word}\n")
+        (folder / "bin" / "python").chmod(0o755)
+        return folder
+
+    active, path = fake(tmp_path / "active", "active"), fake(tmp_path / "path", "unused")
+    (path / "bin" / "python3").symlink_to("python")
+    plain = {"PATH": f"{path / 'bin'}:{os.environ['PATH']}", "VIRTUAL_ENV": ""}
+    assert succeed("sh train.py", clone, **plain) == "unused\n"
+    own = fake(clone / ".venv", "clone")
+    for script in ("train.py", "data/shakespeare_char/prepare.py"):
+        assert succeed(f"sh {script}", clone, **plain) == "clone\n"
+        assert succeed(f"sh {script}", clone, VIRTUAL_ENV=str(active)) == "active\n"
+    shutil.rmtree(own)
+
+
+@pytest.mark.slow
+def test_sh_trains(clone: Path) -> None:
+    """Preparing, training and sampling under a POSIX shell, as one of the manuals writes it."""
+    env = {"VIRTUAL_ENV": sys.prefix}
+    succeed(f"sh data/stdlib/prepare.py --source {ROOT / 'folio'}", clone, **env)
+    succeed(f"sh train.py config/train_stdlib.py {TINY} --max_iters=3 --out_dir=out-sh", clone, **env)
+    assert "-" * 15 in succeed("sh sample.py --out_dir=out-sh --num_samples=1 --max_new_tokens=5", clone, **env)
+
+
+def readme_commands() -> list[str]:
+    """Lines of the sh blocks, then the commands of the table, in order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    lines = [re.sub(r"\s+# .*", "", line) for line in blocks.splitlines() if line.strip()]
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    return [*lines, *re.findall(r"`((?:python|folio) [^`]+)`", rows)]
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme(clone: Path, shared_data: Path) -> None:
+    """Each runs, in order, made small by flags behind its own; make's targets are looked up, since this is one."""
+    steps = 3
+    for line in readme_commands():
+        if line.startswith("make "):
+            succeed(line.replace("make", "make -n"), clone)
+            continue
+        line = line.replace("OUT", "out-shakespeare-char")
+        if "prepare" in line:
+            line += f" --source {shared_data / 'tinyshakespeare.txt'}"
+        elif "sample" in line:
+            line += " --max_new_tokens=5"
+        elif "bench" in line:
+            line += " --device=cpu --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2"
+        elif "train" in line or "demo" in line:
+            steps += "resume" in line
+            line += f" {TINY} --max_iters={steps}"
+        succeed(line, clone)
+    assert (clone / "out-shakespeare-char" / "loss.png").stat().st_size > 0
+    assert (clone / "out-stdlib" / "loss.png").stat().st_size > 0
+
+
+def test_prompt_from_a_file(clone: Path) -> None:
+    """--start=FILE:prompt.txt continues what the file holds."""
+    succeed(f"python data/shakespeare_char/prepare.py --source {STORY}", clone)
+    succeed(f"python train.py config/train_shakespeare_char.py {TINY} --max_iters=3 --out_dir=out-file", clone)
+    prompt = STORY.read_text(encoding="utf-8")[:12]
+    (clone / "prompt.txt").write_text(prompt, encoding="utf-8")
+    out = succeed(
+        "python sample.py --out_dir=out-file --device=cpu --start=FILE:prompt.txt --num_samples=2 --max_new_tokens=4",
+        clone,
+    )
+    assert out.startswith(prompt)
+    assert out.count("-" * 15) == 2

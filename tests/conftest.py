@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
 
 # A model and a run so small that a step takes milliseconds
-SMALL = (
+SMALL = shlex.split(
     "--device=cpu --compile=False --dtype=float32 --matmul_precision=highest --n_layer=2 --n_head=2 --n_embd=16 "
     "--block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --eval_iters=2 --eval_interval=5 --max_iters=10 "
     "--warmup_iters=2 --lr_decay_iters=10"
-).split()
+)
 
 
 class Outcome(NamedTuple):

@@ -1,0 +1,452 @@
+"""Bad input: exit code 2, one line that names what, where and the remedy, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, STORY, Outcome
+
+from folio import cli
+from folio.commands import train
+from folio.datasets import shakespeare_char
+from folio.log import read_metrics
+
+
+def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
+    """One line on stderr, which holds all these words; no traceback anywhere."""
+    assert outcome.code == code, outcome
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("folio: ")
+    assert "Traceback" not in outcome.out + outcome.err
+    for word in words:
+        assert str(word) in outcome.err
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with what it holds; empty folders as well."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def data(story: Path, tmp_path: Path) -> Path:
+    """The small data set, to be damaged."""
+    return Path(shutil.copytree(story, tmp_path / "data"))
+
+
+@pytest.fixture(scope="session")
+def finished(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An out_dir after ten steps, with checkpoints of steps 5 and 10."""
+    out_dir = tmp_path_factory.mktemp("finished") / "out"
+    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out_dir}"]
+    train.main(cli.parse(train.Options, argv, "folio train", files=True))
+    return out_dir
+
+
+@pytest.fixture
+def out_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be damaged or gone on with."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+# Knobs
+
+
+KNOBS = {
+    "--n_layr=3": ["n_layr", "did you mean 'n_layer'"],
+    "--n-layr 3": ["n_layr", "did you mean 'n_layer'"],
+    "--xyzzy=3": ["xyzzy", "--help"],
+    "--n_layer=three": ["n_layer", "'three'", "int"],
+    "--dropout=some": ["dropout", "'some'", "float"],
+    "--compile=maybe": ["compile", "'maybe'", "auto"],
+    "--sampling=sorted": ["sampling", "'sorted'", "sequential"],
+    "--batch_size=0": ["batch_size=0", "at least 1"],
+    "--dropout=1": ["dropout=1", "below 1"],
+    "--beta2=1.5": ["beta2=1.5", "below 1"],
+    "--learning_rate=nan": ["learning_rate=nan", "at least 0"],
+    "--max_iters=-1": ["max_iters=-1", "at least 0"],
+    "--n_embd=10 --n_head=3": ["n_embd=10", "n_head=3", "choose n_embd=9"],
+    "--min_lr=1 --learning_rate=0.1": ["min_lr=1", "learning_rate=0.1", "--decay_lr=False"],
+    "--device=nonsense": ["device=nonsense", "must be auto, cpu, cuda"],
+    "--block_size=100000": ["train.bin", "block_size + 1 = 100001", "lower --block_size"],
+    "--vocab_size=10": ["vocab", "10", "--vocab_size"],
+    "--vocab_size=-5": ["vocab_size=-5", "at least 1"],
+    "--data_dir=nowhere": ["nowhere/train.bin", "prepare"],
+    "--data_dir= --dataset=nowhere": ["data/nowhere/train.bin", "prepare"],
+    "--init_from=resume": ["nothing to resume in out", "--init_from=scratch"],
+    "--init_from=gpt2": ["init_from=gpt2", "scratch, resume, auto"],
+    "--init_from=.": ["no checkpoint in .", "train"],
+    "nowhere.py": ["'nowhere.py'", "the presets are"],
+    "train_shakespear": ["'train_shakespear'", "did you mean 'train_shakespeare_char'"],
+}
+
+
+@pytest.mark.parametrize("flags", KNOBS)
+def test_a_knob_that_does_not_fit(folio, story, tmp_path, monkeypatch, flags) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(folio("train", *SMALL, f"--data_dir={story}", *flags.split(" ")), *KNOBS[flags])
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_there(folio, story, tmp_path) -> None:
+    out = tmp_path / "out"
+    argv = ["train", *SMALL, f"--data_dir={story}", f"--out_dir={out}", "--device=cuda"]
+    assert_refused(folio(*argv), "device=cuda", "--device=cpu")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("n_layr = 3", ["config.py", "n_layr", "did you mean 'n_layer'"]),
+        ("n_layer = 'three'", ["config.py", "n_layer", "'three'", "int"]),
+        ("n_layer = 0", ["n_layer=0", "at least 1"]),
+        ("import os\nos.system('touch mark')", ["config.py:1", "import os", "never run"]),
+        ("n_layer = __import__('os').system('touch mark')", ["config.py:1", "__import__", "never run"]),
+        ("n_layer = 2\nexec('import os; os.mkdir(\"mark\")')", ["config.py:2", "exec", "never run"]),
+        ("n_layer = 2\nn_layer = ", ["config.py", "line 2", "not Python"]),
+    ],
+)
+def test_a_config_file_that_does_not_fit(folio, story, tmp_path, monkeypatch, text, words) -> None:
+    """What would run code is named and has not run."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.py").write_text(text)
+    before = tree(tmp_path)
+    assert_refused(folio("train", *SMALL, f"--data_dir={story}", "config.py"), *words)
+    assert tree(tmp_path) == before
+
+
+# Token files
+
+
+def _cut(folder: Path, size: int, name: str = "train.bin") -> None:
+    with (folder / name).open("r+b") as file:
+        file.truncate(size)
+
+
+def _without_meta(folder: Path) -> None:
+    (folder / "meta.json").unlink()
+
+
+def _flip(folder: Path) -> None:
+    content = np.fromfile(folder / "val.bin", dtype=np.uint16)
+    content[0] ^= 1
+    content.tofile(folder / "val.bin")
+    later = (folder / "meta.json").stat().st_mtime_ns + 1_000_000_000
+    os.utime(folder / "val.bin", ns=(later, later))
+
+
+def _meta(folder: Path, **changes: object) -> None:
+    path = folder / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        pytest.param(lambda d: (d / "train.bin").unlink(), ["train.bin is missing", "prepare"], id="no train.bin"),
+        pytest.param(lambda d: (d / "val.bin").unlink(), ["val.bin is missing", "prepare"], id="no val.bin"),
+        pytest.param(partial(_cut, size=0), ["train.bin is empty", "prepare"], id="empty"),
+        pytest.param(partial(_cut, size=1001), ["train.bin: 1001 bytes", "uint16", "prepare"], id="odd length"),
+        pytest.param(partial(_cut, size=1000), ["train.bin: 500 tokens", "meta.json says", "prepare"], id="cut short"),
+        pytest.param(_flip, ["val.bin is not what its meta.json describes", "prepare"], id="changed"),
+        pytest.param(
+            lambda d: (_without_meta(d), _cut(d, 32, "val.bin")),
+            ["val.bin: 16 tokens", "block_size + 1 = 17", "lower --block_size"],
+            id="too short",
+        ),
+        pytest.param(lambda d: (d / "meta.json").write_text("{"), ["meta.json", "prepare"], id="meta cut short"),
+        pytest.param(lambda d: (d / "meta.json").write_text("[]"), ["meta.json", "prepare"], id="meta a list"),
+        pytest.param(lambda d: (d / "meta.json").write_bytes(b"\xff"), ["meta.json", "prepare"], id="meta no text"),
+        pytest.param(lambda d: (d / "meta.json").write_text("[" * 100_000), ["meta.json", "prepare"], id="meta deep"),
+        pytest.param(partial(_meta, splits={}), ["meta.json", "splits", "prepare"], id="meta without splits"),
+        pytest.param(partial(_meta, dtype="float64"), ["meta.json", "dtype", "prepare"], id="meta of floats"),
+        pytest.param(partial(_meta, vocab_size=-5), ["meta.json", "vocab", "prepare"], id="meta of no vocabulary"),
+        pytest.param(partial(_meta, tokenizer=None), ["meta.json", "prepare"], id="meta without tokenizer"),
+    ],
+)
+def test_a_data_set_that_is_damaged(folio, data, tmp_path, damage, words) -> None:
+    damage(data)
+    before = tree(data)
+    assert_refused(folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}"), data, *words)
+    assert not (tmp_path / "new").exists()
+    assert tree(data) == before
+
+
+def test_a_token_that_the_model_lacks(folio, data, tmp_path) -> None:
+    """Files without a meta file tell their vocabulary only as they are read."""
+    _without_meta(data)
+    outcome = folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}", "--vocab_size=10")
+    assert_refused(outcome, data / "train.bin", "token id", "vocabulary of 10", "--vocab_size")
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+class _Hostile:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> object:
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("protocol", [0, pickle.HIGHEST_PROTOCOL])
+def test_a_pickle_that_would_run_code(folio, data, tmp_path, protocol) -> None:
+    _without_meta(data)
+    mark = tmp_path / "mark"
+    meta = {"vocab_size": 2, "itos": {0: "a", 1: "b"}, "stoi": _Hostile(mark)}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+    outcome = folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}")
+    assert_refused(outcome, data / "meta.pkl", "open, which would run code", "prepare")
+    assert not mark.exists()
+    assert not (tmp_path / "new").exists()
+    pickle.loads((data / "meta.pkl").read_bytes())["stoi"].close()
+    assert mark.exists(), "an ordinary unpickler would have run it"
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        5,
+        {"itos": {0: "a"}},
+        {"vocab_size": 2},
+        {"vocab_size": 2, "itos": {0: "a"}},
+        {"vocab_size": 2, "itos": ["a"]},
+        {"vocab_size": "many", "itos": {0: "a"}},
+        {"vocab_size": 1, "itos": {0: 7}},
+    ],
+    ids=str,
+)
+def test_a_pickle_that_is_not_nanogpts(folio, data, tmp_path, meta) -> None:
+    _without_meta(data)
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    outcome = folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}")
+    assert_refused(outcome, data / "meta.pkl", "not nanoGPT's meta.pkl")
+    assert not (tmp_path / "new").exists()
+
+
+def test_nanogpts_own_pickle_is_read(folio, data, tmp_path) -> None:
+    characters = json.loads((data / "meta.json").read_text())["tokenizer"]["characters"]
+    _without_meta(data)
+    meta = {
+        "vocab_size": len(characters),
+        "itos": dict(enumerate(characters)),
+        "stoi": {c: i for i, c in enumerate(characters)},
+    }
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    out = f"--out_dir={tmp_path / 'new'}"
+    code, said, err = folio("train", *SMALL, f"--data_dir={data}", out, "--max_iters=1")
+    assert (code, err) == (0, "")
+    assert f"vocab_size = {len(characters)}" in said
+    code, said, err = folio("sample", out, "--device=cpu", "--start=The ", "--num_samples=2", "--max_new_tokens=5")
+    assert (code, err) == (0, "")
+    assert set(said) <= set(characters) | set("-\n")
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, ["--source"]), (b"caf\xe9", ["not UTF-8", "byte 3"]), (b"", ["too short"]), (b"a", ["too short"])],
+    ids=["missing", "latin-1", "empty", "one character"],
+)
+def test_a_source_that_does_not_fit(folio, tmp_path, content, words) -> None:
+    source, folder = tmp_path / "source.txt", tmp_path / "data"
+    if content is not None:
+        source.write_bytes(content)
+    outcome = folio("prepare", "shakespeare_char", f"--source={source}", f"--data_dir={folder}")
+    assert_refused(outcome, folder if words == ["too short"] else source, *words)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("name", "hint"), [("shakespear_char", "did you mean"), ("", "there are"), ("xyz", "stdlib")])
+def test_a_data_set_that_nobody_knows(folio, tmp_path, monkeypatch, name, hint) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(folio("prepare", name), repr(name), hint)
+    assert tree(tmp_path) == {}
+
+
+@contextmanager
+def server(content: bytes, promised: int | None = None, status: int = 200) -> Iterator[str]:
+    """An address on this machine that answers with this content, and may promise more of it."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) if promised is None else promised))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}/input.txt"
+        finally:
+            listening.shutdown()
+            thread.join()
+
+
+@contextmanager
+def closed_port() -> Iterator[str]:
+    """An address on this machine where nobody answers."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/input.txt"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        pytest.param(closed_port, ["failed"], id="no answer"),
+        pytest.param(partial(server, b"gone", status=404), ["failed", "404"], id="not found"),
+        pytest.param(partial(server, STORY.read_bytes()), ["SHA-256", shakespeare_char.SHA256], id="another file"),
+        pytest.param(partial(server, b"First", promised=1_115_394), ["failed"], id="broken off"),
+    ],
+)
+def test_a_download_that_fails(folio, tmp_path, monkeypatch, source, words) -> None:
+    """The line names the address and the way round; no input.txt is left for the next attempt to trust."""
+    monkeypatch.setenv("no_proxy", "*")
+    with source() as url:
+        monkeypatch.setattr(shakespeare_char, "URL", url)
+        assert_refused(folio("prepare", "shakespeare_char", f"--data_dir={tmp_path / 'data'}"), url, "--source", *words)
+    assert tree(tmp_path) == {}
+
+
+# Checkpoints
+
+
+WISHES = {
+    "--checkpoint=999": ["'999'", "best, latest and 5, 10"],
+    "--checkpoint=newest": ["'newest'", "best, latest and 5, 10"],
+    "--out_dir=nowhere": ["nowhere", "train"],
+    "--init_from=gpt2": ["init_from=gpt2", "resume"],
+    "--start=caf\u00e9 \u4e16": ["start", "'\u00e9', '\u4e16'", "leave them out"],
+    "--start=": ["start is empty"],
+    "--start=FILE:nowhere.txt": ["nowhere.txt", "start"],
+    "--start=FILE:binary": ["binary", "not UTF-8"],
+    "--temperature=-1": ["temperature=-1", "at least 0"],
+    "--top_p=0": ["top_p=0", "above 0"],
+    "--num_samples=0": ["num_samples=0", "at least 1"],
+}
+
+
+@pytest.mark.parametrize("flag", WISHES)
+def test_a_wish_that_sampling_cannot_grant(folio, finished, tmp_path, monkeypatch, flag) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary").write_bytes(b"\xff\xfe")
+    before = tree(finished)
+    outcome = folio("sample", f"--out_dir={finished}", "--device=cpu", flag)
+    assert_refused(outcome, *WISHES[flag])
+    assert outcome.out == ""
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize("name", ["n_layer=3", "n_head=1", "n_embd=32", "block_size=8", "vocab_size=64", "bias=True"])
+def test_a_typed_shape_that_the_checkpoint_does_not_have(folio, out_dir, story, name) -> None:
+    before = tree(out_dir)
+    flags = [flag for flag in SMALL if not flag.startswith(f"--{name.split('=')[0]}=")]
+    outcome = folio("train", *flags, f"--data_dir={story}", f"--out_dir={out_dir}", "--init_from=resume", f"--{name}")
+    assert_refused(outcome, f"--{name}", "does not fit the checkpoint", f"which has {name.split('=')[0]}=")
+    assert tree(out_dir) == before
+
+
+def _damage(path: Path, content: bytes | None) -> None:
+    """Without content: half of what was there."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b""),
+        ("optimizer.safetensors", None),
+        ("state.json", None),
+        ("state.json", b"[]"),
+        ("state.json", b"{}"),
+        ("state.json", b'{"sha256": {}}'),
+    ],
+)
+def test_a_run_whose_checkpoints_are_all_damaged(folio, out_dir, story, name, content) -> None:
+    """They are named and set aside at the most, and neither gone on with nor sampled from."""
+    for path in sorted(out_dir.glob("checkpoints/*")):
+        _damage(path / name, content)
+    before = tree(out_dir)
+    assert_refused(folio("sample", f"--out_dir={out_dir}", "--device=cpu"), out_dir / "checkpoints", "damaged")
+    assert tree(out_dir) == before
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out_dir}", "--init_from=resume")
+    assert_refused(outcome, out_dir, "damaged", "--init_from=scratch")
+    assert {name.replace(".damaged", ""): content for name, content in tree(out_dir).items()} == before
+
+
+@pytest.mark.parametrize("content", [None, b"[]", b"{}", b'{"run": "x", "asked": 5}', b"\xff"])
+def test_a_run_whose_config_is_damaged(folio, out_dir, story, content) -> None:
+    _damage(out_dir / "config.json", content)
+    before = tree(out_dir)
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out_dir}", "--init_from=resume")
+    assert_refused(outcome, out_dir / "config.json", f"--init_from={out_dir}")
+    assert tree(out_dir) == before
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "resume", "auto"])
+def test_a_folder_below_a_file(folio, story, tmp_path, init_from) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / "out"
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}", f"--init_from={init_from}")
+    assert_refused(outcome, out, "--init_from=scratch" if init_from == "resume" else "choose another --out_dir")
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a small file system")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk(folio, story, small_disk) -> None:
+    """The checkpoint that did not fit is named, nothing of it is left, and the metrics so far are."""
+    out = small_disk / "out"
+    argv = ["train", *SMALL, "--n_embd=128", "--n_head=4", f"--data_dir={story}", f"--out_dir={out}"]
+    assert_refused(folio(*argv), out / "checkpoints" / "step-00000005", "No space left", "--out_dir")
+    assert sorted(tree(out)) == ["checkpoints", "config.json", "metrics.jsonl"]
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "train"] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("eval_interval", [1, 5])
+def test_a_loss_that_is_not_finite(folio, out_dir, story, eval_interval) -> None:
+    """Exit code 1; the good checkpoints stay as they were, and no other is written."""
+    before = tree(out_dir / "checkpoints")
+    rate = ["--learning_rate=1e38", "--decay_lr=False", "--grad_clip=0", f"--eval_interval={eval_interval}"]
+    more = ["--init_from=resume", "--max_iters=20", *rate]
+    flags = [flag for flag in SMALL if not flag.startswith(("--max_iters", "--eval_interval"))]
+    outcome = folio("train", *flags, f"--data_dir={story}", f"--out_dir={out_dir}", *more)
+    assert_refused(outcome, "not finite", "--learning_rate", "resume from step 10", code=1)
+    assert tree(out_dir / "checkpoints") == before
+    assert folio("sample", f"--out_dir={out_dir}", "--device=cpu", "--checkpoint=latest").code == 0

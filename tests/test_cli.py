@@ -1,0 +1,117 @@
+"""The command line: what it offers, and how it says no."""
+
+from __future__ import annotations
+
+import importlib
+import runpy
+import sys
+
+import pytest
+from conftest import ROOT, SMALL, python
+
+from folio import __version__, cli, config
+
+POSITIONAL = {("prepare", "name"), ("plot", "out_dir")}
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_the_overview_lists_every_command(folio, argv) -> None:
+    code, out, err = folio(*argv)
+    assert (code, err) == (0, "")
+    for command, what in cli.COMMANDS.items():
+        assert f"  {command}" in out
+        assert what in out
+
+
+def test_version(folio) -> None:
+    assert folio("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_help_of_a_command_shows_every_knob(folio, command) -> None:
+    """Under the heading of its group, and with the group's own sentence."""
+    options = importlib.import_module(f"folio.commands.{command}").Options
+    code, out, err = folio(command, "--help")
+    assert (code, err) == (0, "")
+    for name, knob in config.knobs(options).items():
+        if (command, name) not in POSITIONAL:
+            assert f"--{name} " in out
+        if knob.group:
+            assert f"─ {knob.group} options ─" in out
+
+
+@pytest.mark.parametrize(("command", "remedy"), [("trian", "did you mean 'train'?"), ("xyzzy", "folio --help")])
+def test_an_unknown_command_is_one_line(folio, command, remedy) -> None:
+    code, out, err = folio(command)
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [err.rstrip("\n")]
+    assert repr(command) in err
+    assert remedy in err
+
+
+def test_of_several_processes_the_first_alone_speaks(folio, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert folio("trian") == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("package", "argv"), [("torch", ["sample"]), ("tyro", ["train", "--help"]), ("safetensors", ["train", *SMALL])]
+)
+def test_a_missing_package_is_one_line_with_its_remedy(tmp_path, package, argv) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    done = python("-m", "folio", *argv, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"folio: the package '{package}' is missing: pip install {package}\n"
+    assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["sitecustomize.py"]
+
+
+def test_a_missing_extra_is_one_line_with_its_remedy(folio, tmp_path, monkeypatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 0, "loss": 1.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = folio("plot", tmp_path)
+    assert (code, out) == (2, "")
+    assert err == "folio: the package 'matplotlib' is missing: pip install 'folio[plot]' (or matplotlib)\n"
+
+
+def test_nothing_but_a_command_needs_a_package(tmp_path) -> None:
+    """The overview comes up in a Python that has none of them."""
+    done = python("-S", "-m", "folio", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train a model" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py"])
+def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, script) -> None:
+    """As nanoGPT's users call them: ``python train.py --n_layr=4``."""
+    monkeypatch.setattr(sys, "argv", [script, "--n_layr=4"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    out, err = capfd.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith(f"{script}: unknown knob 'n_layr'")
+    assert err.count("\n") == 1
+
+
+def test_an_option_that_is_no_knob_is_one_line(folio, tmp_path) -> None:
+    for argv in (["train", "-x"], ["plot", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
+        code, out, err = folio(*argv)
+        assert (code, out, err.count("\n")) == (2, "", 1), argv
+        assert argv[-1].lstrip("-") in err
+
+
+def test_a_bug_of_folio_itself_is_not_hidden(folio, monkeypatch) -> None:
+    """Only errors that the user can mend become one line."""
+
+    def broken(*_: object) -> int:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(cli, "_main", broken)
+    with pytest.raises(AttributeError, match="a bug"):
+        folio("train")

@@ -1,0 +1,72 @@
+"""Imports go down only: the layers of the package, held from its syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+
+import pytest
+from conftest import ROOT
+
+LAYERS = [
+    {"", "rng", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
+    {"tokens", "tokenizer", "runtime", "log"},
+    {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "datasets"},
+    {"train", "plot"},
+    {"commands"},
+    {"cli", "__main__"},
+]
+DELEGATES = {"generate", "optim", "flops"}  # whose functions are nanoGPT's methods of GPT, one line each
+OWNERS = {"torch.distributed": {"runtime"}, "wandb": {"log"}, "transformers": set()}
+MODULES = {
+    ".".join(path.relative_to(ROOT / "folio").with_suffix("").parts).removesuffix("__init__").rstrip("."): path
+    for path in sorted((ROOT / "folio").rglob("*.py"))
+    if path.parent.name != "presets"
+}
+
+
+def imports(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """The modules that these nodes import; ``from folio import rng`` imports folio.rng."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name.removeprefix("folio.") in MODULES else node.module or "" for name in inner)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield "torch.distributed"
+
+
+def imported(module: str) -> set[str]:
+    return set(imports(ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))))
+
+
+def layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module.split(".")[0] in names)
+
+
+def test_imports_go_down_only() -> None:
+    """Deferred imports count too; within a layer there is no circle."""
+    graph = {
+        module: {name.removeprefix("folio").removeprefix(".") for name in imported(module) if name.startswith("folio")}
+        for module in MODULES
+    }
+    assert graph.pop("model") == DELEGATES
+    assert not {(module, name) for module in graph for name in graph[module] if layer(name) > layer(module)}
+    tuple(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_package_has_one_owner(package: str) -> None:
+    users = {m for m in MODULES if any(n == package or n.startswith(f"{package}.") for n in imported(m))}
+    assert users == OWNERS[package]
+
+
+def test_the_model_needs_torch_alone() -> None:
+    """At module level; its delegates are counted above."""
+    body = ast.parse(MODULES["model"].read_text(encoding="utf-8")).body
+    packages = {name.split(".")[0] for name in imports(iter(body))}
+    assert packages - set(sys.stdlib_module_names) == {"torch"}

@@ -112,8 +112,8 @@ def verify(path: Path, run_id: str | None = None) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        for name, expected in state["sha256"].items():
-            if sha256(path / name) != expected:
+        for name in (MODEL, OPTIMIZER):
+            if sha256(path / name) != state["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
         if run_id is not None and state["run"] != run_id:
             raise ValueError(f"it is of another run, {state['run']}")

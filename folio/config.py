@@ -224,6 +224,8 @@ def read_file(name: str, options: type, *, ignore: type | None = None) -> dict[s
                 values = json.loads(text)
             case _:
                 values = _Evaluator(path, text, {**defaults(TrainConfig), **defaults(options)}).values()
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deep to be a config file") from None
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a valid {path.suffix[1:]} file: {error}") from None
     if not isinstance(values, dict):
@@ -276,8 +278,13 @@ def _typed(path: Path, name: str, value: Any, options: type) -> Any:
             return float(value)
         if choice in (int, float, bool, str) and type(value) is choice:
             return value
-    wanted = str(getattr(kind, "__name__", kind)).replace("typing.", "")
-    raise ValueError(f"{path}: {name} = {value!r}: must be {wanted}")
+    raise ValueError(f"{path}: {name} = {value!r}: must be {_wanted(kind)}")
+
+
+def _wanted(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    return " or ".join(map(_wanted, get_args(kind))) if get_args(kind) else str(kind.__name__)
 
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -314,8 +321,8 @@ class _Evaluator:
     def values(self) -> dict[str, Any]:
         try:
             body = ast.parse(self.text).body
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.path}: not Python: {error}") from None
+        except (SyntaxError, ValueError, MemoryError) as error:  # MemoryError: nested too deep
+            raise ValueError(f"{self.path}: not Python: {error or 'nested too deep'}") from None
         assigned: dict[str, Any] = {}
         for statement in body:
             for target, value in self._assignments(statement):
@@ -356,11 +363,13 @@ class _Evaluator:
                 a, b = self._evaluate(left), self._evaluate(right)
                 if isinstance(op, ast.Pow) and not (isinstance(b, (int, float)) and abs(b) <= 64):
                     raise ValueError("an exponent above 64")
-                if isinstance(op, ast.Mult) and (isinstance(a, str) or isinstance(b, str)):
-                    raise ValueError("text is not multiplied")
+                if isinstance(op, (ast.Mult, ast.Mod)) and (isinstance(a, str) or isinstance(b, str)):
+                    raise ValueError("text is neither multiplied nor formatted with %; an f-string does that")
                 result = _BINARY[type(op)](a, b)
                 if isinstance(result, int) and result.bit_length() > 1024:
                     raise ValueError("a number above 2**1024")
+                if isinstance(result, str) and len(result) > 4096:
+                    raise ValueError("text of more than 4096 characters")
                 return result
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
                 return _CALLS[name](*map(self._evaluate, args))

@@ -205,16 +205,18 @@ def read_meta(folder: Path) -> Meta:
             if set(splits) != set(SPLITS) or raw["dtype"] not in ("uint16", "uint32"):
                 raise ValueError("its splits or dtype are unknown")
             from_size = int(raw["vocab_size"])
+            if from_size < 1:
+                raise ValueError(f"vocab_size={from_size}")
             return Meta(from_size, np.dtype(raw["dtype"]), dict(raw["tokenizer"]), raw["eot"], splits)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a meta file of this program: {error}; prepare the data again") from None
     if (path := folder / "meta.pkl").is_file():
         raw = _read_pickle(path)
         try:
             itos = raw["itos"]
             characters = "".join(itos[i] for i in range(int(raw["vocab_size"])))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not nanoGPT's meta.pkl: no {error}") from None
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not nanoGPT's meta.pkl ({error}): prepare the data set again") from None
         return Meta(len(characters), np.dtype("uint16"), {"kind": "characters", "characters": characters}, "none")
     return Meta(None, np.dtype("uint16"), None)
 
@@ -229,7 +231,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         return _NothingImported(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"{path}: refused: {error}") from None
+        raise ValueError(f"{path}: refused: {error}; prepare the data set again") from None
 
 
 def _verify(path: Path, expected: dict[str, Any], itemsize: int) -> None:

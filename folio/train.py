@@ -48,6 +48,9 @@ class State:
     evaluations_without_improvement: int = 0
 
 
+_PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
+
+
 class MicroBatch(NamedTuple):
     """One forward and backward: tokens (B, T), targets (B, T), and what seeds its dropout."""
 
@@ -176,11 +179,7 @@ def settle(run: Run) -> None:
     # float16 overflows now and then, which its scaler takes care of
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        kept = checkpoint.steps(run.out_dir)
-        raise FloatingPointError(
-            f"the {what} of step {step} is not finite, training stopped before its update: lower --learning_rate, "
-            + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
-        )
+        raise _not_finite(run, f"the {what} of step {step}")
     run.stop = next((name for name, mark in _SIGNALS.items() if received >= mark), "")
     if step % run.config.evaluation.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
@@ -199,6 +198,14 @@ def settle(run: Run) -> None:
                 "seconds": at - run.started,
             }
         )
+
+
+def _not_finite(run: Run, what: str) -> FloatingPointError:
+    kept = checkpoint.steps(run.out_dir)
+    return FloatingPointError(
+        f"{what} is not finite, training stopped there: lower --learning_rate, "
+        + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
+    )
 
 
 # The data of a step
@@ -296,6 +303,8 @@ def validate(run: Run) -> dict[str, Any]:
 
     train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
     val_loss = loss_over("val", windows)
+    if not math.isfinite(train_loss + val_loss):
+        raise _not_finite(run, f"the loss at the evaluation of step {state.step}")
     state.train_loss, state.val_loss = train_loss, val_loss
     if state.step > 0:
         if state.best is None or val_loss < state.best["loss"]:
@@ -371,6 +380,11 @@ def build(config: TrainConfig) -> Run:
     shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
     if given := former.state if former else source.state if source else None:
         shape = _shape_of(given["model"], shape, config, lines)
+    known = tokens.meta.vocab_size
+    if known and isinstance(shape.vocab_size, int) and shape.vocab_size < known:
+        raise ValueError(
+            f"vocab_size={shape.vocab_size} is below the {known} of {tokens.folder}: set --vocab_size to that or more"
+        )
     tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
     model = GPT(shape, lambda name: rng.generator(config.system.seed, name))
     if source:
@@ -446,9 +460,11 @@ def _former(out_dir: Path, begin: str) -> _Former | None:
     for step in reversed(have):
         try:
             path = checkpoint.folder(out_dir, step) / checkpoint.STATE
-            return _Former(run_id, asked, dict(json.loads(path.read_text(encoding="utf-8"))))
+            state = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
+        if state.keys() >= _PARTS:
+            return _Former(run_id, asked, state)
     raise ValueError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 

@@ -98,5 +98,7 @@ def _prompt(start: str) -> str:
     path = Path(start.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"start={start}: {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None

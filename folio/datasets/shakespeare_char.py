@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import urllib.request
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def prepare(folder: Path, source: Path | None = None) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}: give a file that can be read as --source") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
 
@@ -40,7 +43,7 @@ def _downloaded(folder: Path) -> str:
         try:
             with urllib.request.urlopen(URL, timeout=60) as response:
                 content = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"the download of {URL} failed ({error}): {remedy}") from None
         if (actual := hashlib.sha256(content).hexdigest()) != SHA256:
             raise ValueError(f"the download has SHA-256 {actual}, not {SHA256}: {remedy}")

@@ -28,10 +28,10 @@ def write(
     """
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
     counts = {}
+    if empty := [split for split, ids in splits.items() if not len(ids)]:
+        raise ValueError(f"{folder / empty[0]}.bin would be empty: the text is too short to split")
     folder.mkdir(parents=True, exist_ok=True)
     for split, ids in splits.items():
-        if not len(ids):
-            raise ValueError(f"{folder / split}.bin would be empty: the text is too short to split")
         ids.astype(dtype).tofile(_unfinished(folder, f"{split}.bin"))
         counts[split] = {"tokens": len(ids), "sha256": sha256(_unfinished(folder, f"{split}.bin"))}
     meta = {

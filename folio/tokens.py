@@ -99,8 +99,9 @@ class Tokens:
             return rng.draw(index, n - T, rng.key(self.seed, split)).astype(np.int64)
         if self.sampling == "sequential":
             # build-nanogpt's DataLoaderLite: batches one after another, a tail shorter than a batch dropped
-            whole = max(1, (n - 1) // (T * self.batch_size) * self.batch_size)
-            return ((index % np.uint64(min(whole, (n - 1) // T))) * np.uint64(T)).astype(np.int64)
+            windows = (n - 1) // T
+            whole = windows // self.batch_size * self.batch_size or windows
+            return (index % np.uint64(whole)).astype(np.int64) * T
         per_epoch = rows_per_epoch(n, T)
         epochs = index // np.uint64(per_epoch)
         starts = np.empty(index.shape, dtype=np.int64)

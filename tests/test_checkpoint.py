@@ -1,0 +1,297 @@
+"""Checkpoints appear whole or not at all, verify themselves, and the right one is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from folio import checkpoint
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw
+
+SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+Damage = Callable[[Path], object]
+
+
+def trained(seed: int = 0, shape: GPTConfig = SHAPE) -> tuple[GPT, torch.optim.AdamW]:
+    """A model and an optimiser with moments."""
+    torch.manual_seed(seed)
+    model = GPT(shape)
+    optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0].backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def tensors(model: GPT, optimizer: torch.optim.AdamW) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    names = {p: name for name, p in model.named_parameters()}
+    slots = {f"{names[p]}/{slot}": t for p, state in optimizer.state.items() for slot, t in state.items()}
+    return {name: p.detach() for p, name in names.items()}, slots
+
+
+def save(out_dir: Path, step: int, *, run: str = "a1", best: tuple[int, float] | None = None, seed: int = 0) -> Path:
+    """A checkpoint as a run writes it."""
+    model, optimizer = trained(seed)
+    state = {
+        "run": run,
+        "step": step,
+        "best": {"step": best[0], "loss": best[1]} if best else None,
+        "model": checkpoint.model_state(model),
+    }
+    checkpoint.save(out_dir, step, *tensors(model, optimizer), state)
+    return checkpoint.folder(out_dir, step)
+
+
+def cut(name: str) -> Damage:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-1])
+
+
+def flip(name: str) -> Damage:
+    def damage(path: Path) -> None:
+        content = bytearray((path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+DAMAGES = {
+    "model cut": cut("model.safetensors"),
+    "optimizer cut": cut("optimizer.safetensors"),
+    "one bit of the model": flip("model.safetensors"),
+    "one bit of the optimizer": flip("optimizer.safetensors"),
+    "model missing": lambda path: (path / "model.safetensors").unlink(),
+    "state missing": lambda path: (path / "state.json").unlink(),
+    "state empty": lambda path: (path / "state.json").write_text(""),
+    "state not ours": lambda path: (path / "state.json").write_text("{}"),
+    "state no object": lambda path: (path / "state.json").write_text("[1]"),
+    "state no text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "all empty": lambda path: [file.write_bytes(b"") for file in path.iterdir()],
+    "no files": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.fixture(params=DAMAGES.values(), ids=DAMAGES)
+def damage(request: pytest.FixtureRequest) -> Damage:
+    """Each way in which a checkpoint can be broken."""
+    return request.param
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip(tmp_path: Path, tied: bool) -> None:
+    """Weights and moments come back to the bit, into a new model and optimiser that go on alike."""
+    shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)
+    model, optimizer = trained(1, shape)
+    weights, slots = tensors(model, optimizer)
+    checkpoint.save(tmp_path, 2, weights, slots, {"run": "a1", "step": 2, "model": checkpoint.model_state(model)})
+    found = checkpoint.choose(tmp_path, "latest")
+    assert (found.step, found.state["run"]) == (2, "a1")
+    assert found.model().config == shape
+    assert all(torch.equal(p, weights[name]) for name, p in found.model().named_parameters())
+    other = GPT(shape)
+    checkpoint.load_weights(other, found.weights())
+    fresh = adamw(other, 1e-2, (0.9, 0.95), 0.1)
+    checkpoint.load_slots(fresh, other, found.slots())
+    for m, o in ((model, optimizer), (other, fresh)):
+        o.zero_grad()
+        m.loss(torch.tensor([[4, 5]]), torch.tensor([[5, 6]]))[0].backward()
+        o.step()
+    for mine, theirs in zip(tensors(model, optimizer), tensors(other, fresh), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_what_lies_in_a_checkpoint(tmp_path: Path) -> None:
+    """Three files; parameters by nanoGPT's names, no tied head; optimiser tensors as <parameter>/<slot>."""
+    path = save(tmp_path, 5)
+    assert path == tmp_path / "checkpoints" / "step-00000005"
+    assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    names = [name for name, _ in GPT(SHAPE).named_parameters()]
+    with safe_open(path / "model.safetensors", "pt") as file:
+        assert sorted(file.keys()) == sorted(names)
+        assert "lm_head.weight" not in names
+    with safe_open(path / "optimizer.safetensors", "pt") as file:
+        slots = ("exp_avg", "exp_avg_sq", "step")
+        assert sorted(file.keys()) == sorted(f"{name}/{slot}" for name in names for slot in slots)
+    state = json.loads((path / "state.json").read_text())
+    assert set(state["sha256"]) == {"model.safetensors", "optimizer.safetensors"}
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    """So that two runs can be compared by their files."""
+    first, second = save(tmp_path / "a", 5), save(tmp_path / "b", 5)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    """By one whose other content verifies; what an earlier attempt left does not disturb."""
+    rest = tmp_path / "checkpoints" / ".step-00000005.unfinished"
+    rest.mkdir(parents=True)
+    (rest / "model.safetensors").write_bytes(b"half")
+    save(tmp_path, 5)
+    path = save(tmp_path, 5, run="b2", seed=1)
+    assert checkpoint.verify(path)["run"] == "b2"
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
+
+
+def test_an_unfinished_folder_never_counts(tmp_path: Path) -> None:
+    """Neither it, nor what was set aside, nor a stray file is a checkpoint."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(save(tmp_path, 5), folder / ".step-00000009.unfinished")
+    shutil.copytree(folder / "step-00000005", folder / "step-00000007.damaged")
+    (folder / "step-00000008").write_text("a file")
+    assert checkpoint.steps(tmp_path) == [5]
+    assert checkpoint.choose(tmp_path, "latest").step == 5
+    assert checkpoint.steps(tmp_path / "nowhere") == []
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the folder and the remedy; the checkpoint that was there stays."""
+    before = save(tmp_path, 5)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step-00000010 could not be written .*No space left.*make room"):
+        save(tmp_path, 10)
+    with pytest.raises(OSError, match="could not be written"):
+        save(tmp_path, 5)
+    assert [p.name for p in before.parent.iterdir()] == ["step-00000005"]
+    checkpoint.verify(before)
+
+
+def test_json_appears_whole(tmp_path: Path) -> None:
+    """A value that cannot be written leaves the old file as it was."""
+    path = tmp_path / "best.json"
+    checkpoint.write_json(path, {"step": 1})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(path, {"step": 2, "odd": object()})
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
+# Which one
+
+
+def test_damaged_checkpoints_are_found_out(tmp_path: Path, damage: Damage) -> None:
+    """Whatever is wrong with it, the error names the folder."""
+    path = save(tmp_path, 5)
+    checkpoint.verify(path, "a1")
+    damage(path)
+    with pytest.raises(ValueError, match="step-00000005 is damaged: "):
+        checkpoint.verify(path)
+    with pytest.raises(ValueError, match="step-00000005 is damaged: "):
+        checkpoint.choose(tmp_path, "latest")
+
+
+def test_the_latest_that_verifies(tmp_path: Path, damage: Damage) -> None:
+    """Damaged ones are set aside under another name, with a line each, and not met again."""
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    for step in (10, 15):
+        damage(checkpoint.folder(tmp_path, step))
+    found, lines = checkpoint.latest(tmp_path, "a1")
+    assert found is not None
+    assert (found.step, len(lines)) == (5, 2)
+    assert "step-00000015 is damaged: " in lines[0]
+    assert lines[1].endswith("; set aside as step-00000010.damaged")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000005",
+        "step-00000010.damaged",
+        "step-00000015.damaged",
+    ]
+    assert checkpoint.latest(tmp_path, "a1")[1] == []
+
+
+def test_damaged_again(tmp_path: Path) -> None:
+    """A second damaged checkpoint of the same step takes the place of the first."""
+    for _ in range(2):
+        cut("model.safetensors")(save(tmp_path, 5))
+        found, lines = checkpoint.latest(tmp_path, "a1")
+        assert (found, len(lines)) == (None, 1)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005.damaged"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """A folder that was copied in is not resumed, though whole."""
+    save(tmp_path, 5)
+    save(tmp_path, 10, run="b2")
+    with pytest.raises(ValueError, match="it is of another run, b2"):
+        checkpoint.verify(checkpoint.folder(tmp_path, 10), "a1")
+    found, lines = checkpoint.latest(tmp_path, "a1")
+    assert found is not None
+    assert (found.step, len(lines)) == (5, 1)
+    assert "another run, b2" in lines[0]
+
+
+def test_choose(tmp_path: Path) -> None:
+    """Best, latest, or a step; best.json names the best."""
+    for step in (5, 10, 15):
+        save(tmp_path, step, best=(10, 2.5) if step >= 10 else (5, 3.0))
+    checkpoint.write_json(tmp_path / "best.json", {"step": 5, "loss": 2.5})
+    assert [checkpoint.choose(tmp_path, which).step for which in ("best", "latest", "10", "15")] == [5, 15, 10, 15]
+    for wrong in ("7", "newest", "-5"):
+        with pytest.raises(FileNotFoundError, match=rf"no checkpoint '{wrong}' in .*: .*best, latest and 5, 10, 15"):
+            checkpoint.choose(tmp_path, wrong)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere: train with"):
+        checkpoint.choose(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lost", [None, "", "[]", '{"step": "x"}', '{"loss": 1.0}'])
+def test_a_lost_best_json_is_rebuilt(tmp_path: Path, lost: str | None) -> None:
+    """From the newest state that can be read."""
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, best=(10, 2.5) if step >= 10 else (5, 3.0))
+    (checkpoint.folder(tmp_path, 20) / "state.json").write_text("{")
+    if lost is not None:
+        (tmp_path / "best.json").write_text(lost)
+    assert checkpoint.best_step(tmp_path) == 10
+    assert checkpoint.choose(tmp_path, "best").step == 10
+
+
+def test_without_a_best_the_latest_is_the_best(tmp_path: Path) -> None:
+    """Before the first evaluation, or where the best is gone."""
+    assert checkpoint.best_step(tmp_path) is None
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    assert checkpoint.best_step(tmp_path) is None
+    assert checkpoint.choose(tmp_path, "best").step == 10
+    checkpoint.write_json(tmp_path / "best.json", {"step": 7, "loss": 1.0})
+    assert checkpoint.choose(tmp_path, "best").step == 10
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [10, 25]), (2, [10, 20, 25]), (4, [10, 15, 20, 25]), (9, None)])
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, left: list[int] | None) -> None:
+    """And touches nothing else."""
+    steps = [5, 10, 15, 20, 25]
+    for step in steps:
+        save(tmp_path, step)
+    checkpoint.write_json(tmp_path / "best.json", {"step": 10, "loss": 2.5})
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    checkpoint.prune(tmp_path, keep)
+    assert checkpoint.steps(tmp_path) == (left or steps)
+    assert (tmp_path / "checkpoints" / "notes").is_dir()
+
+
+# What does not fit
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """By the parameter's name, and without a change to the model."""
+    weights = checkpoint.choose(save(tmp_path, 5).parent.parent).weights()
+    model = GPT(GPTConfig(**{**vars(SHAPE), "n_layer": 2}))
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\..* is on one side only"):
+        checkpoint.load_weights(model, weights)
+    model = GPT(GPTConfig(**{**vars(SHAPE), "block_size": 4}))
+    with pytest.raises(ValueError, match=r"wpe\.weight has shape \(8, 8\), the model \(4, 8\)"):
+        checkpoint.load_weights(model, weights)

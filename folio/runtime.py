@@ -182,7 +182,7 @@ class Runtime:
         """What ``make`` returns on rank 0, which alone calls it, on every rank; so is what it raises.
 
         Raises:
-            ValueError, OSError: rank 0's.
+            Exception: rank 0's.
         """
         if self.world == 1:
             return make()
@@ -190,7 +190,7 @@ class Runtime:
         if self.rank == 0:
             try:
                 box[0] = make()
-            except (ValueError, OSError) as error:
+            except Exception as error:  # whatever it is, nobody must wait for a value that will not come
                 box[1] = error
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:

@@ -157,7 +157,7 @@ def stop_reason(run: Run) -> str:
     alone = run.signal if run.runtime.world == 1 else ""  # several ranks learn of it with the loss, together
     if finished or alone or any(due(run) for due, _ in run.work):
         settle(run)
-    return run.stop or alone or ("max_iters" if finished else "")
+    return "max_iters" if finished else run.stop or alone
 
 
 def do_what_is_due(run: Run) -> None:

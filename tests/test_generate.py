@@ -18,6 +18,12 @@ from folio.model import GPT, GPTConfig
 LINE = "-" * 15
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Fixed bits, and no waiting for a core that another process has."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def model() -> GPT:
     """Random weights, large enough that the context matters, in float64 (a row of a product differs from the
@@ -75,6 +81,7 @@ def test_a_sample_does_not_depend_on_the_others(model: GPT) -> None:
     assert torch.equal(draws(7, 2, 12), draws(7, 5, 12)[:2])
     assert torch.equal(draws(7, 2, 12), draws(7, 2, 30)[:, :12])
     assert not torch.equal(draws(7, 1, 12), draws(8, 1, 12))
+    assert not torch.equal(draws(7, 2, 12)[1], draws(8, 1, 12)[0])
     alone = generate(model, idx, 12, uniform=draws(7, 2, 12)[1:])
     for n in (2, 5):
         assert torch.equal(generate(model, idx.expand(n, -1), 12, uniform=draws(7, n, 12))[1:2], alone)
@@ -131,6 +138,8 @@ def test_top_p() -> None:
     assert by_hand([0.0, 0.44, 0.45, 0.66, 0.67, 0.999], top_p=0.85) == [1, 1, 2, 2, 3, 3]
     assert by_hand([0.05, 0.95], top_p=1.0) == [0, 3]
     assert by_hand([0.0, 0.999], top_k=2, top_p=0.5) == [1, 1]  # 4/7 reaches it after top_k
+    halves = torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64).log()
+    assert pick(halves, torch.zeros(1, 1).double(), 1.0, top_p=0.5).item() == 2  # reaching it is enough
 
 
 def test_temperature() -> None:

@@ -400,6 +400,15 @@ def test_the_best_and_the_latest_are_kept(train: Train) -> None:
     assert checkpoint.choose(out, "latest").state["evaluations_without_improvement"] == 3
 
 
+def test_the_first_evaluation_is_never_the_best(train: Train) -> None:
+    """It is of weights that nobody trained, and no checkpoint holds them, however bad it gets."""
+    out = train("out", "--learning_rate=3.0", "--decay_lr=False")
+    steps = records(out, "eval", "step", "val_loss")
+    assert min(steps, key=lambda r: r[1])[0] == 0
+    best = json.loads((out / "best.json").read_text())
+    assert (best["step"], best["loss"]) == min(steps[1:], key=lambda r: r[1])
+
+
 def test_keep_checkpoints_spares_the_best(train: Train) -> None:
     """The newest two, and the best besides."""
     out = train("out", "--learning_rate=1e-2")
@@ -440,7 +449,9 @@ def test_float16_trains_with_a_scaler(train: Train, monkeypatch: pytest.MonkeyPa
     whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")
     assert checkpoint.choose(out, "latest").state["scaler"]["_growth_tracker"] == 5
     train("out", *flags, "--init_from=resume", "--max_iters=10")
-    assert checkpoint.choose(out, "latest").state["scaler"]["scale"] == 65536.0
+    scalers = [checkpoint.choose(folder, "latest").state["scaler"] for folder in (out, whole)]
+    assert scalers[0] == scalers[1]
+    assert (scalers[0]["scale"], scalers[0]["_growth_tracker"]) == (65536.0, 10)
     assert timeless(out) == timeless(whole)
     assert records(out, "train", "loss")[-1] < records(out, "train", "loss")[0] - 0.1
 

@@ -1,0 +1,324 @@
+"""A run that is killed anywhere and resumed ends in the bits of one that was not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from folio import checkpoint, cli
+from folio.commands import train
+from folio.log import read_metrics
+from folio.runtime import Runtime
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+
+Spawn = Callable[..., "Child"]
+
+RUN = [*SMALL, "--init_from=auto", "--dropout=0.1", "--learning_rate=1e-2", "--checkpoint_interval=20"]
+ALONE = [*RUN, "--max_iters=230", "--lr_decay_iters=230", "--eval_interval=50", "--log_interval=1"]
+# more than one of DDP's buckets, and rows that three processes can share
+GROUP = [*RUN, "--max_iters=70", "--lr_decay_iters=70", "--eval_interval=35", "--n_embd=160"]
+GROUP += ["--gradient_accumulation_steps=3"]
+
+# Trains, and kills itself without warning when a function is called for the nth time, or after it
+SUICIDE = """
+import os, signal, sys
+from folio import checkpoint, cli, log
+name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
+owner = {"checkpoint": checkpoint, "log": log.Log}[name.split(".")[0]]
+function, calls = getattr(owner, name.split(".")[1]), 0
+def wrapped(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == count and not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = function(*args, **kwargs)
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name.split(".")[1], wrapped)
+cli.main("train")
+"""
+
+
+class Child:
+    """A process of its own session, with what it prints."""
+
+    def __init__(self, argv: list[str], log: Path, threads: int) -> None:
+        # waiting threads give their core away: other processes may need it, and the bits are the same
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *argv], cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def family(self) -> list[int]:
+        """Its own id and those of its children, which may be in sessions of their own."""
+        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
+        return [self.process.pid, *(pid for pid, parent in pairs if parent == self.process.pid)]
+
+    def kill(self, pids: list[int] | None = None, number: int = signal.SIGKILL) -> None:
+        for pid in pids or self.family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def end(self, timeout: float = 120) -> int:
+        return self.process.wait(timeout)
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, true: Callable[[], bool], timeout: float = 120) -> None:
+        """Looks often, for as long as the process lives."""
+        end = time.monotonic() + timeout
+        while not true():
+            assert self.process.poll() is None, f"it ended before:\n{self.output()}"
+            assert time.monotonic() < end, f"not within {timeout} s:\n{self.output()}"
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
+    """Starts processes, and leaves none behind."""
+    children: list[Child] = []
+
+    def start(*argv: str, threads: int = 2) -> Child:
+        children.append(Child(list(argv), tmp_path / f"log-{len(children)}.txt", threads))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.process.poll() is None:
+            child.kill()
+            child.end()
+
+
+def to_its_end(child: Child) -> str:
+    assert child.end() == 0, child.output()
+    return child.output()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that nothing happened to: "alone" or "group"; each made once."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def made(which: str) -> Path:
+        out = folder / which
+        if not out.exists():
+            argv = alone(out, story) if which == "alone" else group(out, story)
+            to_its_end(Child(argv, folder / f"{which}.txt", 2 if which == "alone" else 1))
+        return out
+
+    return made
+
+
+def alone(out: Path, data: Path) -> list[str]:
+    return ["-m", "folio", "train", *ALONE, f"--data_dir={data}", f"--out_dir={out}"]
+
+
+def group(out: Path, data: Path, ranks: int = 3) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launcher, "train.py", *GROUP, f"--data_dir={data}", f"--out_dir={out}"]
+
+
+def reached(out: Path, step: int) -> Callable[[], bool]:
+    """Whether a run has written its train line of this step."""
+
+    def look() -> bool:
+        path = out / "metrics.jsonl"
+        lines = read_metrics(path) if path.exists() else []
+        return any(r["kind"] == "train" and r["step"] >= step for r in lines)
+
+    return look
+
+
+def timeless(out: Path) -> list[dict[str, Any]]:
+    """All records but the starts, without what a clock says."""
+    clock = {"seconds", "tokens_per_second", "mfu"}
+    kept = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] != "start"]
+    return [{k: v for k, v in r.items() if k not in clock} for r in kept]
+
+
+def assert_same_bits(out: Path, other: Path) -> None:
+    """Weights, optimiser, every loss and what is kept."""
+    assert timeless(out) == timeless(other)
+    assert checkpoint.steps(out) == checkpoint.steps(other)
+    last = checkpoint.steps(other)[-1]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (checkpoint.folder(out, last) / name).read_bytes() == (
+            checkpoint.folder(other, last) / name
+        ).read_bytes()
+    assert (out / "best.json").read_bytes() == (other / "best.json").read_bytes()
+    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_killed_at_three_moments(spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path) -> None:
+    """SIGKILL before the first checkpoint, between two, and late; every time the same command goes on."""
+    out = tmp_path / "out"
+    for step in (7, 93, 171):
+        child = spawn(*alone(out, story))
+        child.wait_until(reached(out, step))
+        child.kill()
+        assert child.end() == -signal.SIGKILL
+    assert f"resuming {out} at step " in child.output()
+    said = to_its_end(spawn(*alone(out, story)))
+    assert f"resuming {out} at step " in said
+    assert "exact to rounding" not in said
+    assert_same_bits(out, undisturbed("alone"))
+
+
+@pytest.mark.slow
+def test_killed_within_a_checkpoint(
+    spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path
+) -> None:
+    """SIGKILL while files are written, before they count, after that, before and after best.json, and in a line."""
+    out = tmp_path / "out"
+    moments = [  # and the newest checkpoint that counts then; each process begins at the one before
+        ("checkpoint.save_file", 4, "before", 20),  # the checkpoint of 40 lacks its optimiser
+        ("checkpoint._sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
+        ("checkpoint.save", 1, "after", 40),  # it is renamed, and nothing else is done
+        ("checkpoint.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
+        ("checkpoint.prune", 2, "before", 80),  # nothing old is gone yet
+        ("log.write", 12, "after", 80),  # between two checkpoints
+    ]
+    for name, count, when, kept in moments:
+        child = spawn("-c", SUICIDE, name, str(count), when, *ALONE, f"--data_dir={story}", f"--out_dir={out}")
+        assert child.end() == -signal.SIGKILL, child.output()
+        assert checkpoint.steps(out)[-1] == kept, name
+    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.endswith(".damaged")] == []
+    to_its_end(spawn(*alone(out, story)))
+    assert_same_bits(out, undisturbed("alone"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_first(
+    spawn: Spawn,
+    undisturbed: Callable[[str], Path],
+    story: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    """The step is finished and saved, the exit code tells the signal, and the run goes on exactly from there."""
+    out = tmp_path / "out"
+    child = spawn(*alone(out, story))
+    child.wait_until(reached(out, 66))
+    child.kill([child.process.pid], number)
+    assert child.end() == code
+    step = checkpoint.steps(out)[-1]
+    assert step > 66
+    assert f"step {step} of 230 ({number.name}), --init_from=resume goes on" in child.output()
+    assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == list(range(step))
+    assert f"resuming {out} at step {step}" in to_its_end(spawn(*alone(out, story)))
+    assert timeless(out) == timeless(undisturbed("alone"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (checkpoint.folder(folder, 230) / name for folder in (out, undisturbed("alone")))
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """In the middle of a long step, without a checkpoint."""
+    out = tmp_path / "out"
+    large = ("--n_embd=256", "--block_size=128", "--batch_size=16", "--gradient_accumulation_steps=200")
+    child = spawn(*alone(out, story), *large, "--eval_iters=1")
+    child.wait_until(lambda: "step 0: train loss" in child.output())
+    child.kill([child.process.pid], signal.SIGINT)
+    child.wait_until(lambda: "SIGINT: finishing the step and saving; Ctrl-C to leave at once" in child.output())
+    time.sleep(0.2)
+    assert child.process.poll() is None  # the step goes on
+    child.kill([child.process.pid], signal.SIGINT)
+    assert child.end(5) == 130
+    assert checkpoint.steps(out) == []
+    assert "Traceback" not in child.output()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The run that ends anyway, or the one that resumes it, makes the last evaluation as one undisturbed does."""
+    torch.set_num_threads(1)
+    argv = [*SMALL, f"--data_dir={story}", "--learning_rate=1e-2", "--max_iters=7", "--init_from=auto"]
+
+    def go(out: Path) -> int:
+        return train.main(cli.parse(train.Options, [*argv, f"--out_dir={out}"], "folio train", files=True))
+
+    assert go(tmp_path / "undisturbed") == 0
+    build, update = train.build, Runtime.update
+
+    def disturbed(config: Any) -> Any:
+        run = build(config)
+
+        def last(self: Runtime, *args: Any) -> None:
+            update(self, *args)
+            if run.state.step == 6:
+                run.signal = name
+
+        monkeypatch.setattr(Runtime, "update", last)
+        return run
+
+    monkeypatch.setattr(train, "build", disturbed)
+    go(tmp_path / "out")
+    monkeypatch.undo()
+    assert go(tmp_path / "out") == 0
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "undisturbed")
+
+
+# Three processes
+
+
+@pytest.mark.slow
+def test_a_group_that_is_killed(spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path) -> None:
+    """All of three ranks at once, then one of them, after which the launcher ends the others: exact still."""
+    out = tmp_path / "out"
+    child = spawn(*group(out, story), threads=1)
+    child.wait_until(reached(out, 24))
+    family = child.family()
+    assert len(family) == 4
+    child.kill(family)
+    assert child.end() == -signal.SIGKILL
+    child = spawn(*group(out, story), threads=1)
+    child.wait_until(reached(out, 47))
+    child.kill(child.family()[-1:])
+    assert child.end() != 0
+    said = to_its_end(spawn(*group(out, story), threads=1))
+    assert f"resuming {out} at step 40" in said
+    assert "exact to rounding" not in said
+    assert_same_bits(out, undisturbed("group"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["launcher", "first rank", "last rank"])
+def test_a_group_that_is_asked_to_end(
+    spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path, who: str
+) -> None:
+    """SIGTERM to the launcher or to any one rank: all leave after the same step, with a checkpoint of it."""
+    out = tmp_path / "out"
+    child = spawn(*group(out, story), threads=1)
+    child.wait_until(reached(out, 28))
+    launcher, *ranks = child.family()
+    child.kill([{"launcher": launcher, "first rank": min(ranks), "last rank": max(ranks)}[who]], signal.SIGTERM)
+    assert child.end(60) != 0
+    step = checkpoint.steps(out)[-1]
+    assert 28 < step < 40
+    assert f"step {step} of 70 (SIGTERM), --init_from=resume goes on" in child.output()
+    assert f"resuming {out} at step {step}" in to_its_end(spawn(*group(out, story), threads=1))
+    assert timeless(out) == timeless(undisturbed("group"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (checkpoint.folder(folder, 70) / name for folder in (out, undisturbed("group")))
+        assert a.read_bytes() == b.read_bytes()

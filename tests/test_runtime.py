@@ -1,0 +1,296 @@
+"""The machine under a run: one process, two that exchange gradients, four that see what one sees."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, Outcome, python
+
+from folio import rng
+from folio.config import System
+from folio.log import read_metrics
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw
+from folio.runtime import Runtime
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+CPU = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
+SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+
+# What each of two ranks sees, as JSON
+TWO_RANKS = """
+import hashlib, json, sys
+from pathlib import Path
+import torch
+from folio import rng
+from folio.config import System
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw
+from folio.runtime import Runtime, leave
+
+runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+seen = {"world": runtime.world}
+rank = runtime.rank
+seen["sum"] = runtime.reduce(torch.tensor([1.0 + rank, 10.0])).tolist()
+
+calls = []
+def value():
+    calls.append(rank)
+    return {"from": rank, "list": [1, 2]}
+seen["broadcast"], seen["calls"] = runtime.broadcast(value), calls
+for kind in (ValueError, FileNotFoundError):
+    def wrong():
+        raise kind(f"rank {rank} found it")
+    try:
+        runtime.broadcast(wrong)
+    except (ValueError, OSError) as error:
+        seen[kind.__name__] = [type(error).__name__, str(error)]
+seen["sum after errors"] = runtime.reduce(torch.tensor([1.0])).tolist()
+
+model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8), lambda name: rng.generator(name))
+optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.1)
+loss = runtime.wrap(model, 2)
+def gradients():
+    return torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()
+seen["none at first"] = all(p.grad is None for p in model.parameters())
+rows = torch.randint(11, (4, 2, 9), generator=rng.generator("rows"))
+for micro in range(2):
+    batch = rows[2 * micro + rank]
+    with runtime.sync(loss, last=micro == 1):
+        nats, _ = loss(batch[:, :-1], batch[:, 1:])
+        runtime.backward(nats)
+    seen[f"gradients {micro}"] = gradients()
+runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
+weights, slots = runtime.full_state(model, optimizer)
+names = [*weights, *slots]
+assert all(t.is_contiguous() and t.device.type == "cpu" and not t.requires_grad for t in {**weights, **slots}.values())
+seen["names"] = names
+seen["state"] = hashlib.sha256(b"".join({**weights, **slots}[n].numpy().tobytes() for n in names)).hexdigest()
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(seen))
+runtime.close()
+leave(0)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Fixed bits, and no waiting for a core that another process has."""
+    torch.set_num_threads(1)
+
+
+def torchrun(ranks: int, *argv: str | Path) -> Any:
+    """A command on so many processes, to its end."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    return python(*launcher, *argv, OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks saw."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "two.py").write_text(TWO_RANKS)
+    done = torchrun(2, folder / "two.py", folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def trainer() -> tuple[GPT, torch.optim.AdamW, Runtime]:
+    """A model, its optimiser and the runtime of one process."""
+    torch.manual_seed(1)
+    model = GPT(SHAPE)
+    return model, adamw(model, 1e-2, (0.9, 0.95), 0.1), Runtime(CPU)
+
+
+def step(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime, loss: float = 1.0, norm: float = 1.0) -> None:
+    """A backward pass and an update after this loss and this norm of the gradients."""
+    runtime.backward(model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0])
+    runtime.update(optimizer, torch.tensor(loss), torch.tensor(norm))
+
+
+def snapshot(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime) -> dict[str, list[Any]]:
+    weights, slots = runtime.full_state(model, optimizer)
+    return {name: t.flatten().tolist() for name, t in {**weights, **slots}.items()}
+
+
+# One process
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_nothing_is_updated_from_the_first_loss_on_that_is_not_finite(loss: float, norm: float) -> None:
+    """Neither weights nor moments nor the count of updates, in that step and in all that follow."""
+    parts = trainer()
+    empty = snapshot(*parts)
+    step(*parts)
+    good = snapshot(*parts)
+    assert good != empty
+    step(*parts, loss=loss, norm=norm)
+    assert snapshot(*parts) == good
+    step(*parts)
+    assert snapshot(*parts) == good
+    assert all(p.grad is None for p in parts[0].parameters())
+
+
+def test_clip() -> None:
+    """The norm is that of all gradients together; 0 leaves them alone."""
+    model, optimizer, runtime = trainer()
+    runtime.backward(model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0])
+
+    def norm() -> float:
+        return math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters() if p.grad is not None))
+
+    before = norm()
+    assert runtime.clip(optimizer, 0.0).item() == pytest.approx(before)
+    assert norm() == pytest.approx(before)
+    assert runtime.clip(optimizer, 0.5).item() == pytest.approx(before)
+    assert norm() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_arithmetic_is_what_was_asked(dtype: str) -> None:
+    """Products in that type, the weights and the loss in float32."""
+    model = GPT(SHAPE)
+    runtime = Runtime(System(device="cpu", dtype=dtype, compile=False))  # type: ignore[arg-type]
+    seen: list[torch.dtype] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    nats, counted = runtime.wrap(model, 2)(torch.tensor([[1, 2]]), torch.tensor([[2, -1]]))
+    assert seen == [getattr(torch, dtype)]
+    assert nats.dtype == model.lm_head.weight.dtype == torch.float32
+    assert counted.item() == 1
+    assert runtime.scaler.is_enabled() == (dtype == "float16")
+
+
+def test_auto_takes_again_what_it_took_before() -> None:
+    """A resumed run keeps its choices where the machine allows, and asked ones win."""
+    auto = System()
+    before = {"device": "cpu", "dtype": "float32", "compile": False, "matmul_precision": "highest"}
+    resolved = Runtime(auto, resolved=before).resolved
+    assert {name: resolved[name] for name in before} == before
+    asked = System(device="cpu", dtype="bfloat16", matmul_precision="medium", compile=False)
+    assert Runtime(asked, resolved=before).resolved["dtype"] == "bfloat16"
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_differences_are_named() -> None:
+    """None to itself; each that changes the bits by its name."""
+    runtime = Runtime(CPU)
+    assert runtime.differences(dict(runtime.resolved)) == []
+    before = {**runtime.resolved, "world": 4, "torch": "2.0"}
+    assert runtime.differences(before) == ["world was 4 and is 1", f"torch was 2.0 and is {torch.__version__}"]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_launcher_that_forgot_something(
+    folio: Callable[..., Outcome], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The missing variable is named in one line."""
+    for other, value in LAUNCHED.items():
+        monkeypatch.setenv(other, value)
+    monkeypatch.delenv(name)
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"{name} is not set, but RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT go together" in outcome.err
+
+
+# Two processes
+
+
+def test_reduce_sums(two: list[dict[str, Any]]) -> None:
+    """Over all ranks, on all ranks, after an error too."""
+    assert [seen["world"] for seen in two] == [2, 2]
+    assert [seen["sum"] for seen in two] == [[3.0, 20.0]] * 2
+    assert [seen["sum after errors"] for seen in two] == [[2.0]] * 2
+
+
+def test_broadcast_is_rank_0s(two: list[dict[str, Any]]) -> None:
+    """Its value, and what it raises; the others do not call."""
+    assert [seen["broadcast"] for seen in two] == [{"from": 0, "list": [1, 2]}] * 2
+    assert [seen["calls"] for seen in two] == [[0], []]
+    for kind in ("ValueError", "FileNotFoundError"):
+        assert [seen[kind] for seen in two] == [[kind, "rank 0 found it"]] * 2
+
+
+def test_gradients_are_exchanged_in_the_last_micro_step(two: list[dict[str, Any]]) -> None:
+    """Before it each rank has its own; after it all have the mean over the ranks of what each summed up."""
+    assert all(seen["none at first"] for seen in two)
+    own = [torch.tensor(seen["gradients 0"]) for seen in two]
+    assert not torch.allclose(own[0], own[1])
+    assert two[0]["gradients 1"] == two[1]["gradients 1"]
+    model = GPT(SHAPE, lambda name: rng.generator(name))
+    rows = torch.randint(11, (4, 2, 9), generator=rng.generator("rows"))
+    for batch in rows:
+        (model.loss(batch[:, :-1], batch[:, 1:])[0] / 2).backward()
+    alone = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(torch.tensor(two[0]["gradients 1"]), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_full_state_is_the_same_everywhere(two: list[dict[str, Any]]) -> None:
+    """All weights by name, all optimiser tensors as <parameter>/<slot>, bit by bit alike."""
+    assert two[0]["state"] == two[1]["state"]
+    names = [name for name, _ in GPT(SHAPE).named_parameters()]
+    slots = {f"{name}/{slot}" for name in names for slot in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(two[0]["names"]) == set(two[1]["names"]) == {*names, *slots}
+
+
+# As many as there are
+
+
+@pytest.fixture(scope="module")
+def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run of 20 steps with dropout on so many ranks, made once for each."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def run(ranks: int, *argv: str) -> Path:
+        out = folder / "-".join([str(ranks), *argv])
+        if not out.exists():
+            common = [*SMALL, "--max_iters=20", "--lr_decay_iters=20", "--learning_rate=1e-2", "--eval_iters=3", *argv]
+            command = [*common, f"--data_dir={story}", f"--out_dir={out}"]
+            if ranks == 1:
+                done = python("train.py", *command, OMP_NUM_THREADS="1")
+            else:
+                done = torchrun(ranks, "train.py", *command)
+            assert done.returncode == 0, done.stderr
+            out.with_name(f"{out.name}.txt").write_text(done.stdout)
+        return out
+
+    return run
+
+
+def losses(out: Path) -> list[float]:
+    found = read_metrics(out / "metrics.jsonl")
+    return [r[name] for r in found for name in ("loss", "train_loss", "val_loss") if name in r]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_see_what_one_process_sees(trained: Callable[..., Path], ranks: int) -> None:
+    """Where the world divides the accumulation, losses agree to rounding with dropout on, evaluations too."""
+    flags = ("--gradient_accumulation_steps=4", "--dropout=0.2")
+    one, several = losses(trained(1, *flags)), losses(trained(ranks, *flags))
+    assert len(one) == 20 + 2 * 5
+    assert several == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_share_a_micro_step(trained: Callable[..., Path]) -> None:
+    """Where it does not, the rows are the same still: losses agree without dropout, and a line warns."""
+    flags = ("--gradient_accumulation_steps=1", "--batch_size=6", "--dropout=0.0")
+    assert losses(trained(3, *flags)) == pytest.approx(losses(trained(1, *flags)), abs=1e-5)
+    out = trained(3, *flags)
+    said = out.with_name(f"{out.name}.txt").read_text()
+    assert "3 processes do not divide the micro steps: dropout masks differ from one's" in said
+
+
+@pytest.mark.slow
+def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
+    """An error that every rank meets is one line among the launcher's."""
+    flags = ("--gradient_accumulation_steps=1", "--batch_size=5")
+    done = torchrun(2, "train.py", *SMALL, *flags, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode != 0
+    assert done.stderr.count("5 rows cannot be shared by 2 processes: 1 processes or 4 rows would fit") == 1
+    assert not (tmp_path / "out").exists()

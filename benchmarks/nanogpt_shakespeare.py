@@ -3,7 +3,8 @@
     python benchmarks/nanogpt_shakespeare.py --peer PATH_TO_A_NANOGPT_CHECKOUT --source tinyshakespeare.txt
 
 Both losses are of the whole validation split, every token once, in float32, by the same code. Each round runs
-all contestants one after another; ratios are taken within a round, and their spread is over the rounds.
+all contestants one after another; ratios are taken within a round, and their spread is over the rounds. Folio's
+seed is another in each round; nanoGPT's is fixed, so its loss is one draw of what its seeds would give.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def main(options: Options) -> None:
             results.setdefault("nanoGPT", []).append(_peer(options.peer, flags, data, Path(folder) / f"peer{turn}"))
             for name, more in variants.items():
                 out = Path(folder) / f"{name}{turn}".replace(" ", "-")
-                results.setdefault(name, []).append(_ours([*flags, *more], data, out))
+                seeded = [*flags, *more, f"--seed={1337 + turn}"]
+                results.setdefault(name, []).append(_ours(seeded, data, out))
             for name, found in results.items():
                 print(f"round {turn + 1}: {name:14} {found[-1]}", flush=True)
     _print(results)
@@ -84,13 +86,16 @@ def main(options: Options) -> None:
 
 def _print(results: dict[str, list[Result]]) -> None:
     peer = results["nanoGPT"]
-    print(f"\n{'':14} {'wall s':>8} {'tokens/s':>10} {'val loss':>9}   wall and tokens/s against nanoGPT (min … max)")
+    print(f"\n{'':14} {'wall s':>8} {'tokens/s':>10} {'val loss (min … max)':>25}   against nanoGPT: wall, tokens/s")
     for name, found in results.items():
         row = [statistics.median(getattr(r, f) for r in found) for f in ("wall", "speed", "loss")]
         walls = [p.wall / r.wall for p, r in zip(peer, found, strict=True)]
         speeds = [r.speed / p.speed for p, r in zip(peer, found, strict=True)]
         ratios = "  ".join(f"{statistics.median(x):.2f}× ({min(x):.2f} … {max(x):.2f})" for x in (walls, speeds))
-        print(f"{name:14} {row[0]:8.1f} {row[1]:10,.0f} {row[2]:9.4f}   {ratios}")
+        losses = [r.loss for r in found]
+        print(
+            f"{name:14} {row[0]:8.1f} {row[1]:10,.0f} {row[2]:9.4f} ({min(losses):.4f} … {max(losses):.4f})   {ratios}"
+        )
 
 
 def _write_meta_pkl(data: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 AUTO = Literal["auto"]
+_SHORT = 256  # tokens up to which attention is written out on a CPU
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
 
     With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
     where a query may look, and broadcasts to (B, n_head, T, S). On CUDA the flash kernel does it. On a CPU
-    its backward is slow, so attention that will be differentiated is written out there
-    (benchmarks/attention.py).
+    the fused kernel's backward is slow for short contexts, so there attention that will be differentiated is
+    written out (benchmarks/attention.py).
     """
     T, S = q.size(2), k.size(2)
     if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if q.device.type != "cpu" or not q.requires_grad:
+    if q.device.type != "cpu" or not q.requires_grad or S > _SHORT:
         causal = mask is None and T > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     if mask is None:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -181,7 +182,9 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
 
 
 def prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the best."""
+    """Removes all but the ``keep`` newest checkpoints and the best, and what a killed save left."""
+    for path in (out_dir / "checkpoints").glob(".step-*.unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
     best = best_step(out_dir)
     for step in steps(out_dir)[:-keep]:
         if step != best:
@@ -211,8 +214,3 @@ def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: dict[str, Te
     order: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
     packed["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
     optimizer.load_state_dict(packed)
-
-
-def model_state(model: GPT) -> dict[str, Any]:
-    """The model's shape as it goes into ``state.json``."""
-    return asdict(model.config)

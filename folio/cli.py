@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,21 +30,27 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     A script at the root names its command, and what stands before the arguments that were typed.
     """
     line = ""
+    first_rank = os.environ.get("RANK", "0") == "0"  # it speaks for all
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if not first_rank:
+        warnings.simplefilter("ignore")
     try:
         code = _main(command, [*first, *sys.argv[1:]])
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "folio":
             raise
-        code, line = 2, f"the package {error.name!r} is missing: pip install {_package(error.name or '')}"
+        package = (error.name or "").split(".")[0]
+        code, line = 2, f"the package {package!r} is missing: pip install {package}"
     except FloatingPointError as error:
         code, line = 1, str(error)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = 141
     except (ValueError, OSError) as error:
         code, line = 2, _describe(error)
     except KeyboardInterrupt:
         code = 130
-    if line and os.environ.get("RANK", "0") == "0":  # one process speaks for all
+    if line and first_rank:
         name = Path(sys.argv[0]).name
         print(f"{'folio' if name == '__main__.py' else name}: {line}", file=sys.stderr, flush=True)
     if runtime := sys.modules.get("folio.runtime"):
@@ -154,11 +161,6 @@ def _overview() -> str:
         f"usage: folio COMMAND [FILE or PRESET …] [--knob=value …]\n\n{table}\n\n"
         "folio COMMAND --help lists the knobs of a command."
     )
-
-
-def _package(module: str) -> str:
-    extras = {"matplotlib": "'folio[plot]' (or matplotlib)", "wandb": "'folio[log]' (or wandb)"}
-    return extras.get(module.split(".")[0], module.split(".")[0])
 
 
 def _describe(error: Exception) -> str:

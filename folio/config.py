@@ -93,6 +93,18 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What to continue, and how."""
+
+    start: str = knob("\n", "prompt, or FILE:name of a file that holds it")
+    num_samples: int = knob(10, "samples to draw", min=1)
+    max_new_tokens: int = knob(500, "tokens in each, after the prompt", min=1)
+    temperature: float = knob(0.8, "below 1 bolder, above 1 wilder; 0: the likeliest token always", min=0)
+    top_k: int = knob(200, "draw from the k likeliest tokens; 0: from all", min=0)
+    top_p: float = knob(1.0, "draw from the fewest tokens that reach this probability", above=0, max=1)
+
+
+@dataclass(frozen=True)
 class System:
     """The machine, and what arithmetic is done on it."""
 

@@ -24,6 +24,7 @@ _PEAKS = {
     "A10G": (70, 35),
     "A10": (125, 62.5),
     "L40S": (362, 183),
+    "L40": (181, 91),
     "L4": (121, 60),
     "V100": (125, 15.7),
     "T4": (65, 8.1),
@@ -49,9 +50,9 @@ def flops_per_token(model: GPT) -> int:
 
 @functools.cache
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that this device can reach: by table for a GPU, measured once for a CPU, None if unknown."""
+    """FLOP/s that this device can reach: by table for a GPU, measured once for a CPU; None where unknown."""
     if device.type == "cpu":
-        return _measured(dtype)
+        return None if dtype == torch.float16 else _measured(dtype)  # CPUs emulate float16
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, (half, single) in _PEAKS.items():

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from folio import rng
+from folio import rng, tokenizer
+from folio.config import Sampling
 from folio.model import GPT, KVCache
+from folio.tokenizer import Tokenizer
+
+LINE = "-" * 15
 
 
-def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    uniform: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """(B, T) token ids → (B, T + max_new_tokens). Arguments as in ``stream``."""
-    new = stream(model, idx, max_new_tokens, temperature, top_k, top_p, uniform, vocab_size)
-    return torch.cat([idx, *new], dim=1)
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
+    """(B, T) token ids → (B, T + max_new_tokens); further arguments as ``stream``'s."""
+    return torch.cat([idx, *stream(model, idx, max_new_tokens, **how)], dim=1)
 
 
 @torch.no_grad()
@@ -73,6 +68,9 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
+    device = logits.device
+    if torch.are_deterministic_algorithms_enabled():  # which refuse a cumulative sum on CUDA
+        logits, uniform = logits.cpu(), uniform.cpu()
     logits = logits.to(uniform.dtype) / temperature
     if top_k is not None and top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
@@ -85,7 +83,7 @@ def pick(
     total = probs.cumsum(-1)
     last = total[:, -1:]
     below = torch.minimum(uniform * last, last.nextafter(torch.zeros_like(last)))
-    return torch.searchsorted(total, below, right=True)
+    return torch.searchsorted(total, below, right=True).to(device)
 
 
 def draws(seed: int, samples: int, max_new_tokens: int) -> Tensor:
@@ -95,3 +93,44 @@ def draws(seed: int, samples: int, max_new_tokens: int) -> Tensor:
         for i in range(samples)
     ]
     return torch.stack(rows)
+
+
+def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
+    """The text of all samples, a line of dashes after each; one alone comes token by token."""
+    prompt = _prompt(o.start)
+    try:
+        ids = tokens.encode(prompt)
+    except ValueError as error:
+        raise ValueError(f"start: {error}") from None
+    if not len(ids):
+        raise ValueError("start is empty: give at least one token to go on from")
+    device = next(model.parameters()).device
+    new = stream(
+        model,
+        torch.from_numpy(ids.astype("int64")).to(device).expand(o.num_samples, -1),
+        o.max_new_tokens,
+        o.temperature,
+        o.top_k or None,
+        o.top_p,
+        draws(seed, o.num_samples, o.max_new_tokens),
+        tokens.size,
+    )
+    if o.num_samples == 1:
+        yield prompt
+        yield from tokenizer.stream(tokens, map(int, new))
+        yield f"\n{LINE}\n"
+        return
+    for row in torch.cat(list(new), dim=1).tolist():
+        yield f"{prompt}{tokenizer.decode(tokens, row)}\n{LINE}\n"
+
+
+def _prompt(start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"start={start}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None

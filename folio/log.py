@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,7 +44,8 @@ class Log:
         if self._file:
             self._file.close()
         if self._wandb:
-            self._wandb.finish()
+            with contextlib.suppress(Exception):  # a tracker never stops a run
+                self._wandb.finish()
 
     def open(self, out_dir: Path) -> None:
         """From here on records go to ``out_dir/metrics.jsonl`` as well."""
@@ -153,15 +154,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drops what a run that continues at ``step`` will write again: its train line of ``step`` and all later."""
+    """Drops what a run that continues at ``step`` writes again: lines of later steps, train and start of this."""
     if not path.exists():
         return
-    kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] != "train")]
+    kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] == "eval")]
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in kept)
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
-
-
-def error(line: str) -> None:
-    """One line to standard error."""
-    print(line, file=sys.stderr, flush=True)

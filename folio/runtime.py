@@ -33,25 +33,35 @@ _LEFT: list[Any] = []  # process groups that were left
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class _Objective(nn.Module):
-    """``model.loss`` as a module's forward, so that DDP can wrap it, under autocast and perhaps compiled."""
+def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
+    """``torch.compile``; should it fail, also in mid-run, one warning and the function as it is from then on."""
+    fast: Callable[..., T] | None = torch.compile(function, **how)
 
-    def __init__(self, model: GPT, device: torch.device, dtype: torch.dtype, compiled: bool) -> None:
+    def call(*args: Any, **kwargs: Any) -> T:
+        nonlocal fast
+        if fast is not None:
+            try:
+                return fast(*args, **kwargs)
+            except (TorchDynamoException, ImportError, OSError) as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"torch.compile failed, going on without: {reason}", stacklevel=2)
+                fast = None
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _Objective(nn.Module):
+    """``model.loss`` under autocast as a module's forward, so that DDP can wrap it."""
+
+    def __init__(self, model: GPT, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self.device, self.dtype = device, dtype
-        self.compiled: Loss | None = torch.compile(model.loss) if compiled else None
+        self.loss, self.device, self.dtype = loss, device, dtype
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            if self.compiled is not None:
-                try:
-                    return self.compiled(idx, targets)
-                except (TorchDynamoException, ImportError, OSError) as error:
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    warnings.warn(f"torch.compile failed, going on without: {reason}", stacklevel=2)
-                    self.compiled = None
-            return self.model.loss(idx, targets)
+            return self.loss(idx, targets)
 
 
 class Runtime:
@@ -67,7 +77,9 @@ class Runtime:
     def __init__(self, system: System, *, flops: float = 0.0, resolved: dict[str, Any] | None = None) -> None:
         before = resolved or {}
         self.rank, self.world, local_rank = _place()
-        self.device = _device(_asked_or_before(system.device, before.get("device")), local_rank, self.world)
+        self.device = _device(system.device, before.get("device"), local_rank, self.world)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         dtype = _asked_or_before(system.dtype, before.get("dtype"))
         if dtype == "auto" or (system.dtype == "auto" and not _has(self.device, dtype)):
             dtype = _fast_dtype(self.device)
@@ -100,8 +112,6 @@ class Runtime:
         self._stuck = torch.zeros((), device=self.device)
         self._grouped = self.world > 1 or "RANK" in os.environ
         if self._grouped:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
             backend = ("nccl" if self.device.type == "cuda" else "gloo") if system.backend == "auto" else system.backend
             if backend == "nccl" and self.device.type != "cuda":
                 backend = "gloo"  # nanoGPT's default on a machine without CUDA
@@ -124,7 +134,8 @@ class Runtime:
         DDP lays its buckets out anew after the first backward, which changes the order of its sums; one
         throw-away backward here makes the layout final before the first real step.
         """
-        objective = _Objective(model, self.device, self.dtype, self.compile)
+        loss: Loss = compiled(model.loss) if self.compile else model.loss
+        objective = _Objective(model, loss, self.device, self.dtype)
         if self.world == 1:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -159,14 +170,13 @@ class Runtime:
         return nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """One step of the optimiser, and none ever again after a loss that was not finite.
+        """One step of the optimiser, and none ever again after a loss or gradient that was not finite.
 
         The check stays on the device: the fused kernels skip their update where ``found_inf`` is set. In
-        float16 the scaler skips steps whose gradients overflow, and that is no failure.
+        float16 it is the scaler that skips, one step at a time: gradients that overflow are no failure there.
         """
-        finite = torch.isfinite(loss if self.scaler.is_enabled() else loss + norm)
-        self._stuck = torch.maximum(self._stuck, (~finite).float())
         if optimizer.defaults.get("fused") and not self.scaler.is_enabled():
+            self._stuck = torch.maximum(self._stuck, (~torch.isfinite(loss + norm)).float())
             optimizer.found_inf = self._stuck  # type: ignore[attr-defined]
         self.scaler.step(optimizer)
         self.scaler.update()
@@ -198,8 +208,8 @@ class Runtime:
         return box[0]
 
     def move(self, tensor: Tensor) -> Tensor:
-        """To the device; from pinned memory without waiting."""
-        return tensor.to(self.device, non_blocking=True)
+        """To the device; from pinned memory to a GPU without waiting."""
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def later(self, tensor: Tensor) -> Callable[[], list[float]]:
         """Starts to copy a tensor to the host; the call that is returned waits for it and no further work."""
@@ -271,10 +281,10 @@ def _asked_or_before(asked: T, before: T | None) -> T:
     return before if asked == "auto" and before is not None else asked
 
 
-def _device(asked: str, local_rank: int, world: int) -> torch.device:
+def _device(asked: str, before: str | None, local_rank: int, world: int) -> torch.device:
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
-        asked = next(name for name in ("cuda", "mps", "cpu") if have[name])
+        asked = before if before and have.get(before) else next(d for d in ("cuda", "mps", "cpu") if have[d])
     try:
         device = torch.device(asked)
     except RuntimeError:
@@ -284,13 +294,14 @@ def _device(asked: str, local_rank: int, world: int) -> torch.device:
     if device.type != "cuda":
         return device
     index = local_rank if world > 1 else (device.index or 0)
-    if index >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device={asked}: cuda:{index} is not there, this machine has {count} GPUs")
+    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank finds it
+    if last >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs")
     return torch.device("cuda", index)
 
 
 def _has(device: torch.device, dtype: str) -> bool:
-    return dtype == "float32" or dtype == _fast_dtype(device)
+    return dtype in ("float32", _fast_dtype(device)) or (dtype == "float16" and device.type == "cuda")
 
 
 def _fast_dtype(device: torch.device) -> str:

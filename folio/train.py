@@ -30,6 +30,7 @@ from folio.tokens import Split, Tokens
 from folio.validation import evaluate
 
 _OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # never taken from a checkpoint
+EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
 _SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 
@@ -426,8 +427,10 @@ def finish(run: Run) -> None:
         why = "" if run.stop == "max_iters" else f" ({run.stop}), --init_from=resume goes on"
         best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}" if state.best else ""
         run.log.say(f"step {state.step} of {max_iters}{why}{best}")
-    run.log.close()
-    run.runtime.close()
+    try:
+        run.log.close()
+    finally:
+        run.runtime.close()
 
 
 class _Former(NamedTuple):
@@ -524,7 +527,8 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     state = found.state
     checkpoint.load_weights(run.model, found.weights())
     checkpoint.load_slots(run.optimizer, run.model, found.slots())
-    run.runtime.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty unless that run was in float16
+        run.runtime.scaler.load_state_dict(state["scaler"])
     run.state = State(**{f.name: state[f.name] for f in fields(State)})
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds

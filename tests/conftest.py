@@ -68,15 +68,16 @@ def folio(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs Python in its own process, to its end; ``python("-m", "folio", "--help")``."""
     command = [sys.executable, *map(str, argv)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(autouse=True)
 def _restored_torch() -> Iterator[None]:
-    """Tests that run a command in this process leave torch's global settings as they found them."""
+    """One thread for each test; torch's global settings are left as they were."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # idle OpenMP threads spin, which makes tiny steps slow on busy cores
     yield
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(deterministic)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def save(out_dir: Path, step: int, *, run: str = "a1", best: tuple[int, float] |
         "run": run,
         "step": step,
         "best": {"step": best[0], "loss": best[1]} if best else None,
-        "model": checkpoint.model_state(model),
+        "model": asdict(model.config),
     }
     checkpoint.save(out_dir, step, *tensors(model, optimizer), state)
     return checkpoint.folder(out_dir, step)
@@ -92,7 +93,7 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)
     model, optimizer = trained(1, shape)
     weights, slots = tensors(model, optimizer)
-    checkpoint.save(tmp_path, 2, weights, slots, {"run": "a1", "step": 2, "model": checkpoint.model_state(model)})
+    checkpoint.save(tmp_path, 2, weights, slots, {"run": "a1", "step": 2, "model": asdict(model.config)})
     found = checkpoint.choose(tmp_path, "latest")
     assert (found.step, found.state["run"]) == (2, "a1")
     assert found.model().config == shape

@@ -77,7 +77,7 @@ def test_a_missing_extra_is_one_line_with_its_remedy(folio, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, out, err = folio("plot", tmp_path)
     assert (code, out) == (2, "")
-    assert err == "folio: the package 'matplotlib' is missing: pip install 'folio[plot]' (or matplotlib)\n"
+    assert err == "folio: the package 'matplotlib' is missing: pip install matplotlib\n"
 
 
 def test_nothing_but_a_command_needs_a_package(tmp_path) -> None:

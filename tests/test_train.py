@@ -363,12 +363,12 @@ def test_metrics_are_rewound(train: Train, half: str) -> None:
 
 
 def test_rewinding_by_hand(tmp_path: Path) -> None:
-    """Kept at 5: train lines below 5, other lines up to 5, nothing after a line that was cut."""
+    """Kept at 5: lines below 5 and the evaluation at 5, nothing after a line that was cut."""
     path = tmp_path / "metrics.jsonl"
     rows = [("train", 4), ("eval", 5), ("start", 5), ("train", 5), ("train", 6), ("eval", 10)]
     path.write_text("".join(json.dumps({"kind": k, "step": s}) + "\n" for k, s in rows) + '{"kind": "tr')
     rewind(path, 5)
-    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == rows[:3]
+    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == rows[:2]
     assert path.read_text().endswith("}\n")
     rewind(tmp_path / "nowhere.jsonl", 5)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -32,13 +32,15 @@ class Options:
 
 def main(options: Options) -> None:
     shape, size, seed = options.model, options.data.batch_size, options.system.seed
+    if shape.vocab_size == "auto":
+        raise ValueError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
     rows: torch.Tensor
     if options.real_data:
         tokens = Tokens.open(options.data, shape.block_size, seed)
-        tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
+        tokens.vocab_size = shape.vocab_size
         rows = torch.from_numpy(tokens.rows("train", 0, size))
     else:
-        rows = torch.randint(int(shape.vocab_size), (size, shape.block_size + 1), generator=rng.generator(seed))
+        rows = torch.randint(shape.vocab_size, (size, shape.block_size + 1), generator=rng.generator(seed))
     model = GPT(shape, lambda name: rng.generator(seed, name))
     tokens_per_step = size * shape.block_size
     flops = flops_per_token(model) * float(tokens_per_step)
@@ -58,7 +60,7 @@ def main(options: Options) -> None:
         print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {shape.block_size} tokens a step")
         print(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
         if options.profile:
-            _profile(step)
+            _profile(step, runtime.device)
             return
         _steps(step, BURN_IN, "burn-in")
         times = _steps(step, STEPS, "step")
@@ -83,7 +85,7 @@ def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyp
     return times
 
 
-def _profile(step, wait: int = 2, steps: int = 3) -> None:  # type: ignore[no-untyped-def]
+def _profile(step, device: torch.device, wait: int = 2, steps: int = 3) -> None:  # type: ignore[no-untyped-def]
     for _ in range(wait):
         step()
     Path("bench_log").mkdir(exist_ok=True)
@@ -92,6 +94,6 @@ def _profile(step, wait: int = 2, steps: int = 3) -> None:  # type: ignore[no-un
             step()
     trace = Path("bench_log") / "trace.json"
     profiler.export_chrome_trace(str(trace))
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    key = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
     print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=48))
     print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")

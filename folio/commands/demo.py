@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 from folio import datasets, tokenizer
-from folio.commands.sample import LINE, Sampling, samples
-from folio.commands.sample import Options as SampleOptions
-from folio.commands.train import EXIT
+from folio.config import Sampling
 from folio.config import TrainConfig as Options
+from folio.generate import LINE, samples
 from folio.plot import loss_curve
-from folio.train import Run, build, finish, fit
+from folio.train import EXIT, Run, build, finish, fit
 
 FIRST = ["train_stdlib"]
 
@@ -44,7 +43,7 @@ def main(options: Options) -> int:
 
 def _sample(run: Run) -> str:
     run.model.eval()
-    prompt = SampleOptions(sampling=Sampling(start="def ", num_samples=1, max_new_tokens=300))
-    text = "".join(samples(run.model, tokenizer.from_json(run.tokens.tokenizer()), prompt))
+    how = Sampling(start="def ", num_samples=1, max_new_tokens=300)
+    text = "".join(samples(run.model, tokenizer.from_json(run.tokens.tokenizer()), how, run.config.system.seed))
     run.model.train()
     return tokenizer.printable(text).removesuffix(f"\n{LINE}\n")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from folio.config import TrainConfig as Options
-from folio.train import build, finish, fit, validate
-
-EXIT = {"SIGINT": 130, "SIGTERM": 143}
+from folio.train import EXIT, build, finish, fit, validate
 
 
 def main(options: Options) -> int:

@@ -3,8 +3,8 @@
     python benchmarks/nanogpt_shakespeare.py --peer PATH_TO_A_NANOGPT_CHECKOUT --source tinyshakespeare.txt
 
 Both losses are of the whole validation split, every token once, in float32, by the same code. Each round runs
-all contestants one after another; ratios are taken within a round, and their spread is over the rounds. Folio's
-seed is another in each round; nanoGPT's is fixed, so its loss is one draw of what its seeds would give.
+all contestants one after another with the same seed, another in each round; ratios are taken within a round, and
+their spread is over the rounds. nanoGPT's seed is a constant in its train.py, which is replaced as it is run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from folio.runtime import Runtime
 from folio.tokens import Tokens
 from folio.validation import evaluate
 
+SEED = 1337  # nanoGPT's
 ROOT = Path(__file__).resolve().parent.parent
 README = (
     "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
@@ -74,10 +75,11 @@ def main(options: Options) -> None:
         shakespeare_char.prepare(data, options.source)
         _write_meta_pkl(data)
         for turn in range(options.rounds):
-            results.setdefault("nanoGPT", []).append(_peer(options.peer, flags, data, Path(folder) / f"peer{turn}"))
+            seed, out = SEED + turn, Path(folder) / f"peer{turn}"
+            results.setdefault("nanoGPT", []).append(_peer(options.peer, flags, data, out, seed))
             for name, more in variants.items():
                 out = Path(folder) / f"{name}{turn}".replace(" ", "-")
-                seeded = [*flags, *more, f"--seed={1337 + turn}"]
+                seeded = [*flags, *more, f"--seed={seed}"]
                 results.setdefault(name, []).append(_ours(seeded, data, out))
             for name, found in results.items():
                 print(f"round {turn + 1}: {name:14} {found[-1]}", flush=True)
@@ -116,9 +118,11 @@ def _run(command: list[str], cwd: Path) -> tuple[float, str]:
     return time.perf_counter() - start, done.stdout
 
 
-def _peer(peer: Path, flags: list[str], data: Path, out: Path) -> Result:
+def _peer(peer: Path, flags: list[str], data: Path, out: Path, seed: int) -> Result:
     # an absolute dataset is what os.path.join('data', dataset) then gives; iteration 0 does not save
-    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
+    seeded = f"open('train.py').read().replace('manual_seed({SEED} ', 'manual_seed({seed} ')"
+    command = [sys.executable, "-c", f"exec(compile({seeded}, 'train.py', 'exec'))"]
+    command += ["config/train_shakespeare_char.py", *flags]
     wall, said = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], peer)
     steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss .*, time ([\d.]+)ms", said, re.MULTILINE)]
     iteration = int(next(iter(re.findall(r"tokens per iteration will be: ([\d,]+)", said))).replace(",", ""))

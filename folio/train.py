@@ -377,10 +377,11 @@ def build(config: TrainConfig) -> Run:
         config = _overlay(config, former.asked, lines)
         check(config)
     source = checkpoint.choose(Path(begin)) if begin not in ("scratch", "resume", "auto") else None
-    tokens = Tokens.open(config.data, config.model.block_size, config.system.seed)
+    given = former.state["model"] if former else source.state["model"] if source else None
+    tokens = Tokens.open(config.data, (given or flat(config))["block_size"], config.system.seed)
     shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
-    if given := former.state if former else source.state if source else None:
-        shape = _shape_of(given["model"], shape, config, lines)
+    if given:
+        shape = _shape_of(given, shape, config, lines)
     known = tokens.meta.vocab_size
     if known and isinstance(shape.vocab_size, int) and shape.vocab_size < known:
         raise ValueError(

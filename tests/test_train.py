@@ -514,3 +514,13 @@ def test_wandb_gets_nanogpts_keys(train: Train, monkeypatch: pytest.MonkeyPatch,
     assert (begun["project"], begun["name"]) == ("ferry", "first")
     assert begun["config"]["n_embd"] == 16
     assert records(out, "eval", "step") == [0, 5, 10]
+
+
+def test_an_out_dirs_weights_bring_their_shape(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:
+    """What is not typed of the shape, the context length too, is the checkpoint's."""
+    assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'first'}").code == 0
+    others = [flag for flag in SMALL if not flag.startswith(("--block_size", "--n_layer", "--n_head", "--n_embd"))]
+    flags = [f"--data_dir={story}", f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}"]
+    outcome = folio("train", *others, *flags)
+    assert outcome.code == 0, outcome.err
+    assert checkpoint.choose(tmp_path / "second").state["model"]["block_size"] == 16

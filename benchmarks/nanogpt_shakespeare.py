@@ -25,7 +25,8 @@ import tyro
 
 from folio import checkpoint
 from folio.config import Data, System
-from folio.datasets import shakespeare_char
+from folio.datasets.prepare import prepare
+from folio.datasets.recipes import known
 from folio.log import METRICS, read_metrics
 from folio.model import GPT, GPTConfig
 from folio.runtime import Runtime
@@ -72,7 +73,7 @@ def main(options: Options) -> None:
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        shakespeare_char.prepare(data, options.source)
+        prepare(known("shakespeare_char", data, str(options.source), {}), data)
         _write_meta_pkl(data)
         for turn in range(options.rounds):
             seed, out = SEED + turn, Path(folder) / f"peer{turn}"

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 COMMANDS = {
     "prepare": "turn text into token files",
@@ -106,9 +106,13 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
             name = name.replace("-", "_")
             if name not in config.knobs(options):
                 raise ValueError(config.unknown(name, options))
-            if not equals and not waiting:
-                raise ValueError(f"--{name} needs a value: --{name}=…")
-            flags[name] = value if equals else waiting.pop(0)
+            if not equals and _is_switch(config.knobs(options)[name].type, waiting):
+                value = "True"
+            elif not equals:
+                if not waiting:
+                    raise ValueError(f"--{name} needs a value: --{name}=…")
+                value = waiting.pop(0)
+            flags[name] = value
             sources[name] = config.COMMAND_LINE
         elif files and not token.startswith("-"):
             read = config.read_file(token, options, ignore=config.TrainConfig)
@@ -139,6 +143,11 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
     if hasattr(parsed, "sources"):
         parsed.sources.update(sources)
     return parsed
+
+
+def _is_switch(kind: Any, waiting: list[str]) -> bool:
+    """Whether a flag without a value stands for True: one of a bool, with no value after it."""
+    return (kind is bool or bool in get_args(kind)) and waiting[:1] not in (["True"], ["False"], ["auto"])
 
 
 def _one_line(box: str) -> str:

@@ -26,6 +26,7 @@ from folio.model import AUTO, GPTConfig
 T = TypeVar("T")
 COMMAND_LINE = "the command line"
 PRESETS = Path(__file__).parent / "presets"
+DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
 
 def knob(default: Any, help: str, **bounds: float) -> Any:
@@ -67,12 +68,15 @@ class Data:
     """What is read, and in which order."""
 
     dataset: str = knob("openwebtext", "data/<dataset>, under the working folder, else beside train.py")
-    data_dir: str = knob("", "folder of the token files; wins over dataset")
+    data_dir: str = knob("", "folder or glob of the token files; wins over dataset")
+    data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3")
     batch_size: int = knob(12, "rows in a micro batch", min=1)
     gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1)
     sampling: Literal["epoch", "random", "sequential"] = knob(
         "epoch", "epoch: each window once, shuffled; random: with replacement; sequential: as they lie"
     )
+    document_mask: bool = knob(False, "keep attention within a document")
+    eot: int | AUTO = knob("auto", "id of the token between documents; auto: as the data set says", min=0)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     """The text of all samples, a line of dashes after each; one alone comes token by token."""
     prompt = _prompt(o.start)
     try:
-        ids = tokens.encode(prompt)
+        ids = tokens.encode(prompt, special=True)
     except ValueError as error:
         raise ValueError(f"start: {error}") from None
     if not len(ids):

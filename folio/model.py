@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
     from torch.optim import AdamW
 
 AUTO = Literal["auto"]
+Mask = Union[Tensor, "BlockMask"]
 _SHORT = 256  # tokens up to which attention is written out on a CPU
 
 
@@ -72,15 +75,18 @@ class KVCache:
         return keys[:, :, :end], values[:, :, :end]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
     """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
 
     With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
-    where a query may look, and broadcasts to (B, n_head, T, S). On CUDA the flash kernel does it. On a CPU
+    where a query may look, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash kernel does
+    it. On a CPU
     the fused kernel's backward is slow for short contexts, so there attention that will be differentiated is
     written out (benchmarks/attention.py).
     """
     T, S = q.size(2), k.size(2)
+    if mask is not None and not isinstance(mask, Tensor):
+        return _flex_attention(q.device.type)(q, k, v, block_mask=mask)
     if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     if q.device.type != "cpu" or not q.requires_grad or S > _SHORT:
@@ -91,6 +97,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
     scores = (q * (1.0 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + bias
     return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
+    """Numbers of documents (B, T) → positions (B, T) from 0 in each, and the causal mask that stays within it.
+
+    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's blocks, most of which it never computes: on
+    CUDA by default, but for dropout, which FlexAttention lacks.
+    """
+    B, T = documents.shape
+    t = torch.arange(T, device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    positions = t - torch.where(begins, t, 0).cummax(dim=1).values
+    if flex if flex is not None else documents.is_cuda and not dropout:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (documents[b, q] == documents[b, k])
+
+        return positions, create_block_mask(visible, B, None, T, T, device=documents.device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return positions, (same & (t[:, None] >= t))[:, None]
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Tensor]:
+    """FlexAttention, compiled where that is what makes it fast."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]
 
 
 class LayerNorm(nn.Module):
@@ -119,7 +156,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.block = block
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -152,7 +189,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -206,7 +243,7 @@ class GPT(nn.Module):
         idx: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T) token ids → (B, T, C) normalised states: the body under every head.
@@ -230,9 +267,14 @@ class GPT(nn.Module):
             cache.length += T
         return body.ln_f(x)
 
-    def loss(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Both (B, T) → (sum of nats over the targets that are not −1, how many those are), two scalars."""
-        logits = self.lm_head(self.hidden(idx)).float()  # (B, T, V)
+    def loss(self, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, T) each → (sum of nats over the targets that are not −1, how many those are), two scalars.
+
+        ``documents`` numbers the document of each token; attention and positions then stay within it.
+        """
+        dropout = self.training and self.config.dropout > 0
+        positions, mask = within_documents(documents, dropout) if documents is not None else (None, None)
+        logits = self.lm_head(self.hidden(idx, positions=positions, mask=mask)).float()  # (B, T, V)
         nats = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
         return nats, (targets != -1).sum()
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +27,7 @@ from folio.flops import peak
 from folio.model import GPT
 
 T = TypeVar("T")
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Loss = Callable[..., tuple[Tensor, Tensor]]  # as GPT.loss
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEFT: list[Any] = []  # process groups that were left
@@ -59,9 +60,9 @@ class _Objective(nn.Module):
         self.model = model
         self.loss, self.device, self.dtype = loss, device, dtype
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.loss(idx, targets)
+            return self.loss(idx, targets, documents)
 
 
 class Runtime:
@@ -206,6 +207,11 @@ class Runtime:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def pin(self, array: NDArray[Any]) -> Tensor:
+        """A tensor over an array; in pinned memory where that makes ``move`` faster."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def move(self, tensor: Tensor) -> Tensor:
         """To the device; from pinned memory to a GPU without waiting."""

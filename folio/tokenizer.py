@@ -1,23 +1,36 @@
-"""Text ⇄ token ids: one protocol, three tokenizers, each saved as a few words of JSON."""
+"""Text ⇄ token ids: one protocol, four tokenizers, each saved as JSON."""
 
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+Ids = NDArray[np.integer[Any]]
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+
 
 class Tokenizer(Protocol):
-    """Ids are 0 … size − 1; ``eot`` ends a document where the tokenizer has such a token."""
+    """Ids are 0 … size − 1; ``eot`` separates documents where the tokenizer has such a token.
+
+    ``divisible`` says that a text may be encoded in parts, as ``folio.datasets.workers`` cuts them.
+    """
 
     size: int
     eot: int | None
+    divisible: bool
 
-    def encode(self, text: str) -> NDArray[np.integer[Any]]:
-        """Text → ids (n). Raises ValueError where a character has no id."""
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        """Text → ids (n). ``special``: the name of a special token in the text is that token, not text.
+
+        Raises:
+            ValueError: a character has no id; as UnicodeEncodeError where it is half of a surrogate pair.
+        """
         ...
 
     def bytes(self, ids: Iterable[int]) -> bytes:
@@ -33,19 +46,25 @@ class Characters:
     """One id for each character of a fixed, sorted vocabulary, as nanoGPT's shakespeare_char."""
 
     eot: int | None = None
+    divisible = True
 
     def __init__(self, characters: str) -> None:
         self.characters = characters
         self.size = len(characters)
-        self._ids = {c: i for i, c in enumerate(characters)}
+        codes = _codes(characters)
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, dtype=np.int32)  # the last for all codes beyond
+        self._ids[codes] = np.arange(self.size)
 
-    def encode(self, text: str) -> NDArray[np.integer[Any]]:
-        if missing := sorted(set(text) - self._ids.keys()):
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        codes = _codes(text)
+        ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        if (ids < 0).any():
+            missing = sorted(set(text) - set(self.characters))
             raise ValueError(
                 f"the vocabulary of {self.size} characters lacks {', '.join(map(repr, missing[:5]))}"
                 f"{' …' if len(missing) > 5 else ''}: leave them out of the text"
             )
-        return np.fromiter(map(self._ids.__getitem__, text), dtype=np.uint32, count=len(text))
+        return ids
 
     def bytes(self, ids: Iterable[int]) -> bytes:
         return "".join(self.characters[i] for i in ids).encode()
@@ -54,13 +73,18 @@ class Characters:
         return {"kind": "characters", "characters": self.characters}
 
 
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
 class Bytes:
     """The 256 bytes of UTF-8 text, and nothing to learn or lack."""
 
     size: int = 256
     eot: int | None = None
+    divisible = True
 
-    def encode(self, text: str) -> NDArray[np.integer[Any]]:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def bytes(self, ids: Iterable[int]) -> bytes:
@@ -73,15 +97,25 @@ class Bytes:
 class Tiktoken:
     """A byte-pair encoding by its name in tiktoken, such as gpt2.
 
-    The name is loaded when it is first needed, since tiktoken fetches its tables from the network unless they
-    are in its cache (TIKTOKEN_CACHE_DIR).
+    tiktoken fetches its tables from the network unless they are in its cache (TIKTOKEN_CACHE_DIR).
+
+    Raises:
+        ValueError: no encoding of that name.
+        FileNotFoundError: its tables are not cached and could not be fetched.
     """
+
+    divisible = True  # all its patterns end a token before a space, and see no further
 
     def __init__(self, name: str = "gpt2") -> None:
         import tiktoken
 
         try:
             self._encoding = tiktoken.get_encoding(name)
+        except ValueError:
+            raise ValueError(
+                f"no tokenizer {name!r}: char, bytes, a file of the tokenizers library (FILE.json), or an encoding of "
+                f"tiktoken: {', '.join(tiktoken.list_encoding_names())}"
+            ) from None
         except OSError as error:  # requests' errors are OSErrors
             raise FileNotFoundError(
                 f"the tables of tokenizer {name!r} are not cached and could not be fetched "
@@ -89,16 +123,88 @@ class Tiktoken:
             ) from None
         self.name = name
         self.size = self._encoding.n_vocab
-        self.eot: int | None = self._encoding.eot_token
+        self._special = {"<|endoftext|>"} & self._encoding.special_tokens_set
+        self.eot: int | None = self._encoding.eot_token if self._special else None
 
-    def encode(self, text: str) -> NDArray[np.integer[Any]]:
-        return np.array(self._encoding.encode(text, allowed_special={"<|endoftext|>"}), dtype=np.uint32)
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        return self._encoding.encode_to_numpy(
+            text, allowed_special=self._special if special else set(), disallowed_special=()
+        )
 
     def bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tiktoken", "name": self.name}
+
+
+class TokenizersFile:
+    """A tokenizer of Hugging Face's tokenizers library, from the text of its ``tokenizer.json``.
+
+    Raises:
+        ValueError: the text is no such file.
+    """
+
+    def __init__(self, text: str) -> None:
+        import tokenizers
+
+        try:
+            self._fast = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # it raises plain Exceptions
+            raise ValueError(f"not a file of the tokenizers library ({error})") from None
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        self._text = text
+        self.size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        found = (self._fast.token_to_id(name) for name in END_OF_TEXT)
+        self.eot: int | None = next((i for i in found if i is not None), None)
+        spec = json.loads(text)
+        pattern = spec.get("pre_tokenizer") or {}
+        gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        self.divisible = not spec.get("normalizer") and gpt2.items() <= pattern.items()
+        self._bytes = {c: b for b, c in _byte_characters().items()}
+
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        text.encode()  # raises where the text is half of a surrogate pair, which the library takes for no text
+        self._fast.encode_special_tokens = not special  # the library's name for: as text
+        return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def bytes(self, ids: Iterable[int]) -> bytes:
+        pieces = [self._fast.id_to_token(i) or "" for i in ids]
+        if type(self._fast.decoder).__name__ == "ByteLevel":
+            return b"".join(
+                bytes(self._bytes[c] for c in piece) if self._bytes.keys() >= set(piece) else piece.encode()
+                for piece in pieces
+            )
+        return self._fast.decode(list(ids), skip_special_tokens=False).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "tokenizers", "file": json.loads(self._text)}
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's encoder.py)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (b for b in range(256) if b not in plain)
+    return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+def named(name: str) -> Tokenizer:
+    """bytes, a tiktoken encoding, or a file of the tokenizers library.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none of that name; names what there is.
+    """
+    if name == "bytes":
+        return Bytes()
+    if not name.endswith(".json"):
+        return Tiktoken(name)
+    try:
+        return TokenizersFile(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(f"tokenizer {name}: {error.strerror}: folio tokenizer train makes one") from None
+    except ValueError as error:
+        raise ValueError(f"tokenizer {name}: {error}") from None
 
 
 def from_json(spec: dict[str, Any]) -> Tokenizer:
@@ -110,7 +216,9 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
             return Bytes()
         case {"kind": "tiktoken", "name": str(name)}:
             return Tiktoken(name)
-    raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes and tiktoken are known")
+        case {"kind": "tokenizers", "file": dict(file)}:
+            return TokenizersFile(json.dumps(file))
+    raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

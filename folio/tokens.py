@@ -1,18 +1,17 @@
-"""From a token file to the rows of a step.
+"""From token files to the rows of a step.
 
-1. ``Tokens.open`` finds the files of a data set, reads what they hold from its meta file, and refuses what
-   does not fit.
-2. Each split is a memmap; nothing is read before it is needed.
-3. ``rows(split, first, count)`` cuts the rows ``first`` … of an endless order out of it: a pure function of
+1. ``Tokens.open`` finds the files of a data set, or of each in a mixture, and refuses what does not fit.
+2. Each file is a memmap; nothing is read before it is needed.
+3. ``rows(split, first, count)`` cuts the rows ``first`` … of an endless order out of them: a pure function of
    the seed and the row's number, whatever the step, the rank or the number of ranks.
+
+A split is one range of positions, file after file and data set after data set; no row reaches over the end of a
+file. The files' formats are in ``folio.token_files``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,240 +20,364 @@ import numpy as np
 from numpy.typing import NDArray
 
 from folio import rng
-from folio.config import Data
+from folio.config import DATA_SETS, Data
+from folio.token_files import CLONE, GPT2, SPLITS, UNFINISHED, Folder, Split, open_folder
+from folio.tokenizer import from_json
 
-Split = Literal["train", "val"]
 Rows = NDArray[np.int64]
+Order = Literal["epoch", "random", "sequential"]
 
-CLONE = Path(__file__).resolve().parent.parent
-SPLITS: tuple[Split, ...] = ("train", "val")
-_REHASH = 64 * 2**20  # bytes: a changed file up to this size is hashed again when it is opened
+MIXED = 1024  # rows in which a mixture holds its proportions
+_SEARCHED = 2**20  # tokens of a foreign file in which its end-of-text token is looked for
+
+
+class Shards:
+    """One split of one data set: its files as one range of positions, and the order in which they are read."""
+
+    def __init__(self, folder: Folder, split: Split, block_size: int, sampling: Order, seed: int) -> None:
+        self.files = folder.splits[split]
+        self.split, self.block_size, self.sampling, self.seed = split, block_size, sampling, seed
+        self.arrays = [file.map() for file in self.files]
+        self.sizes = np.array([file.tokens for file in self.files], dtype=np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes  # position of each file's first token
+        if self.sizes.max() <= block_size:
+            raise ValueError(
+                f"{self.files[0].path}: {self.sizes.max()} tokens are fewer than block_size + 1 = {block_size + 1}: "
+                "lower --block_size or prepare more text"
+            )
+        self._windows = rows_per_epoch(self.sizes, block_size)
+        self._windows_before = np.cumsum(self._windows) - self._windows
+
+    def __len__(self) -> int:
+        return int(self.sizes.sum())
+
+    def positions(self, index: rng.UInts, batch_size: int, world: int) -> Rows:
+        """Where the rows of these numbers begin."""
+        if self.sampling == "random":
+            fitting = self._fitting()
+            drawn = rng.draw(index, int(fitting.sum()), rng.key(self.seed, self.split)).astype(np.int64)
+            return self._at(drawn, fitting)
+        if self.sampling == "sequential":
+            return self._sequential(index, batch_size, world)
+        T, per_epoch = self.block_size, int(self._windows.sum())
+        epochs = index // np.uint64(per_epoch)
+        out = np.empty(index.shape, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            seed = rng.key(self.seed, self.split, int(epoch))
+            window = rng.permute(index[here] % np.uint64(per_epoch), per_epoch, seed).astype(np.int64)
+            shard = np.searchsorted(self._windows_before, window, side="right") - 1
+            slack = np.minimum(T, self.sizes[shard] - self._windows[shard] * T)
+            out[here] = self.starts[shard] + seed % slack + (window - self._windows_before[shard]) * T
+        return out
+
+    def _sequential(self, index: rng.UInts, batch_size: int, world: int) -> Rows:
+        """build-nanogpt's ``DataLoaderLite`` to the letter: batch g of all ranks is rank g % world's next, which
+        begins at ``B·T·rank`` in each shard and leaves it when not even all ranks' next batches would fit."""
+        T = self.block_size
+        batch, row = np.divmod(index.astype(np.int64), batch_size)
+        rank, turn = batch % world, batch // world
+        out = np.empty(index.shape, dtype=np.int64)
+        share = batch_size * T
+        if self.sizes.max() <= share * world:  # less than a batch for each rank, which it could not read
+            windows = (self.sizes - 1) // T
+            number = index.astype(np.int64) % windows.sum()
+            shard = np.searchsorted(np.cumsum(windows), number, side="right")
+            return self.starts[shard] + (number - (np.cumsum(windows) - windows)[shard]) * T
+        for r in np.unique(rank):
+            here = rank == r
+            turns = np.maximum(1, (self.sizes - 1 - share * r) // (share * world))
+            turns[self.sizes <= share * (r + 1)] = 0
+            number = turn[here] % turns.sum()
+            shard = np.searchsorted(np.cumsum(turns), number, side="right")
+            inside = number - (np.cumsum(turns) - turns)[shard]
+            out[here] = self.starts[shard] + (inside * world + r) * share + row[here] * T
+        return out
+
+    def spread(self, count: int) -> Rows:
+        """Positions of ``count`` windows spread evenly; all of them, tails included, for 0 or too many."""
+        T = self.block_size
+        whole = np.maximum(0, -(-(self.sizes - 1) // T))
+        if count == 0 or count >= whole.sum():
+            return np.concatenate(
+                [start + np.arange(n, dtype=np.int64) * T for start, n in zip(self.starts, whole, strict=True)]
+            )
+        fitting = self._fitting()
+        return self._at(np.linspace(0, fitting.sum() - 1, count).astype(np.int64), fitting)
+
+    def _fitting(self) -> Rows:
+        """How many positions of each file a whole row can begin at."""
+        return np.maximum(0, self.sizes - self.block_size)
+
+    def _at(self, number: Rows, counts: Rows) -> Rows:
+        shard = np.searchsorted(np.cumsum(counts), number, side="right")
+        return self.starts[shard] + number - (np.cumsum(counts) - counts)[shard]
+
+    def read(self, positions: Rows, out: Rows) -> None:
+        """Fills the rows of ``out`` with the tokens from these positions on, −1 beyond the end of a file."""
+        shards = np.searchsorted(self.starts, positions, side="right") - 1
+        width = out.shape[1]
+        for shard in np.unique(shards):
+            data = self.arrays[shard]
+            here = np.flatnonzero(shards == shard)
+            local = positions[here] - self.starts[shard]
+            inside = local <= len(data) - width
+            if inside.any():
+                out[here[inside]] = np.lib.stride_tricks.sliding_window_view(data, width)[local[inside]]
+            for i, start in zip(here[~inside], local[~inside], strict=True):
+                tail = data[start:]
+                out[i, : len(tail)] = tail
+                out[i, len(tail) :] = -1
+
+    def path(self, position: int) -> Path:
+        """The file that a position lies in."""
+        return self.files[int(np.searchsorted(self.starts, position, side="right")) - 1].path
 
 
 @dataclass(frozen=True)
-class Meta:
-    """What ``meta.json`` says, or what can be said of files without one."""
+class Documents:
+    """How documents are told apart: by this id, which is the first or the last token of each."""
 
-    vocab_size: int | None
-    dtype: np.dtype[Any]
-    tokenizer: dict[str, Any] | None
-    eot: Literal["before", "after", "none"] | None = None
-    splits: dict[str, dict[str, Any]] | None = None
+    eot: int
+    first: bool
+
+    def __call__(self, rows: Rows) -> NDArray[np.int32]:
+        """Rows (count, T + 1) → the number of its document, in its row, for each of the first T tokens (count, T)."""
+        ends = (rows == self.eot).astype(np.int32)
+        numbers = ends.cumsum(axis=1, dtype=np.int32)
+        return (numbers if self.first else numbers - ends)[:, :-1]
 
 
 class Tokens:
-    """A data set's token files, and the order in which a run reads them."""
+    """The token files of one data set, or of several by weight, and the order in which a run reads them.
+
+    ``vocab_size``, once set, is what ids are checked against. ``world`` is the number of ranks that take batches
+    in turn; only ``sampling="sequential"`` depends on it.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        meta: Meta,
+        folders: Sequence[Folder],
         block_size: int,
         *,
-        sampling: Literal["epoch", "random", "sequential"] = "epoch",
+        weights: Sequence[float] = (1.0,),
+        sampling: Order = "epoch",
         seed: int = 1337,
         batch_size: int = 1,
     ) -> None:
-        self.folder, self.meta, self.block_size = folder, meta, block_size
-        self.sampling, self.seed, self.batch_size = sampling, seed, batch_size
+        self.folders, self.block_size = tuple(folders), block_size
+        self.seed, self.batch_size, self.world = seed, batch_size, 1
         self.vocab_size: int | None = None
-        self._splits = {split: self._map(split) for split in SPLITS}
+        self.documents: Documents | None = None  # where attention is to stay within them
+        self._splits = {s: [Shards(f, s, block_size, sampling, seed) for f in folders] for s in SPLITS}
+        self._shares = _largest_remainders(weights, MIXED)
 
     @classmethod
     def open(cls, config: Data, block_size: int, seed: int) -> Tokens:
         """Raises FileNotFoundError or ValueError that name the file and how to mend or make it."""
-        folder = find(config)
+        names = parse_mixture(config.data_mixture) if config.data_mixture else {}
+        folders = [find(config, name) for name in names] if names else [find(config)]
+        for folder in folders[1:]:
+            if (folder.tokenizer or GPT2) != (folders[0].tokenizer or GPT2):
+                raise ValueError(f"{folder.path} has another tokenizer than {folders[0].path}: they cannot be mixed")
         return cls(
-            folder,
-            read_meta(folder),
+            folders,
             block_size,
+            weights=list(names.values()) or [1.0],
             sampling=config.sampling,
             seed=seed,
             batch_size=config.batch_size,
         )
 
+    @property
+    def name(self) -> str:
+        """The folders, for a reader."""
+        return ", ".join(str(folder.path) for folder in self.folders)
+
+    @property
+    def known_vocab_size(self) -> int | None:
+        """What the meta files say, if they do."""
+        sizes = [folder.vocab_size for folder in self.folders]
+        return None if None in sizes else max(size for size in sizes if size is not None)
+
     def tokenizer(self) -> dict[str, Any]:
         """The tokenizer as JSON; files without a meta file are GPT-2's, as nanoGPT assumes."""
-        return self.meta.tokenizer or {"kind": "tiktoken", "name": "gpt2"}
+        return self.folders[0].tokenizer or GPT2
 
     def fingerprint(self) -> dict[str, str]:
-        """A hash of each split: the meta file's, else of its length and both of its ends."""
-        if self.meta.splits:
-            return {split: self.meta.splits[split]["sha256"] for split in SPLITS}
-        return {split: _ends(data) for split, data in self._splits.items()}
+        """A hash of each split."""
+        return {s: "-".join(folder.fingerprint(s)[:32] for folder in self.folders) for s in SPLITS}
 
     def length(self, split: Split) -> int:
         """Tokens in a split."""
-        return len(self._splits[split])
+        return sum(map(len, self._splits[split]))
 
     def rows(self, split: Split, first: int, count: int) -> Rows:
         """Rows ``first`` … ``first + count − 1`` of the endless order, (count, block_size + 1)."""
         index = np.arange(first, first + count, dtype=np.uint64)
-        return self.windows(split, self._starts(split, index))
+        sources = self._splits[split]
+        if len(sources) == 1:
+            return self.windows(split, sources[0].positions(index, self.batch_size, self.world))
+        source, inside = self._mixed(split, index)
+        positions = np.empty(count, dtype=np.int64)
+        for s, base in enumerate(self._bases(split)):
+            here = source == s
+            positions[here] = base + sources[s].positions(inside[here], self.batch_size, 1)
+        return self.windows(split, positions)
 
-    def _starts(self, split: Split, index: rng.UInts) -> Rows:
-        """Where each row of the order begins in the split."""
-        n, T = self.length(split), self.block_size
-        if self.sampling == "random":
-            return rng.draw(index, n - T, rng.key(self.seed, split)).astype(np.int64)
-        if self.sampling == "sequential":
-            # build-nanogpt's DataLoaderLite: batches one after another, a tail shorter than a batch dropped
-            windows = (n - 1) // T
-            whole = windows // self.batch_size * self.batch_size or windows
-            return (index % np.uint64(whole)).astype(np.int64) * T
-        per_epoch = rows_per_epoch(n, T)
-        epochs = index // np.uint64(per_epoch)
-        starts = np.empty(index.shape, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            seed = rng.key(self.seed, split, int(epoch))
-            offset = seed % min(T, n - per_epoch * T)
-            window = rng.permute(index[here] % np.uint64(per_epoch), per_epoch, seed)
-            starts[here] = offset + window.astype(np.int64) * T
-        return starts
+    def _mixed(self, split: Split, index: rng.UInts) -> tuple[Rows, rng.UInts]:
+        """For each row its data set and its number there: of 1,024 rows each data set has its share."""
+        group, slot = index // np.uint64(MIXED), index % np.uint64(MIXED)
+        place = np.empty(index.shape, dtype=np.int64)
+        for g in np.unique(group):
+            here = group == g
+            place[here] = rng.permute(slot[here], MIXED, rng.key(self.seed, split, "mixture", int(g)))
+        ends = np.cumsum(self._shares)
+        source = np.searchsorted(ends, place, side="right")
+        inside = group.astype(np.int64) * self._shares[source] + place - (ends - self._shares)[source]
+        return source, inside.astype(np.uint64)
+
+    def _bases(self, split: Split) -> list[int]:
+        sizes = [len(shards) for shards in self._splits[split]]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
 
     def spread(self, split: Split, count: int) -> Rows:
-        """Starts of ``count`` windows spread evenly over a split; all of it, tail included, for 0 or too many."""
-        n, T = self.length(split), self.block_size
-        whole = -(-(n - 1) // T)
-        if count == 0 or count >= whole:
-            return np.arange(whole, dtype=np.int64) * T
-        return np.linspace(0, n - 1 - T, count).astype(np.int64)
+        """Starts of ``count`` windows spread evenly over a split, by weight over a mixture; all of it, tails
+        included, for 0 or too many."""
+        shares = _largest_remainders(self._shares, count) if count else np.zeros_like(self._shares)
+        found = [
+            base + shards.spread(int(share))
+            for base, shards, share in zip(self._bases(split), self._splits[split], shares, strict=True)
+            if share or not count
+        ]
+        return np.concatenate(found)
 
     def windows(self, split: Split, starts: Rows) -> Rows:
-        """``block_size + 1`` tokens from each start, −1 after the end of the split.
+        """``block_size + 1`` tokens from each start, −1 after the end of its file.
 
         Raises:
             ValueError: an id that the model's vocabulary lacks.
         """
-        data, width = self._splits[split], self.block_size + 1
-        inside = starts <= len(data) - width
-        out = np.full((len(starts), width), -1, dtype=np.int64)
-        out[inside] = np.lib.stride_tricks.sliding_window_view(data, width)[starts[inside]]
-        for i in np.flatnonzero(~inside):
-            tail = data[starts[i] :]
-            out[i, : len(tail)] = tail
+        out = np.empty((len(starts), self.block_size + 1), dtype=np.int64)
+        bases = self._bases(split)
+        source = np.searchsorted(bases, starts, side="right") - 1
+        for s in np.unique(source):
+            here = np.flatnonzero(source == s)
+            read = np.empty((len(here), self.block_size + 1), dtype=np.int64)
+            self._splits[split][s].read(starts[here] - bases[s], read)
+            out[here] = read
         if self.vocab_size is not None and out.size and (top := int(out.max())) >= self.vocab_size:
+            row = int(out.max(axis=1).argmax())
+            path = self._splits[split][source[row]].path(int(starts[row] - bases[source[row]]))
             raise ValueError(
-                f"{self.path(split)}: token id {top} is outside the vocabulary of {self.vocab_size}: "
+                f"{path}: token id {top} is outside the vocabulary of {self.vocab_size}: "
                 f"set --vocab_size above it, or prepare the data again"
             )
         return out
 
-    def path(self, split: Split) -> Path:
-        return self.folder / f"{split}.bin"
+    def tell_documents_apart(self, eot: int | Literal["auto"]) -> str:
+        """From here on ``documents`` gives the document of each token. Returns how that was found out, in words.
 
-    def _map(self, split: Split) -> NDArray[Any]:
-        path, size = self.path(split), self.meta.dtype.itemsize
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: prepare the data set again")
-        actual = path.stat().st_size
-        if actual == 0:
-            raise ValueError(f"{path} is empty: prepare the data set again")
-        if actual % size:
-            raise ValueError(
-                f"{path}: {actual} bytes are not whole {self.meta.dtype} tokens: it is cut short or of another "
-                "type; prepare the data set again"
-            )
-        if self.meta.splits:
-            _verify(path, self.meta.splits[split], size)
-        if actual // size < self.block_size + 1:
-            raise ValueError(
-                f"{path}: {actual // size} tokens are fewer than block_size + 1 = {self.block_size + 1}: "
-                "lower --block_size or prepare more text"
-            )
-        return np.memmap(path, dtype=self.meta.dtype, mode="r")
+        Files without a meta file have their end-of-text token first or last in a document by whether one of them
+        begins with it.
+
+        Raises:
+            ValueError: the token is not known, or not in the files.
+        """
+        found = set()
+        for number, folder in enumerate(self.folders):
+            token = _eot_of(folder) if eot == "auto" else eot
+            if folder.eot in ("before", "after"):
+                found.add((Documents(token, folder.eot == "before"), f"{folder.path}'s meta file"))
+                continue
+            heads = [shards[number].arrays[0][:_SEARCHED] for shards in self._splits.values()]
+            if not any((head == token).any() for head in heads):
+                raise ValueError(
+                    f"{folder.path}: no token {token} near the beginning of its files, so that documents cannot be "
+                    "told apart: give the id that separates them as --eot, or set --document_mask=False"
+                )
+            found.add((Documents(token, any(head[0] == token for head in heads)), f"the files in {folder.path}"))
+        ways = {documents for documents, _ in found}
+        if len(ways) > 1:
+            raise ValueError(f"documents begin or end in different ways in {self.name}: they cannot be mixed so")
+        ((self.documents, source), *_) = found
+        return f"token {self.documents.eot} {'begins' if self.documents.first else 'ends'} a document, by {source}"
 
 
-def rows_per_epoch(tokens: int, block_size: int) -> int:
-    """Windows that fit whatever the epoch's offset, so that every epoch has as many; at least one."""
-    return max(1, (tokens - block_size) // block_size)
+def _eot_of(folder: Folder) -> int:
+    eot = None
+    if folder.eot != "none":
+        eot = 50256 if folder.tokenizer in (None, GPT2) else from_json(folder.tokenizer).eot
+    if eot is None:
+        raise ValueError(
+            f"{folder.path} has no known token between documents, which --document_mask needs: give its id as --eot, "
+            "or prepare the text with a tokenizer that has one, such as gpt2"
+        )
+    return eot
 
 
-def find(config: Data) -> Path:
-    """The folder of a data set: ``data_dir``, else data/<dataset> here, else beside the clone's scripts.
+def rows_per_epoch(tokens: Any, block_size: int) -> Any:
+    """Windows that fit whatever the epoch's offset, so that every epoch has as many; at least one if one fits."""
+    return np.where(np.asarray(tokens) > block_size, np.maximum(1, (tokens - block_size) // block_size), 0)
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """``"a=0.7,b=0.3"`` → weights by name, which need not sum to 1.
 
     Raises:
-        FileNotFoundError: no such folder holds a train.bin; says how to make one.
+        ValueError: it cannot be read, or a weight is too small to have a row among 1,024.
     """
-    if config.data_dir:
+    weights: dict[str, float] = {}
+    for item in text.split(","):
+        name, equals, weight = item.strip().rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = -1.0
+        if not (equals and name and 0 < value < float("inf")) or name in weights:
+            raise ValueError(f"data_mixture={text}: {item.strip()!r} must be NAME=WEIGHT, each name once")
+        weights[name] = value
+    shares = _largest_remainders(list(weights.values()), MIXED)
+    if not shares.all():
+        name = list(weights)[int(shares.argmin())]
+        raise ValueError(f"data_mixture={text}: the weight of {name} is too small to have one row in {MIXED}")
+    return weights
+
+
+def _largest_remainders(weights: Sequence[float] | Rows, total: int) -> Rows:
+    """``total`` shared out by weight in whole numbers, the largest remainders rounded up."""
+    exact = np.asarray(weights, dtype=np.float64) * total / np.sum(weights)
+    shares = np.floor(exact).astype(np.int64)
+    order = np.argsort(shares - exact, kind="stable")
+    shares[order[: total - shares.sum()]] += 1
+    return shares
+
+
+def find(config: Data, name: str = "") -> Folder:
+    """A data set by its name or place: ``data_dir``, else data/<dataset> here, else beside the clone's scripts.
+
+    Raises:
+        FileNotFoundError: nothing there; says how to make it. ValueError: what is there does not fit together.
+    """
+    dataset = name or config.dataset
+    if config.data_dir and not name:
         places = [Path(config.data_dir)]
     else:
-        places = [Path("data") / config.dataset, CLONE / "data" / config.dataset]
+        places = [Path("data") / dataset, CLONE / "data" / dataset, *([Path(name)] if name else [])]
     for place in places:
-        if (place / "train.bin").is_file():
-            return place
+        if any(place.parent.glob(place.name)) if not place.is_dir() else _holds_tokens(place):
+            return open_folder(place)
     missing = places[0] / "train.bin"
-    if not config.data_dir and (CLONE / "folio" / "datasets" / f"{config.dataset}.py").is_file():
-        raise FileNotFoundError(f"{missing} is missing: python -m folio prepare {config.dataset}")
+    if (places[0] / UNFINISHED).is_dir():
+        raise FileNotFoundError(f"{places[0]} is not finished: run the same folio prepare again to go on")
+    if not config.data_dir and dataset in DATA_SETS:
+        raise FileNotFoundError(f"{missing} is missing: python -m folio prepare {dataset}")
     raise FileNotFoundError(
-        f"{missing} is missing: put train.bin and val.bin there (uint16 tokens, as nanoGPT's prepare.py writes them "
-        "for this data set), or prepare and name a built-in one: python -m folio prepare shakespeare_char"
+        f"{missing} is missing, and no other token file is there: python -m folio prepare FILE_OR_FOLDER --name "
+        f"{places[0].name} makes them of your text, python -m folio prepare shakespeare_char of a known one"
     )
 
 
-def read_meta(folder: Path) -> Meta:
-    """``meta.json``, else nanoGPT's ``meta.pkl``, else what nanoGPT assumes: uint16 and GPT-2's tokenizer.
-
-    Raises:
-        ValueError: a meta file that is damaged, or a pickle that holds more than dicts, text and numbers.
-    """
-    if (path := folder / "meta.json").is_file():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            splits = {s: {"tokens": int(v["tokens"]), "sha256": str(v["sha256"])} for s, v in raw["splits"].items()}
-            if set(splits) != set(SPLITS) or raw["dtype"] not in ("uint16", "uint32"):
-                raise ValueError("its splits or dtype are unknown")
-            from_size = int(raw["vocab_size"])
-            if from_size < 1:
-                raise ValueError(f"vocab_size={from_size}")
-            return Meta(from_size, np.dtype(raw["dtype"]), dict(raw["tokenizer"]), raw["eot"], splits)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not a meta file of this program: {error}; prepare the data again") from None
-    if (path := folder / "meta.pkl").is_file():
-        raw = _read_pickle(path)
-        try:
-            itos = raw["itos"]
-            characters = "".join(itos[i] for i in range(int(raw["vocab_size"])))
-        except (LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not nanoGPT's meta.pkl ({error}): prepare the data set again") from None
-        return Meta(len(characters), np.dtype("uint16"), {"kind": "characters", "characters": characters}, "none")
-    return Meta(None, np.dtype("uint16"), None)
-
-
-class _NothingImported(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which would run code")
-
-
-def _read_pickle(path: Path) -> Any:
-    """A pickle of dicts, lists, text and numbers; nothing it names is imported or called."""
-    try:
-        return _NothingImported(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"{path}: refused: {error}; prepare the data set again") from None
-
-
-def _verify(path: Path, expected: dict[str, Any], itemsize: int) -> None:
-    actual = path.stat()
-    if actual.st_size != expected["tokens"] * itemsize:
-        raise ValueError(
-            f"{path}: {actual.st_size // itemsize:,} tokens, but its meta.json says {expected['tokens']:,}: "
-            "prepare the data set again"
-        )
-    changed = actual.st_mtime_ns > path.with_name("meta.json").stat().st_mtime_ns
-    if changed and actual.st_size <= _REHASH and sha256(path) != expected["sha256"]:
-        raise ValueError(f"{path} is not what its meta.json describes: prepare the data set again")
-
-
-def _ends(data: NDArray[Any], count: int = 2**15) -> str:
-    digest = hashlib.sha256(str(len(data)).encode())
-    digest.update(data[:count].tobytes())
-    digest.update(data[-count:].tobytes())
-    return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _holds_tokens(folder: Path) -> bool:
+    patterns = ("*.bin", "*.npy", "*.ds", "*/*.ds", "meta.json")
+    return any(next(folder.glob(pattern), None) for pattern in patterns)

@@ -26,7 +26,8 @@ from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.runtime import Loss, Runtime
-from folio.tokens import Split, Tokens
+from folio.token_files import Split
+from folio.tokens import Tokens
 from folio.validation import evaluate
 
 _OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # never taken from a checkpoint
@@ -53,10 +54,11 @@ _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State
 
 
 class MicroBatch(NamedTuple):
-    """One forward and backward: tokens (B, T), targets (B, T), and what seeds its dropout."""
+    """One forward and backward: tokens, targets and the number of each token's document, (B, T); dropout's seed."""
 
     idx: Tensor
     targets: Tensor
+    documents: Tensor | None
     seed: int
 
 
@@ -136,7 +138,7 @@ def fit(run: Run) -> str:
             for batch in micro_batches:
                 runtime.seed(batch.seed)
                 with runtime.sync(run.loss, last=batch is micro_batches[-1]):
-                    nats, counted = run.loss(batch.idx, batch.targets)
+                    nats, counted = run.loss(batch.idx, batch.targets, batch.documents)
                     runtime.backward(nats * (runtime.world / run.tokens_per_step))
                 totals += torch.stack([nats.detach(), counted])
             stop = torch.full((1,), _SIGNALS.get(run.signal, 0.0), device=runtime.device)
@@ -244,13 +246,17 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
     runtime, state = run.runtime, run.state
     share = micro_batches(run.config.data, runtime.rank, runtime.world)
 
-    def read(step: int, row: int) -> list[tuple[Tensor, int]]:
+    def read(step: int, row: int) -> list[tuple[Tensor, Tensor | None, int]]:
         found = []
         for first, count, micro in share:
-            rows = torch.from_numpy(run.tokens.rows("train", row + first, count))
-            pinned = rows.pin_memory() if runtime.device.type == "cuda" else rows
-            found.append((pinned, rng.key(run.config.system.seed, "dropout", step, micro)))
+            rows = run.tokens.rows("train", row + first, count)
+            documents = runtime.pin(run.tokens.documents(rows)) if run.tokens.documents else None
+            found.append((runtime.pin(rows), documents, rng.key(run.config.system.seed, "dropout", step, micro)))
         return found
+
+    def move(rows: Tensor, documents: Tensor | None, seed: int) -> MicroBatch:
+        here = runtime.move(rows)
+        return MicroBatch(here[:, :-1], here[:, 1:], None if documents is None else runtime.move(documents), seed)
 
     with ThreadPoolExecutor(1, "batches") as pool:
 
@@ -259,8 +265,7 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
             while True:
                 here = ahead.result()
                 ahead = pool.submit(read, state.step + 1, state.rows + run.rows_per_step)
-                moved = [(runtime.move(rows), seed) for rows, seed in here]
-                yield [MicroBatch(rows[:, :-1], rows[:, 1:], seed) for rows, seed in moved]
+                yield [move(*parts) for parts in here]
 
         yield forever()
 
@@ -382,12 +387,14 @@ def build(config: TrainConfig) -> Run:
     shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
     if given:
         shape = _shape_of(given, shape, config, lines)
-    known = tokens.meta.vocab_size
+    known = tokens.known_vocab_size
     if known and isinstance(shape.vocab_size, int) and shape.vocab_size < known:
         raise ValueError(
-            f"vocab_size={shape.vocab_size} is below the {known} of {tokens.folder}: set --vocab_size to that or more"
+            f"vocab_size={shape.vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
         )
     tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
+    if config.data.document_mask:
+        lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
     model = GPT(shape, lambda name: rng.generator(config.system.seed, name))
     if source:
         checkpoint.load_weights(model, source.weights())
@@ -398,7 +405,9 @@ def build(config: TrainConfig) -> Run:
     runtime = Runtime(config.system, flops=flops, resolved=former.state["resolved"] if former else None)
     try:
         largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
-        if data.gradient_accumulation_steps % runtime.world:
+        if data.gradient_accumulation_steps % runtime.world == 0:
+            tokens.world = runtime.world
+        else:
             lines.append(f"{runtime.world} processes do not divide the micro steps: dropout masks differ from one's")
         model.to(runtime.device)
         o = config.optimizer
@@ -507,13 +516,13 @@ def _shape_of(given: dict[str, Any], shape: GPTConfig, config: TrainConfig, line
 
 
 def _vocab_size(config: TrainConfig, tokens: Tokens, lines: list[str]) -> int:
-    asked, found = config.model.vocab_size, tokens.meta.vocab_size
+    asked, found = config.model.vocab_size, tokens.known_vocab_size
     if asked != "auto":
         return asked
     if found is None or tokens.tokenizer() == {"kind": "tiktoken", "name": "gpt2"}:
         lines.append("vocab_size = 50304 (GPT-2's 50257 rounded up for speed)")
         return 50304
-    lines.append(f"found vocab_size = {found} (inside {tokens.folder})")
+    lines.append(f"found vocab_size = {found} (inside {tokens.name})")
     return found
 
 
@@ -536,7 +545,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     lines.append(f"resuming {run.out_dir} at step {run.begun}")
     why = run.runtime.differences(state["resolved"])
     if state["data"] != run.tokens.fingerprint():
-        why.append(f"the data in {run.tokens.folder} changed")
+        why.append(f"the data in {run.tokens.name} changed")
     if why:
         lines.append(f"exact to rounding only: {'; '.join(why)}")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from folio.model import GPT
 from folio.runtime import Loss, Runtime
-from folio.tokens import Split, Tokens
+from folio.token_files import Split
+from folio.tokens import Tokens
 
 
 @torch.no_grad()
@@ -25,10 +27,11 @@ def evaluate(
     model.eval()
     for first in range(0, len(starts), share):
         mine = starts[first + runtime.rank * batch_size : first + (runtime.rank + 1) * batch_size]
-        rows = torch.full((batch_size, tokens.block_size + 1), -1)
-        rows[: len(mine)] = torch.from_numpy(tokens.windows(split, mine))
-        idx, targets = runtime.move(rows[:, :-1].clamp(min=0)), runtime.move(rows[:, 1:])
-        nats, counted = loss(idx, targets)
+        rows = np.full((batch_size, tokens.block_size + 1), -1)
+        rows[: len(mine)] = tokens.windows(split, mine)
+        documents = runtime.move(torch.from_numpy(tokens.documents(rows))) if tokens.documents else None
+        here = runtime.move(torch.from_numpy(rows))
+        nats, counted = loss(here[:, :-1].clamp(min=0), here[:, 1:], documents)
         total += torch.stack([nats, counted]).to(total.dtype)
     model.train()
     nats, counted = runtime.reduce(total).tolist()

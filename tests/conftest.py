@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from folio import cli
-from folio.datasets import shakespeare_char
+from folio.datasets.prepare import prepare
+from folio.datasets.recipes import known
 
 ROOT = Path(__file__).resolve().parent.parent
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
@@ -46,7 +47,7 @@ def shared_data() -> Path:
 def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of characters, made from the committed text."""
     folder = tmp_path_factory.mktemp("story")
-    shakespeare_char.prepare(folder, STORY)
+    prepare(known("shakespeare_char", folder, str(STORY), {}), folder)
     return folder
 
 

@@ -23,7 +23,7 @@ from conftest import SMALL, STORY, Outcome
 
 from folio import cli
 from folio.commands import train
-from folio.datasets import shakespeare_char
+from folio.datasets import recipes
 from folio.log import read_metrics
 
 
@@ -277,7 +277,7 @@ def test_a_source_that_does_not_fit(folio, tmp_path, content, words) -> None:
 @pytest.mark.parametrize(("name", "hint"), [("shakespear_char", "did you mean"), ("", "there are"), ("xyz", "stdlib")])
 def test_a_data_set_that_nobody_knows(folio, tmp_path, monkeypatch, name, hint) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused(folio("prepare", name), repr(name), hint)
+    assert_refused(folio("prepare", name), name, hint)
     assert tree(tmp_path) == {}
 
 
@@ -318,7 +318,7 @@ def closed_port() -> Iterator[str]:
     [
         pytest.param(closed_port, ["failed"], id="no answer"),
         pytest.param(partial(server, b"gone", status=404), ["failed", "404"], id="not found"),
-        pytest.param(partial(server, STORY.read_bytes()), ["SHA-256", shakespeare_char.SHA256], id="another file"),
+        pytest.param(partial(server, STORY.read_bytes()), ["SHA-256", recipes.SHAKESPEARE_SHA256], id="another file"),
         pytest.param(partial(server, b"First", promised=1_115_394), ["failed"], id="broken off"),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_download_that_fails(folio, tmp_path, monkeypatch, source, words) -> N
     """The line names the address and the way round; no input.txt is left for the next attempt to trust."""
     monkeypatch.setenv("no_proxy", "*")
     with source() as url:
-        monkeypatch.setattr(shakespeare_char, "URL", url)
+        monkeypatch.setattr(recipes, "SHAKESPEARE", url)
         assert_refused(folio("prepare", "shakespeare_char", f"--data_dir={tmp_path / 'data'}"), url, "--source", *words)
     assert tree(tmp_path) == {}
 

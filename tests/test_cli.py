@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL, python
 
 from folio import __version__, cli, config
 
-POSITIONAL = {("prepare", "name"), ("plot", "out_dir")}
+POSITIONAL = {("prepare", "text"), ("plot", "out_dir")}
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"", "rng", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
-    {"tokens", "tokenizer", "runtime", "log"},
+    {"tokens", "token_files", "tokenizer", "runtime", "log"},
     {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "datasets"},
     {"train", "plot"},
     {"commands"},

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from folio import datasets, tokens
+from folio import tokens
 from folio.config import Data
-from folio.datasets import shakespeare_char
-from folio.datasets.write import write
-from folio.tokenizer import Bytes, Characters
-from folio.tokens import Meta, Rows, Tokens
+from folio.datasets import recipes
+from folio.datasets.prepare import prepare
+from folio.token_files import open_folder
+from folio.tokenizer import Bytes
+from folio.tokens import Rows, Tokens
 from folio.train import micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
@@ -29,7 +30,7 @@ def count_up(tmp_path: Path) -> Any:
     def make(n: int, block_size: int, **options: Any) -> Tokens:
         for split in ("train", "val"):
             np.arange(n, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
-        return Tokens(tmp_path, Meta(None, np.dtype("uint16"), None), block_size, **options)
+        return Tokens([open_folder(tmp_path)], block_size, **options)
 
     return make
 
@@ -160,7 +161,7 @@ def test_ids_outside_the_vocabulary_are_refused(count_up: Any) -> None:
 def test_shakespeare_by_characters(shared_data: Path, tmp_path: Path) -> None:
     """The files of nanoGPT's recipe, byte by byte, and its 65 characters."""
     source = shared_data / "tinyshakespeare.txt"
-    shakespeare_char.prepare(tmp_path, source)
+    prepare(recipes.known("shakespeare_char", tmp_path, str(source), {}), tmp_path)
     text = source.read_text(encoding="utf-8")
     characters = sorted(set(text))
     ids = np.array([characters.index(c) for c in text], dtype=np.uint16)
@@ -171,13 +172,13 @@ def test_shakespeare_by_characters(shared_data: Path, tmp_path: Path) -> None:
     assert meta["vocab_size"] == len(characters) == 65
     assert meta["tokenizer"] == {"kind": "characters", "characters": "".join(characters)}
     assert {s: v["tokens"] for s, v in meta["splits"].items()} == {"train": 1_003_854, "val": 111_540}
-    assert hashlib.sha256(text.encode()).hexdigest() == shakespeare_char.SHA256
+    assert hashlib.sha256(text.encode()).hexdigest() == recipes.SHAKESPEARE_SHA256
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_the_standard_library(tmp_path: Path) -> None:
     """More than 5 MB of this Python's sources, every tenth file for validation, decoding to their text."""
-    datasets.prepare("stdlib", tmp_path)
+    prepare(recipes.known("stdlib", tmp_path, "", {}), tmp_path)
     train, val = ((tmp_path / f"{split}.bin").read_bytes() for split in ("train", "val"))
     assert len(train) + len(val) > 2 * 5e6
     assert json.loads((tmp_path / "meta.json").read_text())["dtype"] == "uint16"
@@ -197,37 +198,11 @@ def test_sources_of_a_given_folder(tmp_path: Path) -> None:
         (source / name).mkdir()
         (source / name / "no.py").write_text("no\n")
     (source / "latin.py").write_bytes(b"# \xe9\n")
-    datasets.prepare("stdlib", tmp_path / "out", source)
+    prepare(recipes.known("stdlib", tmp_path / "out", str(source), {}), tmp_path / "out")
     order = [*range(0, 20, 2), *range(1, 20, 2)]
     for split, numbers in (("train", order[:9] + order[10:19]), ("val", [order[9], order[19]])):
         ids = np.fromfile(tmp_path / "out" / f"{split}.bin", np.uint16)
         assert Bytes().bytes(ids.tolist()).decode() == "".join(f"# é {i}\n" for i in numbers)
-
-
-class _Large(Bytes):
-    """A tokenizer with more ids than uint16 has."""
-
-    size = 2**16 + 1
-
-
-@pytest.mark.parametrize(("kind", "dtype"), [(Bytes, "uint16"), (_Large, "uint32")])
-def test_the_type_follows_the_vocabulary(tmp_path: Path, kind: type[Bytes], dtype: str) -> None:
-    """uint32 where an id needs it; what is read is what was written."""
-    ids = np.arange(60, dtype=np.uint32) * (kind.size // 60)
-    write(tmp_path, {"train": ids, "val": ids[::-1]}, kind(), "none", {})
-    assert (tmp_path / "train.bin").stat().st_size == 60 * np.dtype(dtype).itemsize
-    data = Tokens.open(Data(data_dir=str(tmp_path)), 59, seed=1)
-    assert data.meta.dtype == dtype
-    assert np.array_equal(data.rows("train", 0, 1)[0], ids)
-    assert np.array_equal(data.rows("val", 0, 1)[0], ids[::-1])
-
-
-def test_nothing_is_written_of_an_empty_split(tmp_path: Path) -> None:
-    """A text too short to split is refused, and no file looks finished."""
-    ids = Characters("ab").encode("abab")
-    with pytest.raises(ValueError, match=r"val\.bin would be empty"):
-        write(tmp_path, {"train": ids, "val": ids[:0]}, Characters("ab"), "none", {})
-    assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".")]
 
 
 # The rows of a step, shared out over ranks

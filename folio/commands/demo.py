@@ -7,11 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from folio import datasets, tokenizer
+from folio import tokenizer
 from folio.config import Sampling
 from folio.config import TrainConfig as Options
+from folio.datasets.prepare import prepare
+from folio.datasets.recipes import known
 from folio.generate import LINE, samples
 from folio.plot import loss_curve
+from folio.token_files import META
 from folio.train import EXIT, Run, build, finish, fit
 
 FIRST = ["train_stdlib"]
@@ -19,8 +22,8 @@ FIRST = ["train_stdlib"]
 
 def main(options: Options) -> int:
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
-    if not (folder / "meta.json").exists():
-        datasets.prepare(options.data.dataset, folder)
+    if not (folder / META).exists():
+        prepare(known(options.data.dataset, folder, "", {}), folder)
     run = build(options)
     try:
         run.log.say(f"\nThe untrained model writes:\n\n{_sample(run)}\n{LINE}\n")

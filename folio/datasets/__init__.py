@@ -1,29 +1,8 @@
 """Where text comes from, and how it becomes token files.
 
-Each module here but ``write`` is a data set: its name is the data set's, ``prepare(folder, source)`` makes it.
+1. ``recipes`` says what a data set is: its source, its tokenizer, its layout.
+2. ``sources`` cuts any source into blocks of documents, which can be told apart and begun at any of.
+3. ``workers`` turn a block into ids, in processes of their own.
+4. ``writer`` puts the ids of all blocks, in order, into files that appear whole.
+5. ``prepare`` runs the four, under a lock, and goes on where a killed run stopped.
 """
-
-from __future__ import annotations
-
-import difflib
-import importlib
-import pkgutil
-from pathlib import Path
-
-
-def names() -> list[str]:
-    """The data sets that can be prepared."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "write")
-
-
-def prepare(name: str, folder: Path, source: Path | None = None) -> None:
-    """Makes the data set's token files in ``folder``, from ``source`` instead of its usual place if given.
-
-    Raises:
-        FileNotFoundError, ValueError: no such data set; a source that is missing, fails or is not what it was.
-    """
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names())}"
-        raise ValueError(f"no data set {name!r} to prepare: {hint}")
-    importlib.import_module(f"{__name__}.{name}").prepare(folder, source)

@@ -1,0 +1,359 @@
+"""A recipe → a finished data set: in parallel, in bounded memory, under a lock, and resumable.
+
+1. A data set that is finished is left as it is; one that was made otherwise is refused, unless to overwrite.
+2. Everything grows in the folder ``.preparing`` of the data set's, which the lock in it guards.
+3. Workers tokenise blocks, a bounded number at a time; their results come back in order.
+4. The writer adds them, and commits them with the source's position about once a second.
+5. Finished files move to their place, ``meta.json`` last.
+
+With ``part`` the job is shared out: each process prepares part I of N in a folder of its own, as ids and lengths
+of documents, and the one that completes the last part puts all of them, in order, through step 4 and 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from folio.datasets.sources import BLOCK, Block, Source
+from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
+from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, move, write_json
+from folio.token_files import META, SPLITS, UNFINISHED
+from folio.tokenizer import Characters, Tokenizer
+
+COMMIT_EVERY = 1.0  # seconds
+_LOCK = "lock"
+_SAY_EVERY = 10.0  # seconds, where there is no terminal for a progress bar
+
+Results = Callable[[Any], Generator[tuple[Block, Tokenised]]]  # from a position on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set is made of, and how. ``tokenizer`` None: characters, those of the source."""
+
+    source: Source
+    tokenizer: Tokenizer | None
+    layout: Layout
+    text_key: str = "text"
+    keep_empty: bool = False
+    given_splits: bool = False  # the source decides what is for validation
+    small_fraction: float = 0.1  # of the documents, where there is less than one shard
+    made: dict[str, Any] = field(default_factory=dict)  # what else tells it from others
+
+    def describe(self) -> dict[str, Any]:
+        """What this data set's ``meta.json`` will say of its making."""
+        told = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
+        if told["kind"] == "tokenizers":
+            told = {"kind": "tokenizers", "size": self.tokenizer.size}  # type: ignore[union-attr]
+        return {
+            **self.made,
+            "source": self.source.describe(),
+            "tokenizer": told,
+            "text_key": self.text_key,
+            "layout": asdict(self.layout),
+        }
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    workers: int = 0,
+    skip: bool = False,
+    overwrite: bool = False,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Makes a data set in ``folder``, or goes on making it.
+
+    ``workers``: processes that tokenise, 0 for as many as this process may use cores. ``skip``: count documents
+    that cannot be taken, instead of stopping at the first. ``part``: (I, N) of a job that is shared out.
+
+    Raises:
+        ValueError: a document that cannot be taken; another or a changed recipe, with the difference; the folder is
+            in use by another process.
+        OSError: what cannot be read or written.
+    """
+    described = recipe.describe()
+    if _finished(folder, described, overwrite):
+        return
+    work = folder / UNFINISHED
+    job = _Job(recipe, described, workers, skip, overwrite)
+    if part[1] == 1:
+        job.whole(folder, work)
+        return
+    job.part(work / f"part-{part[0]}-of-{part[1]}", part)
+    parts = [work / f"part-{i}-of-{part[1]}" for i in range(part[1])]
+    if missing := [i for i, path in enumerate(parts) if not _complete(path, described)]:
+        few = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        print(f"part {part[0]} of {part[1]} is complete; not yet: {few}")
+        return
+    job.whole(folder, work, parts)
+
+
+def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
+    """Whether there is nothing to do. Raises ValueError where something else is there."""
+    if overwrite:
+        return False
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        made = dict(meta["made"])
+    except FileNotFoundError:
+        if found := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".npy", ".ds")):
+            raise ValueError(
+                f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
+            ) from None
+        return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / META} cannot be read ({error}): --overwrite makes the data set anew") from None
+    _refuse_difference(folder, made, described)
+    counts = {split: sum(f["tokens"] for f in value["files"]) for split, value in meta["splits"].items()}
+    gone = [f["name"] for v in meta["splits"].values() for f in v["files"] if not (folder / f["name"]).is_file()]
+    if gone:
+        raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
+    print(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
+    return True
+
+
+def _refuse_difference(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    was, now = _flat(old), _flat(new)
+    changed = [f"{k}: {was.get(k)} → {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if changed:
+        raise ValueError(f"{folder} was made otherwise ({'; '.join(changed)}): --overwrite makes it anew")
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+
+
+def _complete(part: Path, described: dict[str, Any]) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        state = json.loads((part / STATE).read_text(encoding="utf-8"))
+        return bool(state["made"] == described and state.get("complete"))
+    return False
+
+
+@contextlib.contextmanager
+def _lock(work: Path) -> Iterator[None]:
+    """Holds the folder for this process; the kernel lets go of it when the process ends, however it does.
+
+    A folder in which nothing was committed is removed again when what is done in it fails.
+    """
+    import fcntl
+
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / _LOCK
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise ValueError(f"{work}: another process is preparing this data set: wait until it has finished")
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
+        finally:
+            if not (work / STATE).exists():
+                shutil.rmtree(work, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    work.parent.rmdir()
+
+
+@dataclass
+class _Job:
+    recipe: Recipe
+    described: dict[str, Any]
+    workers: int
+    skip: bool
+    overwrite: bool
+
+    def whole(self, folder: Path, work: Path, parts: list[Path] | None = None) -> None:
+        """Prepares everything, from the source or from complete parts of it."""
+        with _lock(work):
+            state = self._state(work)
+            if "meta" not in state:
+                tokenizer = self._tokenizer(work, state)
+                writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
+                results = Parts(parts, _dtype(tokenizer)).results if parts else self._tokenised(tokenizer)
+                self._write(writer, results)
+                if not writer.documents:
+                    raise ValueError(f"{folder}: the source has no documents{_count(writer.skipped)}")
+                files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
+                state["meta"] = self._meta(writer, tokenizer, files)
+                state["place"] = "" if writer.place == work else writer.place.name
+                write_json(work / STATE, state)
+            meta = state["meta"]
+            names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
+            move(work / state["place"], names, meta, folder)
+            shutil.rmtree(work)
+        for split in SPLITS:
+            print(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
+        print(f"wrote {folder}{_count(meta['skipped'])}")
+
+    def part(self, work: Path, part: tuple[int, int]) -> None:
+        """Prepares one part, unless it is complete."""
+        with _lock(work):
+            state = self._state(work)
+            if not state.get("complete"):
+                tokenizer = self._tokenizer(work, state)
+                writer = PartWriter(work, state)
+                self._write(writer, self._tokenised(tokenizer, part))
+                writer.commit(None, complete=True)
+
+    def _state(self, work: Path) -> dict[str, Any]:
+        """What an earlier process committed, if it was after the same."""
+        try:
+            state = dict(json.loads((work / STATE).read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            state = {}
+        if state and not self.overwrite:
+            _refuse_difference(work, state["made"], self.described)
+        if state.get("made") != self.described:
+            (work / STATE).unlink(missing_ok=True)
+            state = {"made": self.described}
+        return state
+
+    def _tokenizer(self, work: Path, state: dict[str, Any]) -> Tokenizer:
+        """The recipe's, or the one of the characters that a first pass over the whole source finds."""
+        if self.recipe.tokenizer:
+            return self.recipe.tokenizer
+        if "alphabet" not in state:
+            job = Work({}, "none", self.recipe.text_key)
+            found: set[str] = set()
+            with contextlib.closing(self._results(Alphabet, job, self.recipe.source.blocks())) as alphabets:
+                for _, characters in alphabets:
+                    found.update(characters)
+            state["alphabet"] = "".join(sorted(found))
+            write_json(work / STATE, state)
+        return Characters(state["alphabet"])
+
+    def _tokenised(self, tokenizer: Tokenizer, part: tuple[int, int] = (0, 1)) -> Results:
+        recipe = self.recipe
+        eot = recipe.layout.eot if tokenizer.eot is not None else "none"
+        job = Work(tokenizer.to_json(), eot, recipe.text_key, self.skip, recipe.keep_empty)
+        return lambda position: self._results(Tokenise, job, recipe.source.blocks(position, part))
+
+    def _results(self, job: Any, work: Work, blocks: Iterator[Block]) -> Generator[tuple[Block, Any]]:
+        """Each block with what the job makes of it, in order; small sources in this process."""
+        size, workers = self.recipe.source.size, self.workers or _cores()
+        if workers == 1 or (size is not None and size <= 2 * BLOCK):
+            doing = job(work)
+            yield from ((block, doing(block.spans)) for block in blocks)
+            return
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), begin, (job, work))
+        waiting: deque[tuple[Block, Future[Any]]] = deque()
+        try:
+            for block in blocks:
+                waiting.append((block, pool.submit(do, block.spans)))
+                if len(waiting) > 2 * workers:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        except BrokenProcessPool:
+            raise ValueError("a worker process was killed, perhaps for memory: run it again to go on") from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _write(self, writer: Writer | PartWriter, results: Results) -> None:
+        position, committed = writer.state.get("position"), time.perf_counter()
+        if position is not None:
+            print(f"going on after {writer.tokens:,} tokens of {writer.documents:,} documents")
+        with _progress(self.recipe.source.size, writer) as show, contextlib.closing(results(position)) as found:
+            for block, result in found:
+                writer.add(result, block)
+                position = block.after
+                if (now := time.perf_counter()) - committed > COMMIT_EVERY:
+                    writer.commit(position)
+                    committed = now
+                show()
+        writer.commit(position)
+
+    def _meta(self, writer: Writer, tokenizer: Tokenizer, files: dict[Any, list[dict[str, Any]]]) -> dict[str, Any]:
+        splits = {
+            split: {
+                "tokens": sum(f["tokens"] for f in found),
+                "documents": sum(f["documents"] for f in found),
+                "files": found,
+            }
+            for split, found in files.items()
+        }
+        return {
+            "vocab_size": tokenizer.size,
+            "dtype": writer.dtype.name,
+            "tokenizer": tokenizer.to_json(),
+            "eot": self.recipe.layout.eot if tokenizer.eot is not None else "none",
+            "splits": splits,
+            "text_bytes": writer.text_bytes,
+            "skipped": dict(writer.skipped),
+            "made": self.described,
+        }
+
+
+def _count(skipped: Counter[str] | dict[str, int]) -> str:
+    if not skipped:
+        return ""
+    kinds = ", ".join(f"{count:,} with {what}" for what, count in Counter(skipped).most_common(5))
+    return f" without {sum(skipped.values()):,} documents that could not be taken: {kinds}"
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _progress(total: int | None, writer: Writer | PartWriter) -> Iterator[Callable[[], None]]:
+    """Tokens, MB of text a second and time left: a bar on a terminal, else a line now and then."""
+    began, text, disk = time.perf_counter(), writer.text_bytes, writer.disk_bytes
+    said = began
+    console = Console()
+    bar = Progress(
+        TextColumn("{task.fields[figures]}"),
+        BarColumn(bar_width=24),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=total, completed=disk, figures="")
+
+    def show() -> None:
+        nonlocal said
+        now = time.perf_counter()
+        speed = (writer.text_bytes - text) / (now - began) / 1e6
+        figures = f"{writer.tokens:,} tokens  {speed:.1f} MB/s"
+        bar.update(task, completed=writer.disk_bytes, figures=figures)
+        if not console.is_terminal and now - said > _SAY_EVERY:
+            said = now
+            read = writer.disk_bytes - disk
+            left = f", {(total - writer.disk_bytes) * (now - began) / read:,.0f} s left" if total and read else ""
+            print(f"{writer.tokens:,} tokens, {speed:.1f} MB/s{left}", flush=True)
+
+    with bar:
+        yield show

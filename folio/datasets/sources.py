@@ -1,0 +1,394 @@
+"""Where documents come from: files, the datasets library, text in hand. Each is a sequence of blocks of spans.
+
+A block can be named by its position and begun at again, and a source can be shared out: parts I of N, one after
+another, hold the blocks of the whole in their order.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from folio.datasets.workers import Span, Spans, cut
+
+BLOCK = 4 * 2**20  # bytes of text that a worker takes at once
+_HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
+
+Split = Literal["train", "val"]
+
+
+class Block(NamedTuple):
+    """What one worker takes at once, and the position (JSON) after it."""
+
+    spans: Spans
+    after: Any
+    size: int  # bytes on disk that it stands for
+    split: Split | None = None  # where the source decides it
+
+
+class Source(Protocol):
+    """What can be cut into blocks."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on disk, where they are known beforehand."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What tells this source from another or a changed one, as JSON."""
+        ...
+
+    def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
+        """The blocks of part I of N from a position on.
+
+        Raises:
+            ValueError, OSError: name what cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts in hand, by split; each is a document."""
+
+    made_of: dict[str, Any]
+    splits: Mapping[Split, Sequence[str]]
+
+    @property
+    def size(self) -> int:
+        return sum(len(text) for texts in self.splits.values() for text in texts)
+
+    def describe(self) -> dict[str, Any]:
+        return self.made_of
+
+    def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
+        every = [(split, i, text) for split, texts in self.splits.items() for i, text in enumerate(texts)]
+        for n, (split, i, text) in enumerate(every):
+            if n >= (position or 0) and n * part[1] // len(every) == part[0]:
+                yield Block((Span(split, "texts", i, held=[text]),), n + 1, len(text), split)
+
+
+# Files
+
+
+class Piece(NamedTuple):
+    """A span of a file and where it lies: bytes ``at`` … ``at + size`` on disk."""
+
+    span: Span
+    at: int
+    size: int
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Text, JSON lines and parquet, plain or compressed, in the order in which they were named.
+
+    ``val_fraction``: the share of a corpus of one text file that is for validation, cut from its end.
+    """
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]  # relative to what was named
+    text_key: str = "text"
+    val_fraction: float = 0.0
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def single(self) -> bool:
+        """Whether the corpus is one document, which no split by documents can divide."""
+        return len(self.paths) == 1 and kind_of(self.paths[0]) == "text"
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for path, name in zip(self.paths, self.names, strict=True):
+            stat = path.stat()
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return {"files": len(self.paths), "bytes": self.size, "names_sizes_times": digest.hexdigest()[:16]}
+
+    def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
+        """Position: [number of the file, spans of it that are done]."""
+        first, done = position or (0, 0)
+        total, before = self.size, 0
+        held: list[Piece] = []
+
+        def block(after: list[int]) -> Block:
+            made = Block(tuple(p.span for p in held), after, sum(p.size for p in held), held[0].split)
+            held.clear()
+            return made
+
+        for number, path in enumerate(self.paths):
+            size = path.stat().st_size
+            if number >= first and _part(before, total, part[1]) <= part[0] <= _part(before + size, total, part[1]):
+                for i, piece in enumerate(_PIECES[str(kind_of(path))](self, path)):
+                    if (number == first and i < done) or _part(before + piece.at, total, part[1]) != part[0]:
+                        continue
+                    if held and (held[0].split != piece.split or sum(p.size for p in held) + piece.size > BLOCK):
+                        yield block([number, i])
+                    held.append(piece)
+            before += size
+        if held:
+            yield block([len(self.paths), 0])
+
+
+def _part(at: int, total: int, parts: int) -> int:
+    return min(at * parts // max(total, 1), parts - 1)
+
+
+def _text(source: Files, path: Path) -> Iterator[Piece]:
+    """A file is a document; a large one is cut where that does not change its tokens."""
+    size, name = path.stat().st_size, str(path)
+    if size <= BLOCK and not source.single:
+        yield Piece(Span(name, "text", 0, size), 0, size)
+        return
+    if wrong := _invalid(path):
+        yield Piece(Span(f"{name}:{wrong}", "flaw", held="not UTF-8"), 0, size)
+        return
+    with path.open("rb") as file:
+        val = cut(file, int(size * (1 - source.val_fraction)), size) if source.single else size
+        ends = [cut(file, at, size) for at in range(BLOCK, size, BLOCK)]
+    marks = sorted({0, val, size, *ends})
+    for start, stop in pairwise(marks):
+        begins, ends_here = start in (0, val), stop in (val, size)
+        span = Span(name, "text", start, stop, continues=not begins, more=not ends_here)
+        split: Split | None = ("val" if start >= val else "train") if source.single else None
+        yield Piece(span, start, stop - start, split)
+
+
+def _invalid(path: Path) -> int | None:
+    """The line on which a file is no longer UTF-8."""
+    line = 1
+    with path.open("rb") as file:
+        while raw := file.readline(2**24):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data" or len(raw) < 2**24:
+                    return line
+                file.seek(error.start - len(raw), io.SEEK_CUR)
+            line += raw.endswith(b"\n")
+    return None
+
+
+def _plain_lines(source: Files, path: Path) -> Iterator[Piece]:
+    size = path.stat().st_size
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        yield Piece(Span(str(path), "lines", start, stop), start, stop - start)
+
+
+def _packed_lines(source: Files, path: Path) -> Iterator[Piece]:
+    """Compressed files cannot be read from the middle: they are unpacked here."""
+    number, size, told = 1, path.stat().st_size, 0
+    try:
+        with path.open("rb") as packed, _unpack(path, packed) as file:
+            while raw := file.read(BLOCK):
+                raw += file.readline()
+                now = min(packed.tell(), size)
+                yield Piece(Span(str(path), "lines", number, held=raw), 0, now - told)
+                number, told = number + raw.count(b"\n"), now
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        kind = "gzip" if path.suffix == ".gz" else "zstandard"
+        yield Piece(Span(f"{path}:{number}", "flaw", held=f"corrupt {kind} from here on ({error})"), 0, 0)
+
+
+def _unpack(path: Path, packed: Any) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(packed)
+    import zstandard
+
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), 2**20)
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        from zstandard import ZstdError
+    except ModuleNotFoundError:
+        return EOFError
+    return ZstdError
+
+
+def _parquet(source: Files, path: Path) -> Iterator[Piece]:
+    """A span for each row group; the documents of very large ones in hand."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if source.text_key not in file.schema_arrow.names:
+                keys = ", ".join(file.schema_arrow.names[:8])
+                what = f"no column {source.text_key!r}: it has {keys}; --text_key names another"
+                yield Piece(Span(str(path), "flaw", held=what), 0, 0)
+                return
+            column, at, row = file.schema_arrow.names.index(source.text_key), 4, 0
+            for g in range(file.num_row_groups):
+                group = file.metadata.row_group(g)
+                size = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+                if group.column(column).total_uncompressed_size <= _HELD_ROW_GROUP:
+                    yield Piece(Span(str(path), "parquet", g, row), at, size)
+                else:
+                    yield from _held_rows(file, path, g, row, source.text_key, at, size)
+                at, row = at + size, row + group.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Piece(Span(str(path), "flaw", held=f"unreadable parquet: {str(error).splitlines()[0]}"), 0, 0)
+
+
+def _held_rows(file: Any, path: Path, group: int, row: int, key: str, at: int, size: int) -> Iterator[Piece]:
+    for batch in file.iter_batches(256, row_groups=[group], columns=[key], use_threads=False):
+        held = batch.column(0).to_pylist()
+        yield Piece(Span(str(path), "texts", row, held=held), at, size)
+        row, size = row + len(held), 0
+
+
+_PIECES: dict[str, Callable[[Files, Path], Iterator[Piece]]] = {
+    "text": _text,
+    "lines": _plain_lines,
+    "packed": _packed_lines,
+    "parquet": _parquet,
+}
+_KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "lines",
+    ".jsonl.gz": "packed",
+    ".jsonl.zst": "packed",
+    ".parquet": "parquet",
+}
+
+
+def kind_of(path: Path) -> str | None:
+    """How a file is read, by the end of its name; None for files of no known kind."""
+    return next((kind for end, kind in _KINDS.items() if path.name.endswith(end)), None)
+
+
+def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Files, folders (all that lies below) and globs → the files that can be read, and their relative names.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a file of no known kind, or none of one in a folder.
+    """
+    found: dict[Path, str] = {}
+    known = ", ".join(_KINDS)
+    for name in named:
+        path = Path(name)
+        if path.is_file():
+            if kind_of(path) is None:
+                raise ValueError(f"{path}: not a file of text that is known: {known}")
+            found.setdefault(path.resolve(), path.name)
+            continue
+        if path.is_dir():
+            below = {p: p.relative_to(path) for p in path.rglob("*") if p.is_file()}
+            here = {p: r.as_posix() for p, r in below.items() if not any(part.startswith(".") for part in r.parts)}
+        else:
+            here = {p: p.name for p in map(Path, sorted(glob.glob(name, recursive=True))) if p.is_file()}
+            if not here:
+                raise FileNotFoundError(f"{name}: no such file or folder, and no glob that finds one")
+        taken = {p: relative for p, relative in here.items() if kind_of(p)}
+        if not taken:
+            raise ValueError(f"{name}: none of its {len(here)} files is of a kind that is known: {known}")
+        if len(taken) < len(here):
+            print(f"{name}: {len(here) - len(taken)} files of other kinds are left out")
+        for p in sorted(taken, key=Path.as_posix):
+            found.setdefault(p.resolve(), taken[p])
+    return tuple(found), tuple(found.values())
+
+
+# The datasets library
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set of the datasets library: a name on its hub, or a local file or folder of parquet or JSON lines.
+
+    ``held_out``: the share of the documents that are validation, chosen and shuffled as nanoGPT's
+    ``data/openwebtext/prepare.py`` does (``train_test_split``, seed 2357).
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    text_key: str = "text"
+    held_out: float = 0.0
+    size: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        what = {"hub": self.name, "config": self.config, "split": self.split, "held_out": self.held_out}
+        if Path(self.name).exists():
+            del what["hub"]
+            what |= Files(*find([self.name])).describe()
+        return what
+
+    def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
+        """Position: [split, documents done] in a table, the library's own state in a stream."""
+        data = self._open()
+        if self.streaming:
+            yield from self._stream(data, position, part)
+            return
+        tables: list[tuple[Split | None, Any]] = [(None, data)]
+        if self.held_out:
+            both = data.train_test_split(test_size=self.held_out, seed=2357, shuffle=True)
+            tables = [("val", both["test"]), ("train", both["train"])]
+        first, done = position or (0, 0)
+        for number, (split, table) in enumerate(tables[first:], first):
+            begin, end = (len(table) * (part[0] + i) // part[1] for i in (0, 1))
+            begin += done if number == first else 0
+            for start in range(begin, end, 256):
+                stop = min(start + 256, end)
+                texts = table[start:stop][self.text_key]
+                done_here = stop - len(table) * part[0] // part[1]
+                yield Block((Span(self._label, "texts", start, held=texts),), [number, done_here], 0, split)
+
+    def _stream(self, data: Any, position: Any, part: tuple[int, int]) -> Iterator[Block]:
+        if part[1] > 1:
+            if data.num_shards < part[1]:
+                raise ValueError(f"{self._label} has {data.num_shards} files: --shard_of takes as many parts at most")
+            data = data.shard(num_shards=part[1], index=part[0], contiguous=True)
+        number = 0
+        if position:
+            data.load_state_dict(position["state"])
+            number = position["documents"]
+        for batch in data.iter(batch_size=256):
+            texts = batch[self.text_key]
+            after = {"state": json.loads(json.dumps(data.state_dict())), "documents": number + len(texts)}
+            yield Block((Span(self._label, "texts", number, held=texts),), after, 0)
+            number += len(texts)
+
+    @property
+    def _label(self) -> str:
+        return self.name if self.split == "train" else f"{self.name}[{self.split}]"
+
+    def _open(self) -> Any:
+        import datasets
+
+        datasets.disable_progress_bars()
+        local: dict[str, Any] = {}
+        path = self.name
+        if Path(path).exists():
+            files = [str(p) for p in find([path])[0]]
+            kinds = {kind_of(Path(f)) for f in files}
+            if len(kinds) > 1 or not kinds <= {"lines", "packed", "parquet"}:
+                raise ValueError(f"{path}: the datasets library takes parquet or JSON lines, not a mixture or text")
+            path, local = ("parquet" if kinds == {"parquet"} else "json"), {"data_files": {self.split: files}}
+        config = None if local else self.config
+        try:
+            data = datasets.load_dataset(path, config, split=self.split, streaming=self.streaming, **local)
+        except Exception as error:  # the library raises almost anything
+            reason = next(iter(chain(str(error).splitlines(), [type(error).__name__])))
+            raise ValueError(f"hf:{self.name} cannot be loaded ({type(error).__name__}: {reason})") from None
+        names = data.column_names
+        if names and self.text_key not in names:
+            raise ValueError(f"hf:{self.name} has no column {self.text_key!r} but {', '.join(names)}: --text_key=…")
+        return data.select_columns(self.text_key)

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, get_args
 
 COMMANDS = {
     "prepare": "turn text into token files",
+    "data": "look into token files",
+    "tokenizer": "learn a vocabulary from text",
     "train": "train a model, or go on with one",
     "sample": "let a trained model write",
     "plot": "draw the losses of a run",

@@ -1,0 +1,85 @@
+"""folio data: what token files hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from folio import tokenizer
+from folio.config import knob
+from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder, sha256
+
+_SAMPLE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """Look into a data set: folio data info FOLDER."""
+
+    action: tyro.conf.Positional[Literal["info"]]
+    folder: tyro.conf.Positional[str]
+    verify: bool = knob(False, "hash every file, and compare with the meta file")
+
+
+def main(options: Options) -> int:
+    folder = open_folder(Path(options.folder))
+    damaged = [file for split in SPLITS for file in _damaged(folder, split)] if options.verify else []
+    for line in _lines(folder):
+        print(line)
+    if options.verify:
+        print(f"checksums   {_verdict(folder, damaged)}")
+    print(f"begins with {_sample(folder)}")
+    return 1 if damaged else 0
+
+
+def _lines(folder: Folder) -> list[str]:
+    spec, dtype = folder.tokenizer or GPT2, folder.splits["train"][0].dtype
+    said = "" if folder.tokenizer else ", as is assumed where no meta file says it"
+    size = f"{folder.vocab_size:,}" if folder.vocab_size else "not said"
+    name = spec.get("name") or spec["kind"]
+    lines = [f"{folder.path}", f"tokenizer   {name}{said}", f"vocabulary  {size} ids, {dtype}"]
+    separator = {"before": "before each document", "after": "after each document", "none": "none"}
+    lines.append(f"end-of-text {separator.get(str(folder.eot), 'not said')}")
+    for split in SPLITS:
+        files = folder.splits[split]
+        documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
+        counted = f", {documents:,} documents" if documents is not None else ""
+        named = files[0].path.name if len(files) == 1 else f"{files[0].path.name} … {files[-1].path.name}"
+        tokens = sum(file.tokens for file in files)
+        lines.append(f"{split:11} {tokens:,} tokens{counted}, {len(files)} {_plural('file', len(files))}: {named}")
+    if text_bytes := folder.meta.get("text_bytes"):
+        tokens = sum(file.tokens for split in SPLITS for file in folder.splits[split])
+        lines.append(f"text        {text_bytes:,} bytes, {tokens / text_bytes:.3f} tokens per byte")
+    for reason, count in folder.meta.get("skipped", {}).items():
+        lines.append(f"left out    {count:,} {_plural('document', count)}: {reason}")
+    return lines
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _damaged(folder: Folder, split: Any) -> list[TokenFile]:
+    """Files that are not what the meta file says."""
+    return [f for f in folder.splits[split] if f.sha256 is not None and sha256(f.path) != f.sha256]
+
+
+def _verdict(folder: Folder, damaged: list[TokenFile]) -> str:
+    files = [file for split in SPLITS for file in folder.splits[split]]
+    if damaged:
+        return f"{', '.join(f.path.name for f in damaged)} {'is' if len(damaged) == 1 else 'are'} not what {META} says"
+    if any(file.sha256 is None for file in files):
+        return f"none to compare with: {folder.path} has no {META}"
+    return f"all {len(files)} files are what {META} says"
+
+
+def _sample(folder: Folder) -> str:
+    ids = np.asarray(folder.splits["train"][0].map()[:_SAMPLE]).tolist()
+    try:
+        return repr(tokenizer.decode(tokenizer.from_json(folder.tokenizer or GPT2), ids))
+    except (ValueError, OSError, KeyError, OverflowError) as error:
+        return f"{ids[:8]} … (the tokenizer cannot be had: {error})"

@@ -1,0 +1,67 @@
+"""folio tokenizer: a vocabulary of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from folio.config import knob
+from folio.datasets.sources import Files, find
+from folio.datasets.workers import Work, documents, place
+from folio.tokenizer import END_OF_TEXT
+
+LEAST = 257  # the bytes and the end of text
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
+
+    action: tyro.conf.Positional[Literal["train"]]
+    text: tyro.conf.Positional[tuple[str, ...]] = knob((), "files, folders and globs, as folio prepare takes them")
+    vocab_size: int = knob(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
+    out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare")
+    text_key: str = knob("text", "key or column that holds the text")
+    on_error: Literal["stop", "skip"] = knob("stop", "skip: leave out documents that cannot be taken")
+
+
+def main(options: Options) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if not options.text:
+        raise ValueError("no text to train on: name files, folders or globs")
+    if Path(options.out).suffix != ".json":
+        raise ValueError(f"out={options.out}: must end in .json")
+    source = Files(*find(options.text), options.text_key)
+    fast = Tokenizer(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        special_tokens=[END_OF_TEXT[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator(_texts(source, options), trainer)
+    if (size := fast.get_vocab_size()) < options.vocab_size:
+        print(f"the text has no more than {size:,} tokens to learn")
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    fast.save(str(unfinished))
+    unfinished.replace(out)
+    print(f"wrote {out}: {size:,} tokens")
+
+
+def _texts(source: Files, options: Options) -> Iterator[str]:
+    work = Work({}, "none", options.text_key)
+    for block in source.blocks():
+        for span in block.spans:
+            for i, text in documents(span, work):
+                if isinstance(text, str):
+                    yield text
+                elif options.on_error == "stop":
+                    raise ValueError(f"{place(span, i)}: {text.what} (--on_error=skip leaves such documents out)")

@@ -99,9 +99,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
     return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
-    """Numbers of documents (B, T) → positions (B, T) from 0 in each, and the causal mask that stays within it.
+    """The number of each token's document (B, T) → positions (B, T) from 0 in each, and a causal mask within it.
 
     The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's blocks, most of which it never computes: on
     CUDA by default, but for dropout, which FlexAttention lacks.
@@ -267,13 +266,13 @@ class GPT(nn.Module):
             cache.length += T
         return body.ln_f(x)
 
-    def loss(self, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, T) each → (sum of nats over the targets that are not −1, how many those are), two scalars.
+    def loss(
+        self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, mask: Mask | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both (B, T) → (sum of nats over the targets that are not −1, how many those are), two scalars.
 
-        ``documents`` numbers the document of each token; attention and positions then stay within it.
+        ``positions`` and ``mask`` as ``hidden`` takes them.
         """
-        dropout = self.training and self.config.dropout > 0
-        positions, mask = within_documents(documents, dropout) if documents is not None else (None, None)
         logits = self.lm_head(self.hidden(idx, positions=positions, mask=mask)).float()  # (B, T, V)
         nats = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
         return nats, (targets != -1).sum()

@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from folio.config import System
 from folio.flops import peak
-from folio.model import GPT
+from folio.model import GPT, within_documents
 
 T = TypeVar("T")
-Loss = Callable[..., tuple[Tensor, Tensor]]  # as GPT.loss
+Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEFT: list[Any] = []  # process groups that were left
@@ -53,7 +53,10 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
 
 
 class _Objective(nn.Module):
-    """``model.loss`` under autocast as a module's forward, so that DDP can wrap it."""
+    """``model.loss`` under autocast as a module's forward, so that DDP can wrap it.
+
+    ``documents`` (B, T), the number of each token's document, keeps attention within it.
+    """
 
     def __init__(self, model: GPT, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,7 +65,10 @@ class _Objective(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.loss(idx, targets, documents)
+            if documents is None:
+                return self.loss(idx, targets)
+            dropout = self.model.training and self.model.config.dropout > 0
+            return self.loss(idx, targets, *within_documents(documents, dropout))
 
 
 class Runtime:

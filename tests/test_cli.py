@@ -11,7 +11,14 @@ from conftest import ROOT, SMALL, python
 
 from folio import __version__, cli, config
 
-POSITIONAL = {("prepare", "text"), ("plot", "out_dir")}
+POSITIONAL = {
+    ("prepare", "text"),
+    ("data", "action"),
+    ("data", "folder"),
+    ("tokenizer", "action"),
+    ("tokenizer", "text"),
+    ("plot", "out_dir"),
+}
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])

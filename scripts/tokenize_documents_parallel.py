@@ -14,4 +14,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from folio.cli import main
 
 if __name__ == "__main__":
-    main("tokenize_documents")
+    main("tokenize_documents_parallel")

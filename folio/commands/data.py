@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -21,7 +21,7 @@ class Options:
     """Look into a data set: folio data info FOLDER."""
 
     action: tyro.conf.Positional[Literal["info"]]
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     verify: bool = knob(False, "hash every file, and compare with the meta file")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,7 +30,7 @@ _CHOICES = (
 class Options:
     """Make the token files of a data set. Killed at any point, the same command goes on where it was."""
 
-    text: tyro.conf.Positional[tuple[str, ...]] = knob(
+    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
         (), f"{' | '.join(KNOWN)}, or files, folders and globs of text, JSON lines and parquet, or hf:NAME"
     )
     name: str = knob("", "name of the data set; default: that of the first source")

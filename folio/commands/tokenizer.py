@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,7 +22,9 @@ class Options:
     """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
 
     action: tyro.conf.Positional[Literal["train"]]
-    text: tyro.conf.Positional[tuple[str, ...]] = knob((), "files, folders and globs, as folio prepare takes them")
+    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
+        (), "files, folders and globs, as folio prepare takes them"
+    )
     vocab_size: int = knob(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
     out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare")
     text_key: str = knob("text", "key or column that holds the text")

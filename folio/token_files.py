@@ -21,6 +21,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from folio.tokenizer import from_json
+
 Split = Literal["train", "val"]
 Array = NDArray[np.integer[Any]]
 Eot = Literal["before", "after", "none"]
@@ -67,6 +69,7 @@ class Folder:
     tokenizer: dict[str, Any] | None = None  # None: not said, so GPT-2's, as nanoGPT assumes
     eot: Eot | None = None
     meta: dict[str, Any] = field(default_factory=dict)  # all of meta.json
+    note: str = ""  # what a reader should know of how it was read
 
     def fingerprint(self, split: Split) -> str:
         """A hash of a split: of its files' SHA-256, or of their lengths and both of their ends."""
@@ -85,6 +88,20 @@ def open_folder(path: Path) -> Folder:
     """
     if path.is_dir() and (path / META).is_file():
         return _own(path)
+    paths = _token_files(path)
+    files = [_FORMATS[p.suffix](p) for p in paths]
+    _refuse_mixture(files)
+    splits = _divided(path, files)
+    if paths[0].suffix == ".ds":
+        return _of_datatrove(path, splits, paths)
+    if (pickled := path / "meta.pkl").is_file():
+        characters = _characters(pickled)
+        return Folder(path, splits, len(characters), {"kind": "characters", "characters": characters}, "none")
+    return Folder(path, splits)
+
+
+def _token_files(path: Path) -> list[Path]:
+    """Those of one format in a folder, or that a glob finds, in the order of their names."""
     pattern = str(path / "*") if path.is_dir() else str(path)
     files = [p for p in map(Path, sorted(glob.glob(pattern))) if p.suffix in _FORMATS and p.is_file()]
     if path.is_dir() and not any(map(_split_of, files)):
@@ -92,27 +109,24 @@ def open_folder(path: Path) -> Folder:
     if not files:
         hint = f"its preparation is not finished, {_AGAIN} to go on" if (path / UNFINISHED).is_dir() else "prepare it"
         raise FileNotFoundError(f"{path} holds no token files (.bin, .npy, .ds): {hint}")
-    if len(suffixes := {p.suffix for p in files}) > 1:
+    if len(suffixes := sorted({p.suffix for p in files})) > 1:
+        first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
         raise ValueError(
-            f"{path} holds {' and '.join(sorted(suffixes))} files, {_first_of_each(files)}: name those of one format "
-            f"with a glob, such as --data_dir='{path / '*'}{files[0].suffix}'"
+            f"{path} holds {' and '.join(suffixes)} files, {first}: name those of one format with a glob, such as "
+            f"--data_dir='{path / '*'}{suffixes[0]}'"
         )
-    read = [_FORMATS[p.suffix](p) for p in files]
-    if len({file.dtype for file in read}) > 1:
-        one, other = read[0], next(file for file in read if file.dtype != read[0].dtype)
-        raise ValueError(f"{one.path.name} is {one.dtype}, {other.path.name} {other.dtype}: shards must be of one type")
-    if len(headers := {file.offset > 0 for file in read}) > 1 and read[0].path.suffix == ".bin":
-        bare, headed = (next(file.path for file in read if (file.offset > 0) is has) for has in sorted(headers))
-        raise ValueError(f"{bare} has no header, {headed} has one: shards must be of one format")
-    splits = _divided(path, read)
-    if (pickled := path / "meta.pkl").is_file():
-        characters = _characters(pickled)
-        return Folder(path, splits, len(characters), {"kind": "characters", "characters": characters}, "none")
-    return Folder(path, splits, tokenizer=_datatrove_tokenizer(files[0]) if suffixes == {".ds"} else None)
+    return files
 
 
-def _first_of_each(files: list[Path]) -> str:
-    return ", ".join(next(p.name for p in files if p.suffix == s) for s in sorted({p.suffix for p in files}))
+def _refuse_mixture(files: list[TokenFile]) -> None:
+    """Raises ValueError where files of one format differ in their type or header."""
+    one = files[0]
+    for other in files[1:]:
+        if other.dtype != one.dtype:
+            raise ValueError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
+        if (other.offset > 0) != (one.offset > 0):
+            bare, headed = sorted((one, other), key=lambda file: file.offset)
+            raise ValueError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
 
 
 def _split_of(path: Path) -> Split | None:
@@ -127,26 +141,21 @@ def _split_of(path: Path) -> Split | None:
 
 
 def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile, ...]]:
-    """By name; datatrove's files, which have none, as build-nanogpt does: the first is for validation."""
+    """By name; of datatrove's files, which say none, the last documents of the last one are for validation."""
     named = {split: tuple(f for f in files if _split_of(f.path) == split) for split in SPLITS}
     if not any(named.values()) and files[0].path.suffix == ".ds":
-        if len(files) > 1:
-            return {"train": tuple(files[1:]), "val": (files[0],)}
-        (one,) = files
-        val = _last_documents(one)
+        *others, last = files
+        val = _last_documents(last)
+        begin = last.tokens - val
         return {
-            "train": (one._replace(tokens=one.tokens - val),),
-            "val": (one._replace(tokens=val, offset=one.offset + (one.tokens - val) * one.dtype.itemsize),),
+            "train": (*others, last._replace(tokens=begin)),
+            "val": (last._replace(tokens=val, offset=begin * last.dtype.itemsize),),
         }
     for split in SPLITS:
         if not named[split]:
-            last = files[-1].path
-            missing = (
-                path / f"{split}.bin" if last.name in ("train.bin", "val.bin") else f"{split} among {path}'s files"
-            )
-            raise FileNotFoundError(
-                f"{missing} is missing: {_AGAIN}, or name one for it (…_{split}_000000{last.suffix})"
-            )
+            given = files[-1].path
+            missing = path / f"{split}.bin" if given.name in ("train.bin", "val.bin") else f"{path}: {split}"
+            raise FileNotFoundError(f"{missing} is missing: {_AGAIN}, or name a file …_{split}_000000{given.suffix}")
     return named
 
 
@@ -217,6 +226,14 @@ def _datatrove(path: Path) -> TokenFile:
 
 
 _FORMATS: dict[str, Callable[[Path], TokenFile]] = {".bin": _bin, ".npy": _npy, ".ds": _datatrove}
+
+
+def _of_datatrove(path: Path, splits: dict[Split, tuple[TokenFile, ...]], files: list[Path]) -> Folder:
+    named = any(map(_split_of, files))
+    note = f"{path}: the last {splits['val'][0].tokens:,} tokens of {files[-1].name} are for validation"
+    tokenizer = _datatrove_tokenizer(files[0])
+    size = from_json(tokenizer).size if tokenizer and tokenizer["kind"] == "tokenizers" else None
+    return Folder(path, splits, size, tokenizer, note="" if named else note)
 
 
 def _datatrove_tokenizer(path: Path) -> dict[str, Any] | None:

@@ -384,6 +384,7 @@ def build(config: TrainConfig) -> Run:
     source = checkpoint.choose(Path(begin)) if begin not in ("scratch", "resume", "auto") else None
     given = former.state["model"] if former else source.state["model"] if source else None
     tokens = Tokens.open(config.data, (given or flat(config))["block_size"], config.system.seed)
+    lines += [folder.note for folder in tokens.folders if folder.note]
     shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
     if given:
         shape = _shape_of(given, shape, config, lines)

@@ -39,9 +39,9 @@ def main(options: Options) -> int:
 def _lines(folder: Folder) -> list[str]:
     spec, dtype = folder.tokenizer or GPT2, folder.splits["train"][0].dtype
     said = "" if folder.tokenizer else ", as is assumed where no meta file says it"
-    size = f"{folder.vocab_size:,}" if folder.vocab_size else "not said"
+    size = f"{folder.vocab_size:,} ids" if folder.vocab_size else "not said"
     name = spec.get("name") or spec["kind"]
-    lines = [f"{folder.path}", f"tokenizer   {name}{said}", f"vocabulary  {size} ids, {dtype}"]
+    lines = [folder.note or f"{folder.path}", f"tokenizer   {name}{said}", f"vocabulary  {size}, {dtype}"]
     separator = {"before": "before each document", "after": "after each document", "none": "none"}
     lines.append(f"end-of-text {separator.get(str(folder.eot), 'not said')}")
     for split in SPLITS:

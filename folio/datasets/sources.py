@@ -94,12 +94,14 @@ class Files:
     """Text, JSON lines and parquet, plain or compressed, in the order in which they were named.
 
     ``val_fraction``: the share of a corpus of one text file that is for validation, cut from its end.
+    ``divisible``: large texts may be cut, as the tokenizer allows.
     """
 
     paths: tuple[Path, ...]
     names: tuple[str, ...]  # relative to what was named
     text_key: str = "text"
     val_fraction: float = 0.0
+    divisible: bool = True
 
     @property
     def size(self) -> int:
@@ -157,7 +159,7 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         return
     with path.open("rb") as file:
         val = cut(file, int(size * (1 - source.val_fraction)), size) if source.single else size
-        ends = [cut(file, at, size) for at in range(BLOCK, size, BLOCK)]
+        ends = [cut(file, at, size) for at in range(BLOCK, size, BLOCK)] if source.divisible else []
     marks = sorted({0, val, size, *ends})
     for start, stop in pairwise(marks):
         begins, ends_here = start in (0, val), stop in (val, size)

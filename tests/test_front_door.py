@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import shlex
@@ -55,10 +56,11 @@ def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> 
     assert missing.stderr.count("\n") == 1
     assert "data/openwebtext/train.bin" in missing.stderr
     folder = clone / "data" / "openwebtext"
-    folder.mkdir()
     for split in ("train", "val"):
         np.random.default_rng(0).integers(0, 50257, 400).astype(np.uint16).tofile(folder / f"{split}.bin")
     out = succeed(f"python train.py --batch_size=32 --compile=False {TINY} --max_iters=1 --out_dir=out-owt", clone)
+    for split in ("train", "val"):
+        (folder / f"{split}.bin").unlink()  # the README prepares it
     assert "50304" in out
     assert f"tokens per iteration will be: {40 * 4 * 16:,}" in out
 
@@ -107,17 +109,36 @@ def readme_commands() -> list[str]:
     return [*lines, *re.findall(r"`((?:python|folio) [^`]+)`", rows)]
 
 
+def without_a_network(line: str, data: Path) -> str:
+    """A command that prepares a known data set, with the text to take instead of the download."""
+    wikitext = data / "wikitext2_valid.jsonl"
+    if "scripts/" in line:
+        return f"{line} --dataset_path {wikitext} --shard_size=50_000"
+    if "openwebtext" in line:
+        return f"{line} --source {wikitext}"
+    if "fineweb_edu" in line:
+        return f"{line} --source {wikitext} --shard_size=50_000"
+    return f"{line} --source {data / 'tinyshakespeare.txt'}" if "shakespeare" in line else line
+
+
 @pytest.mark.slow
-def test_every_command_of_the_readme(clone: Path, shared_data: Path) -> None:
+def test_every_command_of_the_readme(clone: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each runs, in order, made small by flags behind its own; make's targets are looked up, since this is one."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+    (clone / "novels").mkdir()
+    (clone / "crawl").mkdir()
+    (clone / "notes.md").write_text("# Notes\n\nOf no great length.\n" * 30, encoding="utf-8")
+    shutil.copy(STORY, clone / "novels" / "story.txt")
+    with gzip.open(clone / "crawl" / "part.jsonl.gz", "wb") as file:
+        file.write((shared_data / "wikitext2_valid.jsonl").read_bytes())
     steps = 3
     for line in readme_commands():
         if line.startswith("make "):
             succeed(line.replace("make", "make -n"), clone)
             continue
         line = line.replace("OUT", "out-shakespeare-char")
-        if "prepare" in line:
-            line += f" --source {shared_data / 'tinyshakespeare.txt'}"
+        if "prepare" in line or "scripts/" in line:
+            line = without_a_network(line, shared_data)
         elif "sample" in line:
             line += " --max_new_tokens=5"
         elif "bench" in line:
@@ -128,11 +149,39 @@ def test_every_command_of_the_readme(clone: Path, shared_data: Path) -> None:
         succeed(line, clone)
     assert (clone / "out-shakespeare-char" / "loss.png").stat().st_size > 0
     assert (clone / "out-stdlib" / "loss.png").stat().st_size > 0
+    assert (clone / "data" / "shakespeare" / "train.bin").stat().st_size == 2 * 301_966
+    assert (clone / "data" / "edu_fineweb10B" / "train_000001.npy").is_file()
+
+
+def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:
+    """datatrove tokenises real documents as docs/scale.md says, to the ids of folio prepare, and Folio trains."""
+    pytest.importorskip("datatrove")
+    text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    (pipeline,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "pipeline.py").write_text(pipeline, encoding="utf-8")
+    (tmp_path / "documents").mkdir()
+    lines = (shared_data / "wikitext2_valid.jsonl").read_bytes().splitlines(keepends=True)
+    for name, part in ("a.jsonl", lines[:25]), ("b.jsonl", lines[25:]):
+        (tmp_path / "documents" / name).write_bytes(b"".join(part))
+    outside = {"PYTHONPATH": str(ROOT)}
+    succeed("folio tokenizer train documents --vocab_size=600 --out=tokenizer.json", tmp_path, **outside)
+    succeed("python pipeline.py", tmp_path, **outside)
+    prepared = "folio prepare documents --name=own --tokenizer=tokenizer.json --val_documents=1"
+    succeed(prepared, tmp_path, **outside)
+    theirs = [np.fromfile(path, "<u2") for path in sorted((tmp_path / "data" / "crawl").glob("*.ds"))]
+    ours = [np.fromfile(tmp_path / "data" / "own" / f"{split}.bin", "<u2") for split in ("val", "train")]
+    assert np.array_equal(np.concatenate(theirs), np.concatenate(ours))
+    said = succeed("folio data info data/crawl", tmp_path, **outside)
+    assert "train " in said
+    assert "600 ids" in said
+    out = succeed(f"folio train --data_dir=data/crawl --document_mask {TINY} --max_iters=2", tmp_path, **outside)
+    assert "are for validation" in out
+    assert "token 0 ends a document" in out
 
 
 def test_prompt_from_a_file(clone: Path) -> None:
     """--start=FILE:prompt.txt continues what the file holds."""
-    succeed(f"python data/shakespeare_char/prepare.py --source {STORY}", clone)
+    succeed(f"python data/shakespeare_char/prepare.py --source {STORY} --overwrite", clone)
     succeed(f"python train.py config/train_shakespeare_char.py {TINY} --max_iters=3 --out_dir=out-file", clone)
     prompt = STORY.read_text(encoding="utf-8")[:12]
     (clone / "prompt.txt").write_text(prompt, encoding="utf-8")

@@ -11,6 +11,7 @@ file. The files' formats are in ``folio.token_files``.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,7 +366,7 @@ def find(config: Data, name: str = "") -> Folder:
     else:
         places = [Path("data") / dataset, CLONE / "data" / dataset, *([Path(name)] if name else [])]
     for place in places:
-        if any(place.parent.glob(place.name)) if not place.is_dir() else _holds_tokens(place):
+        if _holds_tokens(place) if place.is_dir() else glob.glob(str(place)):
             return open_folder(place)
     missing = places[0] / "train.bin"
     if (places[0] / UNFINISHED).is_dir():

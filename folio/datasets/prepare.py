@@ -121,7 +121,7 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
         return False
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / META} cannot be read ({error}): --overwrite makes the data set anew") from None
-    _refuse_difference(folder, made, described)
+    _refuse_difference(f"{folder} was made", made, described)
     counts = {split: sum(f["tokens"] for f in value["files"]) for split, value in meta["splits"].items()}
     gone = [f["name"] for v in meta["splits"].values() for f in v["files"] if not (folder / f["name"]).is_file()]
     if gone:
@@ -130,11 +130,11 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _refuse_difference(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     was, now = _flat(old), _flat(new)
     changed = [f"{k}: {was.get(k)} → {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if changed:
-        raise ValueError(f"{folder} was made otherwise ({'; '.join(changed)}): --overwrite makes it anew")
+        raise ValueError(f"{what} otherwise ({'; '.join(changed)}): --overwrite makes it anew")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -170,6 +170,9 @@ def _lock(work: Path) -> Iterator[None]:
             raise ValueError(f"{work}: another process is preparing this data set: wait until it has finished")
         try:
             yield
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on from here")
+            raise
         except OSError as error:
             raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
         finally:
@@ -196,9 +199,11 @@ class _Job:
                 writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
                 results = Parts(parts, _dtype(tokenizer)).results if parts else self._tokenised(tokenizer)
                 self._write(writer, results)
-                if not writer.documents:
-                    raise ValueError(f"{folder}: the source has no documents{_count(writer.skipped)}")
-                files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
+                try:
+                    files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
+                except ValueError as error:
+                    (work / STATE).unlink()  # going on would end here again
+                    raise ValueError(f"{folder}: {error}{_count(writer.skipped)}") from None
                 state["meta"] = self._meta(writer, tokenizer, files)
                 state["place"] = "" if writer.place == work else writer.place.name
                 write_json(work / STATE, state)
@@ -227,7 +232,7 @@ class _Job:
         except (OSError, ValueError):
             state = {}
         if state and not self.overwrite:
-            _refuse_difference(work, state["made"], self.described)
+            _refuse_difference(f"{work} was begun", state["made"], self.described)
         if state.get("made") != self.described:
             (work / STATE).unlink(missing_ok=True)
             state = {"made": self.described}

@@ -127,6 +127,7 @@ class Writer:
 
     def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
         self.folder, self.layout, self.dtype = folder, layout, dtype
+        self.given = given  # the source says which split a block belongs to
         self.place = folder  # of the files
         self.state = state
         by_document = given or layout.val_documents or layout.val_fraction
@@ -192,11 +193,12 @@ class Writer:
                 return self.finish(None, 0.0)
             return {"val": files[:1], "train": files[1:]}
         for split, stream in self.streams.items():
+            if not stream.total and self.given:
+                raise ValueError(f"nothing is left for {split}: the text is too short to divide")
             if not stream.total:
-                others = "one document" if self.documents == 1 else f"{self.documents} documents"
                 raise ValueError(
-                    f"no document is left for {split} of {others}: give more, or another --val_fraction or "
-                    "--val_documents; one text alone is divided as a .txt file"
+                    f"no document is left for {split}, of {self.documents} in all: give more documents, or another "
+                    "--val_fraction or --val_documents (one text alone is divided if it is a .txt file)"
                 )
         return {split: self.streams[split].done for split in SPLITS}
 

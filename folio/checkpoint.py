@@ -6,7 +6,6 @@ out_dir/checkpoints/step-00002000/   model.safetensors   optimizer.safetensors  
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from folio import files
 from folio.model import GPT, GPTConfig
-from folio.token_files import sha256
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -65,38 +64,18 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
         unfinished.mkdir(parents=True)
         save_file(weights, unfinished / MODEL)
         save_file(slots, unfinished / OPTIMIZER)
-        hashes = {name: sha256(unfinished / name) for name in (MODEL, OPTIMIZER)}
-        write_json(unfinished / STATE, {**state, "sha256": hashes})
+        hashes = {name: files.sha256(unfinished / name) for name in (MODEL, OPTIMIZER)}
+        files.write_json(unfinished / STATE, {**state, "sha256": hashes})
         for name in (MODEL, OPTIMIZER):
-            _sync(unfinished / name)
-        _sync(unfinished)
+            files.sync(unfinished / name)
+        files.sync(unfinished)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
     if final.exists():
         shutil.rmtree(final)
     unfinished.rename(final)
-    _sync(final.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that appears whole or not at all, and stays through a loss of power."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.sync(final.parent)
 
 
 def steps(out_dir: Path) -> list[int]:
@@ -114,7 +93,7 @@ def verify(path: Path, run_id: str | None = None) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         for name in (MODEL, OPTIMIZER):
-            if sha256(path / name) != state["sha256"][name]:
+            if files.sha256(path / name) != state["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
         if run_id is not None and state["run"] != run_id:
             raise ValueError(f"it is of another run, {state['run']}")

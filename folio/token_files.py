@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from folio.files import sha256
 from folio.tokenizer import from_json
 
 Split = Literal["train", "val"]
@@ -317,9 +318,3 @@ def _ends(data: Array, count: int = 2**15) -> str:
     digest.update(data[:count].tobytes())
     digest.update(data[-count:].tobytes())
     return digest.hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -285,11 +285,11 @@ class Tokens:
         Raises:
             ValueError: the token is not known, or not in the files.
         """
-        found = set()
+        found: list[tuple[Documents, str]] = []
         for number, folder in enumerate(self.folders):
             token = _eot_of(folder) if eot == "auto" else eot
             if folder.eot in ("before", "after"):
-                found.add((Documents(token, folder.eot == "before"), f"{folder.path}'s meta file"))
+                found.append((Documents(token, folder.eot == "before"), f"{folder.path}'s meta file"))
                 continue
             heads = [shards[number].arrays[0][:_SEARCHED] for shards in self._splits.values()]
             if not any((head == token).any() for head in heads):
@@ -297,11 +297,10 @@ class Tokens:
                     f"{folder.path}: no token {token} near the beginning of its files, so that documents cannot be "
                     "told apart: give the id that separates them as --eot, or set --document_mask=False"
                 )
-            found.add((Documents(token, any(head[0] == token for head in heads)), f"the files in {folder.path}"))
-        ways = {documents for documents, _ in found}
-        if len(ways) > 1:
+            found.append((Documents(token, any(head[0] == token for head in heads)), f"the files in {folder.path}"))
+        if len({documents for documents, _ in found}) > 1:
             raise ValueError(f"documents begin or end in different ways in {self.name}: they cannot be mixed so")
-        ((self.documents, source), *_) = found
+        self.documents, source = found[0]
         return f"token {self.documents.eot} {'begins' if self.documents.first else 'ends'} a document, by {source}"
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from folio import __version__, checkpoint, rng
+from folio import __version__, checkpoint, files, rng
 from folio.config import COMMAND_LINE, Data, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
 from folio.log import METRICS, Log, rewind
@@ -357,7 +357,7 @@ def save(run: Run) -> None:
     def write() -> None:
         checkpoint.save(run.out_dir, run.state.step, weights, slots, state)
         if run.state.best:
-            checkpoint.write_json(run.out_dir / "best.json", run.state.best)
+            files.write_json(run.out_dir / "best.json", run.state.best)
         output = run.config.output
         checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
 
@@ -561,7 +561,7 @@ def _take_folder(run: Run) -> None:
         else:
             _move_aside(out_dir)
         asked = {k: v for k, v in flat(run.config).items() if k not in _OF_THE_CALL}
-        checkpoint.write_json(out_dir / "config.json", {"run": run.id, "folio": __version__, "asked": asked})
+        files.write_json(out_dir / "config.json", {"run": run.id, "folio": __version__, "asked": asked})
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 

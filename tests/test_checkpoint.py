@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from folio import checkpoint
+from folio import checkpoint, files
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
 
@@ -175,9 +175,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_json_appears_whole(tmp_path: Path) -> None:
     """A value that cannot be written leaves the old file as it was."""
     path = tmp_path / "best.json"
-    checkpoint.write_json(path, {"step": 1})
+    files.write_json(path, {"step": 1})
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"step": 2, "odd": object()})
+        files.write_json(path, {"step": 2, "odd": object()})
     assert json.loads(path.read_text()) == {"step": 1}
 
 
@@ -239,7 +239,7 @@ def test_choose(tmp_path: Path) -> None:
     """Best, latest, or a step; best.json names the best."""
     for step in (5, 10, 15):
         save(tmp_path, step, best=(10, 2.5) if step >= 10 else (5, 3.0))
-    checkpoint.write_json(tmp_path / "best.json", {"step": 5, "loss": 2.5})
+    files.write_json(tmp_path / "best.json", {"step": 5, "loss": 2.5})
     assert [checkpoint.choose(tmp_path, which).step for which in ("best", "latest", "10", "15")] == [5, 15, 10, 15]
     for wrong in ("7", "newest", "-5"):
         with pytest.raises(FileNotFoundError, match=rf"no checkpoint '{wrong}' in .*: .*best, latest and 5, 10, 15"):
@@ -267,7 +267,7 @@ def test_without_a_best_the_latest_is_the_best(tmp_path: Path) -> None:
     save(tmp_path, 10)
     assert checkpoint.best_step(tmp_path) is None
     assert checkpoint.choose(tmp_path, "best").step == 10
-    checkpoint.write_json(tmp_path / "best.json", {"step": 7, "loss": 1.0})
+    files.write_json(tmp_path / "best.json", {"step": 7, "loss": 1.0})
     assert checkpoint.choose(tmp_path, "best").step == 10
 
 
@@ -277,7 +277,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, left: li
     steps = [5, 10, 15, 20, 25]
     for step in steps:
         save(tmp_path, step)
-    checkpoint.write_json(tmp_path / "best.json", {"step": 10, "loss": 2.5})
+    files.write_json(tmp_path / "best.json", {"step": 10, "loss": 2.5})
     (tmp_path / "checkpoints" / "notes").mkdir()
     checkpoint.prune(tmp_path, keep)
     assert checkpoint.steps(tmp_path) == (left or steps)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"", "rng", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
+    {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
     {"tokens", "token_files", "tokenizer", "runtime", "log"},
     {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "datasets"},
     {"train", "plot"},

@@ -190,9 +190,9 @@ def test_killed_within_a_checkpoint(
     out = tmp_path / "out"
     moments = [  # and the newest checkpoint that counts then; each process begins at the one before
         ("checkpoint.save_file", 4, "before", 20),  # the checkpoint of 40 lacks its optimiser
-        ("checkpoint._sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
+        ("files.sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
         ("checkpoint.save", 1, "after", 40),  # it is renamed, and nothing else is done
-        ("checkpoint.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
+        ("files.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
         ("checkpoint.prune", 2, "before", 80),  # nothing old is gone yet
         ("log.write", 12, "after", 80),  # between two checkpoints
     ]

@@ -11,7 +11,8 @@ import tyro
 
 from folio import tokenizer
 from folio.config import knob
-from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder, sha256
+from folio.files import sha256
+from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
 
 _SAMPLE = 64  # tokens
 

@@ -32,7 +32,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from folio.datasets.sources import BLOCK, Block, Source
 from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
-from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, move, write_json
+from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, move
+from folio.files import write_json
 from folio.token_files import META, SPLITS, UNFINISHED
 from folio.tokenizer import Characters, Tokenizer
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from folio.datasets.sources import Block
 from folio.datasets.workers import Tokenised
-from folio.token_files import META, SPLITS, Eot, Split, sha256
+from folio.files import sha256, write_json
+from folio.token_files import META, SPLITS, Eot, Split
 from folio.tokenizer import Ids
 
 STATE = "state.json"
@@ -122,23 +123,41 @@ class Stream:
             os.fsync(self._file.fileno())
 
 
-class Writer:
-    """Takes tokenised blocks in order. ``state`` is what an earlier process committed in this folder."""
+class _Counted:
+    """What was taken so far, and how it is committed. ``state`` is what an earlier process committed here."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder, self.state = folder, state
+        self.documents: int = state.get("documents", 0)
+        self.text_bytes: int = state.get("text_bytes", 0)
+        self.disk_bytes: int = state.get("disk_bytes", 0)  # of the source that are done
+        self.skipped = Counter[str](state.get("skipped", {}))
+
+    def count(self, found: Tokenised, block: Block) -> None:
+        self.documents += len(found.lengths) - found.continues
+        self.text_bytes += found.size
+        self.disk_bytes += block.size
+        self.skipped += found.skipped
+
+    def save(self, **more: Any) -> None:
+        names = ("documents", "text_bytes", "disk_bytes", "skipped")
+        self.state |= {name: getattr(self, name) for name in names} | more
+        write_json(self.folder / STATE, self.state)
+
+
+class Writer(_Counted):
+    """Takes tokenised blocks in order, to the files of the data set."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
-        self.folder, self.layout, self.dtype = folder, layout, dtype
+        super().__init__(folder, state)
+        self.layout, self.dtype = layout, dtype
         self.given = given  # the source says which split a block belongs to
         self.place = folder  # of the files
-        self.state = state
         by_document = given or layout.val_documents or layout.val_fraction
         kept = state.get("streams", {})
         empty = {"done": [], "tokens": 0, "documents": 0}
         splits: tuple[Split | None, ...] = SPLITS if by_document else (None,)
         self.streams = {s: Stream(folder, layout, s, dtype, kept.get(str(s), {**empty, "done": []})) for s in splits}
-        self.documents: int = state.get("documents", 0)
-        self.text_bytes: int = state.get("text_bytes", 0)
-        self.disk_bytes: int = state.get("disk_bytes", 0)  # of the source that are done
-        self.skipped = Counter[str](state.get("skipped", {}))
 
     @property
     def tokens(self) -> int:
@@ -157,10 +176,7 @@ class Writer:
                 places = np.cumsum(lengths * chosen) - lengths * chosen
                 ids = found.ids if chosen.all() else found.ids[np.repeat(chosen, lengths)]
                 self.streams[split].append(ids, places[chosen & fresh])
-        self.documents += int(fresh.sum())
-        self.text_bytes += found.size
-        self.disk_bytes += block.size
-        self.skipped += found.skipped
+        self.count(found, block)
 
     def _is_val(self, numbers: Ids) -> Any:
         if self.layout.val_documents:
@@ -173,8 +189,7 @@ class Writer:
         for stream in self.streams.values():
             stream.sync()
         streams = {str(split): stream.state for split, stream in self.streams.items()}
-        self.state |= {"position": position, "streams": streams, **_counts(self)}
-        write_json(self.folder / STATE, self.state)
+        self.save(position=position, streams=streams)
 
     def finish(self, eot: int | None, fraction: float) -> dict[Split, list[dict[str, Any]]]:
         """Completes all files: those of each split.
@@ -214,16 +229,12 @@ class Writer:
         self.streams, self.documents = divided.streams, divided.documents
 
 
-class PartWriter:
+class PartWriter(_Counted):
     """Keeps the results of one part of a job for the process that will put all parts together."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        self.folder, self.state = folder, state
-        self.documents: int = state.get("documents", 0)
-        self.text_bytes: int = state.get("text_bytes", 0)
-        self.disk_bytes: int = state.get("disk_bytes", 0)
+        super().__init__(folder, state)
         self.tokens: int = state.get("tokens", 0)
-        self.skipped = Counter[str](state.get("skipped", {}))
         self._files = {}
         for name in ("ids", "lengths", "blocks"):
             self._files[name] = (folder / name).open("a+b")
@@ -237,10 +248,7 @@ class PartWriter:
         row = [len(found.ids), len(found.lengths), found.continues, split, found.size, block.size]
         self._files["blocks"].write(np.array(row, dtype="<i8").data)
         self.tokens += len(found.ids)
-        self.documents += len(found.lengths) - found.continues
-        self.text_bytes += found.size
-        self.disk_bytes += block.size
-        self.skipped += found.skipped
+        self.count(found, block)
 
     def commit(self, position: Any, **more: Any) -> None:
         """As a ``Writer``'s; ``complete=True`` says that the part is."""
@@ -248,8 +256,7 @@ class PartWriter:
             file.flush()
             os.fsync(file.fileno())
         sizes = {name: file.tell() for name, file in self._files.items()}
-        self.state |= {"position": position, "sizes": sizes, "tokens": self.tokens, **_counts(self), **more}
-        write_json(self.folder / STATE, self.state)
+        self.save(position=position, sizes=sizes, tokens=self.tokens, **more)
 
 
 @dataclass(frozen=True)
@@ -283,22 +290,6 @@ class Parts:
                         skipped if last else Counter(),
                     )
                     yield Block((), [number, i + 1], disk, (None, *SPLITS)[split]), found
-
-
-def _counts(writer: Writer | PartWriter) -> dict[str, Any]:
-    names = ("documents", "text_bytes", "disk_bytes", "skipped")
-    return {name: getattr(writer, name) for name in names}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replaces a file, durably."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path) -> None:

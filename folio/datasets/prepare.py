@@ -115,6 +115,8 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         made = dict(meta["made"])
     except FileNotFoundError:
+        if (folder / UNFINISHED / STATE).exists():
+            return False
         if found := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".npy", ".ds")):
             raise ValueError(
                 f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
@@ -127,6 +129,7 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     gone = [f["name"] for v in meta["splits"].values() for f in v["files"] if not (folder / f["name"]).is_file()]
     if gone:
         raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a process that was killed with its last breath
     print(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
 

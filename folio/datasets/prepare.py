@@ -91,9 +91,12 @@ def prepare(
         OSError: what cannot be read or written.
     """
     described = recipe.describe()
-    if _finished(folder, described, overwrite):
-        return
     work = folder / UNFINISHED
+    if _finished(folder, described, overwrite):
+        if "meta" in _committed(work):  # of a process that was killed when all was in its place
+            with contextlib.suppress(_InUse), _lock(work):
+                shutil.rmtree(work)
+        return
     job = _Job(recipe, described, workers, skip, overwrite)
     if part[1] == 1:
         job.whole(folder, work)
@@ -104,7 +107,10 @@ def prepare(
         few = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
         print(f"part {part[0]} of {part[1]} is complete; not yet: {few}")
         return
-    job.whole(folder, work, parts)
+    try:
+        job.whole(folder, work, parts)
+    except _InUse:
+        print(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
 
 
 def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
@@ -129,7 +135,6 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     gone = [f["name"] for v in meta["splits"].values() for f in v["files"] if not (folder / f["name"]).is_file()]
     if gone:
         raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a process that was killed with its last breath
     print(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
 
@@ -147,11 +152,21 @@ def _flat(tree: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
 
 
+def _committed(work: Path) -> dict[str, Any]:
+    """The state that an earlier process left, or nothing."""
+    try:
+        return dict(json.loads((work / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def _complete(part: Path, described: dict[str, Any]) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        state = json.loads((part / STATE).read_text(encoding="utf-8"))
-        return bool(state["made"] == described and state.get("complete"))
-    return False
+    state = _committed(part)
+    return "complete" in state and state["made"] == described
+
+
+class _InUse(ValueError):
+    """Another process holds the folder."""
 
 
 @contextlib.contextmanager
@@ -171,7 +186,7 @@ def _lock(work: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             held = False
         if not held:
-            raise ValueError(f"{work}: another process is preparing this data set: wait until it has finished")
+            raise _InUse(f"{work}: another process is preparing this data set: wait until it has finished")
         try:
             yield
         except KeyboardInterrupt:
@@ -198,6 +213,9 @@ class _Job:
         """Prepares everything, from the source or from complete parts of it."""
         with _lock(work):
             state = self._state(work)
+            gone = parts and not all(_complete(path, self.described) for path in parts)
+            if "meta" not in state and (gone or _finished(folder, self.described, self.overwrite)):
+                return  # while this process waited for its turn
             if "meta" not in state:
                 tokenizer = self._tokenizer(work, state)
                 writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
@@ -231,10 +249,7 @@ class _Job:
 
     def _state(self, work: Path) -> dict[str, Any]:
         """What an earlier process committed, if it was after the same."""
-        try:
-            state = dict(json.loads((work / STATE).read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            state = {}
+        state = _committed(work)
         if state and not self.overwrite:
             _refuse_difference(f"{work} was begun", state["made"], self.described)
         if state.get("made") != self.described:

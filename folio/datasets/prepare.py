@@ -94,7 +94,7 @@ def prepare(
     work = folder / UNFINISHED
     if _finished(folder, described, overwrite):
         if "meta" in _committed(work):  # of a process that was killed when all was in its place
-            with contextlib.suppress(_InUse), _lock(work):
+            with contextlib.suppress(_InUseError), _lock(work):
                 shutil.rmtree(work)
         return
     job = _Job(recipe, described, workers, skip, overwrite)
@@ -109,7 +109,7 @@ def prepare(
         return
     try:
         job.whole(folder, work, parts)
-    except _InUse:
+    except _InUseError:
         print(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
 
 
@@ -165,7 +165,7 @@ def _complete(part: Path, described: dict[str, Any]) -> bool:
     return "complete" in state and state["made"] == described
 
 
-class _InUse(ValueError):
+class _InUseError(ValueError):
     """Another process holds the folder."""
 
 
@@ -186,7 +186,7 @@ def _lock(work: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             held = False
         if not held:
-            raise _InUse(f"{work}: another process is preparing this data set: wait until it has finished")
+            raise _InUseError(f"{work}: another process is preparing this data set: wait until it has finished")
         try:
             yield
         except KeyboardInterrupt:

@@ -14,8 +14,9 @@ import json
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -95,7 +96,13 @@ def open_folder(path: Path) -> Folder:
     splits = _divided(path, files)
     if paths[0].suffix == ".ds":
         return _of_datatrove(path, splits, paths)
-    if (pickled := path / "meta.pkl").is_file():
+    where = path if path.is_dir() else paths[0].parent
+    if (where / META).is_file():  # a glob of a data set's own files: what it says of them holds
+        own = _own(where)
+        listed = {file.path: file for found in own.splits.values() for file in found}
+        if all(p in listed for p in paths):
+            return replace(own, path=path, splits={s: tuple(listed[f.path] for f in splits[s]) for s in SPLITS})
+    if (pickled := where / "meta.pkl").is_file():
         characters = _characters(pickled)
         return Folder(path, splits, len(characters), {"kind": "characters", "characters": characters}, "none")
     return Folder(path, splits)
@@ -103,7 +110,7 @@ def open_folder(path: Path) -> Folder:
 
 def _token_files(path: Path) -> list[Path]:
     """Those of one format in a folder, or that a glob finds, in the order of their names."""
-    pattern = str(path / "*") if path.is_dir() else str(path)
+    pattern = str(Path(glob.escape(str(path)), "*")) if path.is_dir() else str(path)
     files = [p for p in map(Path, sorted(glob.glob(pattern))) if p.suffix in _FORMATS and p.is_file()]
     if path.is_dir() and not any(map(_split_of, files)):
         files += [p for split in SPLITS for p in sorted((path / split).glob("*.ds"))]
@@ -114,7 +121,7 @@ def _token_files(path: Path) -> list[Path]:
         first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
         raise ValueError(
             f"{path} holds {' and '.join(suffixes)} files, {first}: name those of one format with a glob, such as "
-            f"--data_dir='{path / '*'}{suffixes[0]}'"
+            f"--data_dir='{files[0].parent / '*'}{suffixes[0]}'"
         )
     return files
 
@@ -163,9 +170,9 @@ def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile,
 def _last_documents(file: TokenFile) -> int:
     """Tokens of the whole documents in about the last tenth of a datatrove file, ten million at most."""
     ends = np.fromfile(file.path.with_name(file.path.name + ".index"), dtype="<u8").astype(np.int64)
-    wanted = file.tokens - min(file.tokens // 10, 10_000_000)
-    inner = ends[ends < file.tokens]
-    return file.tokens - int(inner[np.abs(inner - wanted).argmin()]) if len(inner) else file.tokens // 10
+    wanted = file.tokens - min(max(1, file.tokens // 10), 10_000_000)
+    near = ends[(ends >= 2 * wanted - file.tokens) & (ends < file.tokens)]  # no more than twice what is wanted
+    return file.tokens - (int(near[np.abs(near - wanted).argmin()]) if len(near) else wanted)
 
 
 # Formats
@@ -185,11 +192,15 @@ def _raw(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
 def _bin(path: Path) -> TokenFile:
     """Bare uint16 as nanoGPT's, or 256 int32 before the ids: magic number, version, count."""
     head = np.fromfile(path, dtype="<i4", count=3)
-    if len(head) < 3 or int(head[0]) not in _HEADERS or path.stat().st_size < _HEADER:
+    if len(head) < 3 or int(head[0]) not in _HEADERS:
         return _raw(path, np.dtype("<u2"))
+    if path.stat().st_size < _HEADER:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {_AGAIN}")
     file = _raw(path, _HEADERS[int(head[0])], _HEADER)
     if file.tokens != int(head[2]):
-        raise ValueError(f"{path}: {file.tokens:,} tokens, but its header says {int(head[2]):,}: it is cut short")
+        raise ValueError(
+            f"{path}: {file.tokens:,} tokens, but its header says {int(head[2]):,}: it is cut short; {_AGAIN}"
+        )
     return file
 
 
@@ -200,10 +211,10 @@ def _npy(path: Path) -> TokenFile:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             offset = file.tell()
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: not a .npy file ({error}): {_AGAIN}") from None
+    except (ValueError, OSError, SyntaxError, TokenError) as error:
+        raise ValueError(f"{path}: not a .npy file ({str(error).splitlines()[0]}): {_AGAIN}") from None
     if len(shape) != 1 or dtype.kind not in "ui":
-        raise ValueError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids")
+        raise ValueError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids; {_AGAIN}")
     if path.stat().st_size != offset + shape[0] * dtype.itemsize:
         held = (path.stat().st_size - offset) // dtype.itemsize
         raise ValueError(f"{path}: {held:,} tokens, but its header says {shape[0]:,}: it is cut short; {_AGAIN}")
@@ -221,8 +232,11 @@ def _datatrove(path: Path) -> TokenFile:
         file.seek(-8, io.SEEK_END)
         tokens = int.from_bytes(file.read(8), "little")
     width, rest = divmod(path.stat().st_size, max(tokens, 1))
-    if rest or width not in (2, 4):
-        raise ValueError(f"{path}: {path.stat().st_size} bytes for the {tokens:,} tokens of its index: it is cut short")
+    said = _datatrove_says(path)[1]
+    if rest or width not in (2, 4) or said not in ("", str(width)):
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes for the {tokens:,} tokens of its index: it is cut short; {_AGAIN}"
+        )
     return _raw(path, np.dtype("<u2" if width == 2 else "<u4"))
 
 
@@ -239,13 +253,20 @@ def _of_datatrove(path: Path, splits: dict[Split, tuple[TokenFile, ...]], files:
 
 def _datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
     """GPT-2's if the ``.metadata`` beside it is missing or says so; else its name, which only datatrove knows."""
-    metadata = path.with_name(path.name + ".metadata")
-    name = metadata.read_text(encoding="utf-8").split("|")[0] if metadata.is_file() else "gpt2"
-    if name in ("gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
+    name, _ = _datatrove_says(path)
+    if name in ("", "gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
         return None
     if Path(name).is_file():
         return {"kind": "tokenizers", "file": json.loads(Path(name).read_text(encoding="utf-8"))}
     return {"kind": "datatrove", "name": name}
+
+
+def _datatrove_says(path: Path) -> tuple[str, str]:
+    """Name of the tokenizer and bytes of a token, from the first line of ``.metadata``; empty where it is missing."""
+    metadata = path.with_name(path.name + ".metadata")
+    first = next(iter(metadata.read_text(encoding="utf-8").splitlines()), "") if metadata.is_file() else ""
+    name, _, width = first.rpartition("|")
+    return name, width
 
 
 # Meta files
@@ -295,7 +316,10 @@ def _characters(path: Path) -> str:
     raw = _read_pickle(path)
     try:
         itos = raw["itos"]
-        return "".join(itos[i] for i in range(int(raw["vocab_size"])))
+        characters = [itos[i] for i in range(int(raw["vocab_size"]))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
+            raise ValueError("its itos holds more than characters")
+        return "".join(characters)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not nanoGPT's meta.pkl ({error}): {_AGAIN}") from None
 

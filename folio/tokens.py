@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from folio import rng
 from folio.config import DATA_SETS, Data
-from folio.token_files import CLONE, GPT2, SPLITS, UNFINISHED, Folder, Split, open_folder
+from folio.token_files import CLONE, GPT2, SPLITS, UNFINISHED, Array, Folder, Split, open_folder
 from folio.tokenizer import from_json
 
 Rows = NDArray[np.int64]
@@ -114,25 +114,35 @@ class Shards:
         shard = np.searchsorted(np.cumsum(counts), number, side="right")
         return self.starts[shard] + number - (np.cumsum(counts) - counts)[shard]
 
-    def read(self, positions: Rows, out: Rows) -> None:
-        """Fills the rows of ``out`` with the tokens from these positions on, −1 beyond the end of a file."""
+    def read(self, positions: Rows, width: int, vocab_size: int | None) -> Rows:
+        """``width`` tokens from each of these positions on, −1 beyond the end of a file.
+
+        Raises:
+            ValueError: an id outside the vocabulary, if one is given.
+        """
+        out = np.full((len(positions), width), -1, dtype=np.int64)
         shards = np.searchsorted(self.starts, positions, side="right") - 1
-        width = out.shape[1]
         for shard in np.unique(shards):
             data = self.arrays[shard]
             here = np.flatnonzero(shards == shard)
             local = positions[here] - self.starts[shard]
             inside = local <= len(data) - width
             if inside.any():
-                out[here[inside]] = np.lib.stride_tricks.sliding_window_view(data, width)[local[inside]]
+                whole = np.lib.stride_tricks.sliding_window_view(data, width)[local[inside]]
+                out[here[inside]] = self._checked(shard, whole, vocab_size)
             for i, start in zip(here[~inside], local[~inside], strict=True):
-                tail = data[start:]
+                tail = self._checked(shard, data[start:], vocab_size)
                 out[i, : len(tail)] = tail
-                out[i, len(tail) :] = -1
+        return out
 
-    def path(self, position: int) -> Path:
-        """The file that a position lies in."""
-        return self.files[int(np.searchsorted(self.starts, position, side="right")) - 1].path
+    def _checked(self, shard: int, ids: Array, vocab_size: int | None) -> Array:
+        if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(
+                f"{self.files[shard].path}: token id {wrong} is outside the vocabulary of {vocab_size}: "
+                f"set --vocab_size above it, or prepare the data again"
+            )
+        return ids
 
 
 @dataclass(frozen=True)
@@ -263,17 +273,8 @@ class Tokens:
         bases = self._bases(split)
         source = np.searchsorted(bases, starts, side="right") - 1
         for s in np.unique(source):
-            here = np.flatnonzero(source == s)
-            read = np.empty((len(here), self.block_size + 1), dtype=np.int64)
-            self._splits[split][s].read(starts[here] - bases[s], read)
-            out[here] = read
-        if self.vocab_size is not None and out.size and (top := int(out.max())) >= self.vocab_size:
-            row = int(out.max(axis=1).argmax())
-            path = self._splits[split][source[row]].path(int(starts[row] - bases[source[row]]))
-            raise ValueError(
-                f"{path}: token id {top} is outside the vocabulary of {self.vocab_size}: "
-                f"set --vocab_size above it, or prepare the data again"
-            )
+            here = source == s
+            out[here] = self._splits[split][s].read(starts[here] - bases[s], self.block_size + 1, self.vocab_size)
         return out
 
     def tell_documents_apart(self, eot: int | Literal["auto"]) -> str:
@@ -288,7 +289,7 @@ class Tokens:
         found: list[tuple[Documents, str]] = []
         for number, folder in enumerate(self.folders):
             token = _eot_of(folder) if eot == "auto" else eot
-            if folder.eot in ("before", "after"):
+            if folder.eot in ("before", "after") and token == _eot_of(folder):
                 found.append((Documents(token, folder.eot == "before"), f"{folder.path}'s meta file"))
                 continue
             heads = [shards[number].arrays[0][:_SEARCHED] for shards in self._splits.values()]
@@ -306,12 +307,13 @@ class Tokens:
 
 def _eot_of(folder: Folder) -> int:
     eot = None
-    if folder.eot != "none":
+    if folder.eot != "none" and (folder.tokenizer or GPT2)["kind"] != "datatrove":
         eot = 50256 if folder.tokenizer in (None, GPT2) else from_json(folder.tokenizer).eot
     if eot is None:
+        named = f" of {folder.tokenizer['name']}" if folder.tokenizer and "name" in folder.tokenizer else ""
         raise ValueError(
-            f"{folder.path} has no known token between documents, which --document_mask needs: give its id as --eot, "
-            "or prepare the text with a tokenizer that has one, such as gpt2"
+            f"{folder.path} has no known token{named} between documents, which --document_mask needs: "
+            "give its id as --eot, or prepare the text with a tokenizer that has one, such as gpt2"
         )
     return eot
 
@@ -334,7 +336,7 @@ def parse_mixture(text: str) -> dict[str, float]:
             value = float(weight)
         except ValueError:
             value = -1.0
-        if not (equals and name and 0 < value < float("inf")) or name in weights:
+        if not (equals and name and 0 < value < 1e9) or name in weights:
             raise ValueError(f"data_mixture={text}: {item.strip()!r} must be NAME=WEIGHT, each name once")
         weights[name] = value
     shares = _largest_remainders(list(weights.values()), MIXED)

@@ -170,7 +170,7 @@ def _overview() -> str:
     return (
         "Folio trains GPT-2-class language models from scratch.\n\n"
         f"usage: folio COMMAND [FILE or PRESET …] [--knob=value …]\n\n{table}\n\n"
-        "folio COMMAND --help lists the knobs of a command."
+        "folio COMMAND --help lists the knobs of a command. A yes-or-no knob alone means yes: --overwrite."
     )
 
 

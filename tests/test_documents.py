@@ -285,3 +285,18 @@ def test_two_ranks_under_the_mask(tmp_path: Path) -> None:
         losses.append([r[key] for r in records for key in ("loss", "train_loss", "val_loss") if key in r])
     assert len(losses[0]) == 10 + 2 * 3
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.gpu
+def test_flex_attention_trains_on_a_gpu() -> None:
+    """Loss and gradients of FlexAttention's blocks on CUDA are those of the dense mask on the CPU."""
+    idx, targets, documents = batch(256, first=True)
+    found = []
+    for device in ("cpu", "cuda"):
+        model = small(256).to(device)
+        positions, mask = within_documents(documents.to(device), flex=device == "cuda")
+        nats, _ = model.loss(idx.to(device), targets.to(device), positions, mask)
+        nats.backward()
+        found.append([nats.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)

@@ -117,11 +117,11 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     )
     if o.num_samples == 1:
         yield prompt
-        yield from tokenizer.stream(tokens, map(int, new))
+        yield from tokenizer.stream(tokens, map(int, new), ids.tolist())
         yield f"\n{LINE}\n"
         return
     for row in torch.cat(list(new), dim=1).tolist():
-        yield f"{prompt}{tokenizer.decode(tokens, row)}\n{LINE}\n"
+        yield f"{prompt}{''.join(tokenizer.stream(tokens, row, ids.tolist()))}\n{LINE}\n"
 
 
 def _prompt(start: str) -> str:

@@ -161,17 +161,22 @@ class TokenizersFile:
         spec = json.loads(text)
         pattern = spec.get("pre_tokenizer") or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        self.divisible = not spec.get("normalizer") and gpt2.items() <= pattern.items()
+        found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]  # across spaces as well
+        self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
+        self.by_bytes = type(self._fast.decoder).__name__ == "ByteLevel"
         self._bytes = {c: b for b, c in _byte_characters().items()}
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
         text.encode()  # raises where the text is half of a surrogate pair, which the library takes for no text
         self._fast.encode_special_tokens = not special  # the library's name for: as text
-        return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        try:
+            return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        except Exception as error:  # it raises plain Exceptions
+            raise ValueError(f"the tokenizer cannot encode it: {error}") from None
 
     def bytes(self, ids: Iterable[int]) -> bytes:
         pieces = [self._fast.id_to_token(i) or "" for i in ids]
-        if type(self._fast.decoder).__name__ == "ByteLevel":
+        if self.by_bytes:
             return b"".join(
                 bytes(self._bytes[c] for c in piece) if self._bytes.keys() >= set(piece) else piece.encode()
                 for piece in pieces
@@ -231,9 +236,26 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as it comes, one id after another, whole characters only."""
+def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
+    """Text as it comes, one id after another, whole characters only; ``after``: ids that go before, as context."""
+    if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
+        yield from _in_context(tokenizer, ids, list(after))
+        return
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for i in ids:
         yield decoder.decode(tokenizer.bytes([i]))
     yield decoder.decode(b"", final=True)
+
+
+def _in_context(tokenizer: Tokenizer, ids: Iterable[int], before: list[int]) -> Iterator[str]:
+    """Where the text of an id depends on those before it, as a space between words may."""
+    fresh: list[int] = []
+    for i in ids:
+        fresh.append(i)
+        text = decode(tokenizer, [*before, *fresh])
+        if text.endswith("\ufffd"):
+            yield ""
+            continue
+        yield text[len(decode(tokenizer, before)) :]
+        before, fresh = fresh, []
+    yield decode(tokenizer, [*before, *fresh])[len(decode(tokenizer, before)) :] if fresh else ""

@@ -48,7 +48,7 @@ def _lines(folder: Folder) -> list[str]:
     for split in SPLITS:
         files = folder.splits[split]
         documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
-        counted = f", {documents:,} documents" if documents is not None else ""
+        counted = f", {documents:,} {_plural('document', documents)}" if documents is not None else ""
         named = files[0].path.name if len(files) == 1 else f"{files[0].path.name} … {files[-1].path.name}"
         tokens = sum(file.tokens for file in files)
         lines.append(f"{split:11} {tokens:,} tokens{counted}, {len(files)} {_plural('file', len(files))}: {named}")
@@ -82,5 +82,5 @@ def _sample(folder: Folder) -> str:
     ids = np.asarray(folder.splits["train"][0].map()[:_SAMPLE]).tolist()
     try:
         return repr(tokenizer.decode(tokenizer.from_json(folder.tokenizer or GPT2), ids))
-    except (ValueError, OSError, KeyError, OverflowError) as error:
+    except (ValueError, OSError, LookupError, OverflowError) as error:
         return f"{ids[:8]} … (the tokenizer cannot be had: {error})"

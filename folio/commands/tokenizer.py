@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,10 @@ import tyro
 
 from folio.config import knob
 from folio.datasets.sources import Files, find
-from folio.datasets.workers import Work, documents, place
+from folio.datasets.workers import Flaw, Work, documents, place
 from folio.tokenizer import END_OF_TEXT
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 LEAST = 257  # the bytes and the end of text
 
 
@@ -38,6 +41,8 @@ def main(options: Options) -> None:
         raise ValueError("no text to train on: name files, folders or globs")
     if Path(options.out).suffix != ".json":
         raise ValueError(f"out={options.out}: must end in .json")
+    if Path(options.out).is_dir():
+        raise ValueError(f"out={options.out}: is a directory")
     source = Files(*find(options.text), options.text_key)
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,6 +51,7 @@ def main(options: Options) -> None:
         vocab_size=options.vocab_size,
         special_tokens=[END_OF_TEXT[0]],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stdout.isatty(),
     )
     fast.train_from_iterator(_texts(source, options), trainer)
     if (size := fast.get_vocab_size()) < options.vocab_size:
@@ -53,7 +59,7 @@ def main(options: Options) -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished")
-    fast.save(str(unfinished))
+    unfinished.write_text(fast.to_str(pretty=True), encoding="utf-8")  # fast.save raises no OSError
     unfinished.replace(out)
     print(f"wrote {out}: {size:,} tokens")
 
@@ -63,6 +69,8 @@ def _texts(source: Files, options: Options) -> Iterator[str]:
     for block in source.blocks():
         for span in block.spans:
             for i, text in documents(span, work):
+                if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
+                    text = Flaw("half of a surrogate pair")
                 if isinstance(text, str):
                     yield text
                 elif options.on_error == "stop":

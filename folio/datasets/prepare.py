@@ -13,6 +13,7 @@ of documents, and the one that completes the last part puts all of them, in orde
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -61,7 +62,8 @@ class Recipe:
         """What this data set's ``meta.json`` will say of its making."""
         told = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
         if told["kind"] == "tokenizers":
-            told = {"kind": "tokenizers", "size": self.tokenizer.size}  # type: ignore[union-attr]
+            digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            told = {"kind": "tokenizers", "sha256": digest[:16]}
         return {
             **self.made,
             "source": self.source.describe(),
@@ -339,7 +341,7 @@ def _count(skipped: Counter[str] | dict[str, int]) -> str:
     if not skipped:
         return ""
     kinds = ", ".join(f"{count:,} with {what}" for what, count in Counter(skipped).most_common(5))
-    return f" without {sum(skipped.values()):,} documents that could not be taken: {kinds}"
+    return f"; documents that could not be taken: {sum(skipped.values()):,} ({kinds})"
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:

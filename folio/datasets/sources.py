@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 from folio.datasets.workers import Span, Spans, cut
 
@@ -136,7 +136,9 @@ class Files:
                 for i, piece in enumerate(_PIECES[str(kind_of(path))](self, path)):
                     if (number == first and i < done) or _part(before + piece.at, total, part[1]) != part[0]:
                         continue
-                    if held and (held[0].split != piece.split or sum(p.size for p in held) + piece.size > BLOCK):
+                    full = sum(p.size for p in held) + piece.size > BLOCK
+                    # A document goes on with the block before, so that nothing else can stand before its rest
+                    if held and (full or held[0].split != piece.split or piece.span.continues):
                         yield block([number, i])
                     held.append(piece)
             before += size
@@ -158,7 +160,7 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         yield Piece(Span(f"{name}:{wrong}", "flaw", held="not UTF-8"), 0, size)
         return
     with path.open("rb") as file:
-        val = cut(file, int(size * (1 - source.val_fraction)), size) if source.single else size
+        val = _divided(file, int(size * (1 - source.val_fraction)), size) if source.single else size
         ends = [cut(file, at, size) for at in range(BLOCK, size, BLOCK)] if source.divisible else []
     marks = sorted({0, val, size, *ends})
     for start, stop in pairwise(marks):
@@ -166,6 +168,14 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         span = Span(name, "text", start, stop, continues=not begins, more=not ends_here)
         split: Split | None = ("val" if start >= val else "train") if source.single else None
         yield Piece(span, start, stop - start, split)
+
+
+def _divided(file: BinaryIO, at: int, size: int) -> int:
+    """Where a text is cut for validation: between tokens, or where there is no such place between characters."""
+    if (place := cut(file, at, size)) < size:
+        return place
+    file.seek(at)
+    return at + next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
 def _invalid(path: Path) -> int | None:
@@ -208,9 +218,36 @@ def _packed_lines(source: Files, path: Path) -> Iterator[Piece]:
 def _unpack(path: Path, packed: Any) -> Any:
     if path.suffix == ".gz":
         return gzip.open(packed)
-    import zstandard
+    return io.BufferedReader(_Frames(packed), 2**20)
 
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True), 2**20)
+
+class _Frames(io.RawIOBase):
+    """Zstandard frames, unpacked; raises EOFError within one, which the library's own reader takes for the end."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._packed, self._begin = packed, zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._ready:
+            over = self._frame is None or self._frame.eof
+            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(2**16)
+            if not raw and over:
+                return 0
+            if not raw:
+                raise EOFError("it ends within a frame")
+            if over:
+                self._frame = self._begin()
+            self._ready = memoryview(self._frame.decompress(raw))
+        count = min(len(into), len(self._ready))
+        into[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _zstd_error() -> type[Exception]:
@@ -301,7 +338,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         if not taken:
             raise ValueError(f"{name}: none of its {len(here)} files is of a kind that is known: {known}")
         if len(taken) < len(here):
-            print(f"{name}: {len(here) - len(taken)} files of other kinds are left out")
+            print(f"{name}: files of other kinds that are left out: {len(here) - len(taken)}")
         for p in sorted(taken, key=Path.as_posix):
             found.setdefault(p.resolve(), taken[p])
     return tuple(found), tuple(found.values())

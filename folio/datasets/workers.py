@@ -19,7 +19,7 @@ from folio.tokenizer import Ids, Tokenizer, from_json
 
 # No token of GPT-2's, cl100k's or o200k's patterns reaches over a space that follows something else, nor over
 # a single line end that something else follows; and none of them looks further ahead.
-_BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|\n(?=[^\s/]))")
+_BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|\n(?=[^\s/]))|[ぁ-ゖァ-ヺ㐀-鿿](?=[、。，！？；：」])")
 
 
 class Span(NamedTuple):

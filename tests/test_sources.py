@@ -317,7 +317,12 @@ FLAWS: dict[str, tuple[bytes, str, str, list[str]]] = {
     },
     "cut short.jsonl.gz": (gzip.compress(A + B)[:-9], ":1: ", "corrupt gzip", []),
     "cut short.jsonl.zst": (zstandard.compress(A + B)[:-3], ":1: ", "corrupt zstandard", []),
-    "between frames.jsonl.zst": (zstandard.compress(A) + zstandard.compress(B)[:9], ":1: ", "corrupt zstandard", []),
+    "between frames.jsonl.zst": (
+        zstandard.compress(A) + zstandard.compress(B)[:9],
+        ":2: ",
+        "corrupt zstandard",
+        GOOD[:1],
+    ),
     "no gzip.jsonl.gz": (A + B, ":1: ", "corrupt gzip", []),
     "no zst.jsonl.zst": (A + B, ":1: ", "corrupt zstandard", []),
     "empty.txt": (b"", ":1: ", "an empty document", []),

@@ -202,23 +202,34 @@ def _plain_lines(source: Files, path: Path) -> Iterator[Piece]:
 
 def _packed_lines(source: Files, path: Path) -> Iterator[Piece]:
     """Compressed files cannot be read from the middle: they are unpacked here."""
-    number, size, told = 1, path.stat().st_size, 0
-    try:
-        with path.open("rb") as packed, _unpack(path, packed) as file:
-            while raw := file.read(BLOCK):
-                raw += file.readline()
-                now = min(packed.tell(), size)
-                yield Piece(Span(str(path), "lines", number, held=raw), 0, now - told)
-                number, told = number + raw.count(b"\n"), now
-    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
-        kind = "gzip" if path.suffix == ".gz" else "zstandard"
-        yield Piece(Span(f"{path}:{number}", "flaw", held=f"corrupt {kind} from here on ({error})"), 0, 0)
+    number, told, lines, held = 1, 0, list[bytes](), 0
+
+    def piece() -> Piece:
+        nonlocal number, told, held
+        made = Piece(Span(str(path), "lines", number, held=b"".join(lines)), 0, packed.tell() - told)
+        number, told, held = number + len(lines), packed.tell(), 0
+        lines.clear()
+        return made
+
+    with path.open("rb") as packed:
+        try:
+            for line in _unpack(path, packed):
+                lines.append(line)
+                held += len(line)
+                if held >= BLOCK:
+                    yield piece()
+            if lines:
+                yield piece()
+        except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+            if lines:
+                yield piece()
+            kind = "gzip" if path.suffix == ".gz" else "zstandard"
+            yield Piece(Span(f"{path}:{number}", "flaw", held=f"corrupt {kind} from here on ({error})"), 0, 0)
 
 
-def _unpack(path: Path, packed: Any) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(packed)
-    return io.BufferedReader(_Frames(packed), 2**20)
+def _unpack(path: Path, packed: BinaryIO) -> Iterator[bytes]:
+    raw: Any = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else _Frames(packed)
+    return io.BufferedReader(raw, 2**20)
 
 
 class _Frames(io.RawIOBase):
@@ -270,11 +281,13 @@ def _parquet(source: Files, path: Path) -> Iterator[Piece]:
                 what = f"no column {source.text_key!r}: it has {keys}; --text_key names another"
                 yield Piece(Span(str(path), "flaw", held=what), 0, 0)
                 return
-            column, at, row = file.schema_arrow.names.index(source.text_key), 4, 0
+            at, row = 4, 0
             for g in range(file.num_row_groups):
                 group = file.metadata.row_group(g)
-                size = sum(group.column(c).total_compressed_size for c in range(group.num_columns))
-                if group.column(column).total_uncompressed_size <= _HELD_ROW_GROUP:
+                columns = [group.column(c) for c in range(group.num_columns)]
+                size = sum(c.total_compressed_size for c in columns)
+                texts = (c for c in columns if c.path_in_schema.split(".")[0] == source.text_key)
+                if sum(c.total_uncompressed_size for c in texts) <= _HELD_ROW_GROUP:
                     yield Piece(Span(str(path), "parquet", g, row), at, size)
                 else:
                     yield from _held_rows(file, path, g, row, source.text_key, at, size)

@@ -90,6 +90,8 @@ def open_folder(path: Path) -> Folder:
     """
     if path.is_dir() and (path / META).is_file():
         return _own(path)
+    if (path / UNFINISHED).is_dir():
+        raise FileNotFoundError(f"{path}: its preparation is not finished: {_AGAIN} to go on")
     paths = _token_files(path)
     files = [_FORMATS[p.suffix](p) for p in paths]
     _refuse_mixture(files)
@@ -115,8 +117,7 @@ def _token_files(path: Path) -> list[Path]:
     if path.is_dir() and not any(map(_split_of, files)):
         files += [p for split in SPLITS for p in sorted((path / split).glob("*.ds"))]
     if not files:
-        hint = f"its preparation is not finished, {_AGAIN} to go on" if (path / UNFINISHED).is_dir() else "prepare it"
-        raise FileNotFoundError(f"{path} holds no token files (.bin, .npy, .ds): {hint}")
+        raise FileNotFoundError(f"{path} holds no token files (.bin, .npy, .ds): prepare it")
     if len(suffixes := sorted({p.suffix for p in files})) > 1:
         first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
         raise ValueError(

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from folio.datasets.sources import BLOCK, Block, Source
 from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
-from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, move
+from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move
 from folio.files import write_json
 from folio.token_files import META, SPLITS, UNFINISHED
 from folio.tokenizer import Characters, Tokenizer
@@ -97,7 +97,7 @@ def prepare(
     if _finished(folder, described, overwrite):
         if "meta" in _committed(work):  # of a process that was killed when all was in its place
             with contextlib.suppress(_InUseError), _lock(work):
-                shutil.rmtree(work)
+                _remove(work)
         return
     job = _Job(recipe, described, workers, skip, overwrite)
     if part[1] == 1:
@@ -167,6 +167,16 @@ def _complete(part: Path, described: dict[str, Any]) -> bool:
     return "complete" in state and state["made"] == described
 
 
+def _remove(work: Path) -> None:
+    """Removes what is left in there, the state last: a process that is killed on the way leaves it to be found."""
+    for path in work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != STATE:
+            path.unlink()
+    shutil.rmtree(work)
+
+
 class _InUseError(ValueError):
     """Another process holds the folder."""
 
@@ -200,7 +210,8 @@ def _lock(work: Path) -> Iterator[None]:
             if not (work / STATE).exists():
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(OSError):
-                    work.parent.rmdir()
+                    for above in work.parents[: 1 if work.name == UNFINISHED else 2]:
+                        above.rmdir()
 
 
 @dataclass
@@ -219,22 +230,26 @@ class _Job:
             if "meta" not in state and (gone or _finished(folder, self.described, self.overwrite)):
                 return  # while this process waited for its turn
             if "meta" not in state:
+                if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
+                    state = {"made": self.described, "parts": shared}
                 tokenizer = self._tokenizer(work, state)
                 writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
                 results = Parts(parts, _dtype(tokenizer)).results if parts else self._tokenised(tokenizer)
-                self._write(writer, results)
-                try:
-                    files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
-                except ValueError as error:
-                    (work / STATE).unlink()  # going on would end here again
-                    raise ValueError(f"{folder}: {error}{_count(writer.skipped)}") from None
+                with contextlib.closing(writer):
+                    self._write(writer, results)
+                    try:
+                        files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
+                    except ValueError as error:
+                        (work / STATE).unlink()  # going on would end here again
+                        raise ValueError(f"{folder}: {error}{_count(writer.skipped)}") from None
                 state["meta"] = self._meta(writer, tokenizer, files)
                 state["place"] = "" if writer.place == work else writer.place.name
+                state["replaces"] = sorted(listed(folder))
                 write_json(work / STATE, state)
             meta = state["meta"]
             names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
-            move(work / state["place"], names, meta, folder)
-            shutil.rmtree(work)
+            move(work / state["place"], names, meta, folder, state["replaces"])
+            _remove(work)
         for split in SPLITS:
             print(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
         print(f"wrote {folder}{_count(meta['skipped'])}")
@@ -245,9 +260,9 @@ class _Job:
             state = self._state(work)
             if not state.get("complete"):
                 tokenizer = self._tokenizer(work, state)
-                writer = PartWriter(work, state)
-                self._write(writer, self._tokenised(tokenizer, part))
-                writer.commit(None, complete=True)
+                with contextlib.closing(PartWriter(work, state)) as writer:
+                    self._write(writer, self._tokenised(tokenizer, part))
+                    writer.commit(None, complete=True)
 
     def _state(self, work: Path) -> dict[str, Any]:
         """What an earlier process committed, if it was after the same."""

@@ -117,7 +117,8 @@ class Files:
         for path, name in zip(self.paths, self.names, strict=True):
             stat = path.stat()
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {"files": len(self.paths), "bytes": self.size, "names_sizes_times": digest.hexdigest()[:16]}
+        share = {"val_fraction": self.val_fraction} if self.single else {}
+        return {"files": len(self.paths), "bytes": self.size, "names_sizes_times": digest.hexdigest()[:16], **share}
 
     def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
         """Position: [number of the file, spans of it that are done]."""
@@ -378,6 +379,7 @@ class Hub:
 
     def describe(self) -> dict[str, Any]:
         what = {"hub": self.name, "config": self.config, "split": self.split, "held_out": self.held_out}
+        what["streaming"] = self.streaming  # which decides how it is shared out
         if Path(self.name).exists():
             del what["hub"]
             what |= Files(*find([self.name])).describe()

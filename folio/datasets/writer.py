@@ -57,7 +57,7 @@ class Stream:
         if self.tokens:
             size = self._offset + self.tokens * dtype.itemsize
             if not self._path.is_file() or self._path.stat().st_size < size:
-                raise ValueError(f"{self._path} is damaged: start again with --overwrite")
+                raise ValueError(f"{self._path} is damaged: remove {folder} to begin again")
             self._file = self._path.open("r+b")
             self._file.truncate(size)
             self._file.seek(0, io.SEEK_END)
@@ -115,6 +115,11 @@ class Stream:
         file.flush()
         os.fsync(file.fileno())
         file.close()
+
+    def release(self) -> None:
+        """Lets go of the file that grows, as it is."""
+        if self._file is not None:
+            self._file.close()
 
     def sync(self) -> None:
         """Makes all that was added durable."""
@@ -184,6 +189,11 @@ class Writer(_Counted):
         share = self.layout.val_fraction
         return (np.floor(numbers * share) != np.floor((numbers - 1) * share)) | (numbers == 0)
 
+    def close(self) -> None:
+        """Lets go of the files; what was not committed is lost."""
+        for stream in self.streams.values():
+            stream.release()
+
     def commit(self, position: Any) -> None:
         """Makes everything added so far durable; a killed preparation goes on from here."""
         for stream in self.streams.values():
@@ -250,6 +260,11 @@ class PartWriter(_Counted):
         self.tokens += len(found.ids)
         self.count(found, block)
 
+    def close(self) -> None:
+        """Lets go of the files; what was not committed is lost."""
+        for file in self._files.values():
+            file.close()
+
     def commit(self, position: Any, **more: Any) -> None:
         """As a ``Writer``'s; ``complete=True`` says that the part is."""
         for file in self._files.values():
@@ -292,17 +307,19 @@ class Parts:
                     yield Block((), [number, i + 1], disk, (None, *SPLITS)[split]), found
 
 
-def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path) -> None:
-    """Puts finished files into their place, ``meta.json`` last; those that it replaces go before it."""
+def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:
+    """Puts finished files into their place, ``meta.json`` last; one that describes what they replace goes first."""
+    (to / META).unlink(missing_ok=True)
     for name in names:
         if (folder / name).exists():
             (folder / name).replace(to / name)
-    for name in _listed(to) - set(names):
+    for name in set(replaces) - set(names):
         (to / name).unlink(missing_ok=True)
     write_json(to / META, meta)
 
 
-def _listed(folder: Path) -> set[str]:
+def listed(folder: Path) -> set[str]:
+    """The files of the data set that is there, if one is."""
     try:
         splits = json.loads((folder / META).read_text(encoding="utf-8"))["splits"]
         return {Path(f["name"]).name for split in splits.values() for f in split["files"]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +21,10 @@ _SAMPLE = 64  # tokens
 class Options:
     """Look into a data set: folio data info FOLDER."""
 
-    action: tyro.conf.Positional[Literal["info"]]
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    action: tyro.conf.Positional[Literal["info"]] = knob(MISSING, "what they hold")
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
+        MISSING, "a data set's folder, or a glob of its files"
+    )
     verify: bool = knob(False, "hash every file, and compare with the meta file")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +24,7 @@ LEAST = 257  # the bytes and the end of text
 class Options:
     """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
 
-    action: tyro.conf.Positional[Literal["train"]]
+    action: tyro.conf.Positional[Literal["train"]] = knob(MISSING, "learn the merges that the text needs most")
     text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
         (), "files, folders and globs, as folio prepare takes them"
     )

@@ -122,6 +122,8 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         made = dict(meta["made"])
+        names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
+        counts = {split: value["tokens"] for split, value in meta["splits"].items()}
     except FileNotFoundError:
         if (folder / UNFINISHED / STATE).exists():
             return False
@@ -133,8 +135,7 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / META} cannot be read ({error}): --overwrite makes the data set anew") from None
     _refuse_difference(f"{folder} was made", made, described)
-    counts = {split: sum(f["tokens"] for f in value["files"]) for split, value in meta["splits"].items()}
-    gone = [f["name"] for v in meta["splits"].values() for f in v["files"] if not (folder / f["name"]).is_file()]
+    gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
     print(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
@@ -164,7 +165,12 @@ def _committed(work: Path) -> dict[str, Any]:
 
 def _complete(part: Path, described: dict[str, Any]) -> bool:
     state = _committed(part)
-    return "complete" in state and state["made"] == described
+    return "complete" in state and _same(state, described)
+
+
+def _same(state: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a state is of this recipe, and its positions of blocks of this size."""
+    return state.get("made") == described and state.get("block") == BLOCK
 
 
 def _remove(work: Path) -> None:
@@ -231,7 +237,7 @@ class _Job:
                 return  # while this process waited for its turn
             if "meta" not in state:
                 if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
-                    state = {"made": self.described, "parts": shared}
+                    state = {"made": self.described, "block": BLOCK, "parts": shared}
                 tokenizer = self._tokenizer(work, state)
                 writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
                 results = Parts(parts, _dtype(tokenizer)).results if parts else self._tokenised(tokenizer)
@@ -269,9 +275,9 @@ class _Job:
         state = _committed(work)
         if state and not self.overwrite:
             _refuse_difference(f"{work} was begun", state["made"], self.described)
-        if state.get("made") != self.described:
+        if not _same(state, self.described):
             (work / STATE).unlink(missing_ok=True)
-            state = {"made": self.described}
+            state = {"made": self.described, "block": BLOCK}
         return state
 
     def _tokenizer(self, work: Path, state: dict[str, Any]) -> Tokenizer:

@@ -126,6 +126,8 @@ def named_by_user(
         fraction = val_fraction or min(0.1, _VAL_BYTES / max(1, sum(p.stat().st_size for p in paths)))
         source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
     single = isinstance(source, Files) and source.single
+    if single and val_documents:
+        raise ValueError(f"{sources[0]} is one text, which is divided within: give --val_fraction, not --val_documents")
     separated = tokens is not None and tokens.eot is not None
     by_shard = shard_size and separated and not (val_fraction or val_documents or single)
     layout = Layout(

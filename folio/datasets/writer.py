@@ -249,6 +249,7 @@ class PartWriter(_Counted):
         for name in ("ids", "lengths", "blocks"):
             self._files[name] = (folder / name).open("a+b")
             self._files[name].truncate(state.get("sizes", {}).get(name, 0))
+            self._files[name].seek(0, io.SEEK_END)
 
     def add(self, found: Tokenised, block: Block) -> None:
         """The ids of the next block."""

@@ -34,9 +34,9 @@ GROUP += ["--gradient_accumulation_steps=3"]
 # Trains, and kills itself without warning when a function is called for the nth time, or after it
 SUICIDE = """
 import os, signal, sys
-from folio import checkpoint, cli, log
+from folio import checkpoint, cli, files, log
 name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
-owner = {"checkpoint": checkpoint, "log": log.Log}[name.split(".")[0]]
+owner = {"checkpoint": checkpoint, "files": files, "log": log.Log}[name.split(".")[0]]
 function, calls = getattr(owner, name.split(".")[1]), 0
 def wrapped(*args, **kwargs):
     global calls

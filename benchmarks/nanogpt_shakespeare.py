@@ -9,11 +9,14 @@ their spread is over the rounds. nanoGPT's seed is a constant in its train.py, w
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+
 import pickle
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass

@@ -10,12 +10,15 @@ The corpus is the source repeated. Memory is the largest sum of what the program
 
 from __future__ import annotations
 
+import sys
+
+sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+
 import json
 import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time

@@ -5,46 +5,118 @@ out_dir/checkpoints/step-00002000/   model.safetensors   optimizer.safetensors  
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import files
 from folio.model import GPT, GPTConfig
+from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+CONFIG, BEST = "config.json", "best.json"
+
+
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+@dataclass
+class State:
+    """Where a run is. With the weights and the optimiser's tensors, all that it needs to go on."""
+
+    step: int = 0  # updates done
+    rows: int = 0  # rows of the order that they consumed
+    tokens: int = 0  # targets in those
+    seconds: float = 0.0  # of wall time
+    train_loss: float | None = None  # of the last evaluation
+    val_loss: float | None = None
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
+    evaluations_without_improvement: int = 0
+
+
+def state_of_elsewhere(
+    config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None
+) -> dict[str, Any]:
+    """What ``state.json`` would say of a model that another program wrote."""
+    return {
+        "run": secrets.token_hex(6),
+        **asdict(state or State()),
+        "model": asdict(config),
+        "tokenizer": tokenizer,
+        "data": None,
+        "scaler": {},
+        "resolved": {},
+    }
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk and its ``state.json``; tensors are read when asked for."""
+    """A model on disk, what is known of it (as ``state.json`` has it), and what was asked of its run.
+
+    Tensors are read one at a time, when asked for. Other programs' files are subclasses of this
+    (``folio.pretrained``, ``folio.pt_files``).
+    """
 
     path: Path
     state: dict[str, Any]
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
-    def weights(self) -> dict[str, Tensor]:
-        return load_file(self.path / MODEL)
+    def weights(self) -> Tensors:
+        """Each parameter by its name."""
+        return read(self.path / MODEL)
 
-    def slots(self) -> dict[str, Tensor]:
-        return load_file(self.path / OPTIMIZER)
+    def slots(self) -> Tensors:
+        """The optimiser's tensors, as ``<parameter>/<slot>``; none where it is not known."""
+        return read(self.path / OPTIMIZER)
 
-    def model(self) -> GPT:
-        """The model as it was saved, on the CPU."""
-        model = GPT(GPTConfig(**self.state["model"]))
+    def config(self) -> GPTConfig:
+        return GPTConfig(**self.state["model"])
+
+    def model(self, dropout: float | None = None) -> GPT:
+        """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``."""
+        config = self.config()
+        model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
         load_weights(model, self.weights())
         return model
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises ValueError where its vocabulary is not known."""
+        if self.state["tokenizer"] is None:
+            raise ValueError(
+                f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
+                "or a tokenizer.json beside it"
+            )
+        return from_json(self.state["tokenizer"])
+
+
+def read(path: Path) -> Tensors:
+    """The tensors of a safetensors file, each mapped while it is looked at: no more than one is in memory.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, "pt") as file:
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def folder(out_dir: Path, step: int) -> Path:
@@ -120,10 +192,24 @@ def latest(out_dir: Path, run_id: str | None = None) -> tuple[Checkpoint | None,
     return None, lines
 
 
+def asked(out_dir: Path) -> tuple[str, dict[str, Any]]:
+    """The run's id and the knobs that it was asked for, by flat name, from ``config.json``.
+
+    Raises:
+        ValueError: it is missing or not readable.
+    """
+    path = out_dir / CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return str(raw["run"]), dict(raw["asked"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): start afresh with --init_from={out_dir}") from None
+
+
 def best_step(out_dir: Path) -> int | None:
     """The step of ``best.json``; where that is lost, the best that the newest checkpoint knows of."""
     try:
-        return int(json.loads((out_dir / "best.json").read_text(encoding="utf-8"))["step"])
+        return int(json.loads((out_dir / BEST).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     for step in reversed(steps(out_dir)):
@@ -157,7 +243,10 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
                 f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
             )
     assert step is not None
-    return Checkpoint(folder(out_dir, step), verify(folder(out_dir, step)))
+    knobs: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):  # a model is of use without what was asked for
+        _, knobs = asked(out_dir)
+    return Checkpoint(folder(out_dir, step), verify(folder(out_dir, step)), knobs)
 
 
 def prune(out_dir: Path, keep: int) -> None:
@@ -170,22 +259,24 @@ def prune(out_dir: Path, keep: int) -> None:
             shutil.rmtree(folder(out_dir, step), ignore_errors=True)
 
 
-def load_weights(model: GPT, weights: dict[str, Tensor]) -> None:
+def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copies weights by name; raises ValueError where names or shapes differ."""
     wanted = dict(model.named_parameters())
-    if odd := wanted.keys() ^ weights.keys():
-        raise ValueError(f"the weights do not fit the model: {sorted(odd)[0]} is on one side only")
     with torch.no_grad():
-        for name, p in wanted.items():
-            if p.shape != weights[name].shape:
-                raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, the model {tuple(p.shape)}")
-            p.copy_(weights[name])
+        for name, weight in weights:
+            if (p := wanted.pop(name, None)) is None:
+                raise ValueError(f"the weights do not fit the model: it has no {name}, or has it once only")
+            if p.shape != weight.shape:
+                raise ValueError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
+            p.copy_(weight)
+    if wanted:
+        raise ValueError(f"the weights do not fit the model: {min(wanted)} is not among them")
 
 
-def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: dict[str, Tensor]) -> None:
+def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tuple[str, Tensor]]) -> None:
     """Puts ``<parameter>/<slot>`` tensors back into an optimiser of this model."""
     by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in slots.items():
+    for key, value in slots:
         name, slot = key.rsplit("/", 1)
         by_name.setdefault(name, {})[slot] = value
     names = {p: name for name, p in model.named_parameters()}

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import keyword
 import os
 import sys
 import warnings
@@ -19,6 +20,8 @@ COMMANDS = {
     "tokenizer": "learn a vocabulary from text",
     "train": "train a model, or go on with one",
     "sample": "let a trained model write",
+    "export": "hand a model on: a Hugging Face folder, or a GGUF file",
+    "import": "take in a model of nanoGPT, its heirs or Hugging Face, to go on with",
     "plot": "draw the losses of a run",
     "bench": "measure the speed of a training step",
     "demo": "prepare, train, sample and plot on this Python's own sources, in about two minutes",
@@ -77,7 +80,7 @@ def _main(command: str | None, argv: list[str]) -> int:
             raise ValueError(
                 f"no command {command!r}: " + (f"did you mean {close[0]!r}?" if close else "folio --help lists them")
             )
-    module = importlib.import_module(f"folio.commands.{command}")
+    module = importlib.import_module(f"folio.commands.{command}{'_' * keyword.iskeyword(command)}")
     argv = [*getattr(module, "FIRST", []), *argv]
     options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
     return int(module.main(options) or 0)

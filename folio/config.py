@@ -25,6 +25,7 @@ from folio.model import AUTO, GPTConfig
 
 T = TypeVar("T")
 COMMAND_LINE = "the command line"
+OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # knobs that a run does not keep
 PRESETS = Path(__file__).parent / "presets"
 DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
@@ -44,7 +45,11 @@ class Output:
     """Where a run writes, how it begins, what it keeps."""
 
     out_dir: str = out_dir_knob()
-    init_from: str = knob("scratch", "scratch | resume | auto (resume if there is something) | an out_dir")
+    init_from: str = knob(
+        "scratch",
+        "scratch | resume | auto (resume if there is something) | gpt2 … gpt2-xl | an out_dir, .pt file, Hugging Face "
+        "folder or name",
+    )
     always_save_checkpoint: bool = knob(True, "False: keep the best checkpoint and the latest only")
     checkpoint_interval: int | AUTO = knob("auto", "steps between checkpoints; auto: every evaluation", min=1)
     keep_checkpoints: int = knob(2, "latest checkpoints to keep, besides the best", min=1)
@@ -198,6 +203,30 @@ def check(config: Any) -> None:
         )
 
 
+def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
+    """The shape of a model that a file describes.
+
+    Raises:
+        ValueError: a field that is not known, or whose value is not possible; names the file.
+    """
+    for f in fields(GPTConfig):
+        value = typed(path, f.name, values.get(f.name, f.default), TrainConfig)
+        try:
+            _check_bounds(f.name, value, f.metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
+        raise ValueError(f"{path}: a model of GPT-2's kind has no {min(odd)!r}")
+    config = GPTConfig(**values)
+    if config.vocab_size == "auto":
+        raise ValueError(f"{path}: vocab_size = 'auto': must be a number")
+    try:
+        config.check()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
@@ -246,7 +275,7 @@ def read_file(name: str, options: type, *, ignore: type | None = None) -> dict[s
         raise ValueError(f"{path}: not a valid {path.suffix[1:]} file: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold knobs and their values at its top level")
-    return {k: _typed(path, k, v, options) for k, v in values.items() if not _passed_over(k, options, ignore)}
+    return {k: typed(path, k, v, options) for k, v in values.items() if not _passed_over(k, options, ignore)}
 
 
 def find_file(name: str) -> Path:
@@ -282,7 +311,8 @@ def _default_group(options: type, group: str) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def _typed(path: Path, name: str, value: Any, options: type) -> Any:
+def typed(path: Path, name: str, value: Any, options: type) -> Any:
+    """The value of a knob that a file sets, if it is of the knob's type; raises ValueError that names the file."""
     known = knobs(options)
     if name not in known:
         raise ValueError(f"{path}: {unknown(name, options)}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,38 @@ def write_json(path: Path, value: Any) -> None:
         os.fsync(file.fileno())
     unfinished.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write a file, or make a folder, that becomes ``path`` at the end, or nothing if it fails.
+
+    Raises:
+        FileExistsError: something is there. OSError: the disk is full or not writable.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already: remove it, or choose another name")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(unfinished)
+        yield unfinished
+        for part in (*unfinished.rglob("*"), unfinished):
+            sync(part)
+        unfinished.replace(path)
+    except BaseException as error:
+        _remove(unfinished)
+        if isinstance(error, OSError) and error.strerror:
+            raise OSError(f"{path} could not be written ({error.strerror}): make room, or choose another") from None
+        raise
+    sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 from torch import Tensor, nn
@@ -227,6 +227,16 @@ class GPT(nn.Module):
             self.transformer.wte.weight = self.lm_head.weight
         self._init_weights(generator or (lambda _: None))
 
+    @classmethod
+    def empty(cls, config: GPTConfig) -> GPT:
+        """A model on the CPU whose weights are not set, to be loaded: no time is spent on drawing them."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        if config.tie_weights:
+            model.transformer.wte.weight = model.lm_head.weight
+        return model
+
     @torch.no_grad()
     def _init_weights(self, generator: Callable[[str], torch.Generator | None]) -> None:
         for name, p in self.named_parameters():
@@ -299,7 +309,30 @@ class GPT(nn.Module):
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
         wpe.num_embeddings = block_size
 
+    def grow_vocab_size(self, vocab_size: int) -> None:
+        """Adds token ids; raises ValueError where there are more already.
+
+        Their rows are the mean of the others, so that together they hardly take any probability (Hewitt,
+        "Initializing New Word Embeddings for Pretrained Language Models", 2021).
+        """
+        if vocab_size < (old := self.transformer.wte.num_embeddings):
+            raise ValueError(f"vocab_size={vocab_size} is below the {old} that the model has")
+        self.config = replace(self.config, vocab_size=vocab_size)
+        for table in (self.transformer.wte, self.lm_head):
+            rows = table.weight.detach()
+            table.weight = nn.Parameter(torch.cat([rows, rows.mean(0, keepdim=True).expand(vocab_size - old, -1)]))
+        if self.config.tie_weights:
+            self.transformer.wte.weight = self.lm_head.weight
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = vocab_size
+
     # nanoGPT's methods that belong to other modules
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another source; see ``folio.pretrained.from_pretrained``."""
+        from folio.pretrained import from_pretrained
+
+        return from_pretrained(model_type, override_args)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """(B, T) → (B, T + max_new_tokens); see ``folio.generate.generate``."""

@@ -105,8 +105,8 @@ def open_folder(path: Path) -> Folder:
         if all(p in listed for p in paths):
             return replace(own, path=path, splits={s: tuple(listed[f.path] for f in splits[s]) for s in SPLITS})
     if (pickled := where / "meta.pkl").is_file():
-        characters = _characters(pickled)
-        return Folder(path, splits, len(characters), {"kind": "characters", "characters": characters}, "none")
+        vocabulary = characters(pickled)
+        return Folder(path, splits, len(vocabulary), {"kind": "characters", "characters": vocabulary}, "none")
     return Folder(path, splits)
 
 
@@ -312,15 +312,19 @@ def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> Token
     return file._replace(sha256=digest)
 
 
-def _characters(path: Path) -> str:
-    """The vocabulary of nanoGPT's ``meta.pkl``, as one text."""
+def characters(path: Path) -> str:
+    """The vocabulary of nanoGPT's ``meta.pkl``, as one text; nothing in the file is run.
+
+    Raises:
+        ValueError: the file asks for more than dicts, lists, text and numbers, or holds something else.
+    """
     raw = _read_pickle(path)
     try:
         itos = raw["itos"]
-        characters = [itos[i] for i in range(int(raw["vocab_size"]))]
-        if not all(isinstance(c, str) and len(c) == 1 for c in characters):
+        found = [itos[i] for i in range(int(raw["vocab_size"]))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in found):
             raise ValueError("its itos holds more than characters")
-        return "".join(characters)
+        return "".join(found)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not nanoGPT's meta.pkl ({error}): {_AGAIN}") from None
 

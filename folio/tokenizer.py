@@ -6,10 +6,13 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import tokenizers
 
 Ids = NDArray[np.integer[Any]]
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -39,6 +42,10 @@ class Tokenizer(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """What ``from_json`` makes this tokenizer from again."""
+        ...
+
+    def fast(self) -> tokenizers.Tokenizer:
+        """The same text ⇄ ids as a tokenizer of Hugging Face's tokenizers library."""
         ...
 
 
@@ -72,6 +79,14 @@ class Characters:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "characters", "characters": self.characters}
 
+    def fast(self) -> tokenizers.Tokenizer:
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        fast = Tokenizer(models.WordLevel({c: i for i, c in enumerate(self.characters)}))
+        fast.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        fast.decoder = decoders.Fuse()
+        return fast
+
 
 def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -92,6 +107,9 @@ class Bytes:
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "bytes"}
+
+    def fast(self) -> tokenizers.Tokenizer:
+        return _by_bytes({c: b for b, c in byte_characters().items()}, [], pattern=None)
 
 
 class Tiktoken:
@@ -137,6 +155,19 @@ class Tiktoken:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tiktoken", "name": self.name}
 
+    def fast(self) -> tokenizers.Tokenizer:
+        from tokenizers import AddedToken
+
+        characters = byte_characters()
+        ranks = self._encoding._mergeable_ranks
+        shown = {token: "".join(characters[b] for b in token) for token in ranks}
+        merges = [(shown[a], shown[b]) for a, b in _merges(ranks)]
+        pattern = "" if self.name == "gpt2" else self._encoding._pat_str
+        special = self._encoding._special_tokens
+        fast = _by_bytes({shown[token]: rank for token, rank in ranks.items()} | special, merges, pattern)
+        fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+        return fast
+
 
 class TokenizersFile:
     """A tokenizer of Hugging Face's tokenizers library, from the text of its ``tokenizer.json``.
@@ -164,7 +195,7 @@ class TokenizersFile:
         found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]  # across spaces as well
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
         self.by_bytes = type(self._fast.decoder).__name__ == "ByteLevel"
-        self._bytes = {c: b for b, c in _byte_characters().items()}
+        self._bytes = {c: b for b, c in byte_characters().items()}
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
         text.encode()  # raises where the text is half of a surrogate pair, which the library takes for no text
@@ -186,12 +217,40 @@ class TokenizersFile:
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tokenizers", "file": json.loads(self._text)}
 
+    def fast(self) -> tokenizers.Tokenizer:
+        import tokenizers
 
-def _byte_characters() -> dict[int, str]:
+        return tokenizers.Tokenizer.from_str(self._text)
+
+
+def byte_characters() -> dict[int, str]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2's encoder.py)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (b for b in range(256) if b not in plain)
     return {b: chr(b) for b in plain} | {b: chr(0x100 + i) for i, b in enumerate(others)}
+
+
+def _by_bytes(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str | None) -> tokenizers.Tokenizer:
+    """Byte pairs over the bytes of UTF-8, in the words that ``pattern`` finds: "" for GPT-2's own, None for one."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    fast = Tokenizer(models.BPE(vocab, merges))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern == "")
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    fast.pre_tokenizer = pre_tokenizers.Sequence([*words, level]) if words else level
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
+def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The two tokens that each longer one was merged from, which its lower-ranked parts tell, in order."""
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
 
 
 def named(name: str) -> Tokenizer:

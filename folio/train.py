@@ -19,35 +19,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from folio import __version__, checkpoint, files, rng
-from folio.config import COMMAND_LINE, Data, TrainConfig, check, flat, override
+from folio import __version__, checkpoint, files, pretrained, pt_files, rng
+from folio.checkpoint import State
+from folio.config import COMMAND_LINE, OF_THE_CALL, Data, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
 from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
+from folio.pt_files import NANOGPT, PtFile
 from folio.runtime import Loss, Runtime
-from folio.token_files import Split
+from folio.token_files import GPT2, Split
 from folio.tokens import Tokens
 from folio.validation import evaluate
 
-_OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # never taken from a checkpoint
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
 _SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
-
-
-@dataclass
-class State:
-    """Where a run is. With the weights and the optimiser's tensors, all that it needs to go on."""
-
-    step: int = 0  # updates done
-    rows: int = 0  # rows of the order that they consumed
-    tokens: int = 0  # targets in those
-    seconds: float = 0.0  # of wall time
-    train_loss: float | None = None  # of the last evaluation
-    val_loss: float | None = None
-    best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
-    evaluations_without_improvement: int = 0
 
 
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
@@ -195,7 +182,7 @@ def settle(run: Run) -> None:
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
-                "tokens": (step + 1) * run.tokens_per_step,
+                "tokens": run.state.tokens,
                 "tokens_per_second": run.speed,
                 "mfu": run.mfu,
                 "seconds": at - run.started,
@@ -357,7 +344,7 @@ def save(run: Run) -> None:
     def write() -> None:
         checkpoint.save(run.out_dir, run.state.step, weights, slots, state)
         if run.state.best:
-            files.write_json(run.out_dir / "best.json", run.state.best)
+            files.write_json(run.out_dir / checkpoint.BEST, run.state.best)
         output = run.config.output
         checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
 
@@ -379,31 +366,34 @@ def build(config: TrainConfig) -> Run:
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
     former = _former(out_dir, begin)
     if former is not None:
-        config = _overlay(config, former.asked, lines)
+        config = _overlay(config, former.found.asked, lines)
         check(config)
-    source = checkpoint.choose(Path(begin)) if begin not in ("scratch", "resume", "auto") else None
-    given = former.state["model"] if former else source.state["model"] if source else None
-    tokens = Tokens.open(config.data, (given or flat(config))["block_size"], config.system.seed)
+    source = pretrained.find(begin) if begin not in ("scratch", "resume", "auto") else None
+    given = former.found.config() if former else source.config() if source else None
+    shape = _shape_of(given, config, former is not None, lines) if given else config.model
+    tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
     lines += [folder.note for folder in tokens.folders if folder.note]
-    shape = replace(config.model, vocab_size=_vocab_size(config, tokens, lines))
-    if given:
-        shape = _shape_of(given, shape, config, lines)
+    vocab_size = _vocab_size(tokens, lines) if shape.vocab_size == "auto" else shape.vocab_size
+    shape = replace(shape, vocab_size=vocab_size)
     known = tokens.known_vocab_size
-    if known and isinstance(shape.vocab_size, int) and shape.vocab_size < known:
+    if known and vocab_size < known:
         raise ValueError(
-            f"vocab_size={shape.vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
+            f"vocab_size={vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
         )
-    tokens.vocab_size = shape.vocab_size if isinstance(shape.vocab_size, int) else None
+    tokens.vocab_size = vocab_size
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
-    model = GPT(shape, lambda name: rng.generator(config.system.seed, name))
     if source:
-        checkpoint.load_weights(model, source.weights())
-        lines.append(f"weights of {source.path}, step {source.step}")
+        model = source.model(shape.dropout)
+        model.crop_block_size(shape.block_size)
+        model.grow_vocab_size(vocab_size)
+        lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
+    else:
+        model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
     data = config.data
     tokens_per_step = data.gradient_accumulation_steps * data.batch_size * shape.block_size
     flops = flops_per_token(model) * float(tokens_per_step) * config.optimizer.max_iters
-    runtime = Runtime(config.system, flops=flops, resolved=former.state["resolved"] if former else None)
+    runtime = Runtime(config.system, flops=flops, resolved=former.found.state["resolved"] if former else None)
     try:
         largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
         if data.gradient_accumulation_steps % runtime.world == 0:
@@ -420,8 +410,10 @@ def build(config: TrainConfig) -> Run:
             _restore(run, former, lines)
         run.work = [(evaluation_due, validate), (checkpoint_due, save)]
         if not config.evaluation.eval_only:
-            runtime.broadcast(lambda: _take_folder(run))
+            runtime.broadcast(lambda: _take_folder(run, resumed=former is not None))
             log.open(out_dir)
+            if former and isinstance(former.found, PtFile):
+                save(run)  # from here on the run is this program's
     except BaseException:
         runtime.close()
         raise
@@ -445,40 +437,32 @@ def finish(run: Run) -> None:
 
 
 class _Former(NamedTuple):
-    """What an earlier run left: its id, what was asked of it, the newest state that can be read."""
+    """What an earlier run left: its id, and the newest checkpoint whose state can be read."""
 
     id: str
-    asked: dict[str, Any]
-    state: dict[str, Any]
+    found: checkpoint.Checkpoint
 
 
 def _former(out_dir: Path, begin: str) -> _Former | None:
     if begin not in ("resume", "auto"):
-        if begin != "scratch" and not Path(begin).is_dir():
-            raise ValueError(
-                f"init_from={begin}: there is no such folder; it is scratch, resume, auto or an out_dir with "
-                "checkpoints (OpenAI's weights cannot be read yet)"
-            )
         return None
     have = checkpoint.steps(out_dir)
+    if not have and (out_dir / NANOGPT).is_file():
+        nanogpt = pt_files.read(out_dir / NANOGPT)
+        return _Former(nanogpt.state["run"], nanogpt)
     if not have:
         if begin == "auto":
             return None
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
-    path = out_dir / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        run_id, asked = str(raw["run"]), dict(raw["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): start afresh with --init_from={out_dir}") from None
+    run_id, asked = checkpoint.asked(out_dir)
     for step in reversed(have):
+        path = checkpoint.folder(out_dir, step)
         try:
-            path = checkpoint.folder(out_dir, step) / checkpoint.STATE
-            state = dict(json.loads(path.read_text(encoding="utf-8")))
+            state = dict(json.loads((path / checkpoint.STATE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             continue
         if state.keys() >= _PARTS:
-            return _Former(run_id, asked, state)
+            return _Former(run_id, checkpoint.Checkpoint(path, state, asked))
     raise ValueError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 
@@ -487,7 +471,7 @@ def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> Tr
     mine, values = flat(config), {}
     for name, value in asked.items():
         source = config.sources.get(name)
-        if name in _OF_THE_CALL or name not in mine or source == COMMAND_LINE:
+        if name in OF_THE_CALL or name not in mine or source == COMMAND_LINE:
             continue
         if source and mine[name] != value:
             lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
@@ -503,24 +487,31 @@ def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> Tr
     return merged
 
 
-def _shape_of(given: dict[str, Any], shape: GPTConfig, config: TrainConfig, lines: list[str]) -> GPTConfig:
-    """The checkpoint's shape with this run's dropout; a shape that was typed and differs is refused."""
+def _shape_of(given: GPTConfig, config: TrainConfig, resumed: bool, lines: list[str]) -> GPTConfig:
+    """The given model's shape with this run's dropout, and with fewer positions or more token ids where asked for.
+
+    Any other shape that was typed and differs is refused.
+    """
+    chosen: dict[str, Any] = {"dropout": config.model.dropout}
     for name in _SHAPE:
-        mine, source = getattr(shape, name), config.sources.get(name)
-        if mine == given[name]:
+        mine, theirs, source = getattr(config.model, name), getattr(given, name), config.sources.get(name)
+        if mine == theirs or not source or mine == "auto":
             continue
-        if source == COMMAND_LINE:
-            raise ValueError(f"--{name}={mine} does not fit the checkpoint, which has {name}={given[name]}")
-        if source or name == "vocab_size":
-            lines.append(f"{name}={given[name]} from the checkpoint, not {mine} from {source or 'the data set'}")
-    return GPTConfig(**{**given, "dropout": shape.dropout})
+        cropped = name == "block_size" and mine < theirs and (source == COMMAND_LINE or not resumed)
+        grown = name == "vocab_size" and mine > theirs and not resumed
+        if cropped or grown:
+            chosen[name] = mine
+            lines.append(f"{name} {'cropped' if cropped else 'grown'} from {theirs} to {mine}")
+        elif source == COMMAND_LINE:
+            raise ValueError(f"--{name}={mine} does not fit the checkpoint, which has {name}={theirs}")
+        else:
+            lines.append(f"{name}={theirs} from the checkpoint, not {mine} from {source}")
+    return replace(given, **chosen)
 
 
-def _vocab_size(config: TrainConfig, tokens: Tokens, lines: list[str]) -> int:
-    asked, found = config.model.vocab_size, tokens.known_vocab_size
-    if asked != "auto":
-        return asked
-    if found is None or tokens.tokenizer() == {"kind": "tiktoken", "name": "gpt2"}:
+def _vocab_size(tokens: Tokens, lines: list[str]) -> int:
+    found = tokens.known_vocab_size
+    if found is None or tokens.tokenizer() == GPT2:
         lines.append("vocab_size = 50304 (GPT-2's 50257 rounded up for speed)")
         return 50304
     lines.append(f"found vocab_size = {found} (inside {tokens.name})")
@@ -529,45 +520,58 @@ def _vocab_size(config: TrainConfig, tokens: Tokens, lines: list[str]) -> int:
 
 def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     """Weights, optimiser and position of the newest checkpoint that verifies."""
-    found, damaged = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id))
-    lines += damaged
-    if found is None:
-        raise ValueError(
-            f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
-        )
-    state = found.state
-    checkpoint.load_weights(run.model, found.weights())
-    checkpoint.load_slots(run.optimizer, run.model, found.slots())
+    found: checkpoint.Checkpoint | None = former.found
+    if not isinstance(found, PtFile):
+        found, damaged = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id))
+        lines += damaged
+        if found is None:
+            raise ValueError(
+                f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
+            )
+    state, positions = found.state, run.model.config.block_size
+
+    def cropped(tensors: checkpoint.Tensors) -> checkpoint.Tensors:
+        for name, tensor in tensors:
+            yield name, tensor[:positions] if name.startswith("transformer.wpe.weight") and tensor.dim() else tensor
+
+    checkpoint.load_weights(run.model, cropped(found.weights()))
+    checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
     run.state = State(**{f.name: state[f.name] for f in fields(State)})
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
-    lines.append(f"resuming {run.out_dir} at step {run.begun}")
+    lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
+    if run.begun and not run.optimizer.state:
+        lines.append("the checkpoint holds no optimiser: its means begin anew")
     why = run.runtime.differences(state["resolved"])
-    if state["data"] != run.tokens.fingerprint():
+    if state["data"] is None:
+        why.append("another program trained it, in its own order of the data")
+    elif state["data"] != run.tokens.fingerprint():
         why.append(f"the data in {run.tokens.name} changed")
+    if (before := state["model"]["block_size"]) != positions:
+        why.append(f"block_size was {before} and is {positions}")
     if why:
         lines.append(f"exact to rounding only: {'; '.join(why)}")
 
 
-def _take_folder(run: Run) -> None:
+def _take_folder(run: Run, resumed: bool) -> None:
     """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics."""
     out_dir = run.out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        if run.begun:
+        if resumed:
             rewind(out_dir / METRICS, run.begun)
         else:
             _move_aside(out_dir)
-        asked = {k: v for k, v in flat(run.config).items() if k not in _OF_THE_CALL}
-        files.write_json(out_dir / "config.json", {"run": run.id, "folio": __version__, "asked": asked})
+        asked = {k: v for k, v in flat(run.config).items() if k not in OF_THE_CALL}
+        files.write_json(out_dir / checkpoint.CONFIG, {"run": run.id, "folio": __version__, "asked": asked})
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 
 
 def _move_aside(out_dir: Path) -> None:
-    names = ("config.json", METRICS, "best.json", "checkpoints")
+    names = (checkpoint.CONFIG, METRICS, checkpoint.BEST, "checkpoints")
     there = [out_dir / name for name in names if (out_dir / name).exists()]
     if not there:
         return

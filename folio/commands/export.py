@@ -1,0 +1,35 @@
+"""folio export: a trained model as a folder for transformers, or a file for llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from folio import gguf_file, pretrained
+from folio.config import knob, out_dir_knob
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hand a model on: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
+
+    to: str = knob(MISSING, "folder to make, or file if it ends in .gguf")
+    out_dir: str = out_dir_knob()
+    checkpoint: str = knob("best", "best | latest | a step")
+    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights; they are trained in float32")
+    push_to_hub: str = knob("", "USER/NAME: upload the folder there as well")
+
+
+def main(options: Options) -> None:
+    to = Path(options.to)
+    found = pretrained.in_folder(Path(options.out_dir), options.checkpoint)
+    if to.suffix == ".gguf":
+        if options.push_to_hub:
+            raise ValueError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
+        gguf_file.export(found, to, options.dtype)
+    else:
+        pretrained.export(found, to, options.dtype)
+    print(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
+    if options.push_to_hub:
+        print(f"pushed to {pretrained.push(to, options.push_to_hub)}")

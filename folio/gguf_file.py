@@ -1,0 +1,101 @@
+"""A model as a GGUF file, under llama.cpp's names for GPT-2: written by the gguf library."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+
+from folio import files
+from folio.checkpoint import Checkpoint
+from folio.pretrained import complete, vocabulary
+from folio.tokenizer import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
+
+_NO_MERGE = "\u2581 \u2581"  # of no text: llama.cpp wants a list of merges, and the library writes no empty one
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's llama_ftype
+
+
+def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
+    """Writes a file that llama.cpp runs, in one dtype but for vectors and positions, which it wants in float32.
+
+    Biases that the model has not are written as zeros; token ids beyond the tokenizer's are cut off. llama.cpp has to
+    stop at some token: a vocabulary of characters gets an end-of-text after its last.
+
+    Raises:
+        FileExistsError: the file is there. ValueError: the tokenizer is unknown, or not byte pairs as GPT-2's.
+        OSError: the disk is full or not writable; nothing is left of the attempt.
+    """
+    import gguf
+
+    tokenizer = vocabulary(found)
+    if tokenizer is None:
+        found.tokenizer()  # says why
+    assert tokenizer
+    config = found.config()
+    if config.activation == "gelu":
+        warnings.warn(
+            "activation=gelu is exact, llama.cpp computes gelu_tanh: its logits differ by about 1e-3",
+            stacklevel=2,
+        )
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    tokens, types, merges = _vocabulary(tokenizer)
+    with files.appearing(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+        writer.add_name(path.stem)
+        writer.add_block_count(config.n_layer)
+        writer.add_context_length(config.block_size)
+        writer.add_embedding_length(config.n_embd)
+        writer.add_feed_forward_length(4 * config.n_embd)
+        writer.add_head_count(config.n_head)
+        writer.add_layer_norm_eps(1e-5)
+        writer.add_file_type(_FILE_TYPES[dtype])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        eot = tokenizer.size if tokenizer.eot is None else tokenizer.eot
+        writer.add_bos_token_id(eot)
+        writer.add_eos_token_id(eot)
+        for name, weight in complete(found, tokenizer.size):
+            if name in ("transformer.wte.weight", "lm_head.weight") and tokenizer.eot is None:
+                weight = torch.cat([weight, weight.mean(0, keepdim=True)])
+            theirs = names.get_name(name, (".weight", ".bias"))
+            assert theirs
+            kind = "float32" if weight.dim() < 2 or name == "transformer.wpe.weight" else dtype
+            raw = gguf.GGMLQuantizationType[_TYPES[kind]]
+            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), raw), raw_dtype=raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
+    """The text of each id, its type, and the merges, as byte pairs in GPT-2's printable characters."""
+    import gguf
+
+    if isinstance(tokenizer, Characters):
+        shown = byte_characters()
+        tokens = ["".join(shown[b] for b in c.encode()) for c in tokenizer.characters]
+        merges = [f"{token[:i]} {token[i]}" for token in tokens for i in range(1, len(token))]
+        types = [int(gguf.TokenType.NORMAL)] * len(tokens)
+    else:
+        spec = json.loads(tokenizer.fast().to_str())
+        words = spec["pre_tokenizer"] or {}
+        gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not isinstance(tokenizer, Bytes)}
+        if spec["model"]["type"] != "BPE" or spec["normalizer"] or not gpt2.items() <= words.items():
+            raise ValueError("the tokenizer is not of GPT-2's kind, the only one that a GGUF file of GPT-2 has here")
+        special = {t["id"]: t["content"] for t in spec["added_tokens"]}
+        by_id = {i: token for token, i in spec["model"]["vocab"].items()} | special
+        tokens = [by_id.get(i, f"[PAD{i}]") for i in range(tokenizer.size)]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
+        kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(tokenizer.size))
+        types = [int(kind if i in by_id else gguf.TokenType.UNUSED) for i, kind in enumerate(kinds)]
+    if tokenizer.eot is None:
+        tokens.append(END_OF_TEXT[0])
+        types.append(int(gguf.TokenType.CONTROL))
+    return tokens, types, merges or [_NO_MERGE]

@@ -1,0 +1,393 @@
+"""GPT-2 models of other programs, in and out: OpenAI's weights, Hugging Face folders and the hub, ``.pt`` files.
+
+Weights come from safetensors, one tensor at a time; ``.bin`` and ``.pt`` files by torch's restricted unpickler. No
+code that a folder brings is ever run. transformers only writes: configs and tokenizer files.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from folio import __version__, checkpoint, files, pt_files
+from folio.checkpoint import Checkpoint, State, Tensors
+from folio.config import Optimizer, model_config
+from folio.model import GPT, GPTConfig
+from folio.token_files import GPT2
+from folio.tokenizer import Tokenizer
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# The key table, for both directions: parameters have the same names on both sides, but Hugging Face keeps these,
+# of its Conv1D, as (in, out)
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_FIXED = {  # what GPT-2 is here and elsewhere, but not everywhere
+    "model_type": "gpt2",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
+_CARD = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")  # knobs worth a row
+_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> GPT:
+    """The model of any source that ``find`` knows, in float32 on the CPU; dropout is 0 unless overridden.
+
+    Matches nanoGPT's ``GPT.from_pretrained``, with OpenAI's tanh GELU where nanoGPT's is the exact one.
+
+    Raises:
+        ValueError: ``override_args`` names anything but dropout, or as ``find``. FileNotFoundError: as ``find``.
+    """
+    changes = {"dropout": 0.0, **(override_args or {})}
+    if odd := sorted(changes.keys() - {"dropout"}):
+        raise ValueError(f"override_args: {odd[0]} is what the weights say, only dropout can be chosen")
+    return find(name).model(**changes)
+
+
+# Finding
+
+
+def find(name: str, which: str = "best") -> Checkpoint:
+    """A model by name: an out_dir, a ``.pt`` file or its folder, a Hugging Face folder, a model of the hub.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is damaged, no GPT-2, or a pickle that asks for code.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return in_folder(path, which)
+    if path.suffix == ".pt":
+        return pt_files.read(path)
+    if path.is_file():
+        raise ValueError(f"{path}: a model is a folder or a .pt file")
+    return hugging_face(_download(name))
+
+
+def in_folder(path: Path, which: str = "best") -> Checkpoint:
+    """An out_dir's checkpoint ``which`` (best, latest or a step), nanoGPT's ``ckpt.pt``, or a Hugging Face folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``find``.
+    """
+    if not checkpoint.steps(path):
+        if (path / pt_files.NANOGPT).is_file():
+            found = pt_files.read(path / pt_files.NANOGPT)
+            if which not in ("best", "latest", str(found.step)):
+                raise FileNotFoundError(f"no checkpoint {which!r} in {path}: {found.path.name} is of {found.step}")
+            return found
+        if any((path / name).is_file() for base in _WEIGHTS for name in (base, f"{base}.index.json")):
+            return hugging_face(path)
+    return checkpoint.choose(path, which)
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of the hub, from the hub's cache or, where it is not there, by the hub's library."""
+    if close := difflib.get_close_matches(name, ("scratch", "resume", "auto"), n=1, cutoff=0.7):
+        raise ValueError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
+        raise FileNotFoundError(f"{name}: there is no such file or folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    names = [f"openai-community/{name}", name] if name in OPENAI else [name]
+    for cached in names:
+        try:
+            folder = Path(snapshot_download(cached, local_files_only=True))
+        except LocalEntryNotFoundError:
+            continue
+        if (folder / "config.json").is_file() and _weight_files(folder):
+            return folder
+    try:
+        folder = Path(snapshot_download(names[0], allow_patterns=_FILES))
+        if not _weight_files(folder):
+            folder = Path(snapshot_download(names[0], allow_patterns=[*_FILES, *_BIN_FILES]))
+    except Exception as error:  # the library's, its client's and the network's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name} is no file or folder here, nor in the cache of the Hugging Face hub, and it could not be fetched: "
+            f"{reason}"
+        ) from None
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model, safetensors if there are any.
+
+    Raises:
+        ValueError: an index that cannot be read, or names files elsewhere.
+    """
+    for base in _WEIGHTS:
+        if (folder / base).is_file():
+            return [folder / base]
+        index = folder / f"{base}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if any(Path(name).name != name for name in names):
+                    raise ValueError("it names files elsewhere")
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index}: not an index of weights: {error}") from None
+            return [folder / name for name in names]
+    return []
+
+
+# In
+
+
+@dataclass(frozen=True)
+class HuggingFace(Checkpoint):
+    """A folder as transformers' ``save_pretrained`` writes it, of a GPT-2 in the language modelling form."""
+
+    def weights(self) -> Tensors:
+        shape = GPTConfig(**self.state["model"])
+        known = _parameters(shape)
+        without = _parameters(replace(shape, bias=True, qkv_bias=True)).keys() - known.keys()
+        for file in _weight_files(self.path):
+            for name, tensor in checkpoint.read(file) if file.suffix == ".safetensors" else pt_files.tensors(file):
+                ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+                tied = ours == "lm_head.weight" and shape.tie_weights
+                if ours.endswith(_BUFFERS) or ours in without or tied:
+                    continue
+                yield ours, _turned(ours, tensor)
+
+    def slots(self) -> Tensors:
+        yield from ()
+
+
+def hugging_face(folder: Path) -> HuggingFace:
+    """The model in a folder with ``config.json`` and weights.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it is no GPT-2, or one with what GPT-2 here has not; names the
+            option.
+    """
+    path = folder / "config.json"
+    missing = [p for p in (path, *_weight_files(folder)) if not p.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]} is missing: the folder is not a whole model")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        kept = dict(raw.get("folio") or {})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a model's config: {error}") from None
+    shape = _shape(path, raw)
+    tokenizer = _tokenizer(folder, kept.get("tokenizer"), shape.vocab_size)
+    if not kept:
+        return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
+    try:
+        was, state, asked = model_config(path, kept["model"]), State(**kept["state"]), dict(kept["asked"])
+    except (TypeError, LookupError) as error:
+        raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
+    shape = replace(shape, dropout=was.dropout)
+    found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
+    without = replace(shape, bias=was.bias, qkv_bias=was.qkv_bias)
+    absent = _parameters(shape).keys() - _parameters(without).keys()
+    if any(weight.any() for name, weight in found.weights() if name in absent):
+        return found  # it was trained on, elsewhere
+    return replace(found, state={**found.state, "model": asdict(without)})
+
+
+def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
+    """Our shape from transformers' ``GPT2Config``; what is missing there has its defaults."""
+    for key, ours in _FIXED.items():
+        if raw.get(key, ours if key != "model_type" else None) != ours:
+            raise ValueError(f"{path}: {key} = {raw.get(key)!r}: only GPT-2's {ours!r} can be read")
+    width = raw.get("n_embd", 768)
+    if raw.get("n_inner") not in (None, 4 * width):
+        raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
+    activation = raw.get("activation_function", "gelu_new")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
+    shape = {
+        "block_size": raw.get("n_positions", 1024),
+        "vocab_size": raw.get("vocab_size", 50257),
+        "n_layer": raw.get("n_layer", 12),
+        "n_head": raw.get("n_head", 12),
+        "n_embd": width,
+        "activation": _ACTIVATIONS[activation],
+        "tie_weights": raw.get("tie_word_embeddings", True),
+    }
+    return model_config(path, shape)
+
+
+def _parameters(shape: GPTConfig) -> dict[str, torch.Size]:
+    """Name and shape of each parameter."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(shape).named_parameters()}
+
+
+def _tokenizer(folder: Path, kept: dict[str, Any] | None, vocab_size: int | str) -> dict[str, Any] | None:
+    """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
+    path = folder / "tokenizer.json"
+    if kept and kept.get("kind") != "tokenizers":
+        return kept
+    if path.is_file():
+        try:
+            return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
+    return GPT2 if vocab_size in range(50257, 50305) else None
+
+
+# Out
+
+
+def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
+    """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, and ``find`` as well.
+
+    Biases that the model has not are written as zeros; token ids beyond the tokenizer's are cut off; our own config
+    is kept under the key ``folio``, so that importing and exporting again gives the same files.
+
+    Raises:
+        FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed.
+        OSError: the disk is full or not writable; nothing is left of the attempt.
+    """
+    from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
+
+    config, tokenizer = found.config(), vocabulary(found)
+    size = tokenizer.size if tokenizer else config.vocab_size
+    assert isinstance(size, int)
+    eot = tokenizer.eot if tokenizer else None
+    theirs = GPT2Config(
+        vocab_size=size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        activation_function="gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        bos_token_id=eot,
+        eos_token_id=eot,
+        tie_word_embeddings=config.tie_weights,
+        architectures=["GPT2LMHeadModel"],
+        dtype=dtype,
+        folio={
+            "version": __version__,
+            "model": {**found.state["model"], "vocab_size": size},
+            "tokenizer": _kept_tokenizer(found.state["tokenizer"]),
+            "state": {f.name: found.state[f.name] for f in fields(State)},
+            "asked": {k: v for k, v in found.asked.items() if k in _PUBLIC},
+        },
+    )
+    with files.appearing(folder) as unfinished:
+        unfinished.mkdir()
+        weights = {name: _turned(name, weight).to(DTYPES[dtype]).contiguous() for name, weight in complete(found, size)}
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        theirs.save_pretrained(unfinished)
+        GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)
+        if tokenizer:
+            fast = tokenizer.fast()
+            name = None if eot is None else fast.id_to_token(eot)
+            PreTrainedTokenizerFast(
+                tokenizer_object=fast, model_max_length=config.block_size, bos_token=name, eos_token=name
+            ).save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card(found, folder.name), encoding="utf-8")
+
+
+def vocabulary(found: Checkpoint) -> Tokenizer | None:
+    """The model's tokenizer, None where it is not known; raises ValueError where the model has too few ids for it."""
+    if found.state["tokenizer"] is None:
+        return None
+    tokenizer, size = found.tokenizer(), found.config().vocab_size
+    assert isinstance(size, int)
+    if tokenizer.size > size:
+        raise ValueError(f"{found.path}: its tokenizer has {tokenizer.size} token ids, its model only {size}")
+    return tokenizer
+
+
+def complete(found: Checkpoint, vocab_size: int) -> Tensors:
+    """The parameters as others want them: all biases, zeros if need be, and no token ids from ``vocab_size`` on."""
+    wanted = _parameters(replace(found.config(), bias=True, qkv_bias=True, vocab_size=vocab_size))
+    for name, weight in found.weights():
+        yield name, weight[: wanted.pop(name)[0]]
+    for name, shape in wanted.items():
+        yield name, torch.zeros(shape)
+
+
+def _turned(name: str, weight: Tensor) -> Tensor:
+    """Our layout to Hugging Face's, and back."""
+    return weight.t() if name.endswith(_TRANSPOSED) else weight
+
+
+def card(found: Checkpoint, name: str) -> str:
+    """The model card: what it is, and what its run was."""
+    config, state, asked = found.config(), found.state, found.asked
+    parameters = sum(shape.numel() for shape in _parameters(config).values())
+    activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
+    biases = "biases" if config.bias else "no biases"
+    head = "head shared with the embedding" if config.tie_weights else "head of its own"
+    facts = {
+        "parameters": f"{parameters:,}",
+        "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
+        f"{config.block_size:,}, vocabulary {config.vocab_size:,}, {activation}, {biases}, {head}",
+        "data": asked.get("dataset"),
+        "steps": f"{state['step']:,}" if state["step"] else None,
+        "tokens seen": f"{state['tokens']:,}" if state["tokens"] else None,
+        "validation loss": f"{state['val_loss']:.4f} nats a token" if state["val_loss"] else None,
+        "training loss": f"{state['train_loss']:.4f} nats a token" if state["train_loss"] else None,
+        "dropout": f"{config.dropout:g}" if config.dropout else None,
+        **{knob.replace("_", " "): f"{asked[knob]:g}" for knob in _CARD if knob in asked},
+    }
+    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items() if value)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, folio]
+---
+
+# {name}
+
+A language model of GPT-2's architecture, trained with Folio {__version__}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+prompt = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+"""
+
+
+def _kept_tokenizer(spec: dict[str, Any] | None) -> dict[str, Any] | None:
+    return {"kind": "tokenizers"} if spec and spec["kind"] == "tokenizers" else spec  # it is tokenizer.json
+
+
+def push(folder: Path, name: str) -> str:
+    """Uploads an exported folder as the hub's model ``USER/NAME``, and returns its address.
+
+    Raises:
+        OSError: no access, or no network; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        repository = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
+    except Exception as error:  # the library's, its client's and the network's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{folder} is written, but was not pushed to {name}: {reason}") from None
+    return str(repository)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn, get_args
 
 COMMANDS = {
@@ -80,10 +81,15 @@ def _main(command: str | None, argv: list[str]) -> int:
             raise ValueError(
                 f"no command {command!r}: " + (f"did you mean {close[0]!r}?" if close else "folio --help lists them")
             )
-    module = importlib.import_module(f"folio.commands.{command}{'_' * keyword.iskeyword(command)}")
+    module = module_of(command)
     argv = [*getattr(module, "FIRST", []), *argv]
     options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
     return int(module.main(options) or 0)
+
+
+def module_of(command: str) -> ModuleType:
+    """A command's module, with its Options and main; import's is ``import_``."""
+    return importlib.import_module(f"folio.commands.{command}{'_' * keyword.iskeyword(command)}")
 
 
 def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:

@@ -88,7 +88,8 @@ KNOBS = {
     "--data_dir=nowhere": ["nowhere/train.bin", "prepare"],
     "--data_dir= --dataset=nowhere": ["data/nowhere/train.bin", "prepare"],
     "--init_from=resume": ["nothing to resume in out", "--init_from=scratch"],
-    "--init_from=gpt2": ["init_from=gpt2", "scratch, resume, auto"],
+    "--init_from=no/such/folder": ["no/such/folder: there is no such"],
+    "--init_from=scrath": ["scrath", "did you mean 'scratch'?"],
     "--init_from=.": ["no checkpoint in .", "train"],
     "nowhere.py": ["'nowhere.py'", "the presets are"],
     "train_shakespear": ["'train_shakespear'", "did you mean 'train_shakespeare_char'"],
@@ -338,7 +339,7 @@ WISHES = {
     "--checkpoint=999": ["'999'", "best, latest and 5, 10"],
     "--checkpoint=newest": ["'newest'", "best, latest and 5, 10"],
     "--out_dir=nowhere": ["nowhere", "train"],
-    "--init_from=gpt2": ["init_from=gpt2", "resume"],
+    "--init_from=no/such/folder": ["no/such/folder: there is no such"],
     "--start=caf\u00e9 \u4e16": ["start", "'\u00e9', '\u4e16'", "leave them out"],
     "--start=": ["start is empty"],
     "--start=FILE:nowhere.txt": ["nowhere.txt", "start"],
@@ -360,7 +361,7 @@ def test_a_wish_that_sampling_cannot_grant(folio, finished, tmp_path, monkeypatc
     assert tree(finished) == before
 
 
-@pytest.mark.parametrize("name", ["n_layer=3", "n_head=1", "n_embd=32", "block_size=8", "vocab_size=64", "bias=True"])
+@pytest.mark.parametrize("name", ["n_layer=3", "n_head=1", "n_embd=32", "block_size=32", "vocab_size=64", "bias=True"])
 def test_a_typed_shape_that_the_checkpoint_does_not_have(folio, out_dir, story, name) -> None:
     before = tree(out_dir)
     flags = [flag for flag in SMALL if not flag.startswith(f"--{name.split('=')[0]}=")]

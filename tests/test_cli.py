@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import runpy
 import sys
 
@@ -17,6 +16,7 @@ POSITIONAL = {
     ("data", "folder"),
     ("tokenizer", "action"),
     ("tokenizer", "text"),
+    ("import", "model"),
     ("plot", "out_dir"),
 }
 
@@ -37,7 +37,7 @@ def test_version(folio) -> None:
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_help_of_a_command_shows_every_knob(folio, command) -> None:
     """Under the heading of its group, and with the group's own sentence."""
-    options = importlib.import_module(f"folio.commands.{command}").Options
+    options = cli.module_of(command).Options
     code, out, err = folio(command, "--help")
     assert (code, err) == (0, "")
     for name, knob in config.knobs(options).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -432,7 +431,7 @@ def test_a_prompt_keeps_its_spaces_lines_and_dashes() -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_knob_of_a_command_has_one_name_and_a_help(command) -> None:
-    knobs = config.knobs(importlib.import_module(f"folio.commands.{command}").Options)
+    knobs = config.knobs(cli.module_of(command).Options)
     assert all(knob.field.metadata["help"] for knob in knobs.values())
 
 

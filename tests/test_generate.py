@@ -222,7 +222,7 @@ def test_a_prompt_from_a_file(folio: Callable[..., Outcome], trained: Path, tmp_
         (["--start=The €"], "characters lacks '€'"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--checkpoint=7"], "no checkpoint '7' in"),
-        (["--init_from=gpt2"], "init_from=gpt2"),
+        (["--init_from=resme"], "did you mean 'resume'?"),
         (["--temperature=-1"], "temperature=-1.0: must be at least 0"),
         (["--top_p=0"], "top_p=0.0: must be above 0"),
     ],

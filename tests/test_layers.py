@@ -13,13 +13,13 @@ from conftest import ROOT
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
     {"tokens", "token_files", "tokenizer", "runtime", "log"},
-    {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "datasets"},
+    {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "pt_files", "gguf_file", "datasets"},
     {"train", "plot"},
     {"commands"},
     {"cli", "__main__"},
 ]
-DELEGATES = {"generate", "optim", "flops"}  # whose functions are nanoGPT's methods of GPT, one line each
-OWNERS = {"torch.distributed": {"runtime"}, "wandb": {"log"}, "transformers": set()}
+DELEGATES = {"generate", "optim", "flops", "pretrained"}  # whose functions are nanoGPT's methods of GPT, one line each
+OWNERS = {"torch.distributed": {"runtime"}, "wandb": {"log"}, "transformers": {"pretrained"}}
 MODULES = {
     ".".join(path.relative_to(ROOT / "folio").with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in sorted((ROOT / "folio").rglob("*.py"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -104,15 +105,17 @@ class Checkpoint:
 
 
 def read(path: Path) -> Tensors:
-    """The tensors of a safetensors file, each mapped while it is looked at: no more than one is in memory.
+    """The tensors of a safetensors file, each mapped only while it is looked at, and the largest first.
+
+    So whoever copies them into place needs hardly more memory than they do.
 
     Raises:
         ValueError: the file is damaged.
     """
     try:
         with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
             with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:

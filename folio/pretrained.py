@@ -101,8 +101,13 @@ def _download(name: str) -> Path:
         raise ValueError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise FileNotFoundError(f"{name}: there is no such file or folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"{name}: there is no such file or folder; to ask the Hugging Face hub for it: pip install huggingface_hub"
+        ) from None
 
     names = [f"openai-community/{name}", name] if name in OPENAI else [name]
     for cached in names:
@@ -177,9 +182,9 @@ def hugging_face(folder: Path) -> HuggingFace:
             option.
     """
     path = folder / "config.json"
-    missing = [p for p in (path, *_weight_files(folder)) if not p.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} is missing: the folder is not a whole model")
+    for needed in (path, *(_weight_files(folder) or [folder / _WEIGHTS[0]])):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed} is missing: the folder is not a whole model")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         kept = dict(raw.get("folio") or {})

@@ -121,10 +121,30 @@ def without_a_network(line: str, data: Path) -> str:
     return f"{line} --source {data / 'tinyshakespeare.txt'}" if "shakespeare" in line else line
 
 
+def fill_the_hub_cache(cache: Path) -> None:
+    """Small models under the names of OpenAI's, laid out as the hub's library lays out what it fetched."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    for name in ("gpt2", "gpt2-xl"):
+        folder = cache / f"models--openai-community--{name}"
+        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32))
+        model.save_pretrained(folder / "snapshots" / ("0" * 40))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("0" * 40, encoding="ascii")
+
+
 @pytest.mark.slow
-def test_every_command_of_the_readme(clone: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_of_the_readme(
+    clone: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each runs, in order, made small by flags behind its own; make's targets are looked up, since this is one."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+    fill_the_hub_cache(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (clone / "path" / "to").mkdir(parents=True)
+    for name in ("ckpt.pt", "meta.pkl"):
+        shutil.copyfile(shared_data / "nanogpt_ckpt" / name, clone / "path" / "to" / name)
     (clone / "novels").mkdir()
     (clone / "crawl").mkdir()
     (clone / "notes.md").write_text("# Notes\n\nOf no great length.\n" * 30, encoding="utf-8")
@@ -151,6 +171,9 @@ def test_every_command_of_the_readme(clone: Path, shared_data: Path, monkeypatch
     assert (clone / "out-stdlib" / "loss.png").stat().st_size > 0
     assert (clone / "data" / "shakespeare" / "train.bin").stat().st_size == 2 * 301_966
     assert (clone / "data" / "edu_fineweb10B" / "train_000001.npy").is_file()
+    assert (clone / "bard" / "tokenizer.json").is_file()
+    assert (clone / "bard.gguf").read_bytes()[:4] == b"GGUF"
+    assert (clone / "taken-in" / "checkpoints" / "step-00000200").is_dir()
 
 
 def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:

@@ -10,8 +10,8 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ class State:
     val_loss: float | None = None
     best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
     evaluations_without_improvement: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> State:
+        """From a ``state.json``. Raises KeyError or TypeError for a value that is missing or no number."""
+        state = cls(**{f.name: values[f.name] for f in fields(cls)})
+        best = (state.best["step"], state.best["loss"]) if state.best else ()
+        for number in (*best, *(value for name, value in asdict(state).items() if name != "best")):
+            if not isinstance(number, (int, float, type(None))):
+                raise TypeError(f"{str(number)[:40]!r} is no number")
+        return state
 
 
 def state_of_elsewhere(

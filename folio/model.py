@@ -198,11 +198,16 @@ class Transformer(nn.Module):
 
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.n_embd), freeze=False)
-        self.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
+        self.wte = _embedding(vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Without torch's own initial weights, which ``GPT`` draws anew."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-untyped-call]
 
 
 class GPT(nn.Module):

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from folio import __version__, checkpoint, files, pt_files
 from folio.checkpoint import Checkpoint, State, Tensors
-from folio.config import Optimizer, model_config
+from folio.config import Optimizer, TrainConfig, model_config, typed
 from folio.model import GPT, GPTConfig
-from folio.token_files import GPT2
+from folio.token_files import GPT2, GPT2_SIZES
 from folio.tokenizer import Tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The key table, for both directions: parameters have the same names on both sides, but Hugging Face keeps these,
 # of its Conv1D, as (in, out)
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -195,8 +194,9 @@ def hugging_face(folder: Path) -> HuggingFace:
     if not kept:
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
-        was, state, asked = model_config(path, kept["model"]), State(**kept["state"]), dict(kept["asked"])
-    except (TypeError, LookupError) as error:
+        was, state = model_config(path, kept["model"]), State.of(kept["state"])
+        asked = {name: typed(path, name, value, TrainConfig) for name, value in dict(kept["asked"]).items()}
+    except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
     shape = replace(shape, dropout=was.dropout)
     found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
@@ -215,7 +215,7 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     width = raw.get("n_embd", 768)
     if raw.get("n_inner") not in (None, 4 * width):
         raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
-    activation = raw.get("activation_function", "gelu_new")
+    activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
     shape = {
@@ -239,14 +239,14 @@ def _parameters(shape: GPTConfig) -> dict[str, torch.Size]:
 def _tokenizer(folder: Path, kept: dict[str, Any] | None, vocab_size: int | str) -> dict[str, Any] | None:
     """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
     path = folder / "tokenizer.json"
-    if kept and kept.get("kind") != "tokenizers":
+    if isinstance(kept, dict) and kept.get("kind") != "tokenizers":
         return kept
     if path.is_file():
         try:
             return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
-    return GPT2 if vocab_size in range(50257, 50305) else None
+    return GPT2 if vocab_size in GPT2_SIZES else None
 
 
 # Out
@@ -293,7 +293,9 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
     )
     with files.appearing(folder) as unfinished:
         unfinished.mkdir()
-        weights = {name: _turned(name, weight).to(DTYPES[dtype]).contiguous() for name, weight in complete(found, size)}
+        weights = {
+            name: _turned(name, weight).to(getattr(torch, dtype)).contiguous() for name, weight in complete(found, size)
+        }
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         theirs.save_pretrained(unfinished)
         GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)

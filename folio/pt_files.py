@@ -21,7 +21,7 @@ from folio import checkpoint
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import OF_THE_CALL, System, TrainConfig, knobs, model_config, typed
 from folio.model import GPTConfig
-from folio.token_files import CLONE, GPT2, META, characters, open_folder
+from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, characters, open_folder
 from folio.tokenizer import from_json
 
 NANOGPT = "ckpt.pt"
@@ -200,4 +200,4 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
             found = open_folder(folder).tokenizer if (folder / META).is_file() else None
         if found and from_json(found).size == config.vocab_size:
             return found
-    return GPT2 if config.vocab_size in range(50257, 50305) else None
+    return GPT2 if config.vocab_size in GPT2_SIZES else None

@@ -34,6 +34,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 META = "meta.json"
 UNFINISHED = ".preparing"  # the folder inside a data set's in which it is made
 GPT2 = {"kind": "tiktoken", "name": "gpt2"}
+GPT2_SIZES = range(50257, 50305)  # its token ids, and those that vocabularies are padded to for speed
 _AGAIN = "prepare the data set again"
 _REHASH = 64 * 2**20  # bytes: a changed file up to this size is hashed again when it is opened
 _NAMED = {

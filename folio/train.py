@@ -381,6 +381,9 @@ def build(config: TrainConfig) -> Run:
             f"vocab_size={vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
         )
     tokens.vocab_size = vocab_size
+    trained_on, read = source.state["tokenizer"] if source else None, tokens.tokenizer()
+    if trained_on and read and trained_on != read and "characters" in (trained_on["kind"], read["kind"]):
+        lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
     if source:
@@ -538,7 +541,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
-    run.state = State(**{f.name: state[f.name] for f in fields(State)})
+    run.state = State.of(state)
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
     lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")

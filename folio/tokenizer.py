@@ -285,6 +285,11 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
     raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
+def stored(size: int) -> np.dtype[Any]:
+    """The dtype in which token files hold ids below ``size``."""
+    return np.dtype(np.uint16 if size <= 2**16 else np.uint32)
+
+
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Ids → text; bytes that are no UTF-8 become U+FFFD."""
     return tokenizer.bytes(ids).decode("utf-8", errors="replace")

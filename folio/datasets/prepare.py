@@ -27,7 +27,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,7 +35,7 @@ from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, d
 from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move
 from folio.files import write_json
 from folio.token_files import META, SPLITS, UNFINISHED
-from folio.tokenizer import Characters, Tokenizer
+from folio.tokenizer import Characters, Tokenizer, stored
 
 COMMIT_EVERY = 1.0  # seconds
 _LOCK = "lock"
@@ -239,8 +238,8 @@ class _Job:
                 if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
                     state = {"made": self.described, "block": BLOCK, "parts": shared}
                 tokenizer = self._tokenizer(work, state)
-                writer = Writer(work, self.recipe.layout, _dtype(tokenizer), self.recipe.given_splits, state)
-                results = Parts(parts, _dtype(tokenizer)).results if parts else self._tokenised(tokenizer)
+                writer = Writer(work, self.recipe.layout, stored(tokenizer.size), self.recipe.given_splits, state)
+                results = Parts(parts, stored(tokenizer.size)).results if parts else self._tokenised(tokenizer)
                 with contextlib.closing(writer):
                     self._write(writer, results)
                     try:
@@ -363,10 +362,6 @@ def _count(skipped: Counter[str] | dict[str, int]) -> str:
         return ""
     kinds = ", ".join(f"{count:,} with {what}" for what, count in Counter(skipped).most_common(5))
     return f"; documents that could not be taken: {sum(skipped.values()):,} ({kinds})"
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
 
 
 def _cores() -> int:

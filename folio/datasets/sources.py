@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from folio.datasets.workers import Span, Spans, cut
+from folio.token_files import Split
 
 BLOCK = 4 * 2**20  # bytes of text that a worker takes at once
 _HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
 
-Split = Literal["train", "val"]
 
 
 class Block(NamedTuple):

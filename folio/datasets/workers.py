@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from folio.tokenizer import Ids, Tokenizer, from_json
+from folio.tokenizer import Ids, Tokenizer, from_json, stored
 
 # No token of GPT-2's, cl100k's or o200k's patterns reaches over a space that follows something else, nor over
 # a single line end that something else follows; and none of them looks further ahead.
@@ -76,7 +76,7 @@ class Tokenise:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.tokenizer: Tokenizer = from_json(work.tokenizer)
-        self.dtype = np.dtype(np.uint16 if self.tokenizer.size <= 2**16 else np.uint32)
+        self.dtype = stored(self.tokenizer.size)
         self.eot = np.array([self.tokenizer.eot] if work.eot != "none" else [], dtype=self.dtype)
 
     def __call__(self, spans: Spans) -> Tokenised:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from torch import Tensor
+from torch.nn import functional
 
 from folio import __version__, checkpoint, files, pretrained
 from folio.config import knob
@@ -33,12 +35,20 @@ def main(options: Options) -> None:
     if options.vocab_size != "auto":
         model.grow_vocab_size(options.vocab_size)
     state = {**found.state, "model": asdict(model.config)}
+    if model.config != found.config():
+        state |= {"best": None, "train_loss": None, "val_loss": None}  # they were measured without the new ids
     with files.appearing(Path(options.to)) as out_dir:
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        checkpoint.save(out_dir, found.step, weights, dict(found.slots()), state)
+        slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
+        checkpoint.save(out_dir, found.step, weights, slots, state)
         files.write_json(out_dir / checkpoint.CONFIG, {"run": state["run"], "folio": __version__, "asked": found.asked})
         if state["best"]:
             files.write_json(out_dir / checkpoint.BEST, state["best"])
     print(
         f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
     )
+
+
+def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
+    """An optimiser's tensor with zeros for the rows that its weight has grown by."""
+    return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot

@@ -25,7 +25,6 @@ BLOCK = 4 * 2**20  # bytes of text that a worker takes at once
 _HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
 
 
-
 class Block(NamedTuple):
     """What one worker takes at once, and the position (JSON) after it."""
 

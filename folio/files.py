@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,7 +33,7 @@ def appearing(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: something is there. OSError: the disk is full or not writable.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not path.name or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -42,9 +44,11 @@ def appearing(path: Path) -> Iterator[Path]:
             sync(part)
         unfinished.replace(path)
     except BaseException as error:
-        _remove(unfinished)
-        if isinstance(error, OSError) and error.strerror:
-            raise OSError(f"{path} could not be written ({error.strerror}): make room, or choose another") from None
+        with suppress(OSError):  # its folder may be none
+            _remove(unfinished)
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or error
+            raise OSError(f"{path} could not be written ({reason}): make room, or choose another") from None
         raise
     sync(path.parent)
 

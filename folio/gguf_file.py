@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from folio import files
@@ -67,11 +69,20 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
             assert theirs
             kind = "float32" if weight.dim() < 2 or name == "transformer.wpe.weight" else dtype
             raw = gguf.GGMLQuantizationType[_TYPES[kind]]
-            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), raw), raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), raw).view(_Checked), raw_dtype=raw)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+class _Checked(np.ndarray[Any, Any]):
+    """An array whose ``tofile`` fails where the disk is full; NumPy's loses what C's stdio still buffers."""
+
+    def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
+        file.write(self.data)
 
 
 def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
@@ -88,13 +99,17 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
         words = spec["pre_tokenizer"] or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not isinstance(tokenizer, Bytes)}
         if spec["model"]["type"] != "BPE" or spec["normalizer"] or not gpt2.items() <= words.items():
-            raise ValueError("the tokenizer is not of GPT-2's kind, the only one that a GGUF file of GPT-2 has here")
-        special = {t["id"]: t["content"] for t in spec["added_tokens"]}
-        by_id = {i: token for token, i in spec["model"]["vocab"].items()} | special
+            raise ValueError(
+                "the tokenizer splits text otherwise than GPT-2's, as no GGUF file of GPT-2 does: export a folder"
+            )
+        added = {t["id"]: t for t in spec["added_tokens"]}
+        by_id = {i: token for token, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}
         tokens = [by_id.get(i, f"[PAD{i}]") for i in range(tokenizer.size)]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
-        kinds = (gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(tokenizer.size))
-        types = [int(kind if i in by_id else gguf.TokenType.UNUSED) for i, kind in enumerate(kinds)]
+        kinds = dict.fromkeys(by_id, gguf.TokenType.NORMAL) | {
+            i: gguf.TokenType.CONTROL if t["special"] else gguf.TokenType.USER_DEFINED for i, t in added.items()
+        }
+        types = [int(kinds.get(i, gguf.TokenType.UNUSED)) for i in range(tokenizer.size)]
     if tokenizer.eot is None:
         tokens.append(END_OF_TEXT[0])
         types.append(int(gguf.TokenType.CONTROL))

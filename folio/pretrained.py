@@ -37,6 +37,7 @@ _FIXED = {  # what GPT-2 is here and elsewhere, but not everywhere
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+_IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
 _CARD = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")  # knobs worth a row
@@ -190,7 +191,7 @@ def hugging_face(folder: Path) -> HuggingFace:
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a model's config: {error}") from None
     shape = _shape(path, raw)
-    tokenizer = _tokenizer(folder, kept.get("tokenizer"), shape.vocab_size)
+    tokenizer = _tokenizer(folder, kept, shape.vocab_size)
     if not kept:
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
@@ -236,11 +237,11 @@ def _parameters(shape: GPTConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in GPT(shape).named_parameters()}
 
 
-def _tokenizer(folder: Path, kept: dict[str, Any] | None, vocab_size: int | str) -> dict[str, Any] | None:
+def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dict[str, Any] | None:
     """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
     path = folder / "tokenizer.json"
-    if isinstance(kept, dict) and kept.get("kind") != "tokenizers":
-        return kept
+    if kept and kept.get("tokenizer") != _IN_ITS_FILE:
+        return kept["tokenizer"] if isinstance(kept.get("tokenizer"), dict) else None
     if path.is_file():
         try:
             return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
@@ -288,7 +289,7 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
             "model": {**found.state["model"], "vocab_size": size},
             "tokenizer": _kept_tokenizer(found.state["tokenizer"]),
             "state": {f.name: found.state[f.name] for f in fields(State)},
-            "asked": {k: v for k, v in found.asked.items() if k in _PUBLIC},
+            "asked": _public(found.asked),
         },
     )
     with files.appearing(folder) as unfinished:
@@ -305,7 +306,7 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
             PreTrainedTokenizerFast(
                 tokenizer_object=fast, model_max_length=config.block_size, bos_token=name, eos_token=name
             ).save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card(found, folder.name), encoding="utf-8")
+        (unfinished / "README.md").write_text(card(found, folder.name, size), encoding="utf-8")
 
 
 def vocabulary(found: Checkpoint) -> Tokenizer | None:
@@ -333,9 +334,9 @@ def _turned(name: str, weight: Tensor) -> Tensor:
     return weight.t() if name.endswith(_TRANSPOSED) else weight
 
 
-def card(found: Checkpoint, name: str) -> str:
+def card(found: Checkpoint, name: str, vocab_size: int) -> str:
     """The model card: what it is, and what its run was."""
-    config, state, asked = found.config(), found.state, found.asked
+    config, state, asked = replace(found.config(), vocab_size=vocab_size), found.state, _public(found.asked)
     parameters = sum(shape.numel() for shape in _parameters(config).values())
     activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
     biases = "biases" if config.bias else "no biases"
@@ -379,7 +380,13 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 
 
 def _kept_tokenizer(spec: dict[str, Any] | None) -> dict[str, Any] | None:
-    return {"kind": "tokenizers"} if spec and spec["kind"] == "tokenizers" else spec  # it is tokenizer.json
+    return _IN_ITS_FILE if spec and spec["kind"] == "tokenizers" else spec
+
+
+def _public(asked: dict[str, Any]) -> dict[str, Any]:
+    """What may be told of a run: no paths, and no data set that was not used."""
+    told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and asked.get("data_dir"))}
+    return told | ({"dataset": Path(told["dataset"]).name} if told.get("dataset") else {})
 
 
 def push(folder: Path, name: str) -> str:

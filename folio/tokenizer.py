@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -163,6 +164,7 @@ class Tiktoken:
         shown = {token: "".join(characters[b] for b in token) for token in ranks}
         merges = [(shown[a], shown[b]) for a, b in _merges(ranks)]
         pattern = "" if self.name == "gpt2" else self._encoding._pat_str
+        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)  # possessive to tiktoken, a second repetition there
         special = self._encoding._special_tokens
         fast = _by_bytes({shown[token]: rank for token, rank in ranks.items()} | special, merges, pattern)
         fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])

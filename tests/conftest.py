@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from folio import cli
+from folio.commands import tokenizer as learn
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
+from folio.tokenizer import Tiktoken
 
 ROOT = Path(__file__).resolve().parent.parent
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
@@ -49,6 +51,21 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
     prepare(known("shakespeare_char", folder, str(STORY), {}), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer's file, learnt by folio tokenizer train, into a folder that is not there yet."""
+    out = tmp_path_factory.mktemp("tok") / "new" / "tok.json"
+    argv = ["train", str(STORY), "--vocab_size=500", f"--out={out}"]
+    learn.main(cli.parse(learn.Options, argv, "folio tokenizer", files=False))
+    return out
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
+    return Tiktoken("gpt2")
 
 
 @pytest.fixture

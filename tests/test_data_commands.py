@@ -17,29 +17,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, python
 
-from folio import cli
 from folio.commands import tokenize_documents_parallel
-from folio.commands import tokenizer as command
 from folio.datasets import sources
 from folio.datasets.recipes import KNOWN
-from folio.tokenizer import Tiktoken, named
+from folio.tokenizer import named
 
 tokenizers = pytest.importorskip("tokenizers")
-
-
-@pytest.fixture(scope="session")
-def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """folio tokenizer train, on the story, into a folder that is not there yet."""
-    out = tmp_path_factory.mktemp("tok") / "new" / "tok.json"
-    argv = ["train", str(STORY), "--vocab_size=500", f"--out={out}"]
-    command.main(cli.parse(command.Options, argv, "folio tokenizer", files=False))
-    return out
-
-
-@pytest.fixture
-def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    return Tiktoken("gpt2")
 
 
 # folio data info

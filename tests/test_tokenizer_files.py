@@ -17,32 +17,16 @@ import pytest
 import regex
 from conftest import SMALL, STORY
 
-from folio import cli, tokenizer
-from folio.commands import tokenizer as command
+from folio import tokenizer
 from folio.datasets import sources
 from folio.datasets.workers import cut
-from folio.tokenizer import END_OF_TEXT, Bytes, Characters, Tiktoken, TokenizersFile, named
+from folio.tokenizer import END_OF_TEXT, Bytes, Characters, TokenizersFile, named
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
 
 WIDE = "The ferry – naïve, 渡し船, 🚢 – left.\n\ttwice  \r\n\x00\u0301 \U0010ffff"
 EVERY = WIDE + "".join(map(chr, range(0x250)))
-
-
-@pytest.fixture(scope="session")
-def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """folio tokenizer train, on the story."""
-    out = tmp_path_factory.mktemp("tok") / "new" / "tok.json"
-    argv = ["train", str(STORY), "--vocab_size=500", f"--out={out}"]
-    command.main(cli.parse(command.Options, argv, "folio tokenizer", files=False))
-    return out
-
-
-@pytest.fixture
-def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    return Tiktoken("gpt2")
 
 
 def words(decoder: Any = None, **more: Any) -> Any:

@@ -101,7 +101,10 @@ class Checkpoint:
         """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``."""
         config = self.config()
         model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
-        load_weights(model, self.weights())
+        try:
+            load_weights(model, self.weights())
+        except ValueError as error:
+            raise error if str(self.path) in str(error) else ValueError(f"{self.path}: {error}") from None
         return model
 
     def tokenizer(self) -> Tokenizer:
@@ -111,7 +114,19 @@ class Checkpoint:
                 f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
                 "or a tokenizer.json beside it"
             )
-        return from_json(self.state["tokenizer"])
+        try:
+            return from_json(self.state["tokenizer"])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+
+def parameters(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name and shape of each parameter of such a model; raises ValueError where no memory could hold it."""
+    try:
+        with torch.device("meta"):
+            return {name: p.shape for name, p in GPT(config).named_parameters()}
+    except RuntimeError:
+        raise ValueError("a model of its shape is larger than any memory") from None
 
 
 def read(path: Path) -> Tensors:

@@ -216,7 +216,7 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
-        raise ValueError(f"{path}: a model of GPT-2's kind has no {min(odd)!r}")
+        raise ValueError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
     config = GPTConfig(**values)
     if config.vocab_size == "auto":
         raise ValueError(f"{path}: vocab_size = 'auto': must be a number")

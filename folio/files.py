@@ -46,9 +46,11 @@ def appearing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # its folder may be none
             _remove(unfinished)
-        if isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or error
+        reason = error if isinstance(error, SafetensorError) else getattr(error, "strerror", None)
+        if reason:
             raise OSError(f"{path} could not be written ({reason}): make room, or choose another") from None
+        if isinstance(error, OSError):
+            raise OSError(str(error).replace(str(unfinished), str(path))) from None
         raise
     sync(path.parent)
 

@@ -104,6 +104,8 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
         raise ValueError(f"start: {error}") from None
     if not len(ids):
         raise ValueError("start is empty: give at least one token to go on from")
+    if (largest := int(ids.max())) >= model.transformer.wte.num_embeddings:
+        raise ValueError(f"start: its token id {largest} is not among the model's {model.config.vocab_size}")
     device = next(model.parameters()).device
     new = stream(
         model,

@@ -68,7 +68,10 @@ def find(name: str, which: str = "best") -> Checkpoint:
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, no GPT-2, or a pickle that asks for code.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{name}: there is no such user") from None
     if path.is_dir():
         return in_folder(path, which)
     if path.suffix == ".pt":
@@ -90,7 +93,7 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
             if which not in ("best", "latest", str(found.step)):
                 raise FileNotFoundError(f"no checkpoint {which!r} in {path}: {found.path.name} is of {found.step}")
             return found
-        if any((path / name).is_file() for base in _WEIGHTS for name in (base, f"{base}.index.json")):
+        if _weight_files(path):
             return hugging_face(path)
     return checkpoint.choose(path, which)
 
@@ -160,8 +163,8 @@ class HuggingFace(Checkpoint):
 
     def weights(self) -> Tensors:
         shape = GPTConfig(**self.state["model"])
-        known = _parameters(shape)
-        without = _parameters(replace(shape, bias=True, qkv_bias=True)).keys() - known.keys()
+        known = checkpoint.parameters(shape)
+        without = checkpoint.parameters(replace(shape, bias=True, qkv_bias=True)).keys() - known.keys()
         for file in _weight_files(self.path):
             for name, tensor in checkpoint.read(file) if file.suffix == ".safetensors" else pt_files.tensors(file):
                 ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -202,7 +205,7 @@ def hugging_face(folder: Path) -> HuggingFace:
     shape = replace(shape, dropout=was.dropout)
     found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
     without = replace(shape, bias=was.bias, qkv_bias=was.qkv_bias)
-    absent = _parameters(shape).keys() - _parameters(without).keys()
+    absent = checkpoint.parameters(shape).keys() - checkpoint.parameters(without).keys()
     if any(weight.any() for name, weight in found.weights() if name in absent):
         return found  # it was trained on, elsewhere
     return replace(found, state={**found.state, "model": asdict(without)})
@@ -213,9 +216,6 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
             raise ValueError(f"{path}: {key} = {raw.get(key)!r}: only GPT-2's {ours!r} can be read")
-    width = raw.get("n_embd", 768)
-    if raw.get("n_inner") not in (None, 4 * width):
-        raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
@@ -224,17 +224,14 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
         "vocab_size": raw.get("vocab_size", 50257),
         "n_layer": raw.get("n_layer", 12),
         "n_head": raw.get("n_head", 12),
-        "n_embd": width,
+        "n_embd": raw.get("n_embd", 768),
         "activation": _ACTIVATIONS[activation],
         "tie_weights": raw.get("tie_word_embeddings", True),
     }
-    return model_config(path, shape)
-
-
-def _parameters(shape: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of each parameter."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(shape).named_parameters()}
+    config = model_config(path, shape)
+    if raw.get("n_inner") not in (None, 4 * config.n_embd):
+        raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
+    return config
 
 
 def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dict[str, Any] | None:
@@ -322,7 +319,7 @@ def vocabulary(found: Checkpoint) -> Tokenizer | None:
 
 def complete(found: Checkpoint, vocab_size: int) -> Tensors:
     """The parameters as others want them: all biases, zeros if need be, and no token ids from ``vocab_size`` on."""
-    wanted = _parameters(replace(found.config(), bias=True, qkv_bias=True, vocab_size=vocab_size))
+    wanted = checkpoint.parameters(replace(found.config(), bias=True, qkv_bias=True, vocab_size=vocab_size))
     for name, weight in found.weights():
         yield name, weight[: wanted.pop(name)[0]]
     for name, shape in wanted.items():
@@ -337,7 +334,7 @@ def _turned(name: str, weight: Tensor) -> Tensor:
 def card(found: Checkpoint, name: str, vocab_size: int) -> str:
     """The model card: what it is, and what its run was."""
     config, state, asked = replace(found.config(), vocab_size=vocab_size), found.state, _public(found.asked)
-    parameters = sum(shape.numel() for shape in _parameters(config).values())
+    parameters = sum(shape.numel() for shape in checkpoint.parameters(config).values())
     activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
     biases = "biases" if config.bias else "no biases"
     head = "head shared with the embedding" if config.tie_weights else "head of its own"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ NANOGPT = "ckpt.pt"
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
 _PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DDP
 _BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks of old versions
+_SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 _NAMES = {  # GPT-from-scratch's names → ours
     "gpt.t_embedding.": "transformer.wte.",
     "gpt.p_embedding.": "transformer.wpe.",
@@ -58,9 +60,11 @@ class PtFile(Checkpoint):
         names = sorted(self.tensors, key=lambda name: self.tensors[name].dim() < 2)
         try:
             for number, slots in self.optimizer.get("state", {}).items():
+                if number not in range(len(names)) or slots.keys() != _SLOTS:
+                    raise ValueError(f"of parameter {number} it holds {', '.join(map(str, slots))}")
                 for slot, value in slots.items():
                     tensor = torch.as_tensor(value, dtype=torch.float32)
-                    if slot != "step" and tensor.shape != self.tensors[names[number]].shape:
+                    if tensor.shape != (() if slot == "step" else self.tensors[names[number]].shape):
                         raise ValueError(f"{slot} has the shape {tuple(tensor.shape)}")
                     yield f"{names[number]}/{slot}", tensor
         except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -91,11 +95,13 @@ def read(path: Path) -> PtFile:
         elif isinstance(content.get("config"), _PlainFields):
             shape, step, loss = _of_config_class(content)
         else:
-            raise _foreign(path, f"it holds {', '.join(sorted(map(str, content)))[:80] or 'nothing'}")
-        config = model_config(path, shape)
-        found = _tensors(content["model"], config.tie_weights)
-    except (TypeError, AttributeError, LookupError) as error:
+            raise ValueError(f"it holds {', '.join(sorted(map(str, content)))[:80] or 'nothing'}")
+        if step < 0:
+            raise ValueError(f"its step is {step}")
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _foreign(path, f"{type(error).__name__} {error}") from None
+    config = model_config(path, shape)
+    found = _tensors(path, content["model"], config)
     asked = _asked(path, content.get("config"))
     rows = asked.get("gradient_accumulation_steps", 0) * asked.get("batch_size", 0)
     best = loss if loss is not None and math.isfinite(loss) else None
@@ -121,15 +127,17 @@ def tensors(path: Path) -> Tensors:
 def _load(path: Path) -> Any:
     allowed = [(_PlainFields, name) for name in _CONFIG_CLASSES]
     try:
-        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")  # torch's of unusual pickles
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged files raise anything
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path}: refused: it asks for {named[1]}, which would run code") from None
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {reason.strip()}") from None
+        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # the rest is advice
+        reason = (text.strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {reason}") from None
 
 
 def _foreign(path: Path, why: str) -> ValueError:
@@ -166,16 +174,33 @@ def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, floa
     return shape, int(slots[0]["step"]) if slots else int(content["iter"]) + 1, best
 
 
-def _tensors(raw: dict[str, Any], tied: bool) -> dict[str, Tensor]:
-    """Our names and the tensors, in the file's order, which is that of the model's parameters."""
+def _tensors(path: Path, raw: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
+    """Our names and the tensors, in the file's order, which is that of the model's parameters.
+
+    Raises:
+        ValueError: they are not the parameters of this model.
+    """
     found = {}
     for name, tensor in raw.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise _foreign(path, f"{name!r} is no weight")
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         for theirs, ours in _NAMES.items():
             name = name.replace(theirs, ours)
-        if not _BUFFER.search(name) and not (tied and name == "lm_head.weight"):
+        if not _BUFFER.search(name) and not (config.tie_weights and name == "lm_head.weight"):
             found[name] = tensor.detach()
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    blocks = {name.split(".")[2] for name in found if name.startswith("transformer.h.")}
+    try:
+        if len(blocks) != config.n_layer:  # before so many are made
+            raise ValueError(f"n_layer={config.n_layer}, but there are {len(blocks)}")
+        wanted = {name: tuple(shape) for name, shape in checkpoint.parameters(config).items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if odd := shapes.items() ^ wanted.items():
+        name = min(odd)[0]
+        raise ValueError(f"{path}: {name} is {shapes.get(name, 'missing')}, in the model {wanted.get(name, 'missing')}")
     return found
 
 

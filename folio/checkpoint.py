@@ -21,13 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import files
+from folio.config import model_config
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, BEST = "config.json", "best.json"
-
-
 Tensors = Iterator[tuple[str, Tensor]]
 
 
@@ -46,12 +45,18 @@ class State:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> State:
-        """From a ``state.json``. Raises KeyError or TypeError for a value that is missing or no number."""
-        state = cls(**{f.name: values[f.name] for f in fields(cls)})
-        best = (state.best["step"], state.best["loss"]) if state.best else ()
-        for number in (*best, *(value for name, value in asdict(state).items() if name != "best")):
-            if not isinstance(number, (int, float, type(None))):
-                raise TypeError(f"{str(number)[:40]!r} is no number")
+        """From a ``state.json``. Raises ValueError for what is missing or no number that can be."""
+        try:
+            state = cls(**{f.name: values[f.name] for f in fields(cls)})
+            best = (state.best["step"], state.best["loss"]) if state.best else ()
+            counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
+            measures = (value for value in (state.train_loss, state.val_loss, *best) if value is not None)
+            if not all(type(n) is int and n >= 0 for n in counts) or not all(
+                map(math.isfinite, (state.seconds, *measures))
+            ):
+                raise ValueError("a count below 0, or a measure that is not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the state of a run: {error}") from None
         return state
 
 
@@ -86,8 +91,30 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    def parameters(self, **changes: Any) -> dict[str, torch.Size]:
+        """Name and shape of each parameter that the model has, or would have with other fields of its config."""
+        try:
+            with torch.device("meta"):
+                return {name: p.shape for name, p in GPT(replace(self.config(), **changes)).named_parameters()}
+        except RuntimeError:
+            raise ValueError(f"{self.path}: a model of its shape does not fit into memory") from None
+
     def weights(self) -> Tensors:
-        """Each parameter by its name."""
+        """Each parameter by its name.
+
+        Raises:
+            ValueError: what is stored is damaged, or not the parameters of ``config``; names the file.
+        """
+        wanted = self.parameters()
+        for name, weight in self._stored():
+            if (shape := wanted.pop(name, None)) != weight.shape:
+                model = "has it not, or once only" if shape is None else f"wants {tuple(shape)}"
+                raise ValueError(f"{self.path}: {name} has the shape {tuple(weight.shape)}, its model {model}")
+            yield name, weight
+        if wanted:
+            raise ValueError(f"{self.path}: {min(wanted)} is not among its weights")
+
+    def _stored(self) -> Tensors:
         return read(self.path / MODEL)
 
     def slots(self) -> Tensors:
@@ -95,16 +122,16 @@ class Checkpoint:
         return read(self.path / OPTIMIZER)
 
     def config(self) -> GPTConfig:
-        return GPTConfig(**self.state["model"])
+        return model_config(self.path, self.state["model"])
 
     def model(self, dropout: float | None = None) -> GPT:
         """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``."""
         config = self.config()
-        model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
         try:
-            load_weights(model, self.weights())
-        except ValueError as error:
-            raise error if str(self.path) in str(error) else ValueError(f"{self.path}: {error}") from None
+            model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
+        except RuntimeError:
+            raise ValueError(f"{self.path}: a model of its shape does not fit into memory") from None
+        load_weights(model, self.weights())
         return model
 
     def tokenizer(self) -> Tokenizer:
@@ -118,15 +145,6 @@ class Checkpoint:
             return from_json(self.state["tokenizer"])
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
-
-
-def parameters(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of each parameter of such a model; raises ValueError where no memory could hold it."""
-    try:
-        with torch.device("meta"):
-            return {name: p.shape for name, p in GPT(config).named_parameters()}
-    except RuntimeError:
-        raise ValueError("a model of its shape is larger than any memory") from None
 
 
 def read(path: Path) -> Tensors:

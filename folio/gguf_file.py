@@ -34,8 +34,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
 
     tokenizer = vocabulary(found)
     if tokenizer is None:
-        found.tokenizer()  # says why
-    assert tokenizer
+        raise ValueError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
     config = found.config()
     if config.activation == "gelu":
         warnings.warn(
@@ -69,7 +68,9 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
             assert theirs
             kind = "float32" if weight.dim() < 2 or name == "transformer.wpe.weight" else dtype
             raw = gguf.GGMLQuantizationType[_TYPES[kind]]
-            writer.add_tensor(theirs, gguf.quants.quantize(weight.numpy(), raw).view(_Checked), raw_dtype=raw)
+            writer.add_tensor(
+                theirs, gguf.quants.quantize(weight.float().contiguous().numpy(), raw).view(_Checked), raw_dtype=raw
+            )
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -33,7 +33,7 @@ class GPTConfig:
     vocab_size: int | AUTO = field(
         default=50304, metadata={"help": "token ids the model knows; auto: the data set's", "min": 1}
     )
-    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1})
+    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000})
     n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1})
     n_embd: int = field(default=768, metadata={"help": "width", "min": 1})
     dropout: float = field(default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1})
@@ -310,6 +310,8 @@ class GPT(nn.Module):
         """Keeps the first ``block_size`` positions; raises ValueError where there are fewer."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"block_size={block_size} is not within 1 … {self.config.block_size}")
+        if block_size == self.config.block_size:
+            return
         self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
@@ -323,8 +325,10 @@ class GPT(nn.Module):
         """
         if vocab_size < (old := self.transformer.wte.num_embeddings):
             raise ValueError(f"vocab_size={vocab_size} is below the {old} that the model has")
+        if vocab_size == old:
+            return
         self.config = replace(self.config, vocab_size=vocab_size)
-        for table in (self.transformer.wte, self.lm_head):
+        for table in (self.lm_head,) if self.config.tie_weights else (self.lm_head, self.transformer.wte):
             rows = table.weight.detach()
             table.weight = nn.Parameter(torch.cat([rows, rows.mean(0, keepdim=True).expand(vocab_size - old, -1)]))
         if self.config.tie_weights:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def _download(name: str) -> Path:
             folder = Path(snapshot_download(cached, local_files_only=True))
         except LocalEntryNotFoundError:
             continue
-        if (folder / "config.json").is_file() and _weight_files(folder):
+        wanted = _weight_files(folder)
+        if wanted and all(p.is_file() for p in (folder / "config.json", *wanted)):
             return folder
     try:
         folder = Path(snapshot_download(names[0], allow_patterns=_FILES))
@@ -161,17 +162,14 @@ def _weight_files(folder: Path) -> list[Path]:
 class HuggingFace(Checkpoint):
     """A folder as transformers' ``save_pretrained`` writes it, of a GPT-2 in the language modelling form."""
 
-    def weights(self) -> Tensors:
-        shape = GPTConfig(**self.state["model"])
-        known = checkpoint.parameters(shape)
-        without = checkpoint.parameters(replace(shape, bias=True, qkv_bias=True)).keys() - known.keys()
+    def _stored(self) -> Tensors:
+        tied = self.config().tie_weights
+        without = self.parameters(bias=True, qkv_bias=True).keys() - self.parameters().keys()
         for file in _weight_files(self.path):
             for name, tensor in checkpoint.read(file) if file.suffix == ".safetensors" else pt_files.tensors(file):
                 ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-                tied = ours == "lm_head.weight" and shape.tie_weights
-                if ours.endswith(_BUFFERS) or ours in without or tied:
-                    continue
-                yield ours, _turned(ours, tensor)
+                if not (ours.endswith(_BUFFERS) or ours in without or (tied and ours == "lm_head.weight")):
+                    yield ours, _turned(ours, tensor)
 
     def slots(self) -> Tensors:
         yield from ()
@@ -199,16 +197,17 @@ def hugging_face(folder: Path) -> HuggingFace:
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
         was, state = model_config(path, kept["model"]), State.of(kept["state"])
-        asked = {name: typed(path, name, value, TrainConfig) for name, value in dict(kept["asked"]).items()}
-    except (TypeError, LookupError, AttributeError) as error:
+        told = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
+        asked = {name: typed(path, name, value, TrainConfig) for name, value in told.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
     shape = replace(shape, dropout=was.dropout)
     found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
-    without = replace(shape, bias=was.bias, qkv_bias=was.qkv_bias)
-    absent = checkpoint.parameters(shape).keys() - checkpoint.parameters(without).keys()
-    if any(weight.any() for name, weight in found.weights() if name in absent):
-        return found  # it was trained on, elsewhere
-    return replace(found, state={**found.state, "model": asdict(without)})
+    trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
+    biases = {"bias": was.bias, "qkv_bias": was.qkv_bias}
+    if trained <= found.parameters(**biases).keys():
+        return replace(found, state={**found.state, "model": {**found.state["model"], **biases}})
+    return found  # somebody trained its biases, elsewhere
 
 
 def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
@@ -237,8 +236,10 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
 def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dict[str, Any] | None:
     """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
     path = folder / "tokenizer.json"
-    if kept and kept.get("tokenizer") != _IN_ITS_FILE:
-        return kept["tokenizer"] if isinstance(kept.get("tokenizer"), dict) else None
+    if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
+        if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
+            raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is none: take that part out")
+        return spec
     if path.is_file():
         try:
             return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
@@ -250,11 +251,12 @@ def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dic
 # Out
 
 
-def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
+def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = "") -> None:
     """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, and ``find`` as well.
 
     Biases that the model has not are written as zeros; token ids beyond the tokenizer's are cut off; our own config
-    is kept under the key ``folio``, so that importing and exporting again gives the same files.
+    is kept under the key ``folio``, so that importing and exporting again gives the same files. The model card calls it
+    ``name``, by default as the folder.
 
     Raises:
         FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed.
@@ -299,27 +301,31 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32") -> None:
         GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)
         if tokenizer:
             fast = tokenizer.fast()
-            name = None if eot is None else fast.id_to_token(eot)
+            end = None if eot is None else fast.id_to_token(eot)
             PreTrainedTokenizerFast(
-                tokenizer_object=fast, model_max_length=config.block_size, bos_token=name, eos_token=name
+                tokenizer_object=fast, model_max_length=config.block_size, bos_token=end, eos_token=end
             ).save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card(found, folder.name, size), encoding="utf-8")
+        (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
 
 
 def vocabulary(found: Checkpoint) -> Tokenizer | None:
     """The model's tokenizer, None where it is not known; raises ValueError where the model has too few ids for it."""
-    if found.state["tokenizer"] is None:
-        return None
-    tokenizer, size = found.tokenizer(), found.config().vocab_size
+    spec, size = found.state["tokenizer"], found.config().vocab_size
     assert isinstance(size, int)
+    assumed = spec == GPT2 and size < GPT2_SIZES.start  # where files of tokens say nothing
+    if spec is None or assumed or spec.get("kind") == "datatrove":
+        return None
+    tokenizer = found.tokenizer()
     if tokenizer.size > size:
-        raise ValueError(f"{found.path}: its tokenizer has {tokenizer.size} token ids, its model only {size}")
+        raise ValueError(
+            f"{found.path}: its tokenizer has {tokenizer.size} token ids, its model {size}: they are of different runs"
+        )
     return tokenizer
 
 
 def complete(found: Checkpoint, vocab_size: int) -> Tensors:
     """The parameters as others want them: all biases, zeros if need be, and no token ids from ``vocab_size`` on."""
-    wanted = checkpoint.parameters(replace(found.config(), bias=True, qkv_bias=True, vocab_size=vocab_size))
+    wanted = found.parameters(bias=True, qkv_bias=True, vocab_size=vocab_size)
     for name, weight in found.weights():
         yield name, weight[: wanted.pop(name)[0]]
     for name, shape in wanted.items():
@@ -334,7 +340,7 @@ def _turned(name: str, weight: Tensor) -> Tensor:
 def card(found: Checkpoint, name: str, vocab_size: int) -> str:
     """The model card: what it is, and what its run was."""
     config, state, asked = replace(found.config(), vocab_size=vocab_size), found.state, _public(found.asked)
-    parameters = sum(shape.numel() for shape in checkpoint.parameters(config).values())
+    parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
     activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
     biases = "biases" if config.bias else "no biases"
     head = "head shared with the embedding" if config.tie_weights else "head of its own"
@@ -359,7 +365,7 @@ tags: [gpt2, folio]
 
 # {name}
 
-A language model of GPT-2's architecture, trained with Folio {__version__}.
+A language model of GPT-2's architecture, exported by Folio {__version__}.
 
 | | |
 |---|---|
@@ -386,6 +392,12 @@ def _public(asked: dict[str, Any]) -> dict[str, Any]:
     return told | ({"dataset": Path(told["dataset"]).name} if told.get("dataset") else {})
 
 
+def check_hub_name(name: str) -> None:
+    """Raises ValueError where the hub can have no such model."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"push_to_hub={name}: must be USER/NAME")
+
+
 def push(folder: Path, name: str) -> str:
     """Uploads an exported folder as the hub's model ``USER/NAME``, and returns its address.
 
@@ -400,5 +412,8 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except Exception as error:  # the library's, its client's and the network's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise OSError(f"{folder} is written, but was not pushed to {name}: {reason}") from None
+        raise OSError(
+            f"{folder} is written, but was not pushed to {name}: {reason}; hf auth login gives access, "
+            f"hf upload {name} {folder} tries again"
+        ) from None
     return str(repository)

@@ -6,6 +6,7 @@ nanoGPT's ``ckpt.pt``, with its optimiser; build-nanogpt's ``model_*.pt``; GPT-f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 import re
@@ -23,7 +24,6 @@ from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import OF_THE_CALL, System, TrainConfig, knobs, model_config, typed
 from folio.model import GPTConfig
 from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, characters, open_folder
-from folio.tokenizer import from_json
 
 NANOGPT = "ckpt.pt"
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
@@ -52,7 +52,7 @@ class PtFile(Checkpoint):
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)  # in the order of the model's parameters
     optimizer: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def weights(self) -> Tensors:
+    def _stored(self) -> Tensors:
         yield from self.tensors.items()
 
     def slots(self) -> Tensors:
@@ -65,10 +65,13 @@ class PtFile(Checkpoint):
                 for slot, value in slots.items():
                     tensor = torch.as_tensor(value, dtype=torch.float32)
                     if tensor.shape != (() if slot == "step" else self.tensors[names[number]].shape):
-                        raise ValueError(f"{slot} has the shape {tuple(tensor.shape)}")
+                        raise ValueError(f"{slot} of {names[number]} has the shape {tuple(tensor.shape)}")
                     yield f"{names[number]}/{slot}", tensor
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{self.path}: its optimiser does not fit its model: {error}") from None
+            raise ValueError(
+                f"{self.path}: its optimiser does not fit its model: {error}; --init_from={self.path} "
+                "takes the weights alone"
+            ) from None
 
 
 class _PlainFields:
@@ -113,14 +116,17 @@ def read(path: Path) -> PtFile:
         best=None if best is None else {"step": step, "loss": best},
     )
     state = checkpoint.state_of_elsewhere(config, _tokenizer(path, config, asked.get("dataset", "")), known)
-    return PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
+    read = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
+    for _ in read.weights():  # which are only mapped
+        pass
+    return read
 
 
 def tensors(path: Path) -> Tensors:
     """The tensors of a file that holds nothing else, such as ``pytorch_model.bin``; raises ValueError as ``read``."""
     content = _load(path)
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise ValueError(f"{path}: it holds more than tensors")
+    if not isinstance(content, dict) or not all(isinstance(n, str) and _is_weight(t) for n, t in content.items()):
+        raise ValueError(f"{path}: it holds more than weights by name")
     yield from content.items()
 
 
@@ -138,6 +144,10 @@ def _load(path: Path) -> Any:
         text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # the rest is advice
         reason = (text.strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged, or no file of torch.save: {reason}") from None
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _foreign(path: Path, why: str) -> ValueError:
@@ -175,14 +185,10 @@ def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, floa
 
 
 def _tensors(path: Path, raw: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
-    """Our names and the tensors, in the file's order, which is that of the model's parameters.
-
-    Raises:
-        ValueError: they are not the parameters of this model.
-    """
+    """Our names and the tensors, in the file's order, which is that of the model's parameters."""
     found = {}
     for name, tensor in raw.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if not isinstance(name, str) or not _is_weight(tensor):
             raise _foreign(path, f"{name!r} is no weight")
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
@@ -190,17 +196,6 @@ def _tensors(path: Path, raw: dict[str, Any], config: GPTConfig) -> dict[str, Te
             name = name.replace(theirs, ours)
         if not _BUFFER.search(name) and not (config.tie_weights and name == "lm_head.weight"):
             found[name] = tensor.detach()
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    blocks = {name.split(".")[2] for name in found if name.startswith("transformer.h.")}
-    try:
-        if len(blocks) != config.n_layer:  # before so many are made
-            raise ValueError(f"n_layer={config.n_layer}, but there are {len(blocks)}")
-        wanted = {name: tuple(shape) for name, shape in checkpoint.parameters(config).items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if odd := shapes.items() ^ wanted.items():
-        name = min(odd)[0]
-        raise ValueError(f"{path}: {name} is {shapes.get(name, 'missing')}, in the model {wanted.get(name, 'missing')}")
     return found
 
 
@@ -209,8 +204,15 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         return {}
     passed_over = {*knobs(System), *OF_THE_CALL}
-    kept = {name: config[name] for name in knobs(TrainConfig) if name in config and name not in passed_over}
-    return {name: typed(path, name, value, TrainConfig) for name, value in kept.items()} | {"warmup": "nanogpt"}
+    kept = {}
+    for name in knobs(TrainConfig):
+        if name in config and name not in passed_over:
+            value = config[name]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # max_iters = 6e5
+            with contextlib.suppress(ValueError):  # nanoGPT checks no types
+                kept[name] = typed(path, name, value, TrainConfig)
+    return {**kept, "warmup": "nanogpt"}
 
 
 def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | None:
@@ -220,9 +222,11 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
     """
     for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if dataset)):
         if (pickled := folder / "meta.pkl").is_file():
-            found: dict[str, Any] | None = {"kind": "characters", "characters": characters(pickled)}
-        else:
-            found = open_folder(folder).tokenizer if (folder / META).is_file() else None
-        if found and from_json(found).size == config.vocab_size:
-            return found
+            if len(found := characters(pickled)) == config.vocab_size:
+                return {"kind": "characters", "characters": found}
+        elif (folder / META).is_file():
+            with contextlib.suppress(ValueError, OSError):  # whatever is wrong with the data, this is about the model
+                data = open_folder(folder)
+                if data.vocab_size == config.vocab_size:
+                    return data.tokenizer
     return GPT2 if config.vocab_size in GPT2_SIZES else None

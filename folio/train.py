@@ -35,8 +35,6 @@ from folio.validation import evaluate
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
 _SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
-
-
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
 
 
@@ -370,7 +368,7 @@ def build(config: TrainConfig) -> Run:
         check(config)
     source = pretrained.find(begin) if begin not in ("scratch", "resume", "auto") else None
     given = former.found.config() if former else source.config() if source else None
-    shape = _shape_of(given, config, former is not None, lines) if given else config.model
+    shape = _shape_of(given, config, former, lines) if given else config.model
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
     lines += [folder.note for folder in tokens.folders if folder.note]
     vocab_size = _vocab_size(tokens, lines) if shape.vocab_size == "auto" else shape.vocab_size
@@ -382,7 +380,7 @@ def build(config: TrainConfig) -> Run:
         )
     tokens.vocab_size = vocab_size
     trained_on, read = source.state["tokenizer"] if source else None, tokens.tokenizer()
-    if trained_on and read and trained_on != read and "characters" in (trained_on["kind"], read["kind"]):
+    if trained_on and read and trained_on != read and "characters" in (trained_on.get("kind"), read.get("kind")):
         lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
@@ -490,7 +488,7 @@ def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> Tr
     return merged
 
 
-def _shape_of(given: GPTConfig, config: TrainConfig, resumed: bool, lines: list[str]) -> GPTConfig:
+def _shape_of(given: GPTConfig, config: TrainConfig, former: _Former | None, lines: list[str]) -> GPTConfig:
     """The given model's shape with this run's dropout, and with fewer positions or more token ids where asked for.
 
     Any other shape that was typed and differs is refused.
@@ -498,10 +496,13 @@ def _shape_of(given: GPTConfig, config: TrainConfig, resumed: bool, lines: list[
     chosen: dict[str, Any] = {"dropout": config.model.dropout}
     for name in _SHAPE:
         mine, theirs, source = getattr(config.model, name), getattr(given, name), config.sources.get(name)
-        if mine == theirs or not source or mine == "auto":
+        was_asked = (
+            name == "block_size" and former and former.found.asked.get(name) == mine
+        )  # and ended before it was saved
+        if mine == theirs or mine == "auto" or not (source or was_asked):
             continue
-        cropped = name == "block_size" and mine < theirs and (source == COMMAND_LINE or not resumed)
-        grown = name == "vocab_size" and mine > theirs and not resumed
+        cropped = name == "block_size" and mine < theirs and (source == COMMAND_LINE or was_asked or not former)
+        grown = name == "vocab_size" and mine > theirs and not former
         if cropped or grown:
             chosen[name] = mine
             lines.append(f"{name} {'cropped' if cropped else 'grown'} from {theirs} to {mine}")
@@ -541,19 +542,26 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
-    run.state = State.of(state)
+    try:
+        run.state = State.of(state)
+    except ValueError as error:
+        raise ValueError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
     lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
     if run.begun and not run.optimizer.state:
         lines.append("the checkpoint holds no optimiser: its means begin anew")
+    if (before := found.config().block_size) != positions:
+        lines.append(
+            f"block_size was {before}: the data goes on at the same token, and the best evaluation is looked for anew"
+        )
+        run.state.rows = run.state.rows * before // positions
+        run.state.best, run.state.evaluations_without_improvement = None, 0
     why = run.runtime.differences(state["resolved"])
     if state["data"] is None:
-        why.append("another program trained it, in its own order of the data")
+        lines.append("the data goes on in this program's order: what the other has read is not known")
     elif state["data"] != run.tokens.fingerprint():
         why.append(f"the data in {run.tokens.name} changed")
-    if (before := state["model"]["block_size"]) != positions:
-        why.append(f"block_size was {before} and is {positions}")
     if why:
         lines.append(f"exact to rounding only: {'; '.join(why)}")
 
@@ -563,6 +571,8 @@ def _take_folder(run: Run, resumed: bool) -> None:
     out_dir = run.out_dir
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        if resumed and not run.state.best:
+            (out_dir / checkpoint.BEST).unlink(missing_ok=True)
         if resumed:
             rewind(out_dir / METRICS, run.begun)
         else:
@@ -574,7 +584,7 @@ def _take_folder(run: Run, resumed: bool) -> None:
 
 
 def _move_aside(out_dir: Path) -> None:
-    names = (checkpoint.CONFIG, METRICS, checkpoint.BEST, "checkpoints")
+    names = (checkpoint.CONFIG, METRICS, checkpoint.BEST, "checkpoints", NANOGPT)
     there = [out_dir / name for name in names if (out_dir / name).exists()]
     if not there:
         return

@@ -248,6 +248,54 @@ def test_positions_are_cropped(
     assert tree(out_dir) == before
 
 
+def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio) -> None:
+    """Though no checkpoint of it was written; data goes on at the same token, and the best is looked for anew."""
+    with run_of(imported, shakespeare, "--max_iters=300", "--block_size=32"):
+        pass
+    assert [checkpoint.choose(imported, "latest").config().block_size, checkpoint.steps(imported)] == [64, [200]]
+    with run_of(imported, shakespeare, "--max_iters=300") as run:
+        assert run.model.config.block_size == run.tokens.block_size == 32
+        assert (run.state.rows, run.state.tokens) == (400 * BATCH, BEFORE)
+        assert run.state.best is None
+    assert not (imported / "best.json").exists()
+    outcome = folio("train", *argv(imported, shakespeare, "--max_iters=202"))
+    assert outcome.code == 0
+    assert checkpoint.choose(imported).step == 202
+
+
+def test_a_new_run_moves_nanogpt_s_checkpoint_aside(
+    out_dir: Path, shakespeare: Path, folio: Folio, shared_data: Path
+) -> None:
+    """So that going on later is going on with the new one."""
+    small = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=2"]
+    few = ["--gradient_accumulation_steps=1", "--max_iters=1"]
+    assert folio("train", *argv(out_dir, shakespeare, *small, *few, begin="scratch")).code == 0
+    assert not (out_dir / "ckpt.pt").exists()
+    aside = out_dir / "previous-1" / "ckpt.pt"
+    assert aside.read_bytes() == (shared_data / "nanogpt_ckpt" / "ckpt.pt").read_bytes()
+
+
+def test_knobs_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict[str, Any], folio: Folio) -> None:
+    """It checks no types: whole numbers are taken, what cannot be meant is left out."""
+    config = {**theirs["config"], "max_iters": 6e5, "batch_size": "twelve", "dataset": None}
+    torch.save({**theirs, "config": config}, out_dir / "ckpt.pt")
+    found = pretrained.in_folder(out_dir)
+    assert found.asked["max_iters"] == 600_000
+    assert type(found.asked["max_iters"]) is int
+    assert not {"batch_size", "dataset"} & found.asked.keys()
+
+
+def test_damaged_data_is_no_matter_of_the_model(
+    out_dir: Path, tmp_path: Path, shakespeare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set that its config names tells the vocabulary, where it is whole."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shakespeare, tmp_path / "data" / "shakespeare_char")
+    assert pretrained.in_folder(out_dir).tokenizer().size == 65
+    (tmp_path / "data" / "shakespeare_char" / "meta.json").write_text("{")
+    assert pretrained.in_folder(out_dir).state["tokenizer"] is None
+
+
 # Sampling
 
 

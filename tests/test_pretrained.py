@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, STORY, python
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from folio import checkpoint, pretrained
+from folio.checkpoint import State
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Tiktoken
 
@@ -324,8 +325,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "other shape": (lambda f: configured(f, vocab_size=98), ["tiny", "wte.weight", "(97, 16)", "(98, 16)"]),
     "fewer blocks": (lambda f: configured(f, n_layer=1), ["tiny", "transformer.h.1."]),
-    "more blocks": (lambda f: configured(f, n_layer=3), ["tiny", "transformer.h.2.", "is not among them"]),
-    "no head": (lambda f: configured(f, tie_word_embeddings=False), ["tiny", "lm_head.weight is not among them"]),
+    "more blocks": (lambda f: configured(f, n_layer=3), ["tiny", "transformer.h.2.", "is not among its weights"]),
+    "no head": (
+        lambda f: configured(f, tie_word_embeddings=False),
+        ["tiny", "lm_head.weight is not among its weights"],
+    ),
     "no tokenizer": (lambda f: None, ["tiny", "what its 97 token ids mean", "tokenizer.json"]),
     "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json", "tokenizers library"]),
     "tokenizer not one": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tiny", "tokenizers library"]),
@@ -343,6 +347,58 @@ def test_damaged_folders(folio, story, tiny, tmp_path, damage) -> None:
         assert not (tmp_path / "out").exists()
         (tiny / "tokenizer.json").write_text(tokenizer_file(97))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), *words)
+
+
+def without_a_matrix(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.0.mlp.c_fc.weight"]
+    save_file(weights, folder / "model.safetensors")
+
+
+HALVES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a weight missing": (without_a_matrix, "transformer.h.0.mlp.c_fc.weight"),
+    "other shape": (lambda f: configured(f, n_positions=5), "transformer.wpe.weight"),
+    "beyond any memory": (lambda f: configured(f, n_embd=2**31, n_head=1), "does not fit into memory"),
+    "too many blocks": (lambda f: configured(f, n_layer=10**7), "n_layer=10000000"),
+}
+
+
+@pytest.mark.parametrize("halves", HALVES)
+def test_a_damaged_model_is_not_handed_on(folio, tiny, tmp_path, halves) -> None:
+    harm, words = HALVES[halves]
+    harm(tiny)
+    for command in (["export", f"--out_dir={tiny}"], ["import", str(tiny)]):
+        assert_refused(folio(*command, "--to", str(tmp_path / "to")), "tiny", words)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+SHAPE = {"block_size": 24, "vocab_size": 97, "n_layer": 2, "n_head": 2, "n_embd": 16}  # TINY's
+KEPT = {
+    "model": {"n_layer": "2"},
+    "state": {"step": None},
+    "a step below 0": {"state": {"step": -3}},
+    "tokenizer": {"a": 1},
+    "asked": {"learning_rate": "fast"},
+}
+
+
+@pytest.mark.parametrize("part", KEPT)
+def test_what_an_export_kept_is_checked(folio, tiny, tmp_path, part) -> None:
+    """A folder may come from anybody: what it says of its run is no more than numbers."""
+    kept = {"model": SHAPE, "state": vars(State(step=3)), "tokenizer": None, "asked": {}}
+    told = KEPT[part].get("state", KEPT[part])
+    name = "state" if "step" in told else part
+    configured(tiny, folio={**kept, name: {**(kept[name] or {}), **told}})
+    assert_refused(folio("import", str(tiny), "--to", str(tmp_path / "to")), "config.json", "'folio'")
+    assert not (tmp_path / "to").exists()
+
+
+def test_knobs_that_an_export_would_not_keep_are_passed_over(tiny) -> None:
+    """Those of other machines, other places and later versions."""
+    asked = {"wandb_log": True, "data_dir": "elsewhere", "device": "cuda", "of_the_future": 1, "batch_size": 5}
+    configured(tiny, folio={"model": SHAPE, "state": vars(State(step=3)), "tokenizer": None, "asked": asked})
+    found = pretrained.find(str(tiny))
+    assert (found.step, found.asked) == (3, {"batch_size": 5})
 
 
 def tokenizer_file(size: int) -> str:

@@ -535,7 +535,6 @@ MISTAKES: dict[str, tuple[Callable[[Content], None], str]] = {
     "iter_num negative": (with_value("iter_num", -5), "-5"),
     "best_val_loss text": (with_value("best_val_loss", "low"), "low"),
     "best_val_loss two numbers": (with_value("best_val_loss", torch.ones(2)), ""),
-    "batch_size text": (with_value("config", "batch_size", "2"), "batch_size = '2'"),
     "no model": (without("model"), "it holds no model"),
     "neither config": (without("model_args"), "not a checkpoint of nanoGPT"),
     "a weight missing": (without("model", LN), LN),

@@ -23,13 +23,15 @@ class Options:
 
 def main(options: Options) -> None:
     to = Path(options.to)
+    if options.push_to_hub:
+        pretrained.check_hub_name(options.push_to_hub)
     found = pretrained.in_folder(Path(options.out_dir), options.checkpoint)
     if to.suffix == ".gguf":
         if options.push_to_hub:
             raise ValueError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
         gguf_file.export(found, to, options.dtype)
     else:
-        pretrained.export(found, to, options.dtype)
+        pretrained.export(found, to, options.dtype, options.push_to_hub)
     print(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
     if options.push_to_hub:
         print(f"pushed to {pretrained.push(to, options.push_to_hub)}")

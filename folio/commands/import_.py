@@ -41,7 +41,8 @@ def main(options: Options) -> None:
         weights = {name: p.detach() for name, p in model.named_parameters()}
         slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
         checkpoint.save(out_dir, found.step, weights, slots, state)
-        files.write_json(out_dir / checkpoint.CONFIG, {"run": state["run"], "folio": __version__, "asked": found.asked})
+        asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
+        files.write_json(out_dir / checkpoint.CONFIG, {"run": state["run"], "folio": __version__, "asked": asked})
         if state["best"]:
             files.write_json(out_dir / checkpoint.BEST, state["best"])
     print(

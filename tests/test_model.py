@@ -362,3 +362,11 @@ def test_nanogpts_users_code_runs(tmp_path: Path) -> None:
     done = python("-W", "error", script)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "number of parameters 27520\n"
+
+
+def test_the_same_size_copies_nothing() -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=7, n_layer=1, n_head=1, n_embd=4))
+    before = dict(model.named_parameters())
+    model.crop_block_size(8)
+    model.grow_vocab_size(7)
+    assert all(p is before[name] for name, p in model.named_parameters())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,9 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             PreTrainedTokenizerFast(
                 tokenizer_object=fast, model_max_length=config.block_size, bos_token=end, eos_token=end
             ).save_pretrained(unfinished)
+        shutil.copymode(
+            unfinished / "config.json", unfinished / "model.safetensors"
+        )  # safetensors lets none but us read
         (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
 
 

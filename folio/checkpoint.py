@@ -50,11 +50,11 @@ class State:
             state = cls(**{f.name: values[f.name] for f in fields(cls)})
             best = (state.best["step"], state.best["loss"]) if state.best else ()
             counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
-            measures = (value for value in (state.train_loss, state.val_loss, *best) if value is not None)
-            if not all(type(n) is int and n >= 0 for n in counts) or not all(
-                map(math.isfinite, (state.seconds, *measures))
-            ):
-                raise ValueError("a count below 0, or a measure that is not finite")
+            if not all(type(n) is int and n >= 0 for n in counts):
+                raise ValueError("its counts are not whole numbers from 0 on")
+            losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
+            if not all(map(math.isfinite, (state.seconds, *losses, *best))):
+                raise ValueError("its losses or seconds are not finite")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the state of a run: {error}") from None
         return state

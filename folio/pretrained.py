@@ -306,9 +306,8 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             PreTrainedTokenizerFast(
                 tokenizer_object=fast, model_max_length=config.block_size, bos_token=end, eos_token=end
             ).save_pretrained(unfinished)
-        shutil.copymode(
-            unfinished / "config.json", unfinished / "model.safetensors"
-        )  # safetensors lets none but us read
+        # safetensors lets nobody else read
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
         (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
 
 

@@ -116,10 +116,10 @@ def read(path: Path) -> PtFile:
         best=None if best is None else {"step": step, "loss": best},
     )
     state = checkpoint.state_of_elsewhere(config, _tokenizer(path, config, asked.get("dataset", "")), known)
-    read = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
-    for _ in read.weights():  # which are only mapped
+    made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
+    for _ in made.weights():  # checks them all, though they are only mapped
         pass
-    return read
+    return made
 
 
 def tensors(path: Path) -> Tensors:

@@ -496,9 +496,8 @@ def _shape_of(given: GPTConfig, config: TrainConfig, former: _Former | None, lin
     chosen: dict[str, Any] = {"dropout": config.model.dropout}
     for name in _SHAPE:
         mine, theirs, source = getattr(config.model, name), getattr(given, name), config.sources.get(name)
-        was_asked = (
-            name == "block_size" and former and former.found.asked.get(name) == mine
-        )  # and ended before it was saved
+        # a crop that was asked for by a run that ended before its first checkpoint
+        was_asked = name == "block_size" and former and former.found.asked.get(name) == mine
         if mine == theirs or mine == "auto" or not (source or was_asked):
             continue
         cropped = name == "block_size" and mine < theirs and (source == COMMAND_LINE or was_asked or not former)

@@ -76,10 +76,10 @@ def find(name: str, which: str = "best") -> Checkpoint:
     if path.is_dir():
         return in_folder(path, which)
     if path.suffix == ".pt":
-        return pt_files.read(path)
+        return _the_only(pt_files.read(path), which)
     if path.is_file():
         raise ValueError(f"{path}: a model is a folder or a .pt file")
-    return hugging_face(_download(name))
+    return _the_only(hugging_face(_download(name)), which)
 
 
 def in_folder(path: Path, which: str = "best") -> Checkpoint:
@@ -90,13 +90,16 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
     """
     if not checkpoint.steps(path):
         if (path / pt_files.NANOGPT).is_file():
-            found = pt_files.read(path / pt_files.NANOGPT)
-            if which not in ("best", "latest", str(found.step)):
-                raise FileNotFoundError(f"no checkpoint {which!r} in {path}: {found.path.name} is of {found.step}")
-            return found
+            return _the_only(pt_files.read(path / pt_files.NANOGPT), which)
         if _weight_files(path):
-            return hugging_face(path)
+            return _the_only(hugging_face(path), which)
     return checkpoint.choose(path, which)
+
+
+def _the_only(found: Checkpoint, which: str) -> Checkpoint:
+    if which not in ("best", "latest", str(found.step)):
+        raise FileNotFoundError(f"no checkpoint {which!r} in {found.path}: there is one, of step {found.step}")
+    return found
 
 
 def _download(name: str) -> Path:

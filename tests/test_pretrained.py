@@ -349,6 +349,10 @@ def test_damaged_folders(folio, story, tiny, tmp_path, damage) -> None:
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), *words)
 
 
+def test_there_is_one_checkpoint_in_it(folio, tiny) -> None:
+    assert_refused(folio(*SAMPLE, f"--init_from={tiny}", "--checkpoint=777"), "'777'", tiny, "of step 0")
+
+
 def without_a_matrix(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["transformer.h.0.mlp.c_fc.weight"]

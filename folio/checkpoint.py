@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from folio import files
-from folio.config import model_config
+from folio import __version__, files
+from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Tokenizer, from_json
 
@@ -250,6 +250,12 @@ def asked(out_dir: Path) -> tuple[str, dict[str, Any]]:
         return str(raw["run"]), dict(raw["asked"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): start afresh with --init_from={out_dir}") from None
+
+
+def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
+    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
+    kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
+    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
 
 
 def best_step(out_dir: Path) -> int | None:

@@ -16,8 +16,7 @@ from folio.pretrained import complete, vocabulary
 from folio.tokenizer import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
 
 _NO_MERGE = "\u2581 \u2581"  # of no text: llama.cpp wants a list of merges, and the library writes no empty one
-_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32}  # llama.cpp's llama_ftype
+_TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}  # llama.cpp's, of tensor and file
 
 
 def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
@@ -52,7 +51,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
         writer.add_feed_forward_length(4 * config.n_embd)
         writer.add_head_count(config.n_head)
         writer.add_layer_norm_eps(1e-5)
-        writer.add_file_type(_FILE_TYPES[dtype])
+        writer.add_file_type(_TYPES[dtype][1])
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokens)
@@ -67,7 +66,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
             theirs = names.get_name(name, (".weight", ".bias"))
             assert theirs
             kind = "float32" if weight.dim() < 2 or name == "transformer.wpe.weight" else dtype
-            raw = gguf.GGMLQuantizationType[_TYPES[kind]]
+            raw = gguf.GGMLQuantizationType[_TYPES[kind][0]]
             writer.add_tensor(
                 theirs, gguf.quants.quantize(weight.float().contiguous().numpy(), raw).view(_Checked), raw_dtype=raw
             )

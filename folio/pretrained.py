@@ -97,6 +97,7 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
 
 
 def _the_only(found: Checkpoint, which: str) -> Checkpoint:
+    """Where there is one, it is the best and the latest; raises FileNotFoundError for another step."""
     if which not in ("best", "latest", str(found.step)):
         raise FileNotFoundError(f"no checkpoint {which!r} in {found.path}: there is one, of step {found.step}")
     return found
@@ -130,12 +131,15 @@ def _download(name: str) -> Path:
         if not _weight_files(folder):
             folder = Path(snapshot_download(names[0], allow_patterns=[*_FILES, *_BIN_FILES]))
     except Exception as error:  # the library's, its client's and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"{name} is no file or folder here, nor in the cache of the Hugging Face hub, and it could not be fetched: "
-            f"{reason}"
+            f"{_reason(error)}"
         ) from None
     return folder
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -417,9 +421,8 @@ def push(folder: Path, name: str) -> str:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except Exception as error:  # the library's, its client's and the network's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"{folder} is written, but was not pushed to {name}: {reason}; hf auth login gives access, "
+            f"{folder} is written, but was not pushed to {name}: {_reason(error)}; hf auth login gives access, "
             f"hf upload {name} {folder} tries again"
         ) from None
     return str(repository)

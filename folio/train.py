@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from folio import __version__, checkpoint, files, pretrained, pt_files, rng
+from folio import checkpoint, files, pretrained, pt_files, rng
 from folio.checkpoint import State
 from folio.config import COMMAND_LINE, OF_THE_CALL, Data, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
@@ -576,8 +576,7 @@ def _take_folder(run: Run, resumed: bool) -> None:
             rewind(out_dir / METRICS, run.begun)
         else:
             _move_aside(out_dir)
-        asked = {k: v for k, v in flat(run.config).items() if k not in OF_THE_CALL}
-        files.write_json(out_dir / checkpoint.CONFIG, {"run": run.id, "folio": __version__, "asked": asked})
+        checkpoint.keep_asked(out_dir, run.id, flat(run.config))
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 

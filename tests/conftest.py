@@ -17,7 +17,7 @@ from folio import cli
 from folio.commands import tokenizer as learn
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
-from folio.tokenizer import Tiktoken
+from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named
 
 ROOT = Path(__file__).resolve().parent.parent
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
@@ -30,10 +30,30 @@ SMALL = shlex.split(
 )
 
 
+WIDE = "The ferry – naïve, 渡し船, 🚢 – didn't  leave .\n\ttwice !  \U0010ffff it 's\n"
+KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size, None: no more than there are
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
+    """One line on stderr, which holds all these words; no traceback anywhere, none of torch's advice."""
+    assert outcome.code == code, outcome
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("folio: ")
+    assert "Traceback" not in outcome.out + outcome.err
+    assert "pytorch.org" not in outcome.err
+    for word in words:
+        assert str(word) in outcome.err
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, with what it holds; hidden ones and empty folders as well."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +86,19 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     return Tiktoken("gpt2")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[Tokenizer, int]:
+    """Each tokenizer, and a vocab_size for it, more than it needs where that is usual."""
+    makers: dict[str, Callable[[], Tokenizer]] = {
+        "characters": lambda: Characters("".join(sorted(set(WIDE + STORY.read_text(encoding="utf-8"))))),
+        "bytes": Bytes,
+        "gpt2": lambda: request.getfixturevalue("gpt2"),
+        "file": lambda: named(str(request.getfixturevalue("tok"))),
+    }
+    made = makers[request.param]()
+    return made, KINDS[request.param] or made.size
 
 
 @pytest.fixture

@@ -19,27 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome
+from conftest import SMALL, STORY, assert_refused, tree
 
 from folio import cli
 from folio.commands import train
 from folio.datasets import recipes
 from folio.log import read_metrics
-
-
-def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
-    """One line on stderr, which holds all these words; no traceback anywhere."""
-    assert outcome.code == code, outcome
-    assert outcome.err.count("\n") == 1, outcome.err
-    assert outcome.err.startswith("folio: ")
-    assert "Traceback" not in outcome.out + outcome.err
-    for word in words:
-        assert str(word) in outcome.err
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, with what it holds; empty folders as well."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture

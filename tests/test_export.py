@@ -9,7 +9,7 @@ import resource
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome, python
+from conftest import SMALL, STORY, WIDE, Outcome, assert_refused, python, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,12 +26,11 @@ from folio import checkpoint, cli, files, pretrained
 from folio.checkpoint import State
 from folio.commands import train
 from folio.model import GPT, GPTConfig
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, decode, named
+from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, decode
 
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")
 
-WIDE = "The ferry – naïve, 渡し船, 🚢 – didn't  leave .\n\ttwice !  \U0010ffff it 's\n"
 SHAPES: dict[str, dict[str, Any]] = {
     "all biases": {},
     "no biases": {"bias": False},
@@ -42,7 +41,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "padded": {"vocab_size": 300},
     "padded own head": {"vocab_size": 300, "tie_weights": False, "bias": False},
 }
-KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size, None: no more than there are
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +52,6 @@ def _quiet() -> Iterator[None]:
     yield
     logging.set_verbosity(before)
     logging.enable_progress_bar()
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Tokenizer, int]:
-    """Each tokenizer, and a vocab_size for it, more than it needs where that is usual."""
-    makers: dict[str, Callable[[], Tokenizer]] = {
-        "characters": lambda: Characters("".join(sorted(set(WIDE + STORY.read_text(encoding="utf-8"))))),
-        "bytes": Bytes,
-        "gpt2": Tiktoken,
-        "file": lambda: named(str(request.getfixturevalue("tok"))),
-    }
-    if request.param == "gpt2":
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(request.getfixturevalue("shared_data") / "tiktoken"))
-    made = makers[request.param]()
-    return made, KINDS[request.param] or made.size
 
 
 @pytest.fixture(scope="session")
@@ -114,18 +97,6 @@ def assert_the_same_logits(folder: Path, out_dir: Path) -> None:
     assert found.dtype == torch.float32
     assert found.shape == wanted.shape
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, with what it holds; hidden ones and empty folders as well."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
-
-
-def assert_refused(outcome: Outcome, *words: object) -> None:
-    """Exit code 2, and one line on stderr, which holds all these words."""
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome
-    assert outcome.err.startswith("folio: ")
-    assert all(str(word) in outcome.err for word in words), outcome.err
 
 
 # The model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STORY
+from conftest import STORY, WIDE
 from torch import Tensor
 
 from folio import checkpoint, generate, gguf_file, pretrained
 from folio.checkpoint import State
 from folio.model import GPT, GPTConfig
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, TokenizersFile, byte_characters, named
+from folio.tokenizer import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 
-WIDE = "The ferry – naïve, 渡し船, 🚢 – didn't  leave .\n\ttwice !  \U0010ffff it 's\n"
 NAMES = {  # of a parameter's module
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
@@ -36,23 +34,7 @@ NAMES = {  # of a parameter's module
     "transformer.ln_f": "output_norm",
     "lm_head": "output",
 }
-KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size, None: no more than there are
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
-
-
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Tokenizer, int]:
-    """Each tokenizer, and a vocab_size for it, more than it needs where that is usual."""
-    makers: dict[str, Callable[[], Tokenizer]] = {
-        "characters": lambda: Characters("".join(sorted(set(WIDE + STORY.read_text(encoding="utf-8"))))),
-        "bytes": Bytes,
-        "gpt2": Tiktoken,
-        "file": lambda: named(str(request.getfixturevalue("tok"))),
-    }
-    if request.param == "gpt2":
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(request.getfixturevalue("shared_data") / "tiktoken"))
-    made = makers[request.param]()
-    return made, KINDS[request.param] or made.size
 
 
 def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape: Any) -> checkpoint.Checkpoint:

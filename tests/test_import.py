@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, python
+from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 
 from folio import checkpoint, cli, pretrained
@@ -107,17 +107,6 @@ def assert_equal(mine: dict[str, Any], others: dict[str, Any]) -> None:
     assert mine.keys() == others.keys()
     for name, tensor in mine.items():
         assert torch.equal(tensor, others[name]), name
-
-
-def assert_refused(outcome: Outcome, *words: object) -> None:
-    assert outcome.code == 2, outcome
-    assert outcome.err.count("\n") == 1, outcome.err
-    for word in words:
-        assert str(word) in outcome.err
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
 # Going on

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, STORY, python
+from conftest import SMALL, STORY, Outcome, assert_refused, python
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -260,14 +260,6 @@ def test_code_in_the_folder_is_never_run(folio, tiny, tmp_path, monkeypatch) -> 
 # What is refused
 
 
-def assert_refused(outcome: Any, *words: object) -> None:
-    """Exit code 2 and one line that holds all these words."""
-    assert (outcome[0], outcome[2].count("\n")) == (2, 1), outcome
-    assert "Traceback" not in outcome[1] + outcome[2]
-    for word in words:
-        assert str(word) in outcome[2]
-
-
 OPTIONS = {
     "model_type": ("llama", None),
     "n_inner": (63, "64"),
@@ -485,7 +477,7 @@ def test_models_of_the_cache_at_the_command_line(tmp_path, story, shared_data) -
 @pytest.mark.parametrize("name", ["gpt2-medium", "user/name"])
 def test_nothing_in_the_cache(tmp_path, name) -> None:
     done = python(*PYTHON, "sample", f"--init_from={name}", cwd=tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert_refused((done.returncode, done.stdout, done.stderr), name, "cache of the Hugging Face hub")
+    assert_refused(Outcome(done.returncode, done.stdout, done.stderr), name, "cache of the Hugging Face hub")
 
 
 # Other shapes

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, python
+from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,20 +101,6 @@ def assert_same(one: PtFile, other: PtFile) -> None:
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert {**one.state, "run": ""} == {**other.state, "run": ""}
     assert one.asked == other.asked
-
-
-def assert_refused(outcome: Outcome, *words: object) -> None:
-    """Exit code 2, one line on stderr with all these words, no traceback, none of torch's advice."""
-    assert outcome.code == 2, outcome
-    assert outcome.err.count("\n") == 1, outcome.err
-    assert "Traceback" not in outcome.out + outcome.err
-    assert "pytorch.org" not in outcome.err
-    for word in words:
-        assert str(word) in outcome.err
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
 # nanoGPT

@@ -10,7 +10,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from folio import __version__, checkpoint, files, pretrained
+from folio import checkpoint, files, pretrained
 from folio.config import knob
 from folio.model import AUTO
 
@@ -42,7 +42,7 @@ def main(options: Options) -> None:
         slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
         checkpoint.save(out_dir, found.step, weights, slots, state)
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
-        files.write_json(out_dir / checkpoint.CONFIG, {"run": state["run"], "folio": __version__, "asked": asked})
+        checkpoint.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
             files.write_json(out_dir / checkpoint.BEST, state["best"])
     print(

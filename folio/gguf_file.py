@@ -37,7 +37,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
     config = found.config()
     if config.activation == "gelu":
         warnings.warn(
-            "activation=gelu is exact, llama.cpp computes gelu_tanh: its logits differ by about 1e-3",
+            "activation=gelu is exact, llama.cpp computes gelu_tanh: its logits will differ a little",
             stacklevel=2,
         )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)

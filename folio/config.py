@@ -53,6 +53,9 @@ class Output:
     always_save_checkpoint: bool = knob(True, "False: keep the best checkpoint and the latest only")
     checkpoint_interval: int | AUTO = knob("auto", "steps between checkpoints; auto: every evaluation", min=1)
     keep_checkpoints: int = knob(2, "latest checkpoints to keep, besides the best", min=1)
+    async_checkpoint: bool | AUTO = knob(
+        "auto", "write checkpoints while training goes on; auto: on a GPU and with several processes"
+    )
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,18 @@ class System:
     deterministic: bool = knob(False, "the same bits again on a GPU too; slower there")
     matmul_precision: Literal["auto", "highest", "high", "medium"] = knob(
         "auto", "of float32 products, as torch.set_float32_matmul_precision"
+    )
+    parallel: Literal["ddp", "fsdp", "hsdp"] = knob(
+        "ddp", "several processes hold: ddp: the whole model each; fsdp: a share each; hsdp: a share within each machine"
+    )
+    activation_checkpointing: Literal["none", "block"] = knob(
+        "none", "block: keep only what goes into each block and compute the rest again, for less memory"
+    )
+    timeout: float = knob(
+        300.0, "seconds to wait for another process before all end; half an hour until the first step is done", above=0
+    )
+    check_replicas_every: int = knob(
+        0, "steps between comparisons of the weights that several processes hold; 0: none", min=0
     )
 
 

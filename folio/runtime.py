@@ -6,6 +6,7 @@ The loop sees one process on one device; what changes with more of them, or with
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from folio.config import System
 from folio.flops import peak
@@ -52,7 +54,7 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
     return call
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """``model.loss`` under autocast as a module's forward, so that DDP can wrap it.
 
     ``documents`` (B, T), the number of each token's document, keeps attention within it.
@@ -69,6 +71,15 @@ class _Objective(nn.Module):
                 return self.loss(idx, targets)
             dropout = self.model.training and self.model.config.dropout > 0
             return self.loss(idx, targets, *within_documents(documents, dropout))
+
+
+def recompute_blocks(model: GPT) -> None:
+    """From here on a block keeps what goes into it alone; its backward computes the rest again, dropout too.
+
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, by torch.utils.checkpoint.
+    """
+    for block in model.transformer.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Runtime:
@@ -142,7 +153,7 @@ class Runtime:
         throw-away backward here makes the layout final before the first real step.
         """
         loss: Loss = compiled(model.loss) if self.compile else model.loss
-        objective = _Objective(model, loss, self.device, self.dtype)
+        objective = Objective(model, loss, self.device, self.dtype)
         if self.world == 1:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None

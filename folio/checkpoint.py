@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from folio import __version__, files
 from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
+from folio.runtime import job, laid_out_as
 from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -253,9 +254,17 @@ def asked(out_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
+    """Writes what ``asked`` and ``taken_by`` read, without the knobs that a run does not keep."""
     kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
-    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
+    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "job": job(), "asked": kept})
+
+
+def taken_by(out_dir: Path) -> str | None:
+    """The launcher's name of the job that wrote here last; None where that is not known."""
+    try:
+        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def best_step(out_dir: Path) -> int | None:
@@ -320,7 +329,7 @@ def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
                 raise ValueError(f"the weights do not fit the model: it has no {name}, or has it once only")
             if p.shape != weight.shape:
                 raise ValueError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
-            p.copy_(weight)
+            p.copy_(laid_out_as(p, weight))
     if wanted:
         raise ValueError(f"the weights do not fit the model: {min(wanted)} is not among them")
 
@@ -334,5 +343,9 @@ def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tup
     names = {p: name for name, p in model.named_parameters()}
     packed = optimizer.state_dict()
     order: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
-    packed["state"] = {i: by_name[names[p]] for i, p in enumerate(order) if names[p] in by_name}
+    packed["state"] = {
+        i: {slot: laid_out_as(p, value) for slot, value in by_name[names[p]].items()}
+        for i, p in enumerate(order)
+        if names[p] in by_name
+    }
     optimizer.load_state_dict(packed)

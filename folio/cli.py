@@ -9,6 +9,7 @@ import io
 import keyword
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,32 +37,46 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     A script at the root names its command, and what stands before the arguments that were typed.
     """
     line = ""
-    first_rank = os.environ.get("RANK", "0") == "0"  # it speaks for all
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    if not first_rank:
+    if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
     try:
         code = _main(command, [*first, *sys.argv[1:]])
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] == "folio":
-            raise
-        package = (error.name or "").split(".")[0]
-        code, line = 2, f"the package {package!r} is missing: pip install {package}"
-    except FloatingPointError as error:
-        code, line = 1, str(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = 141
-    except (ValueError, OSError) as error:
-        code, line = 2, _describe(error)
     except KeyboardInterrupt:
         code = 130
-    if line and first_rank:
+    except Exception as error:
+        code, line = _told(error)
+    if line:
         name = Path(sys.argv[0]).name
-        print(f"{'folio' if name == '__main__.py' else name}: {line}", file=sys.stderr, flush=True)
+        sign = "" if line.startswith("Traceback") else f"{'folio' if name == '__main__.py' else name}: "
+        print(sign + line, file=sys.stderr, flush=True)
     if runtime := sys.modules.get("folio.runtime"):
         runtime.leave(code)
     sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[int, str]:
+    """The exit code, and what is said: one line, or of a defect of this program where it is.
+
+    Of several processes the first to fail speaks for all.
+    """
+    package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package and package != "folio":
+        code, line = 2, f"the package {package!r} is missing: pip install {package}"
+    elif isinstance(error, FloatingPointError):
+        code, line = 1, str(error)
+    elif isinstance(error, (ValueError, OSError)):
+        code, line = 2, _describe(error)
+    else:
+        code, line = 1, traceback.format_exc().rstrip()
+    if "RANK" in os.environ and package != "torch":
+        from folio.runtime import told_by_the_first
+
+        line = told_by_the_first(line, error)
+    return code, line
 
 
 def _main(command: str | None, argv: list[str]) -> int:

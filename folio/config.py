@@ -132,7 +132,8 @@ class System:
         "auto", "of float32 products, as torch.set_float32_matmul_precision"
     )
     parallel: Literal["ddp", "fsdp", "hsdp"] = knob(
-        "ddp", "several processes hold: ddp: the whole model each; fsdp: a share each; hsdp: a share within each machine"
+        "ddp",
+        "several processes hold: ddp: the whole model each; fsdp: a share each; hsdp: a share within each machine",
     )
     activation_checkpointing: Literal["none", "block"] = knob(
         "none", "block: keep only what goes into each block and compute the rest again, for less memory"
@@ -215,6 +216,11 @@ def check(config: Any) -> None:
         raise ValueError(
             f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
             "lower --min_lr, or set --decay_lr=False"
+        )
+    if values.get("check_replicas_every") and values["parallel"] == "fsdp":
+        raise ValueError(
+            f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
+            "nothing to compare; leave it out, or use --parallel=hsdp"
         )
 
 

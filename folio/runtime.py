@@ -11,9 +11,13 @@ import importlib.util
 import os
 import shutil
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +37,10 @@ T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LEFT: list[Any] = []  # process groups that were left
+_PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
+_CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
+_GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
+_STORES: list[Any] = []  # the one that they met at
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,6 +103,9 @@ class Runtime:
     def __init__(self, system: System, *, flops: float = 0.0, resolved: dict[str, Any] | None = None) -> None:
         before = resolved or {}
         self.rank, self.world, local_rank = _place()
+        self._grouped = "RANK" in os.environ
+        self.parallel = system.parallel if self._grouped else "ddp"
+        self.shards = _shards(self.parallel, self.world)
         self.device = _device(system.device, before.get("device"), local_rank, self.world)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -102,6 +113,13 @@ class Runtime:
         if dtype == "auto" or (system.dtype == "auto" and not _has(self.device, dtype)):
             dtype = _fast_dtype(self.device)
         self.dtype = _DTYPES[dtype]
+        if self.parallel != "ddp" and dtype == "float16":
+            raise ValueError(
+                f"dtype=float16 does not go with parallel={self.parallel}: use --dtype=bfloat16 or --dtype=float32"
+            )
+        if self.device.type == "cpu" and self.world > 1 and "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+            torch.set_num_threads(max(1, torch.get_num_threads() // local))
         compiled = _asked_or_before(system.compile, before.get("compile"))
         if compiled == "auto":
             compiled = _compile_pays(self.device, self.dtype, flops)
@@ -118,6 +136,7 @@ class Runtime:
             "matmul_precision": torch.get_float32_matmul_precision(),
             "deterministic": system.deterministic,
             "world": self.world,
+            "parallel": self.parallel,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "processor": (
@@ -128,12 +147,26 @@ class Runtime:
         }
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._stuck = torch.zeros((), device=self.device)
-        self._grouped = self.world > 1 or "RANK" in os.environ
+        self._recompute = system.activation_checkpointing == "block"
+        self._timeout = timedelta(seconds=system.timeout)
+        self._patient = True
+        self._sharded: Any = None
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._written: Future[None] | None = None
         if self._grouped:
             backend = ("nccl" if self.device.type == "cuda" else "gloo") if system.backend == "auto" else system.backend
             if backend == "nccl" and self.device.type != "cuda":
                 backend = "gloo"  # nanoGPT's default on a machine without CUDA
-            dist.init_process_group(backend)
+            self._join(backend)
+
+    def _join(self, backend: str) -> None:
+        patience = max(self._timeout, _PATIENCE)
+        store, rank, world = next(rendezvous("env://", timeout=patience))
+        _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=_STORES[0], rank=rank, world_size=world, timeout=patience)
+        # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
+        self._control = dist.new_group(backend="gloo", timeout=patience)
+        _GROUPS.extend([dist.group.WORLD, self._control])  # type: ignore[list-item]
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""
@@ -147,11 +180,18 @@ class Runtime:
         return found
 
     def wrap(self, model: GPT, batch_size: int) -> Loss:
-        """``model.loss`` for this machine: autocast, compiled or not, gradients averaged over the ranks.
+        """``model.loss`` for this machine: on its device, autocast, compiled or not, gradients averaged over the ranks.
+
+        The model's parameters may be others afterwards, so the optimiser is made of those.
 
         DDP lays its buckets out anew after the first backward, which changes the order of its sums; one
         throw-away backward here makes the layout final before the first real step.
         """
+        if self._recompute:
+            recompute_blocks(model)
+        if self.parallel != "ddp":
+            return self._shard(model)
+        model.to(self.device)
         loss: Loss = compiled(model.loss) if self.compile else model.loss
         objective = Objective(model, loss, self.device, self.dtype)
         if self.world == 1:
@@ -162,6 +202,28 @@ class Runtime:
         wrapped(zeros, zeros)[0].backward()
         model.zero_grad(set_to_none=True)
         return wrapped
+
+    def _shard(self, model: GPT) -> Loss:
+        """FSDP2: a process keeps its share of each tensor, and has the matrices of a block or two whole at a time.
+
+        Those travel in the arithmetic's type, which autocast would round them to anyhow, their gradients in float32.
+        Embeddings and LayerNorms stay float32, and whole from a forward to its backward. So the arithmetic is DDP's.
+        Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        size = (self.world,) if self.parallel == "fsdp" else (self.world // self.shards, self.shards)
+        mesh = init_device_mesh(self.device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
+        _GROUPS.extend(mesh.get_all_groups())
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in model.transformer.h:
+            matrices: list[Any] = [block.attn, block.mlp]
+            for part in matrices if self.compile else ():
+                part.forward = compiled(part.forward)
+            fully_shard(matrices, mesh=mesh, mp_policy=policy)
+        self._sharded = fully_shard(Objective(model, model.loss, self.device, self.dtype), mesh=mesh)
+        return self._sharded
 
     def seed(self, key: int) -> None:
         """Seeds what dropout draws from; ``torch.manual_seed`` does too, for every device and 100 µs."""
@@ -174,6 +236,8 @@ class Runtime:
     @contextmanager
     def sync(self, loss: Loss, last: bool) -> Iterator[None]:
         """Forward and backward inside; gradients are exchanged only in the ``last`` micro step of a step."""
+        if self.parallel != "ddp":
+            loss.set_requires_gradient_sync(last)  # type: ignore[attr-defined]
         skip = isinstance(loss, DistributedDataParallel) and not last
         with loss.no_sync() if skip else contextlib.nullcontext():  # type: ignore[attr-defined]
             yield
@@ -185,7 +249,9 @@ class Runtime:
         """The global norm of the gradients, which are scaled down to ``max_norm``; 0 does not clip."""
         self.scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        return nn.utils.clip_grad_norm_(params, max_norm or float("inf"))
+        norm = _whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
+        return norm
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
         """One step of the optimiser, and none ever again after a loss or gradient that was not finite.
@@ -199,6 +265,11 @@ class Runtime:
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if self._patient and self._grouped:
+            self._patient = False
+            for group in _GROUPS:
+                if group is not self._control:
+                    dist.distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""
@@ -220,10 +291,56 @@ class Runtime:
                 box[0] = make()
             except Exception as error:  # whatever it is, nobody must wait for a value that will not come
                 box[1] = error
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._control)
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def written(self) -> None:
+        """Waits for what rank 0 was given to ``write``; what that raised is raised on every rank."""
+
+        def wait() -> None:
+            work, self._written = self._written, None
+            if work:
+                work.result()
+
+        self.broadcast(wait)
+
+    def write(self, make: Callable[[], None], wait: bool) -> None:
+        """Rank 0 alone calls ``make``; unless all shall ``wait`` for it, in a thread, while the others go on."""
+        self.written()
+        if wait:
+            self.broadcast(make)
+        elif self.rank == 0:
+            self._written = self._writer.submit(make)
+
+    def _reshard(self) -> None:
+        """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
+        if self._sharded is not None:
+            self._sharded.reshard()
+
+    def check_replicas(self, model: GPT) -> None:
+        """Compares a hash of each parameter with those of the processes that should hold the same bits.
+
+        Raises:
+            FloatingPointError: they do not, on any rank; names the ranks and the first parameter.
+        """
+        if not self._grouped:
+            return
+        self._reshard()
+        parameters = dict(model.named_parameters())
+        mine = torch.stack([torch.hash_tensor(_here(p)).view(torch.int64) for p in parameters.values()])
+        hashes = torch.empty(self.world, len(mine), dtype=torch.int64, device=mine.device)
+        dist.all_gather_into_tensor(hashes, mine)
+        replicas = hashes.view(-1, self.shards, len(mine))
+        differ = (replicas != replicas[0]).view(self.world, -1).cpu()
+        if differ.any():
+            ranks = ", ".join(str(rank) for rank in range(self.world) if differ[rank].any())
+            first = list(parameters)[int(differ.any(0).nonzero()[0])]
+            raise FloatingPointError(
+                f"the weights of rank {ranks} are no longer those of rank 0, first {first}: a GPU or the network makes "
+                "errors; resume from an earlier checkpoint"
+            )
 
     def pin(self, array: NDArray[Any]) -> Tensor:
         """A tensor over an array; in pinned memory where that makes ``move`` faster."""
@@ -250,45 +367,120 @@ class Runtime:
         return read
 
     def full_state(
-        self, model: GPT, optimizer: torch.optim.Optimizer | None = None
+        self, model: GPT, optimizer: torch.optim.Optimizer | None = None, copy: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All weights by name and all optimiser tensors as ``<parameter>/<slot>``, contiguous on the CPU."""
+        """All weights by name and all optimiser tensors as ``<parameter>/<slot>``, contiguous on rank 0's CPU.
+
+        The other ranks get empty dictionaries. Shares are put together one tensor at a time. On a CPU the tensors may
+        be the model's own, unless a ``copy`` is asked for.
+        """
+        self._reshard()
         names = {p: name for name, p in model.named_parameters()}
-        weights = {name: _on_cpu(p) for p, name in names.items()}
-        slots = (
-            {
-                f"{names[p]}/{slot}": _on_cpu(value)
-                for group in optimizer.param_groups
-                for p in group["params"]
-                for slot, value in optimizer.state[p].items()
-            }
-            if optimizer
-            else {}
-        )
+        weights: dict[str, Tensor] = {}
+        slots: dict[str, Tensor] = {}
+
+        def keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+            whole = _whole(tensor.detach())
+            if self.rank == 0:
+                kept[name] = whole.to("cpu", copy=copy).contiguous()
+
+        for p, name in names.items():
+            keep(weights, name, p)
+        for p, state in ((p, optimizer.state[p]) for p in names) if optimizer else ():
+            for slot, value in state.items():
+                keep(slots, f"{names[p]}/{slot}", value)
         return weights, slots
 
     def close(self) -> None:
-        """Leaves the process group.
+        """Finishes what is being written, and leaves the process group; a process that cannot leave ends.
 
-        The group's C++ object stays until the process ends: its destructor waits for gloo's threads with the
+        The groups' C++ objects stay until the process ends: their destructor waits for gloo's threads with the
         GIL held, while one of those may be waiting for the GIL to let go of a tensor (seen with torch 2.13).
         """
+        self._writer.shutdown()
         if self._grouped and dist.is_initialized():
-            _LEFT.append(dist.group.WORLD)
+            guard = threading.Timer(_CLEANUP, os._exit, (1,))
+            guard.daemon = True
+            guard.start()
             dist.destroy_process_group()
+            guard.cancel()
+
+
+def _attempt() -> str:
+    """Whose keys are whose: a launcher that starts a job anew keeps its store."""
+    return f"folio/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def job() -> str:
+    """What the launcher calls this job, all restarts of it; "" without one."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def restarted() -> bool:
+    """Whether the launcher has started this job anew after a failure."""
+    return _attempt() != "folio/0"
+
+
+def laid_out_as(p: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, laid out as the parameter is: this process's share of it, where there are shares."""
+    if not _is_shared(p) or p.shape != whole.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def told_by_the_first(line: str, error: BaseException) -> str:
+    """What this process of several is to say of its error: the ``line``, if it is the first to fail, else nothing.
+
+    A rank > 0 waits a little, so that rank 0 tells what all meet. An error that says no more than that another
+    process is gone waits longer, for the word of that one, and then names the ranks that have not been heard of.
+    """
+    if "RANK" not in os.environ:
+        return line
+    rank, world = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    try:
+        if not _STORES and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+            _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
+        store = _STORES[0]
+        store.set(f"failed/{rank}", "")
+        time.sleep(2.0 if lost else 0.5 * (rank > 0))
+        if store.compare_set("failed/first", "", str(rank)) != str(rank).encode():
+            return ""
+        silent = [r for r in range(world) if not store.check([f"failed/{r}"])]
+    except (IndexError, dist.DistError, RuntimeError):  # started by hand, and not met yet or no longer
+        silent = []
+    if lost:
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
+        who = f"rank {', '.join(map(str, silent))}" if silent else "another process"
+        line = f"{who} does not answer ({reason}): --timeout says how long to wait, --init_from=resume goes on"
+    return f"rank {rank}: {line}" if rank else line
 
 
 def leave(code: int) -> NoReturn:
     """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
-    if _LEFT:
+    if _GROUPS:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
+def _is_shared(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes half a second to import
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may hold a share."""
+    return tensor.full_tensor() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _place() -> tuple[int, int, int]:
@@ -297,7 +489,26 @@ def _place() -> tuple[int, int, int]:
         return 0, 1, 0
     if missing := [name for name in _LAUNCHER if name not in os.environ]:
         raise ValueError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"{name}={os.environ[name]}: must be a whole number from 0 on; torchrun sets it")
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not max(rank, local_rank) < world:
+        raise ValueError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
+    return rank, world, local_rank
+
+
+def _shards(parallel: str, world: int) -> int:
+    """Processes that share one copy of the model."""
+    if parallel != "hsdp":
+        return world if parallel == "fsdp" else 1
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not local.isdecimal() or not 1 < int(local) < world or world % int(local):
+        raise ValueError(
+            f"parallel=hsdp shares the model within each machine, but WORLD_SIZE={world} and "
+            f"LOCAL_WORLD_SIZE={local or 'not set'}: that needs several machines of as many processes; use fsdp"
+        )
+    return int(local)
 
 
 def _asked_or_before(asked: T, before: T | None) -> T:

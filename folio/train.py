@@ -27,7 +27,7 @@ from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.pt_files import NANOGPT, PtFile
-from folio.runtime import Loss, Runtime
+from folio.runtime import Loss, Runtime, job, restarted
 from folio.token_files import GPT2, Split
 from folio.tokens import Tokens
 from folio.validation import evaluate
@@ -315,6 +315,16 @@ def validate(run: Run) -> dict[str, Any]:
     }
 
 
+def check_due(run: Run) -> bool:
+    every = run.config.system.check_replicas_every
+    return every > 0 and run.state.step > run.begun and (run.state.step % every == 0 or bool(run.stop))
+
+
+def check_replicas(run: Run) -> None:
+    """That the processes still hold the same weights."""
+    run.runtime.check_replicas(run.model)
+
+
 def checkpoint_due(run: Run) -> bool:
     config, step = run.config, run.state.step
     interval = config.output.checkpoint_interval
@@ -325,9 +335,17 @@ def checkpoint_due(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of this step; then ``best.json``; then older ones may go."""
+    """A checkpoint of this step; then ``best.json``; then older ones may go.
+
+    Training may go on while it is written, from a copy on the CPU; there is one such copy at a time.
+    """
+    output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
     run.log.sync()
-    weights, slots = run.runtime.full_state(run.model, run.optimizer)
+    runtime.written()
+    meanwhile = output.async_checkpoint
+    if meanwhile == "auto":
+        meanwhile = runtime.world > 1 or runtime.device.type == "cuda"
+    weights, slots = runtime.full_state(run.model, run.optimizer, copy=meanwhile)
     run.state.seconds = time.perf_counter() - run.started
     state = {
         "run": run.id,
@@ -335,19 +353,18 @@ def save(run: Run) -> None:
         "model": asdict(run.model.config),
         "tokenizer": run.tokens.tokenizer(),
         "data": run.tokens.fingerprint(),
-        "scaler": run.runtime.scaler.state_dict(),
-        "resolved": run.runtime.resolved,
+        "scaler": runtime.scaler.state_dict(),
+        "resolved": runtime.resolved,
     }
 
     def write() -> None:
-        checkpoint.save(run.out_dir, run.state.step, weights, slots, state)
-        if run.state.best:
-            files.write_json(run.out_dir / checkpoint.BEST, run.state.best)
-        output = run.config.output
+        checkpoint.save(run.out_dir, step, weights, slots, state)
+        if best:
+            files.write_json(run.out_dir / checkpoint.BEST, best)
         checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
 
-    run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, run.state.step)}")
-    run.runtime.broadcast(write)
+    run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, step)}")
+    runtime.write(write, wait=bool(run.stop) or not meanwhile)
 
 
 # How a run begins and ends
@@ -362,11 +379,12 @@ def build(config: TrainConfig) -> Run:
     check(config)
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    former = _former(out_dir, begin)
+    again = restarted() and checkpoint.taken_by(out_dir) == job()
+    former = (_former(out_dir, "auto") if again else None) or _former(out_dir, begin)
     if former is not None:
         config = _overlay(config, former.found.asked, lines)
         check(config)
-    source = pretrained.find(begin) if begin not in ("scratch", "resume", "auto") else None
+    source = pretrained.find(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found.config() if former else source.config() if source else None
     shape = _shape_of(given, config, former, lines) if given else config.model
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
@@ -401,15 +419,14 @@ def build(config: TrainConfig) -> Run:
             tokens.world = runtime.world
         else:
             lines.append(f"{runtime.world} processes do not divide the micro steps: dropout masks differ from one's")
-        model.to(runtime.device)
+        loss = runtime.wrap(model, largest)
         o = config.optimizer
         optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
-        loss = runtime.wrap(model, largest)
         log = Log(runtime.rank == 0, o.max_iters)
         run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, runtime, log, State())
         if former:
             _restore(run, former, lines)
-        run.work = [(evaluation_due, validate), (checkpoint_due, save)]
+        run.work = [(evaluation_due, validate), (check_due, check_replicas), (checkpoint_due, save)]
         if not config.evaluation.eval_only:
             runtime.broadcast(lambda: _take_folder(run, resumed=former is not None))
             log.open(out_dir)
@@ -602,7 +619,8 @@ def _introduce(run: Run, lines: list[str]) -> None:
     say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
     say(
         f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, float32 products "
-        f"{resolved['matmul_precision']}, {resolved['threads']} threads, {resolved['world']} processes"
+        f"{resolved['matmul_precision']}, {resolved['threads']} threads, "
+        f"{resolved['world']} processes{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
     )
     if not config.evaluation.eval_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}

@@ -46,9 +46,8 @@ def main(options: Options) -> None:
     flops = flops_per_token(model) * float(tokens_per_step)
     runtime = Runtime(options.system, flops=flops * 1000)
     try:
-        model.to(runtime.device)
-        optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
         loss = runtime.wrap(model, size)
+        optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
         rows = runtime.move(rows)
 
         def step() -> float:

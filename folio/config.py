@@ -126,11 +126,17 @@ class System:
         "auto", "of the arithmetic, weights stay float32; auto: bfloat16 where it is fast"
     )
     compile: bool | AUTO = knob("auto", "torch.compile; auto: where the run is long enough to pay")
-    backend: Literal["auto", "nccl", "gloo"] = knob("auto", "of the process group; auto: by device")
     deterministic: bool = knob(False, "the same bits again on a GPU too; slower there")
     matmul_precision: Literal["auto", "highest", "high", "medium"] = knob(
         "auto", "of float32 products, as torch.set_float32_matmul_precision"
     )
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What each of several processes holds, and how long they wait for one another."""
+
+    backend: Literal["auto", "nccl", "gloo"] = knob("auto", "of the process group; auto: by device")
     parallel: Literal["ddp", "fsdp", "hsdp"] = knob(
         "ddp",
         "several processes hold: ddp: the whole model each; fsdp: a share each; hsdp: a share within each machine",
@@ -156,6 +162,7 @@ class TrainConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
     system: System = field(default_factory=System)
+    processes: Processes = field(default_factory=Processes)
     sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from folio import checkpoint
 from folio.checkpoint import Checkpoint, State, Tensors
-from folio.config import OF_THE_CALL, System, TrainConfig, knobs, model_config, typed
+from folio.config import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
 from folio.model import GPTConfig
 from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, characters, open_folder
 
@@ -203,7 +203,7 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
     """Those of nanoGPT's knobs that tell of the run, and not of the machine it was on."""
     if not isinstance(config, dict):
         return {}
-    passed_over = {*knobs(System), *OF_THE_CALL}
+    passed_over = {*knobs(System), *knobs(Processes), *OF_THE_CALL}
     kept = {}
     for name in knobs(TrainConfig):
         if name in config and name not in passed_over:

@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from folio.config import System
+from folio.config import Processes, System
 from folio.flops import peak
 from folio.model import GPT, within_documents
 
@@ -41,7 +41,7 @@ _PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and
 _CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
 _GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
 _STORES: list[Any] = []  # the one that they met at
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
@@ -100,11 +100,18 @@ class Runtime:
         ValueError: a device that is not there, a launcher's variable that is missing.
     """
 
-    def __init__(self, system: System, *, flops: float = 0.0, resolved: dict[str, Any] | None = None) -> None:
-        before = resolved or {}
+    def __init__(
+        self,
+        system: System,
+        processes: Processes | None = None,
+        *,
+        flops: float = 0.0,
+        resolved: dict[str, Any] | None = None,
+    ) -> None:
+        before, processes = resolved or {}, processes or Processes()
         self.rank, self.world, local_rank = _place()
         self._grouped = "RANK" in os.environ
-        self.parallel = system.parallel if self._grouped else "ddp"
+        self.parallel = processes.parallel if self._grouped else "ddp"
         self.shards = _shards(self.parallel, self.world)
         self.device = _device(system.device, before.get("device"), local_rank, self.world)
         if self.device.type == "cuda":
@@ -112,7 +119,7 @@ class Runtime:
         dtype = _asked_or_before(system.dtype, before.get("dtype"))
         if dtype == "auto" or (system.dtype == "auto" and not _has(self.device, dtype)):
             dtype = _fast_dtype(self.device)
-        self.dtype = _DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
         if self.parallel != "ddp" and dtype == "float16":
             raise ValueError(
                 f"dtype=float16 does not go with parallel={self.parallel}: use --dtype=bfloat16 or --dtype=float32"
@@ -147,26 +154,25 @@ class Runtime:
         }
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._stuck = torch.zeros((), device=self.device)
-        self._recompute = system.activation_checkpointing == "block"
-        self._timeout = timedelta(seconds=system.timeout)
+        self._recompute = processes.activation_checkpointing == "block"
+        self._timeout = timedelta(seconds=processes.timeout)
         self._patient = True
         self._sharded: Any = None
         self._writer = ThreadPoolExecutor(1, "writer")
         self._written: Future[None] | None = None
         if self._grouped:
-            backend = ("nccl" if self.device.type == "cuda" else "gloo") if system.backend == "auto" else system.backend
-            if backend == "nccl" and self.device.type != "cuda":
-                backend = "gloo"  # nanoGPT's default on a machine without CUDA
-            self._join(backend)
+            nccl = self.device.type == "cuda" and processes.backend != "gloo"  # nccl is nanoGPT's default, on a CPU too
+            self._join("nccl" if nccl else "gloo")
 
     def _join(self, backend: str) -> None:
         patience = max(self._timeout, _PATIENCE)
         store, rank, world = next(rendezvous("env://", timeout=patience))
         _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=_STORES[0], rank=rank, world_size=world, timeout=patience)
+        _GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
-        _GROUPS.extend([dist.group.WORLD, self._control])  # type: ignore[list-item]
+        _GROUPS.append(self._control)
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""
@@ -307,8 +313,7 @@ class Runtime:
         self.broadcast(wait)
 
     def write(self, make: Callable[[], None], wait: bool) -> None:
-        """Rank 0 alone calls ``make``; unless all shall ``wait`` for it, in a thread, while the others go on."""
-        self.written()
+        """Rank 0 alone calls ``make``: while the others ``wait``, else in a thread, once all before is ``written``."""
         if wait:
             self.broadcast(make)
         elif self.rank == 0:
@@ -436,28 +441,32 @@ def told_by_the_first(line: str, error: BaseException) -> str:
     A rank > 0 waits a little, so that rank 0 tells what all meet. An error that says no more than that another
     process is gone waits longer, for the word of that one, and then names the ranks that have not been heard of.
     """
-    if "RANK" not in os.environ:
+    rank = os.environ.get("RANK", "")
+    if not rank.isdecimal():
         return line
-    rank, world = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    try:
-        if not _STORES and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
-            _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
-        store = _STORES[0]
+    silent: list[str] = []
+    with contextlib.suppress(LookupError, ValueError, RuntimeError):  # no store: started by hand, and not met yet
+        store = _store()
         store.set(f"failed/{rank}", "")
-        time.sleep(2.0 if lost else 0.5 * (rank > 0))
-        if store.compare_set("failed/first", "", str(rank)) != str(rank).encode():
+        time.sleep(2.0 if lost else 0.5 * (rank != "0"))
+        if store.compare_set("failed/first", "", rank) != rank.encode():
             return ""
-        silent = [r for r in range(world) if not store.check([f"failed/{r}"])]
-    except (IndexError, dist.DistError, RuntimeError):  # started by hand, and not met yet or no longer
-        silent = []
+        silent = [str(r) for r in range(int(os.environ["WORLD_SIZE"])) if not store.check([f"failed/{r}"])]
     if lost:
         reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
-        who = f"rank {', '.join(map(str, silent))}" if silent else "another process"
+        who = f"rank {', '.join(silent)}" if silent else "another process"
         line = f"{who} does not answer ({reason}): --timeout says how long to wait, --init_from=resume goes on"
-    return f"rank {rank}: {line}" if rank else line
+    return line if rank == "0" else f"rank {rank}: {line}"
+
+
+def _store() -> Any:
+    """Where the processes met, or would have; raises LookupError where there is no such place yet."""
+    if not _STORES and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+        _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
+    return _STORES[0]
 
 
 def leave(code: int) -> NoReturn:

@@ -316,7 +316,7 @@ def validate(run: Run) -> dict[str, Any]:
 
 
 def check_due(run: Run) -> bool:
-    every = run.config.system.check_replicas_every
+    every = run.config.processes.check_replicas_every
     return every > 0 and run.state.step > run.begun and (run.state.step % every == 0 or bool(run.stop))
 
 
@@ -389,7 +389,10 @@ def build(config: TrainConfig) -> Run:
     shape = _shape_of(given, config, former, lines) if given else config.model
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
     lines += [folder.note for folder in tokens.folders if folder.note]
-    vocab_size = _vocab_size(tokens, lines) if shape.vocab_size == "auto" else shape.vocab_size
+    vocab_size = shape.vocab_size
+    if vocab_size == "auto":
+        vocab_size, line = vocab_size_of(tokens)
+        lines.append(line)
     shape = replace(shape, vocab_size=vocab_size)
     known = tokens.known_vocab_size
     if known and vocab_size < known:
@@ -412,7 +415,8 @@ def build(config: TrainConfig) -> Run:
     data = config.data
     tokens_per_step = data.gradient_accumulation_steps * data.batch_size * shape.block_size
     flops = flops_per_token(model) * float(tokens_per_step) * config.optimizer.max_iters
-    runtime = Runtime(config.system, flops=flops, resolved=former.found.state["resolved"] if former else None)
+    resolved = former.found.state["resolved"] if former else None
+    runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
     try:
         largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
         if data.gradient_accumulation_steps % runtime.world == 0:
@@ -529,13 +533,12 @@ def _shape_of(given: GPTConfig, config: TrainConfig, former: _Former | None, lin
     return replace(given, **chosen)
 
 
-def _vocab_size(tokens: Tokens, lines: list[str]) -> int:
+def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
+    """What ``vocab_size=auto`` becomes with this data, and a line that says so."""
     found = tokens.known_vocab_size
     if found is None or tokens.tokenizer() == GPT2:
-        lines.append("vocab_size = 50304 (GPT-2's 50257 rounded up for speed)")
-        return 50304
-    lines.append(f"found vocab_size = {found} (inside {tokens.name})")
-    return found
+        return 50304, "vocab_size = 50304 (GPT-2's 50257 rounded up for speed)"
+    return found, f"found vocab_size = {found} (inside {tokens.name})"
 
 
 def _restore(run: Run, former: _Former, lines: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from folio import rng
-from folio.config import Data, System, knob
+from folio.config import Data, Processes, System, knob
 from folio.flops import flops_per_token, mfu
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
@@ -28,6 +28,7 @@ class Options:
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     system: System = field(default_factory=System)
+    processes: Processes = field(default_factory=Processes)
 
 
 def main(options: Options) -> None:
@@ -44,7 +45,7 @@ def main(options: Options) -> None:
     model = GPT(shape, lambda name: rng.generator(seed, name))
     tokens_per_step = size * shape.block_size
     flops = flops_per_token(model) * float(tokens_per_step)
-    runtime = Runtime(options.system, flops=flops * 1000)
+    runtime = Runtime(options.system, options.processes, flops=flops * 1000)
     try:
         loss = runtime.wrap(model, size)
         optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)

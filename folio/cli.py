@@ -25,10 +25,11 @@ COMMANDS = {
     "export": "hand a model on: a Hugging Face folder, or a GGUF file",
     "import": "take in a model of nanoGPT, its heirs or Hugging Face, to go on with",
     "plot": "draw the losses of a run",
+    "plan": "work out what a run would need: memory, time, cost",
     "bench": "measure the speed of a training step",
     "demo": "prepare, train, sample and plot on this Python's own sources, in about two minutes",
 }
-_TAKE_FILES = {"train", "sample", "bench", "demo"}
+_TAKE_FILES = {"train", "sample", "plan", "bench", "demo"}
 
 
 def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import functools
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
     from folio.model import GPT
 
-# Dense peak of the matrix units in TFLOP/s, 16-bit and (TF32 where there is one) 32-bit, from the makers'
-# data sheets, without sparsity. The first name that the device's name contains counts.
-_PEAKS = {
-    "B200": (2250, 1100),
-    "GH200": (989, 494),
-    "H200": (989, 494),
-    "H100 PCIe": (756, 378),
-    "H100 NVL": (835, 417),
-    "H100": (989, 494),
-    "A100": (312, 156),
-    "A10G": (70, 35),
-    "A10": (125, 62.5),
-    "L40S": (362, 183),
-    "L40": (181, 91),
-    "L4": (121, 60),
-    "V100": (125, 15.7),
-    "T4": (65, 8.1),
-    "RTX 4090": (165, 82.6),
-    "RTX 3090": (71, 35.6),
-    "MI300X": (1307, 653),
-    "MI250X": (383, 95.7),
+
+class Gpu(NamedTuple):
+    """Dense peak of the matrix units in TFLOP/s, 16-bit and (TF32 where there is one) 32-bit; memory in GB."""
+
+    half: float
+    single: float
+    memory: int
+    bfloat16: bool = True
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """FLOP/s."""
+        return 1e12 * (self.single if dtype == torch.float32 else self.half)
+
+
+# From the makers' data sheets, without sparsity. The first name that the device's name contains counts.
+GPUS = {
+    "B200": Gpu(2250, 1100, 180),
+    "GH200": Gpu(989, 494, 96),
+    "H200": Gpu(989, 494, 141),
+    "H100 PCIe": Gpu(756, 378, 80),
+    "H100 NVL": Gpu(835, 417, 94),
+    "H100": Gpu(989, 494, 80),
+    "A100": Gpu(312, 156, 80),
+    "A100 40GB": Gpu(312, 156, 40),
+    "A10G": Gpu(70, 35, 24),
+    "A10": Gpu(125, 62.5, 24),
+    "L40S": Gpu(362, 183, 48),
+    "L40": Gpu(181, 91, 48),
+    "L4": Gpu(121, 60, 24),
+    "V100": Gpu(125, 15.7, 32, bfloat16=False),
+    "V100 16GB": Gpu(125, 15.7, 16, bfloat16=False),
+    "T4": Gpu(65, 8.1, 16, bfloat16=False),
+    "RTX 4090": Gpu(165, 82.6, 24),
+    "RTX 3090": Gpu(71, 35.6, 24),
+    "MI300X": Gpu(1307, 653, 192),
+    "MI250X": Gpu(383, 95.7, 128),
 }
 
 
@@ -55,9 +70,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float | None:
         return None if dtype == torch.float16 else _measured(dtype)  # CPUs emulate float16
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, (half, single) in _PEAKS.items():
-            if part in name:
-                return 1e12 * (single if dtype == torch.float32 else half)
+        return next((gpu.peak(dtype) for part, gpu in GPUS.items() if part in name), None)
     return None
 
 

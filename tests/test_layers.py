@@ -13,7 +13,17 @@ from conftest import ROOT
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
     {"tokens", "token_files", "tokenizer", "runtime", "log"},
-    {"validation", "hellaswag", "generate", "checkpoint", "pretrained", "pt_files", "gguf_file", "datasets"},
+    {
+        "validation",
+        "hellaswag",
+        "generate",
+        "memory",
+        "checkpoint",
+        "pretrained",
+        "pt_files",
+        "gguf_file",
+        "datasets",
+    },
     {"train", "plot"},
     {"commands"},
     {"cli", "__main__"},

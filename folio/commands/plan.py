@@ -1,0 +1,235 @@
+"""folio plan: what a run would need and cost, worked out before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from folio import flops
+from folio.config import Data, Optimizer, Processes, System, knob, override
+from folio.memory import Memory, Step, needed, sent
+from folio.model import GPT, GPTConfig
+from folio.runtime import DTYPES, Runtime
+from folio.tokens import Tokens
+from folio.train import micro_batches, vocab_size_of
+
+_KINDS = {
+    "weights": "weights",
+    "optimizer": "optimiser",
+    "gradients": "gradients",
+    "copies": "weights, gathered or in 16 bits",
+    "activations": "activations",
+    "logits": "logits and their gradient",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--knob=value …]."""
+
+    gpus: int = knob(1, "devices, one process each", min=1)
+    gpu: str = knob("h100", f"their kind: {', '.join(flops.GPUS)}; or cpu, this machine's")
+    gpus_per_node: int = knob(8, "devices in a machine; with hsdp they share a copy of the model", min=1)
+    mfu: float = knob(0.4, "share of the devices' peak that training is taken to reach", above=0, max=1)
+    price: float = knob(0.0, "of one device for an hour; 0: no cost is worked out", min=0)
+    init_from: str = knob("scratch", "scratch, resume or auto: the shape of another model is not looked up")
+    data: Data = field(default_factory=Data)
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    system: System = field(default_factory=System)
+    processes: Processes = field(default_factory=Processes)
+
+
+class Device(NamedTuple):
+    """One of the devices: ``memory`` in bytes, ``peak`` in FLOP/s, None where it is not known."""
+
+    name: str
+    dtype: torch.dtype
+    memory: float
+    peak: float | None
+
+
+def main(options: Options) -> None:
+    _check(options)
+    device = device_of(options)
+    data, vocab_size = _data(options)
+    if options.model.vocab_size == "auto":
+        options = override(options, {"vocab_size": vocab_size})
+    step = step_of(options, device)
+    memory = needed(options.model, step)
+    for title, text in _report(options, device, step, memory, data):
+        print(f"{title:9}{text}")
+    print(
+        "\nCounted in eager mode, and without what the device's driver, the allocator and the network take for "
+        f"themselves.\n{_verdict(options, device, memory.total)}"
+    )
+
+
+def _check(options: Options) -> None:
+    gpus, node = options.gpus, options.gpus_per_node
+    if options.init_from not in ("scratch", "resume", "auto"):
+        raise ValueError(
+            f"init_from={options.init_from}: the shape of that model is not looked up here: set --init_from=scratch, "
+            "and --n_layer, --n_head, --n_embd as it has them"
+        )
+    if options.processes.parallel == "hsdp" and (gpus <= node or gpus % node):
+        raise ValueError(
+            f"parallel=hsdp shares the model within each machine, but gpus={gpus} are not several machines of "
+            f"gpus_per_node={node}: use --parallel=fsdp, or change one of the two"
+        )
+
+
+def device_of(options: Options) -> Device:
+    """Raises ValueError for a kind that is not known, or a dtype that it or FSDP lacks."""
+    asked, parallel = options.system.dtype, options.processes.parallel
+    if options.gpu.lower() == "cpu":
+        runtime = Runtime(replace(options.system, device="cpu"))
+        runtime.close()
+        peak = flops.peak(runtime.device, runtime.dtype)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found = Device("CPU", runtime.dtype, memory / options.gpus, peak and peak / options.gpus)
+    else:
+        names = {plain(name): name for name in flops.GPUS}
+        if plain(options.gpu) not in names:
+            close = difflib.get_close_matches(plain(options.gpu), names, n=1)
+            hint = f"did you mean {names[close[0]]!r}?" if close else f"choose {', '.join(flops.GPUS)} or cpu"
+            raise ValueError(f"gpu={options.gpu}: it is not known: {hint}")
+        name = names[plain(options.gpu)]
+        gpu = flops.GPUS[name]
+        if asked == "bfloat16" and not gpu.bfloat16:
+            raise ValueError(f"dtype=bfloat16: {name} has no such units: use --dtype=float16 or --dtype=float32")
+        dtype = DTYPES[("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked]
+        found = Device(name, dtype, gpu.memory * 1e9, gpu.peak(dtype))
+    if found.dtype == torch.float16 and parallel != "ddp":
+        raise ValueError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=float32, or another --gpu")
+    return found
+
+
+def plain(name: str) -> str:
+    """A device's name without what people type in one way or another."""
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _data(options: Options) -> tuple[Tokens | str, int]:
+    """The data set, or why it cannot be read; and the vocabulary that training would take."""
+    try:
+        tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
+    except FileNotFoundError as error:
+        note = ", and vocab_size=auto is taken to be 50304" if options.model.vocab_size == "auto" else ""
+        return f"{error}\n{'':9}so epochs are not known{note}", 50304
+    return tokens, vocab_size_of(tokens)[0]
+
+
+def step_of(options: Options, device: Device) -> Step:
+    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    share = micro_batches(options.data, 0, options.gpus)
+    return Step(
+        rows=max(rows for _, rows, _ in share),
+        micro_steps=len(share),
+        dtype=device.dtype,
+        gpu=device.name != "CPU",
+        recompute=options.processes.activation_checkpointing == "block",
+        documents=options.data.document_mask,
+        world=options.gpus,
+        shards={"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel],
+    )
+
+
+def _report(
+    options: Options, device: Device, step: Step, memory: Memory, data: Tokens | str
+) -> Iterator[tuple[str, str]]:
+    """Lines: a title, and what is said under it."""
+    shape, gpus, several = options.model, options.gpus, options.gpus > 1
+    with torch.device("meta"):
+        model = GPT(shape)
+    dtype = str(device.dtype).removeprefix("torch.")
+    yield (
+        "model",
+        f"{_count(model.get_num_params(False))} parameters ({_count(model.get_num_params())} without positions): "
+        f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd:,} wide, {shape.block_size:,} tokens of "
+        f"{shape.vocab_size:,}",
+    )
+    yield (
+        "devices",
+        f"{gpus} × {device.name}, {f'{options.processes.parallel}, ' if several else ''}{dtype}; on each "
+        f"{step.micro_steps} micro step{'s' * (step.micro_steps > 1)} of {step.rows} rows",
+    )
+
+    yield "memory", "of each device, at the moment of a step when it is most"
+    for kind, words in _KINDS.items():
+        yield "", f"{_gigabytes(getattr(memory, kind)):>9} GB  {words}"
+    if memory.gradients < memory.weights:
+        yield "", f"{'':>9}     (gradients come as activations go)"
+    yield "", f"{_gigabytes(memory.total):>9} GB  in all"
+
+    steps = options.optimizer.max_iters
+    tokens = options.data.gradient_accumulation_steps * options.data.batch_size * shape.block_size
+    work = float(flops.flops_per_token(model)) * tokens
+    sends = f"; each device sends {_gigabytes(sent(shape, step))} GB" if several else ""
+    yield "a step", f"{tokens:,} tokens, {work / 1e12:,.2f} TFLOP{sends}"
+    yield "the run", f"{steps:,} steps, {_count(tokens * steps)} tokens, {work * steps:.3g} FLOP"
+    if isinstance(data, str):
+        yield "data", data
+    else:
+        there = data.length("train")
+        yield "data", f"{_count(there)} tokens in {data.name}, {tokens * steps / there:,.2f} epochs"
+
+    if device.peak is None:
+        yield "time", f"not known: there is no peak of {dtype} for a {device.name}"
+        return
+    hours = work * steps / (options.mfu * device.peak * gpus) / 3600
+    yield "time", f"{hours:,.1f} hours at an MFU of {options.mfu:g}, the peak being {device.peak / 1e12:,.2f} TFLOP/s"
+    if options.price:
+        yield "cost", f"{hours * gpus * options.price:,.2f} at {options.price:g} for a device and hour"
+
+
+def _count(n: int) -> str:
+    """123456789 → "123.46 M"."""
+    size, letter = next(
+        (s, letter) for s, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k"), (1, "")) if n >= s or s == 1
+    )
+    return f"{n / size:,.2f}{letter}" if letter else f"{n:,}"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f}"
+
+
+def _verdict(options: Options, device: Device, total: int) -> str:
+    """Whether it fits, and where not, what would: all of it worked out as the plan itself is."""
+    of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
+    if total <= device.memory:
+        return f"fits: {of}"
+
+    def fits(way: dict[str, Any]) -> bool:
+        changed = override(options, way)
+        return needed(changed.model, step_of(changed, device)).total <= device.memory
+
+    found = _remedies(options, device, fits)
+    ways = [" ".join(f"--{name}={value}" for name, value in way.items()) for way in found]
+    return f"does not fit: {of}; " + (
+        f"what fits: {', or '.join(ways)}" if ways else "no smaller batch, recomputation or sharding makes it fit"
+    )
+
+
+def _remedies(options: Options, device: Device, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Knobs that make it fit and leave the rows of a step as they are: each way alone, else the first of several."""
+    size, steps = options.data.batch_size, options.data.gradient_accumulation_steps
+    batches = [
+        {"batch_size": b, "gradient_accumulation_steps": steps * size // b} for b in range(size, 0, -1) if size % b == 0
+    ]
+    block = {"activation_checkpointing": "block"}
+    shared = [{"parallel": "fsdp"}] if options.gpus > 1 and device.dtype != torch.float16 else []
+
+    def first(others: dict[str, Any]) -> list[dict[str, Any]]:
+        ways = [others | batch for batch in batches]
+        return [next(filter(fits, ways))] if fits(ways[-1]) else []
+
+    alone = [*first({}), *filter(fits, [block, *shared])]
+    together = [block, *shared, *(block | way for way in shared)]
+    return alone or next(filter(None, map(first, together)), [])

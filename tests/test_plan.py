@@ -1,0 +1,297 @@
+"""What a run would need, against what runs need."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_refused, python
+
+from folio import cli
+from folio.commands import plan
+from folio.flops import GPUS
+from folio.memory import Memory, Step, needed, sent
+from folio.model import GPTConfig
+
+TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
+GPT2 = GPTConfig(bias=False)
+PARAMETERS = 124_373_760  # of GPT-2 without biases: 50304·768 + 1024·768 + 12·(12·768² + 2·768) + 768
+BLOCK = 12 * 768**2  # of those in a block's matrices
+
+# Prints the largest growth of the process's memory over what it had after its imports, in bytes
+GROWTH = """
+import re, sys
+from pathlib import Path
+from folio import cli
+from folio.commands import train
+
+def status(name):
+    return 1024 * int(re.search(rf"{name}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+before = status("VmRSS")
+train.main(cli.parse(train.Options, sys.argv[1:], "folio train", files=True))
+print("growth", status("VmHWM") - before)
+"""
+
+# Prints the bytes that a rank sends in a step, from the sizes of the messages that torch's profiler records
+SENT = """
+import json, os, sys
+import torch
+from folio.config import Processes, System
+from folio.model import GPT, GPTConfig
+from folio.runtime import Runtime, leave
+
+parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+os.environ["LOCAL_WORLD_SIZE"] = node
+runtime = Runtime(System(device="cpu", dtype="bfloat16", compile=False), Processes(parallel=parallel))
+model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False))
+loss = runtime.wrap(model, 2)
+tokens = torch.zeros(2, 16, dtype=torch.long)
+
+def step():
+    for m in range(micro_steps):
+        with runtime.sync(loss, last=m == micro_steps - 1):
+            runtime.backward(loss(tokens, tokens)[0])
+
+step()
+with torch.profiler.profile(record_shapes=True) as profiler:
+    step()
+if runtime.rank == 0:
+    profiler.export_chrome_trace(trace)
+runtime.close()
+leave(0)
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data set of 100,000 tokens."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 100_000), ("val", 10_000)):
+        draw.integers(0, 1000, count).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+    return tmp_path
+
+
+def gpt2_on_gpus(**changes) -> Step:
+    return Step(**{"rows": 12, "micro_steps": 5, "dtype": torch.bfloat16, "gpu": True, "world": 8, **changes})
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        "--dtype=float32 --block_size=256 --batch_size=8 --gradient_accumulation_steps=1 "
+        "--n_layer=4 --n_head=4 --n_embd=384 --vocab_size=1024",
+        "--dtype=bfloat16 --block_size=512 --batch_size=4 --gradient_accumulation_steps=2 "
+        "--n_layer=4 --n_head=8 --n_embd=384 --vocab_size=8192",
+        "--dtype=bfloat16 --block_size=256 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1 "
+        "--n_layer=6 --n_head=4 --n_embd=512 --vocab_size=1024 --activation_checkpointing=block",
+    ],
+    ids=["short, float32", "long, bfloat16", "recomputed, with dropout"],
+)
+def test_a_run_takes_the_memory_that_was_planned(tmp_path, data, knobs) -> None:
+    """Within 15 %, on a CPU; the C library is told to give back at once what is freed, instead of keeping it."""
+    script = tmp_path / "growth.py"
+    script.write_text(GROWTH)
+    argv = [f"--data_dir={data}", "--device=cpu", *shlex.split(knobs)]
+    run = f"--out_dir={tmp_path / 'out'} --max_iters=3 --eval_iters=1 --compile=False --warmup_iters=1"
+    done = python(script, *argv, *run.split(), cwd=tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout.split()[-1])
+    options = cli.parse(plan.Options, ["--gpu=cpu", *argv], "folio plan", files=True)
+    planned = needed(options.model, plan.step_of(options, plan.device_of(options))).total
+    print(f"planned {planned / 1e6:.1f} MB, grown {grown / 1e6:.1f} MB: {planned / grown:.3f}")
+    assert 200e6 < planned < 900e6
+    assert planned == pytest.approx(grown, rel=0.15)
+
+
+def test_what_lasts_is_a_sum_over_the_parameters() -> None:
+    memory = needed(GPT2, gpt2_on_gpus())
+    assert memory[:3] == (4 * PARAMETERS, 8 * PARAMETERS, 4 * PARAMETERS)
+    assert memory.copies == 2 * (PARAMETERS - 1024 * 768 - 25 * 768)  # all matrices but the positions
+    assert memory.logits == 3 * 4 * 12 * 1024 * 50304  # log softmax, its gradient and that of the logits
+
+
+def test_sharding_divides_what_lasts_and_nothing_else() -> None:
+    ddp, fsdp = (needed(GPT2, gpt2_on_gpus(micro_steps=1, shards=s)) for s in (1, 8))
+    assert (8 * fsdp.weights, 8 * fsdp.optimizer) == (ddp.weights, ddp.optimizer)
+    assert PARAMETERS / 2 < fsdp.gradients < ddp.gradients / 3
+    assert fsdp.copies == 4 * (PARAMETERS - 12 * BLOCK) + 2 * (2 * BLOCK + 50304 * 768)
+    assert fsdp[4:] == ddp[4:]
+    summed = needed(GPT2, gpt2_on_gpus(micro_steps=2, shards=8))
+    assert summed.gradients == 4 * (PARAMETERS + BLOCK)  # kept whole between micro steps
+    assert needed(GPT2, gpt2_on_gpus(shards=4)).weights == PARAMETERS
+
+
+def test_recomputing_keeps_what_goes_into_each_block_and_one_block() -> None:
+    kept, recomputed = (needed(GPT2, gpt2_on_gpus(recompute=r)) for r in (False, True))
+    assert recomputed.activations < kept.activations / 5
+    assert recomputed.activations > 13 * 12 * 1024 * 768 * 4
+    assert recomputed.logits == kept.logits
+
+
+def test_a_gpu_keeps_no_scores_and_a_byte_an_element_of_dropout() -> None:
+    shape = GPTConfig(block_size=256, vocab_size=65, n_layer=12, n_head=6, n_embd=384)
+    step = Step(8, 1, torch.bfloat16, gpu=True)
+    kept = needed(shape, step).activations
+    scores = 12 * 6 * 256**2 * 8
+    assert needed(shape, replace(step, gpu=False)).activations > kept + 1.5 * scores
+    dropped = needed(replace(shape, dropout=0.2), step).activations - kept
+    assert dropped == pytest.approx(25 * 8 * 256 * 384, rel=0.2)  # after the embedding, and twice in a block
+
+
+def test_each_row_needs_as_much_again() -> None:
+    few, many = (needed(GPT2, gpt2_on_gpus(rows=rows)) for rows in (4, 8))
+    assert many.logits == 2 * few.logits
+    assert many.activations == pytest.approx(2 * few.activations, rel=0.05)
+    assert many[:4] == few[:4]
+
+
+# Messages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "world", "node", "micro_steps"), [("ddp", 2, 2, 2), ("fsdp", 2, 2, 2), ("hsdp", 4, 2, 1)]
+)
+def test_a_step_sends_the_bytes_that_were_planned(tmp_path, parallel, world, node, micro_steps) -> None:
+    script, trace = tmp_path / "sent.py", tmp_path / "trace.json"
+    script.write_text(SENT)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    done = python(*launch, script, parallel, str(micro_steps), str(node), trace)
+    assert done.returncode == 0, done.stderr
+    shards = {"ddp": 1, "fsdp": world, "hsdp": node}[parallel]
+    step = Step(2, micro_steps, torch.bfloat16, gpu=False, world=world, shards=shards)
+    assert sent(TINY, step) == pytest.approx(_sent(trace, shards, world // shards), abs=8)
+
+
+def _sent(trace: Path, shards: int, replicas: int) -> float:
+    """Bytes by the ring algorithms; gloo records its reduce-scatter as an all-reduce, which is taken away again."""
+    size = {"float": 4, "c10::BFloat16": 2, "unsigned char": 1}
+    found = {"gloo:all_reduce": 0, "c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 0}
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if (name := event.get("name")) in found:
+            argument = 0 if name == "gloo:all_reduce" else 1  # what goes in
+            kind, dims = (event["args"][key][argument] for key in ("Input type", "Input Dims"))
+            found[name] += size[kind] * int(np.prod(dims))
+    reduced, gathered, scattered = found.values()
+    within = gathered * (shards - 1) + scattered * (shards - 1) / shards
+    return within + (reduced - scattered) * 2 * (replicas - 1) / replicas
+
+
+# The command
+
+
+def test_gpt2_on_eight_gpus_by_hand(folio, data) -> None:
+    argv = f"gpt2 --gpus 8 --gpu h100 --price 2 --vocab_size=50304 --data_dir={data}"
+    code, out, err = folio("plan", *argv.split())
+    assert (code, err) == (0, "")
+    work = 6 * (PARAMETERS - 1024 * 768) + 12 * 12 * 768 * 1024  # of a token
+    hours = 491_520 * 600_000 * work / (0.4 * 989e12 * 8) / 3600
+    memory = needed(GPT2, gpt2_on_gpus())
+    for said in (
+        "124.37 M parameters (123.59 M without positions)",
+        "8 × H100, ddp, bfloat16; on each 5 micro steps of 12 rows",
+        f"{memory.total / 1e9:.2f} GB  in all",
+        f"491,520 tokens, {491_520 * work / 1e12:.2f} TFLOP; each device sends {7 / 4 * 4 * PARAMETERS / 1e9:.2f} GB",
+        "600,000 steps, 294.91 B tokens",
+        f"100.00 k tokens in {data}, {491_520 * 600_000 / 1e5:,.2f} epochs",
+        f"{hours:.1f} hours at an MFU of 0.4",
+        f"{hours * 8 * 2:.2f} at 2 for a device and hour",
+    ):
+        assert said in out
+    assert out.splitlines()[-1] == f"fits: {memory.total / 1e9:.2f} of 80.00 GB"
+    assert max(map(len, out.splitlines())) <= 120
+    kinds = [float(line.split()[0]) for line in out.splitlines() if " GB  " in line]
+    assert sum(kinds[:-1]) == pytest.approx(kinds[-1], abs=0.05)
+
+
+def test_without_data_the_rest_is_still_planned(folio, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = folio("plan", "gpt2", "--dataset=nowhere")
+    assert (code, err) == (0, "")
+    assert "nowhere" in out
+    assert "epochs are not known" in out
+    assert "1,024 tokens of 50,304" in out
+    assert "cost" not in out
+
+
+def test_the_vocabulary_is_the_data_sets(folio, story) -> None:
+    out = folio("plan", "train_shakespeare_char", f"--data_dir={story}", "--gpu=cpu", "--dtype=float32").out
+    size = json.loads((story / "meta.json").read_text())["vocab_size"]
+    assert f"256 tokens of {size}\n" in out
+    assert "gradients come as activations go" in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--gpu=t4", "--gpu=rtx4090 --gpus=2 --batch_size=64", "--gpu=l4 --gpus=4 --n_layer=24 --n_head=16 --n_embd=1024"],
+)
+def test_what_is_said_to_fit_does(folio, argv) -> None:
+    argv = ["plan", "gpt2", *argv.split(), "--batch_size=24"]
+    last = folio(*argv).out.splitlines()[-1]
+    assert last.startswith("does not fit: ")
+    ways = last.partition("what fits: ")[2].split(", or ")
+    assert ways[0]
+    for way in ways:
+        remedied = folio(*argv, *way.split()).out
+        assert remedied.splitlines()[-1].startswith("fits: ")
+        assert "983,040 tokens" in remedied
+
+
+def test_what_nothing_mends_is_said_so(folio) -> None:
+    argv = "--gpu=t4 --batch_size=1 --n_layer=48 --n_head=25 --n_embd=1600"
+    last = folio("plan", *argv.split()).out.splitlines()[-1]
+    assert last.startswith("does not fit: ")
+    assert "no smaller batch, recomputation or sharding" in last
+
+
+def test_the_page_about_scale_shows_what_is_printed(folio) -> None:
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    shown = [block.splitlines() for block in page.split("```\n") if block.startswith("$ folio plan")]
+    assert len(shown) == 2
+    for command, *lines in shown:
+        out = folio(*command.split()[2:]).out.splitlines()
+        assert [line for line in lines if line != "…" and line not in out] == []
+
+
+@pytest.mark.parametrize("name", ["H100", "h100 pcie", "a100-40gb", "RTX4090", "cpu"])
+def test_a_device_by_its_name(name) -> None:
+    device = plan.device_of(cli.parse(plan.Options, [f"--gpu={name}", "--dtype=float32"], "folio plan", files=True))
+    assert device.peak
+    assert device.memory > 1e9
+
+
+def test_names_of_devices_differ_as_they_are_typed() -> None:
+    assert len({plan.plain(name) for name in GPUS} | {"cpu"}) == len(GPUS) + 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--gpu=h10", ["gpu=h10", "did you mean 'H100'"]),
+        ("--gpu=abacus", ["gpu=abacus", "A100", "cpu"]),
+        ("--gpus=0", ["gpus=0", "at least 1"]),
+        ("--mfu=40", ["mfu=40", "at most 1"]),
+        ("--gpus=7", ["480 rows", "7 processes", "6 processes or 483 rows would fit"]),
+        ("--gpus=8 --parallel=hsdp", ["parallel=hsdp", "gpus=8", "gpus_per_node=8", "--parallel=fsdp"]),
+        ("--gpus=12 --parallel=hsdp", ["parallel=hsdp", "gpus=12", "gpus_per_node=8"]),
+        ("--gpu=v100 --dtype=bfloat16", ["dtype=bfloat16", "V100", "--dtype=float16"]),
+        ("--gpu=v100 --gpus=8 --parallel=fsdp", ["dtype=float16", "parallel=fsdp", "--dtype=float32"]),
+        ("--init_from=gpt2-xl", ["init_from=gpt2-xl", "--n_layer"]),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(folio, argv, words) -> None:
+    assert_refused(folio("plan", "gpt2", *argv.split()), *words)
+
+
+def test_the_total_is_the_sum_of_the_kinds() -> None:
+    assert Memory(1, 2, 3, 4, 5, 6).total == 21

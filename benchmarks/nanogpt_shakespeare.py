@@ -76,7 +76,7 @@ def main(options: Options) -> None:
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        prepare(known("shakespeare_char", data, str(options.source), {}), data)
+        prepare(known("shakespeare_char", data, str(options.source or ""), {}), data)
         _write_meta_pkl(data)
         for turn in range(options.rounds):
             seed, out = SEED + turn, Path(folder) / f"peer{turn}"

@@ -176,6 +176,43 @@ def test_every_command_of_the_readme(
     assert (clone / "taken-in" / "checkpoints" / "step-00000200").is_dir()
 
 
+@pytest.mark.slow
+def test_the_script_for_slurm(clone: Path, story: Path, tmp_path: Path) -> None:
+    """With the launcher itself, on one node of two processes; Slurm's own commands are not here and do as they do."""
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nshift\nexec "$PYTHON" -m torch.distributed.run "$@"\n')
+    for stub in tmp_path.iterdir():
+        stub.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
+    slurm |= {"SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = f"bash scripts/slurm.sh shakespeare_char {TINY} --max_iters=2 --data_dir={story} --out_dir=out-slurm"
+    assert "2 processes" in succeed(line, clone, PYTHON=sys.executable, **slurm)
+    assert "resuming out-slurm at step 2" in succeed(f"{line} --max_iters=3", clone, PYTHON=sys.executable, **slurm)
+
+
+@pytest.mark.slow
+def test_the_job_for_kubernetes(clone: Path, story: Path) -> None:
+    """Its command, on one pod of two processes: the launcher and the trainer take what it says."""
+    yaml = pytest.importorskip("yaml")
+    service, job = yaml.safe_load_all((ROOT / "scripts" / "kubernetes.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert {v["name"] for v in pod["volumes"]} == {m["name"] for m in container["volumeMounts"]}
+    command = shlex.join(container["command"])
+    assert f"--rdzv_endpoint={job['metadata']['name']}-0.{pod['subdomain']}:29500" in command
+    for there, here in [
+        ("--nnodes=2", "--nnodes=1"),
+        ("--nproc_per_node=8", "--nproc_per_node=2"),
+        ("folio-0.folio:29500", "localhost:29511"),
+        ("/shared/openwebtext", str(story)),
+        ("/shared/out", "out-pod"),
+    ]:
+        assert command.count(there) == 1
+        command = command.replace(there, here)
+    assert "2 processes" in succeed(f"{command} {TINY} --max_iters=2", clone)
+
+
 def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:
     """datatrove tokenises real documents as docs/scale.md says, to the ids of folio prepare, and Folio trains."""
     pytest.importorskip("datatrove")

@@ -1,0 +1,72 @@
+"""How long a checkpoint of GPT-2 124M stops training: written at once, and written meanwhile (--async_checkpoint).
+
+    python benchmarks/checkpoint.py [--rounds 5]
+
+Weights and both moments in float32, 1.4 GiB. The copy is what cannot be saved: the same tensors copied once more. All
+three in turn; ratios are taken within a round, their spread is over the rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from folio import checkpoint
+from folio.config import System
+from folio.model import GPT, GPTConfig
+from folio.optim import adamw
+from folio.runtime import Runtime
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How long a checkpoint stops training")
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    runtime = Runtime(System(device="cpu"))
+    model = GPT(GPTConfig(bias=False))
+    optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    found: dict[str, list[float]] = {"copy": [], "at once": [], "meanwhile": []}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def save(step: int, meanwhile: bool) -> None:
+            runtime.written()
+            weights, slots = runtime.full_state(model, optimizer, copy=meanwhile)
+            runtime.write(lambda: checkpoint.save(Path(folder), step, weights, slots, {}), wait=not meanwhile)
+
+        for _ in range(rounds):
+            whole = runtime.full_state(model, optimizer)
+            found["copy"].append(seconds(lambda: [t.clone() for part in whole for t in part.values()]))  # noqa: B023
+            found["at once"].append(seconds(lambda: save(1, False)))
+            found["meanwhile"].append(seconds(lambda: save(2, True)))
+            runtime.written()
+    for name, times in found.items():
+        ratios = [a / b for a, b in zip(times, found["copy"], strict=True)]
+        print(
+            f"{name:10} {statistics.median(times):6.2f} s  {statistics.median(ratios):6.2f} × the copy "
+            f"({min(ratios):.2f} … {max(ratios):.2f})"
+        )
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main()

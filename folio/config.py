@@ -227,7 +227,7 @@ def check(config: Any) -> None:
     if values.get("check_replicas_every") and values["parallel"] == "fsdp":
         raise ValueError(
             f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
-            "nothing to compare; leave it out, or use --parallel=hsdp"
+            "nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
         )
 
 

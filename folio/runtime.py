@@ -336,15 +336,15 @@ class Runtime:
         parameters = dict(model.named_parameters())
         mine = torch.stack([torch.hash_tensor(_here(p)).view(torch.int64) for p in parameters.values()])
         hashes = torch.empty(self.world, len(mine), dtype=torch.int64, device=mine.device)
-        dist.all_gather_into_tensor(hashes, mine)
+        dist.all_gather(list(hashes), mine)
         replicas = hashes.view(-1, self.shards, len(mine))
         differ = (replicas != replicas[0]).view(self.world, -1).cpu()
         if differ.any():
             ranks = ", ".join(str(rank) for rank in range(self.world) if differ[rank].any())
             first = list(parameters)[int(differ.any(0).nonzero()[0])]
             raise FloatingPointError(
-                f"the weights of rank {ranks} are no longer those of rank 0, first {first}: a GPU or the network makes "
-                "errors; resume from an earlier checkpoint"
+                f"the weights of rank {ranks} are no longer those of the other processes, first {first}: a device or "
+                "the network makes errors; resume from an earlier checkpoint"
             )
 
     def pin(self, array: NDArray[Any]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from folio import __version__, files
 from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
-from folio.runtime import job, laid_out_as
+from folio.runtime import laid_out_as
 from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -254,17 +254,9 @@ def asked(out_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
-    """Writes what ``asked`` and ``taken_by`` read, without the knobs that a run does not keep."""
+    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
     kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
-    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "job": job(), "asked": kept})
-
-
-def taken_by(out_dir: Path) -> str | None:
-    """The launcher's name of the job that wrote here last; None where that is not known."""
-    try:
-        return str(json.loads((out_dir / CONFIG).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
 
 
 def best_step(out_dir: Path) -> int | None:

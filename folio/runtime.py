@@ -167,8 +167,8 @@ class Runtime:
     def _join(self, backend: str) -> None:
         patience = max(self._timeout, _PATIENCE)
         store, rank, world = next(rendezvous("env://", timeout=patience))
-        _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=_STORES[0], rank=rank, world_size=world, timeout=patience)
+        _STORES[:] = [dist.PrefixStore("folio", store)]  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=_attempt(_store()), rank=rank, world_size=world, timeout=patience)
         _GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
@@ -319,6 +319,11 @@ class Runtime:
         elif self.rank == 0:
             self._written = self._writer.submit(make)
 
+    def remember(self, run: str) -> None:
+        """For ``former_run``, should the launcher start this job anew."""
+        if self._grouped:
+            _store().set("run", run)
+
     def _reshard(self) -> None:
         """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
         if self._sharded is not None:
@@ -399,31 +404,33 @@ class Runtime:
     def close(self) -> None:
         """Finishes what is being written, and leaves the process group; a process that cannot leave ends.
 
+        Who fails says so before it leaves, since that is what the others see of it.
+
         The groups' C++ objects stay until the process ends: their destructor waits for gloo's threads with the
         GIL held, while one of those may be waiting for the GIL to let go of a tensor (seen with torch 2.13).
         """
+        error = sys.exception()
+        told = told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
+
+        def give_up() -> None:
+            print(told, end="\n" * bool(told), file=sys.stderr, flush=True)
+            os._exit(1)
+
         self._writer.shutdown()
         if self._grouped and dist.is_initialized():
-            guard = threading.Timer(_CLEANUP, os._exit, (1,))
+            guard = threading.Timer(_CLEANUP, give_up)
             guard.daemon = True
             guard.start()
             dist.destroy_process_group()
             guard.cancel()
 
 
-def _attempt() -> str:
-    """Whose keys are whose: a launcher that starts a job anew keeps its store."""
-    return f"folio/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-
-
-def job() -> str:
-    """What the launcher calls this job, all restarts of it; "" without one."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
-
-
-def restarted() -> bool:
-    """Whether the launcher has started this job anew after a failure."""
-    return _attempt() != "folio/0"
+def former_run() -> str:
+    """The id of the run that this job was at when the launcher started it anew (``Runtime.remember``), or ""."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    store = _store()
+    return str(store.get("run").decode()) if store.check(["run"]) else ""
 
 
 def laid_out_as(p: Tensor, whole: Tensor) -> Tensor:
@@ -436,37 +443,67 @@ def laid_out_as(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def told_by_the_first(line: str, error: BaseException) -> str:
-    """What this process of several is to say of its error: the ``line``, if it is the first to fail, else nothing.
-
-    A rank > 0 waits a little, so that rank 0 tells what all meet. An error that says no more than that another
-    process is gone waits longer, for the word of that one, and then names the ranks that have not been heard of.
-    """
+    """What this process of several is to say of its error: the ``line``, if it is the first to fail, else nothing."""
     rank = os.environ.get("RANK", "")
     if not rank.isdecimal():
         return line
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    silent: list[str] = []
-    with contextlib.suppress(LookupError, ValueError, RuntimeError):  # no store: started by hand, and not met yet
-        store = _store()
-        store.set(f"failed/{rank}", "")
-        time.sleep(2.0 if lost else 0.5 * (rank != "0"))
-        if store.compare_set("failed/first", "", rank) != rank.encode():
-            return ""
-        silent = [str(r) for r in range(int(os.environ["WORLD_SIZE"])) if not store.check([f"failed/{r}"])]
-    if lost:
+    first, silent = _first_to_fail(error)
+    if not first:
+        return ""
+    if "EADDRINUSE" in str(error):
+        line = f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: choose another"
+    elif _is_lost(error):
         reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
         who = f"rank {', '.join(silent)}" if silent else "another process"
         line = f"{who} does not answer ({reason}): --timeout says how long to wait, --init_from=resume goes on"
     return line if rank == "0" else f"rank {rank}: {line}"
 
 
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error says no more than that another process is gone or late."""
+    words = ("gloo", "pair closure")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+@functools.cache
+def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
+    """Whether this process failed before all others, and the ranks that have not been heard of.
+
+    A rank > 0 waits a little, so that rank 0 tells what all meet. One that only lost another waits longer, for the
+    word of that one. Without a place where they met, each speaks.
+    """
+    rank, heard = os.environ["RANK"], []
+
+    def ask() -> None:
+        with contextlib.suppress(LookupError, ValueError, RuntimeError):
+            store = _attempt(_store())
+            store.set(f"failed/{rank}", "")
+            time.sleep(2.0 if _is_lost(error) else 0.5 * (rank != "0"))
+            heard.append(store.compare_set("failed/first", "", rank).decode() == rank)
+            ranks = range(int(os.environ["WORLD_SIZE"]))
+            heard.append([str(r) for r in ranks if not store.check([f"failed/{r}"])])
+
+    thread = threading.Thread(target=ask, daemon=True)  # a store behind a broken link never answers
+    thread.start()
+    thread.join(10)
+    return (heard[0], heard[1]) if len(heard) == 2 else (True, [])
+
+
 def _store() -> Any:
-    """Where the processes met, or would have; raises LookupError where there is no such place yet."""
+    """Where the processes met, or will; raises LookupError where there is no such place yet."""
     if not _STORES and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
-        _STORES.append(dist.PrefixStore(_attempt(), store))  # type: ignore[attr-defined]
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
+        _STORES.append(dist.PrefixStore("folio", store))  # type: ignore[attr-defined]
     return _STORES[0]
+
+
+def _attempt(store: Any) -> Any:
+    """The keys of this start of the job: a launcher keeps its store when it starts all processes anew."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
+    return dist.PrefixStore("/".join(os.environ.get(name, "0") for name in names), store)  # type: ignore[attr-defined]
 
 
 def leave(code: int) -> NoReturn:

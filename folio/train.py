@@ -27,7 +27,7 @@ from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.pt_files import NANOGPT, PtFile
-from folio.runtime import Loss, Runtime, job, restarted
+from folio.runtime import Loss, Runtime, former_run
 from folio.token_files import GPT2, Split
 from folio.tokens import Tokens
 from folio.validation import evaluate
@@ -379,8 +379,8 @@ def build(config: TrainConfig) -> Run:
     check(config)
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    again = restarted() and checkpoint.taken_by(out_dir) == job()
-    former = (_former(out_dir, "auto") if again else None) or _former(out_dir, begin)
+    again = former_run()  # whatever init_from says: this job has begun already
+    former = (_former(out_dir, "auto", again) if again else None) or _former(out_dir, begin)
     if former is not None:
         config = _overlay(config, former.found.asked, lines)
         check(config)
@@ -465,7 +465,8 @@ class _Former(NamedTuple):
     found: checkpoint.Checkpoint
 
 
-def _former(out_dir: Path, begin: str) -> _Former | None:
+def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
+    """What ``init_from`` finds in the folder; with a ``known`` id nothing but that run."""
     if begin not in ("resume", "auto"):
         return None
     have = checkpoint.steps(out_dir)
@@ -477,6 +478,8 @@ def _former(out_dir: Path, begin: str) -> _Former | None:
             return None
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
     run_id, asked = checkpoint.asked(out_dir)
+    if known and run_id != known:
+        return None
     for step in reversed(have):
         path = checkpoint.folder(out_dir, step)
         try:
@@ -597,6 +600,7 @@ def _take_folder(run: Run, resumed: bool) -> None:
         else:
             _move_aside(out_dir)
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
+        run.runtime.remember(run.id)
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 

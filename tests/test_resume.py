@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ALONE, SMALL, Spawn, alone, assert_same_bits, group, reached, timeless, to_its_end
 
 from folio import checkpoint, cli
 from folio.commands import train
-from folio.log import read_metrics
 from folio.runtime import Runtime
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-
-Spawn = Callable[..., "Child"]
-
-RUN = [*SMALL, "--init_from=auto", "--dropout=0.1", "--learning_rate=1e-2", "--checkpoint_interval=20"]
-ALONE = [*RUN, "--max_iters=230", "--lr_decay_iters=230", "--eval_interval=50", "--log_interval=1"]
-# more than one of DDP's buckets, and rows that three processes can share
-GROUP = [*RUN, "--max_iters=70", "--lr_decay_iters=70", "--eval_interval=35", "--n_embd=160"]
-GROUP += ["--gradient_accumulation_steps=3"]
 
 # Trains, and kills itself without warning when a function is called for the nth time, or after it
 SUICIDE = """
@@ -50,120 +38,6 @@ def wrapped(*args, **kwargs):
 setattr(owner, name.split(".")[1], wrapped)
 cli.main("train")
 """
-
-
-class Child:
-    """A process of its own session, with what it prints."""
-
-    def __init__(self, argv: list[str], log: Path, threads: int) -> None:
-        # waiting threads give their core away: other processes may need it, and the bits are the same
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *argv], cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
-            )
-
-    def family(self) -> list[int]:
-        """Its own id and those of its children, which may be in sessions of their own."""
-        table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
-        return [self.process.pid, *(pid for pid, parent in pairs if parent == self.process.pid)]
-
-    def kill(self, pids: list[int] | None = None, number: int = signal.SIGKILL) -> None:
-        for pid in pids or self.family():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def end(self, timeout: float = 120) -> int:
-        return self.process.wait(timeout)
-
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def wait_until(self, true: Callable[[], bool], timeout: float = 120) -> None:
-        """Looks often, for as long as the process lives."""
-        end = time.monotonic() + timeout
-        while not true():
-            assert self.process.poll() is None, f"it ended before:\n{self.output()}"
-            assert time.monotonic() < end, f"not within {timeout} s:\n{self.output()}"
-            time.sleep(0.002)
-
-
-@pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Spawn]:
-    """Starts processes, and leaves none behind."""
-    children: list[Child] = []
-
-    def start(*argv: str, threads: int = 2) -> Child:
-        children.append(Child(list(argv), tmp_path / f"log-{len(children)}.txt", threads))
-        return children[-1]
-
-    yield start
-    for child in children:
-        if child.process.poll() is None:
-            child.kill()
-            child.end()
-
-
-def to_its_end(child: Child) -> str:
-    assert child.end() == 0, child.output()
-    return child.output()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that nothing happened to: "alone" or "group"; each made once."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-
-    def made(which: str) -> Path:
-        out = folder / which
-        if not out.exists():
-            argv = alone(out, story) if which == "alone" else group(out, story)
-            to_its_end(Child(argv, folder / f"{which}.txt", 2 if which == "alone" else 1))
-        return out
-
-    return made
-
-
-def alone(out: Path, data: Path) -> list[str]:
-    return ["-m", "folio", "train", *ALONE, f"--data_dir={data}", f"--out_dir={out}"]
-
-
-def group(out: Path, data: Path, ranks: int = 3) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, "train.py", *GROUP, f"--data_dir={data}", f"--out_dir={out}"]
-
-
-def reached(out: Path, step: int) -> Callable[[], bool]:
-    """Whether a run has written its train line of this step."""
-
-    def look() -> bool:
-        path = out / "metrics.jsonl"
-        lines = read_metrics(path) if path.exists() else []
-        return any(r["kind"] == "train" and r["step"] >= step for r in lines)
-
-    return look
-
-
-def timeless(out: Path) -> list[dict[str, Any]]:
-    """All records but the starts, without what a clock says."""
-    clock = {"seconds", "tokens_per_second", "mfu"}
-    kept = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] != "start"]
-    return [{k: v for k, v in r.items() if k not in clock} for r in kept]
-
-
-def assert_same_bits(out: Path, other: Path) -> None:
-    """Weights, optimiser, every loss and what is kept."""
-    assert timeless(out) == timeless(other)
-    assert checkpoint.steps(out) == checkpoint.steps(other)
-    last = checkpoint.steps(other)[-1]
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (checkpoint.folder(out, last) / name).read_bytes() == (
-            checkpoint.folder(other, last) / name
-        ).read_bytes()
-    assert (out / "best.json").read_bytes() == (other / "best.json").read_bytes()
-    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
 @pytest.mark.slow

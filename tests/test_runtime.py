@@ -1,4 +1,4 @@
-"""The machine under a run: one process, two that exchange gradients, four that see what one sees."""
+"""The machine under a run: one process, and two that exchange gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from conftest import SMALL, Outcome, python
 
 from folio import rng
 from folio.config import System
-from folio.log import read_metrics
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
 from folio.runtime import Runtime
@@ -239,62 +238,3 @@ def test_full_state_is_gathered_on_rank_0(two: list[dict[str, Any]]) -> None:
     slots = {f"{name}/{slot}" for name in names for slot in ("step", "exp_avg", "exp_avg_sq")}
     assert set(two[0]["names"]) == {*names, *slots}
     assert two[1]["names"] == []
-
-
-# As many as there are
-
-
-@pytest.fixture(scope="module")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A run of 20 steps with dropout on so many ranks, made once for each."""
-    folder = tmp_path_factory.mktemp("ranks")
-
-    def run(ranks: int, *argv: str) -> Path:
-        out = folder / "-".join([str(ranks), *argv])
-        if not out.exists():
-            common = [*SMALL, "--max_iters=20", "--lr_decay_iters=20", "--learning_rate=1e-2", "--eval_iters=3", *argv]
-            command = [*common, f"--data_dir={story}", f"--out_dir={out}"]
-            if ranks == 1:
-                done = python("train.py", *command, OMP_NUM_THREADS="1")
-            else:
-                done = torchrun(ranks, "train.py", *command)
-            assert done.returncode == 0, done.stderr
-            out.with_name(f"{out.name}.txt").write_text(done.stdout)
-        return out
-
-    return run
-
-
-def losses(out: Path) -> list[float]:
-    found = read_metrics(out / "metrics.jsonl")
-    return [r[name] for r in found for name in ("loss", "train_loss", "val_loss") if name in r]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_see_what_one_process_sees(trained: Callable[..., Path], ranks: int) -> None:
-    """Where the world divides the accumulation, losses agree to rounding with dropout on, evaluations too."""
-    flags = ("--gradient_accumulation_steps=4", "--dropout=0.2")
-    one, several = losses(trained(1, *flags)), losses(trained(ranks, *flags))
-    assert len(one) == 20 + 2 * 5
-    assert several == pytest.approx(one, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_ranks_share_a_micro_step(trained: Callable[..., Path]) -> None:
-    """Where it does not, the rows are the same still: losses agree without dropout, and a line warns."""
-    flags = ("--gradient_accumulation_steps=1", "--batch_size=6", "--dropout=0.0")
-    assert losses(trained(3, *flags)) == pytest.approx(losses(trained(1, *flags)), abs=1e-5)
-    out = trained(3, *flags)
-    said = out.with_name(f"{out.name}.txt").read_text()
-    assert "3 processes do not divide the micro steps: dropout masks differ from one's" in said
-
-
-@pytest.mark.slow
-def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
-    """An error that every rank meets is one line among the launcher's."""
-    flags = ("--gradient_accumulation_steps=1", "--batch_size=5")
-    done = torchrun(2, "train.py", *SMALL, *flags, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
-    assert done.returncode != 0
-    assert done.stderr.count("5 rows cannot be shared by 2 processes: 1 processes or 4 rows would fit") == 1
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,467 @@
+"""Several processes: the mathematics of one, whatever they hold and however they were started."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, Outcome, assert_refused, assert_same_bits
+from safetensors.torch import load_file, save_file
+
+from folio import checkpoint, cli
+from folio.commands import train
+from folio.log import read_metrics
+
+ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
+
+# Rows for 1, 2, 3 and 4 processes, sizes that 3 do not divide (the vocabulary has 59), norms that are clipped
+RUN = [*SMALL, "--n_embd=20", "--batch_size=2", "--gradient_accumulation_steps=12", "--dropout=0.2", "--grad_clip=0.5"]
+RUN += ["--max_iters=50", "--lr_decay_iters=50", "--learning_rate=1e-2", "--eval_interval=10", "--eval_iters=3"]
+RUN += ["--keep_checkpoints=9"]
+
+# Trains, and writes as JSON which collectives that took, and what check_replicas said before and after a rank changed
+# one weight
+SCRIPT = """
+import collections, contextlib, json, sys
+from pathlib import Path
+import torch
+from torch.profiler import profile
+from folio import cli, train
+from folio.config import TrainConfig
+from folio.runtime import leave
+
+folder, counted, changed, *argv = sys.argv[1:]
+run = train.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+runtime, seen = run.runtime, {"replicas": []}
+if counted == "steps alone":
+    run.work = []
+with profile() if not run.work else contextlib.nullcontext() as events:
+    train.fit(run)
+if events:
+    seen["calls"] = collections.Counter(e.name for e in events.events() if e.name.startswith("c10d::"))
+    if runtime.parallel == "ddp":
+        seen["buckets"] = len(run.loss._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(","))
+for change in (False, True):
+    if change and runtime.rank == int(changed):
+        weight = run.model.transformer.h[1].mlp.c_proj.weight.detach()
+        (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] += 1e-6
+    try:
+        runtime.check_replicas(run.model)
+        seen["replicas"].append("")
+    except FloatingPointError as error:
+        seen["replicas"].append(str(error))
+Path(folder, f"{runtime.rank}.json").write_text(json.dumps(seen))
+train.finish(run)
+leave(0)
+"""
+
+# How many threads torch would take, and how many a process of the group takes
+THREADS = """
+import torch
+alone = torch.get_num_threads()
+from folio.config import System
+from folio.runtime import Runtime, leave
+runtime = Runtime(System(device="cpu"))
+print(alone, runtime.resolved["threads"], torch.get_num_threads())
+runtime.close()
+leave(0)
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Python with these arguments and variables, all at once, to their ends."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    processes = [
+        subprocess.Popen([sys.executable, *map(str, argv)], env={**ENV, **env}, **pipes) for argv, env in commands
+    ]
+    try:
+        told = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()  # a launcher passes it on
+    return [subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, told, strict=True)]
+
+
+def torchrun(ranks: int, *argv: str | Path, nodes: int = 1) -> list[subprocess.CompletedProcess[str]]:
+    """A command on so many processes under one launcher, or one for each of several "machines"."""
+    place = ["--standalone"] if nodes == 1 else ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    launcher = ["-m", "torch.distributed.run", *place, f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}"]
+    return together(*(([*launcher, f"--node_rank={node}", *argv], {"OMP_NUM_THREADS": "1"}) for node in range(nodes)))
+
+
+def by_hand(ranks: int, *argv: str | Path, **env: str) -> list[subprocess.CompletedProcess[str]]:
+    """A command on so many processes without a launcher."""
+    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return together(*(([*argv], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left in its folder, and printed."""
+
+    out: Path
+    said: str
+
+    def figures(self, *names: str, begin: int = 0) -> list[float]:
+        """These of all records from a step on."""
+        found = read_metrics(self.out / "metrics.jsonl")
+        return [r[name] for r in found if r["step"] >= begin for name in names if name in r]
+
+    def losses(self, begin: int = 0) -> list[float]:
+        return self.figures("loss", "train_loss", "val_loss", begin=begin)
+
+    def norms(self) -> list[float]:
+        return self.figures("grad_norm")
+
+
+Train = Callable[..., Trained]
+
+
+def trained(out: Path, ranks: int, argv: list[str], how: str = "torchrun") -> Trained:
+    """A run to its end; of one process in this one."""
+    argv = [*argv, f"--out_dir={out}"]
+    if ranks == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert train.main(cli.parse(train.Options, argv, "folio train", files=True)) == 0
+        return Trained(out, said.getvalue())
+    if how == "by hand":
+        done = by_hand(ranks, "train.py", *argv, OMP_NUM_THREADS="1")
+    else:
+        done = torchrun(ranks, "train.py", *argv)
+    assert all(d.returncode == 0 for d in done), [d.stderr for d in done]
+    return Trained(out, "".join(d.stdout for d in done))
+
+
+@pytest.fixture(scope="module")
+def run(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """RUN with dropout on so many ranks, made once for each set of flags."""
+    folder = tmp_path_factory.mktemp("runs")
+    made: dict[tuple[Any, ...], Trained] = {}
+
+    def once(ranks: int, *flags: str, how: str = "torchrun") -> Trained:
+        key = (ranks, how, *flags)
+        if key not in made:
+            made[key] = trained(folder / str(len(made)), ranks, [*RUN, f"--data_dir={story}", *flags], how)
+        return made[key]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def scripted(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
+    """What each rank of SCRIPT saw."""
+
+    def seen(ranks: int, counted: str, changed: int, *flags: str, nodes: int = 1) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp("scripted")
+        (folder / "script.py").write_text(SCRIPT)
+        argv = [folder / "script.py", folder, counted, str(changed), *RUN, f"--data_dir={story}", *flags]
+        done = torchrun(ranks, *argv, f"--out_dir={folder / 'out'}", nodes=nodes)
+        assert all(d.returncode == 0 for d in done), [d.stderr for d in done]
+        return [{"out": folder / "out", **json.loads((folder / f"{r}.json").read_text())} for r in range(ranks)]
+
+    return seen
+
+
+@pytest.fixture(scope="module")
+def three(scripted: Callable[..., list[dict[str, Any]]]) -> Callable[[str], list[dict[str, Any]]]:
+    """Three steps of four micro steps on each of three ranks, as ``parallel`` says; made once for each."""
+    made: dict[str, list[dict[str, Any]]] = {}
+
+    def once(parallel: str) -> list[dict[str, Any]]:
+        if parallel not in made:
+            flags = ("--n_embd=160", "--max_iters=3", f"--parallel={parallel}")  # more than one of DDP's buckets
+            made[parallel] = scripted(3, "steps alone", 1, *flags)
+        return made[parallel]
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def hsdp(scripted: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """RUN to its end on two machines of two processes."""
+    return scripted(4, "all", 3, "--parallel=hsdp", "--check_replicas_every=20", nodes=2)
+
+
+def assert_same_files(out: Path, other: Path) -> None:
+    """Every checkpoint on the way as well."""
+    assert_same_bits(out, other)
+    for step in checkpoint.steps(other):
+        for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+            a, b = (checkpoint.folder(folder, step) / name for folder in (out, other))
+            assert a.read_bytes() == b.read_bytes(), (step, name)
+
+
+def as_of(step: int, former: Path, out: Path) -> Path:
+    """A copy of a run as it was when it had written the checkpoint of this step."""
+    shutil.copytree(former, out)
+    for later in checkpoint.steps(out):
+        if later > step:
+            shutil.rmtree(checkpoint.folder(out, later))
+    return out
+
+
+# As many as there are
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (3, "fsdp")])
+def test_ranks_see_what_one_process_sees(run: Train, ranks: int, parallel: str) -> None:
+    """Losses and evaluations to rounding, with dropout on, and the norm of all gradients, which is clipped."""
+    one, several = run(1), run(ranks, f"--parallel={parallel}")
+    assert len(one.losses()) == 50 + 2 * 6
+    assert several.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert several.norms() == pytest.approx(one.norms(), rel=1e-4)
+    assert max(one.norms()) > 2 * 0.5
+    assert f"1 threads, {ranks} processes, {parallel}" in several.said
+
+
+@pytest.mark.slow
+def test_ranks_share_a_micro_step(run: Train) -> None:
+    """Where they do not divide the accumulation the rows are the same still, the dropout is not: a line says so."""
+    flags = ("--gradient_accumulation_steps=1", "--batch_size=6", "--dropout=0.0", "--max_iters=20")
+    one, two = run(1, *flags), run(2, *flags)
+    assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert two.norms() == pytest.approx(one.norms(), rel=1e-4)
+    line = "2 processes do not divide the micro steps: dropout masks differ from one's"
+    assert (line in two.said, line in one.said) == (True, False)
+
+
+@pytest.mark.slow
+def test_forty_micro_steps_on_sixteen_processes(run: Train) -> None:
+    """nanoGPT's accumulation on two machines of eight GPUs, where nanoGPT refuses."""
+    flags = ("--gradient_accumulation_steps=40", "--dropout=0.0", "--max_iters=2")
+    one, sixteen = run(1, *flags), run(16, *flags)
+    assert len(one.losses()) == 2 + 2 * 2
+    assert sixteen.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert sixteen.norms() == pytest.approx(one.norms(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
+    """An error that every rank meets is one line among the launcher's."""
+    flags = (
+        "--gradient_accumulation_steps=1",
+        "--batch_size=5",
+        f"--data_dir={story}",
+        f"--out_dir={tmp_path / 'out'}",
+    )
+    (done,) = torchrun(2, "train.py", *SMALL, *flags)
+    assert done.returncode != 0
+    assert done.stderr.count("5 rows cannot be shared by 2 processes: 1 processes or 4 rows would fit") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_exchanged_once_a_step(three: Callable[..., list[dict[str, Any]]], parallel: str) -> None:
+    """However many micro steps: each bucket of gradients, or each group of parameters, and the loss."""
+    for seen in three(parallel):
+        calls = seen["calls"]
+        if parallel == "ddp":
+            assert seen["buckets"] > 1
+            assert calls["c10d::allreduce_"] == 3 * (seen["buckets"] + 1)
+        else:
+            assert calls["c10d::_reduce_scatter_base_"] == 3 * (2 + 1)  # two blocks, and what is in none
+            assert calls["c10d::allreduce_"] == 3 * (1 + 1)  # the norm's too
+            assert calls["c10d::_allgather_base_"] > 3 * 4  # every micro step
+
+
+# Shares of the model
+
+
+@pytest.mark.slow
+def test_shares_in_bfloat16(run: Train) -> None:
+    """The products are bfloat16's and everything else is float32's, as under DDP.
+
+    Without clipping, as the norm of shares is summed in another order, which tips the rounding of a weight.
+    """
+    flags = ("--dtype=bfloat16", "--max_iters=20", "--grad_clip=0.0")
+    whole, shares = (run(2, *flags, f"--parallel={parallel}").losses() for parallel in ("ddp", "fsdp"))
+    assert shares == pytest.approx(whole, abs=1e-6)
+    assert run(1, *flags, "--dtype=float32").losses() != pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (3, "fsdp")])
+def test_recomputed_blocks_give_the_same_bits(run: Train, ranks: int, parallel: str) -> None:
+    """Their dropout is drawn again as it was."""
+    flag = f"--parallel={parallel}"
+    plain = run(ranks, flag) if ranks > 1 else run(1)
+    assert_same_files(run(ranks, flag, "--activation_checkpointing=block").out, plain.out)
+
+
+@pytest.mark.slow
+def test_shares_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> None:
+    """Two machines of two processes see what four with whole models see."""
+    several, whole = Trained(hsdp[0]["out"], ""), run(4, "--parallel=ddp")
+    assert several.losses() == pytest.approx(whole.losses(), abs=1e-5)
+    assert several.norms() == pytest.approx(whole.norms(), rel=1e-4)
+    state = checkpoint.choose(several.out, "latest").state
+    assert (state["resolved"]["world"], state["resolved"]["parallel"]) == (4, "hsdp")
+
+
+# Checkpoints
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
+def test_a_checkpoint_of_shares_is_whole(
+    run: Train, request: pytest.FixtureRequest, folio: Callable[..., Outcome], parallel: str
+) -> None:
+    """Every weight and every tensor of the optimiser by name, as one process writes them; and it can be sampled."""
+    out = run(3, "--parallel=fsdp").out if parallel == "fsdp" else request.getfixturevalue("hsdp")[0]["out"]
+    for step in (10, 50):
+        for name, error in ((checkpoint.MODEL, 1e-4), (checkpoint.OPTIMIZER, 1e-6)):
+            shares, whole = (load_file(checkpoint.folder(folder, step) / name) for folder in (out, run(1).out))
+            torch.testing.assert_close(shares, whole, rtol=0, atol=error)
+    found = checkpoint.choose(out, "latest")
+    names = {name for name, _ in found.model().named_parameters()}
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} < names
+    assert {name for name, _ in found.slots()} == {f"{n}/{s}" for n in names for s in ("step", "exp_avg", "exp_avg_sq")}
+    outcome = folio("sample", f"--out_dir={out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.slow
+def test_shares_resume_in_the_same_bits(run: Train, tmp_path: Path) -> None:
+    """On as many processes that hold as much: the files of a run that went through."""
+    undisturbed = run(3, "--parallel=fsdp").out
+    out = as_of(20, undisturbed, tmp_path / "out")
+    said = trained(out, 3, ["--init_from=resume"]).said
+    assert f"resuming {out} at step 20" in said
+    assert "exact to rounding" not in said
+    assert_same_files(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_moves(run: Train, tmp_path: Path) -> None:
+    """From any number of processes that hold anything to any other; the losses stay those of one."""
+    out = as_of(10, run(3, "--parallel=fsdp").out, tmp_path / "out")
+    moves = [
+        (2, "ddp", "world was 3 and is 2; parallel was fsdp and is ddp"),
+        (1, "ddp", "world was 2 and is 1"),
+        (4, "fsdp", "world was 1 and is 4; parallel was ddp and is fsdp"),
+    ]
+    for i, (ranks, parallel, differences) in enumerate(moves, start=1):
+        flags = ["--init_from=resume", f"--parallel={parallel}", f"--max_iters={10 * (i + 1)}"]
+        said = trained(out, ranks, flags).said
+        assert f"resuming {out} at step {10 * i}\n" in said
+        assert f"exact to rounding only: {differences}\n" in said
+    expected = Trained(run(1).out, "").losses()[: 40 + 2 * 5]
+    assert Trained(out, "").losses() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_several_machines_to_one_process(
+    run: Train, hsdp: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    out = as_of(20, hsdp[0]["out"], tmp_path / "out")
+    moved = trained(out, 1, ["--init_from=resume"])
+    assert "exact to rounding only: world was 4 and is 1; parallel was hsdp and is ddp\n" in moved.said
+    assert moved.losses(20) == pytest.approx(run(1).losses(20), abs=1e-5)
+
+
+def test_a_checkpoint_written_meanwhile_is_of_its_step(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long writing takes while training goes on: the files of a run that waits."""
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (time.sleep(0.2), save_file(*args)))
+    for meanwhile in (True, False):
+        argv = [*RUN, f"--data_dir={story}", "--max_iters=20", f"--async_checkpoint={meanwhile}"]
+        trained(tmp_path / str(meanwhile), 1, argv)
+    assert_same_files(tmp_path / "True", tmp_path / "False")
+
+
+# Replicas
+
+
+@pytest.mark.slow
+def test_a_rank_whose_weights_changed_is_named(three: Callable[..., list[dict[str, Any]]]) -> None:
+    """On every rank, with the parameter; nothing is said before."""
+    for seen in three("ddp"):
+        before, after = seen["replicas"]
+        assert before == ""
+        assert "the weights of rank 1 are no longer those" in after
+        assert "first transformer.h.1.mlp.c_proj.weight" in after
+
+
+@pytest.mark.slow
+def test_a_share_that_changed_is_named(hsdp: list[dict[str, Any]]) -> None:
+    """Against the process of the other machine that holds the same."""
+    for seen in hsdp:
+        before, after = seen["replicas"]
+        assert before == ""
+        assert "the weights of rank 3 are no longer those" in after
+        assert "first transformer.h.1.mlp.c_proj.weight" in after
+
+
+# How they are started
+
+
+@pytest.mark.slow
+def test_started_by_hand(run: Train) -> None:
+    """Five variables and no launcher: the same files, written meanwhile or not."""
+    assert_same_files(run(2, "--async_checkpoint=False", how="by hand").out, run(2, "--parallel=ddp").out)
+
+
+@pytest.mark.slow
+def test_processes_share_the_cores(tmp_path: Path) -> None:
+    """Two take half of torch's threads each, unless OMP_NUM_THREADS says how many."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    variables: list[dict[str, str]] = [{}, {"OMP_NUM_THREADS": "2"}]
+    for env in variables:
+        done = by_hand(2, tmp_path / "threads.py", **env)
+        assert [d.returncode for d in done] == [0, 0], done
+        for alone, taken, used in (map(int, d.stdout.split()) for d in done):
+            assert taken == used == (alone if env else max(1, alone // 2))
+
+
+@pytest.mark.parametrize(
+    ("env", "flags", "words"),
+    [
+        ({"RANK": "abc"}, [], ["RANK=abc: must be a whole number"]),
+        ({"LOCAL_RANK": "-1"}, [], ["LOCAL_RANK=-1: must be a whole number"]),
+        ({"WORLD_SIZE": ""}, [], ["WORLD_SIZE=: must be a whole number"]),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, [], ["RANK=5", "below WORLD_SIZE=2"]),
+        ({}, ["--parallel=fsdp", "--dtype=float16"], ["dtype=float16", "parallel=fsdp", "--dtype=bfloat16"]),
+        ({}, ["--parallel=fsdp", "--check_replicas_every=5"], ["check_replicas_every=5", "parallel=fsdp"]),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["--parallel=hsdp"], ["WORLD_SIZE=2", "use fsdp"]),
+        ({"WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=not set", "use fsdp"]),
+        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=4", "use fsdp"]),
+    ],
+)
+def test_refused(
+    folio: Callable[..., Outcome],
+    story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    flags: list[str],
+    words: list[str],
+) -> None:
+    # nobody can meet at this port, so that a process that is not refused fails at once
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
+    for name, value in {**launched, **env}.items():
+        monkeypatch.setenv(name, value)
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", *flags)
+    assert_refused(outcome, *words)
+    assert not (tmp_path / "out").exists()

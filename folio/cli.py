@@ -39,10 +39,13 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     """
     line = ""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    silent: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
+        silent = contextlib.redirect_stdout(io.StringIO())
     try:
-        code = _main(command, [*first, *sys.argv[1:]])
+        with silent:
+            code = _main(command, [*first, *sys.argv[1:]])
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         code = 141

@@ -54,7 +54,7 @@ class Output:
     checkpoint_interval: int | AUTO = knob("auto", "steps between checkpoints; auto: every evaluation", min=1)
     keep_checkpoints: int = knob(2, "latest checkpoints to keep, besides the best", min=1)
     async_checkpoint: bool | AUTO = knob(
-        "auto", "write checkpoints while training goes on; auto: on a GPU and with several processes"
+        "auto", "write checkpoints while training goes on; auto: on a GPU, and wherever there are several processes"
     )
 
 
@@ -79,7 +79,7 @@ class Data:
     data_dir: str = knob("", "folder or glob of the token files; wins over dataset")
     data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3")
     batch_size: int = knob(12, "rows in a micro batch", min=1)
-    gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1)
+    gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1, max=1_000_000)
     sampling: Literal["epoch", "random", "sequential"] = knob(
         "epoch", "epoch: each window once, shuffled; random: with replacement; sequential: as they lie"
     )
@@ -145,7 +145,10 @@ class Processes:
         "none", "block: keep only what goes into each block and compute the rest again, for less memory"
     )
     timeout: float = knob(
-        300.0, "seconds to wait for another process before all end; half an hour until the first step is done", above=0
+        300.0,
+        "seconds to wait for another process before all end; half an hour until the first step is done",
+        min=1,
+        max=31_536_000,
     )
     check_replicas_every: int = knob(
         0, "steps between comparisons of the weights that several processes hold; 0: none", min=0

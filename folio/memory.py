@@ -159,7 +159,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self._vocab_size = model.config.vocab_size
-        self._weights = [p.untyped_storage() for p in model.parameters()]
+        self._weights = {id(s): s for s in (p.untyped_storage() for p in model.parameters())}
         self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}  # by the storage's id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,7 +180,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._count(p.grad, "gradients")
 
     def _is_weight(self, t: Tensor) -> bool:
-        return any(t.untyped_storage() is storage for storage in self._weights)
+        return id(t.untyped_storage()) in self._weights
 
     def _count(self, t: Tensor, kind: str) -> None:
         storage = t.untyped_storage()

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import secrets
 import shutil
 import sys
 import threading
@@ -40,7 +41,7 @@ _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
 _CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
 _GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
-_STORES: list[Any] = []  # the one that they met at
+_STORES: dict[str, Any] = {}  # where they met: keys of the "job", which may be started anew, and of this "start"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -166,9 +167,10 @@ class Runtime:
 
     def _join(self, backend: str) -> None:
         patience = max(self._timeout, _PATIENCE)
-        store, rank, world = next(rendezvous("env://", timeout=patience))
-        _STORES[:] = [dist.PrefixStore("folio", store)]  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=_attempt(_store()), rank=rank, world_size=world, timeout=patience)
+        store, *_ = next(rendezvous("env://", timeout=patience))
+        job = _STORES["job"] = _under("folio", store)
+        start = _STORES["start"] = _under(_name_of_this_start(job, self.rank, self.world, patience), job)
+        dist.init_process_group(backend, store=start, rank=self.rank, world_size=self.world, timeout=patience)
         _GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
@@ -222,6 +224,7 @@ class Runtime:
         size = (self.world,) if self.parallel == "fsdp" else (self.world // self.shards, self.shards)
         mesh = init_device_mesh(self.device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
         _GROUPS.extend(mesh.get_all_groups())
+        self._wait_at_most(max(self._timeout, _PATIENCE))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
             matrices: list[Any] = [block.attn, block.mlp]
@@ -273,9 +276,12 @@ class Runtime:
         optimizer.zero_grad(set_to_none=True)
         if self._patient and self._grouped:
             self._patient = False
-            for group in _GROUPS:
-                if group is not self._control:
-                    dist.distributed_c10d._set_pg_timeout(self._timeout, group)
+            self._wait_at_most(self._timeout)
+
+    def _wait_at_most(self, timeout: timedelta) -> None:
+        for group in _GROUPS:
+            if group is not self._control:
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""
@@ -322,7 +328,20 @@ class Runtime:
     def remember(self, run: str) -> None:
         """For ``former_run``, should the launcher start this job anew."""
         if self._grouped:
-            _store().set("run", run)
+            _STORES["job"].set("run", run)
+
+    def agree(self, found: dict[str, Any]) -> None:
+        """Raises ValueError, on every rank, where the processes found different things under the same names."""
+        if self.world == 1:
+            return
+        every: list[Any] = [None] * self.world
+        dist.all_gather_object(every, found, group=self._control)
+        for rank, other in enumerate(every):
+            if what := next((name for name in found if other[name] != every[0][name]), None):
+                raise ValueError(
+                    f"{what} is {every[0][what]} on rank 0 and {other[what]} on rank {rank}: all processes need the "
+                    "same knobs, data and out_dir"
+                )
 
     def _reshard(self) -> None:
         """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
@@ -339,11 +358,12 @@ class Runtime:
             return
         self._reshard()
         parameters = dict(model.named_parameters())
-        mine = torch.stack([torch.hash_tensor(_here(p)).view(torch.int64) for p in parameters.values()])
+        mine = torch.stack([_hash(_here(p)) for p in parameters.values()])
         hashes = torch.empty(self.world, len(mine), dtype=torch.int64, device=mine.device)
         dist.all_gather(list(hashes), mine)
         replicas = hashes.view(-1, self.shards, len(mine))
-        differ = (replicas != replicas[0]).view(self.world, -1).cpu()
+        most = replicas.mode(0).values if len(replicas) > 2 else replicas[0]
+        differ = (replicas != most).view(self.world, -1).cpu()
         if differ.any():
             ranks = ", ".join(str(rank) for rank in range(self.world) if differ[rank].any())
             first = list(parameters)[int(differ.any(0).nonzero()[0])]
@@ -427,9 +447,9 @@ class Runtime:
 
 def former_run() -> str:
     """The id of the run that this job was at when the launcher started it anew (``Runtime.remember``), or ""."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not _launched():
         return ""
-    store = _store()
+    store = _job()
     return str(store.get("run").decode()) if store.check(["run"]) else ""
 
 
@@ -474,36 +494,76 @@ def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
     A rank > 0 waits a little, so that rank 0 tells what all meet. One that only lost another waits longer, for the
     word of that one. Without a place where they met, each speaks.
     """
-    rank, heard = os.environ["RANK"], []
+    rank = os.environ["RANK"]
+    heard: list[tuple[bool, list[str]]] = []
 
     def ask() -> None:
         with contextlib.suppress(LookupError, ValueError, RuntimeError):
-            store = _attempt(_store())
+            store, ranks = _start(), range(int(os.environ["WORLD_SIZE"]))
             store.set(f"failed/{rank}", "")
             time.sleep(2.0 if _is_lost(error) else 0.5 * (rank != "0"))
-            heard.append(store.compare_set("failed/first", "", rank).decode() == rank)
-            ranks = range(int(os.environ["WORLD_SIZE"]))
-            heard.append([str(r) for r in ranks if not store.check([f"failed/{r}"])])
+            first = store.compare_set("failed/first", "", rank).decode() == rank
+            heard.append((first, [str(r) for r in ranks if not store.check([f"failed/{r}"])]))
+            store.set(f"heard/{rank}", "")
+            if rank == "0" and not _launched():  # the others still ask the store, which this process keeps
+                store.wait([f"heard/{r}" for r in ranks], timedelta(seconds=3))
 
     thread = threading.Thread(target=ask, daemon=True)  # a store behind a broken link never answers
     thread.start()
     thread.join(10)
-    return (heard[0], heard[1]) if len(heard) == 2 else (True, [])
+    return heard[0] if heard else (True, [])
 
 
-def _store() -> Any:
+def _launched() -> bool:
+    """Whether a launcher keeps the store, also over the starts of a job."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _under(name: str, store: Any) -> Any:
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
+def _job() -> Any:
     """Where the processes met, or will; raises LookupError where there is no such place yet."""
-    if not _STORES and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+    if "job" not in _STORES and _launched():
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
-        _STORES.append(dist.PrefixStore("folio", store))  # type: ignore[attr-defined]
-    return _STORES[0]
+        _STORES["job"] = _under("folio", store)
+    return _STORES["job"]
 
 
-def _attempt(store: Any) -> Any:
-    """The keys of this start of the job: a launcher keeps its store when it starts all processes anew."""
-    names = ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE")
-    return dist.PrefixStore("/".join(os.environ.get(name, "0") for name in names), store)  # type: ignore[attr-defined]
+def _start() -> Any:
+    """The keys of this start; before they met, those of what the launcher counts and tells."""
+    told = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    return _STORES.get("start") or _under("/".join(told), _job())
+
+
+def _name_of_this_start(job: Any, rank: int, world: int, patience: timedelta) -> str:
+    """A name that all processes of this start of the job share, and none of another.
+
+    A launcher keeps its store when it starts a job anew, and the launchers of several machines do not count alike. So
+    each process shows a name of its own, which rank 0 answers with the name of the start, until all have heard it.
+
+    Raises:
+        DistStoreError: not all came.
+    """
+    mine = secrets.token_hex(8)
+    if rank:
+        job.set(f"here/{rank}", mine)
+        job.wait([f"start/{mine}"], patience)
+        start = str(job.get(f"start/{mine}").decode())
+        job.add(f"{start}/met", 1)
+        return start
+    answered: set[bytes] = set()
+    here, end = [f"here/{r}" for r in range(1, world)], time.monotonic() + patience.total_seconds()
+    while (met := job.add(f"{mine}/met", 0)) < world - 1:
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"{met + 1} of {world} processes came in {patience.total_seconds():.0f} s")
+        for other in set(job.multi_get(here)) - answered if job.check(here) else ():
+            job.set(f"start/{other.decode()}", mine)
+            answered.add(other)
+        time.sleep(0.02)
+    return mine
 
 
 def leave(code: int) -> NoReturn:
@@ -529,15 +589,20 @@ def _here(tensor: Tensor) -> Tensor:
     return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def _hash(tensor: Tensor) -> Tensor:
+    """Of a tensor's bits, an int64; 0 where there are none, as in a process's share of a short parameter."""
+    return torch.hash_tensor(tensor).view(torch.int64) if tensor.numel() else tensor.new_zeros((), dtype=torch.int64)
+
+
 def _place() -> tuple[int, int, int]:
     """(rank, world, local rank) from the launcher's environment; a run without one is alone."""
     if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
         return 0, 1, 0
     if missing := [name for name in _LAUNCHER if name not in os.environ]:
         raise ValueError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ[name].isdecimal():
-            raise ValueError(f"{name}={os.environ[name]}: must be a whole number from 0 on; torchrun sets it")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(name, "1")).isdecimal() or (name.endswith("SIZE") and int(value) == 0):
+            raise ValueError(f"{name}={value}: must be a whole number, as torchrun sets it")
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not max(rank, local_rank) < world:
         raise ValueError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
@@ -564,6 +629,7 @@ def _asked_or_before(asked: T, before: T | None) -> T:
 def _device(asked: str, before: str | None, local_rank: int, world: int) -> torch.device:
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
+        have["mps"] &= world == 1  # gloo cannot serve it
         asked = before if before and have.get(before) else next(d for d in ("cuda", "mps", "cpu") if have[d])
     try:
         device = torch.device(asked)

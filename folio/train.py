@@ -35,6 +35,7 @@ from folio.validation import evaluate
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
 _SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
+_PLACES = ("out_dir", "init_from", "data_dir", "dataset", "data_mixture")  # that may differ from machine to machine
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
 
 
@@ -345,6 +346,7 @@ def save(run: Run) -> None:
     meanwhile = output.async_checkpoint
     if meanwhile == "auto":
         meanwhile = runtime.world > 1 or runtime.device.type == "cuda"
+    meanwhile = meanwhile and not run.stop
     weights, slots = runtime.full_state(run.model, run.optimizer, copy=meanwhile)
     run.state.seconds = time.perf_counter() - run.started
     state = {
@@ -364,7 +366,7 @@ def save(run: Run) -> None:
         checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
 
     run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, step)}")
-    runtime.write(write, wait=bool(run.stop) or not meanwhile)
+    runtime.write(write, wait=not meanwhile)
 
 
 # How a run begins and ends
@@ -418,6 +420,12 @@ def build(config: TrainConfig) -> Run:
     resolved = former.found.state["resolved"] if former else None
     runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
     try:
+        runtime.agree(
+            {name: value for name, value in flat(config).items() if name not in _PLACES}
+            | {"the vocabulary": vocab_size, "the data": tokens.fingerprint()}
+            | {"the newest checkpoint": former.found.step if former else None}
+            | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}
+        )
         largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
         if data.gradient_accumulation_steps % runtime.world == 0:
             tokens.world = runtime.world
@@ -436,23 +444,28 @@ def build(config: TrainConfig) -> Run:
             log.open(out_dir)
             if former and isinstance(former.found, PtFile):
                 save(run)  # from here on the run is this program's
+                runtime.written()
+        _introduce(run, lines)
     except BaseException:
         runtime.close()
         raise
-    _introduce(run, lines)
     return run
 
 
 def finish(run: Run) -> None:
     """Says how it went, where it did, and gives everything back; belongs on every path."""
     state, max_iters = run.state, run.config.optimizer.max_iters
-    if run.stop == "max_iters" and run.begun == state.step > 0:
-        run.log.say(f"nothing to do: step {state.step} of max_iters={max_iters}; a larger --max_iters goes on")
-    elif run.stop:
-        why = "" if run.stop == "max_iters" else f" ({run.stop}), --init_from=resume goes on"
-        best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}" if state.best else ""
-        run.log.say(f"step {state.step} of {max_iters}{why}{best}")
     try:
+        if run.stop == "max_iters" and run.begun == state.step > 0:
+            run.log.say(f"nothing to do: step {state.step} of max_iters={max_iters}; a larger --max_iters goes on")
+        elif run.stop:
+            why = "" if run.stop == "max_iters" else f" ({run.stop}), --init_from=resume goes on"
+            best = (
+                f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
+                if state.best
+                else ""
+            )
+            run.log.say(f"step {state.step} of {max_iters}{why}{best}")
         run.log.close()
     finally:
         run.runtime.close()

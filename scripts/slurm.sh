@@ -2,8 +2,8 @@
 # Trains on several nodes under Slurm: sbatch scripts/slurm.sh [FILE or PRESET …] [--knob=value …]
 #
 # Submit it from the clone, on a file system that all nodes see; data and out_dir lie there as well. One launcher a node
-# starts one process a GPU. Should a process fail, all are started again and go on; before the time is over the job goes
-# back into the queue, which ends it with SIGTERM: it saves, and goes on when it is its turn.
+# starts one process a GPU. Should a process fail, all are started again and go on. Two minutes before the time is over
+# the job saves and goes back into the queue, to go on when it is its turn.
 #SBATCH --job-name=folio
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -22,9 +22,12 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / processes))}
 # export NCCL_IB_DISABLE=1            # where there is no InfiniBand
 # export NCCL_SOCKET_IFNAME=eth0      # where a node has several networks
 
-trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds that a launcher leaves its processes to save
+
+trap 'kill -TERM "$launchers"; wait "$launchers" || true; scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="$processes" --max_restarts=3 \
     --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
     train.py "${@:-config/train_gpt2.py}" --init_from=auto &
-wait $! || wait $! # a trap ends the first
+launchers=$!
+wait "$launchers"

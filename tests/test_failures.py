@@ -228,6 +228,23 @@ def test_processes_that_do_not_meet(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_processes_that_were_asked_different_things(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """They do not train apart from each other: both end, and one of them says what differs."""
+    port = free_port()
+    argv = ("train.py", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
+    children = [
+        spawn(*argv, f"--learning_rate={rate}", threads=1, **by_hand(rank, 2, port))
+        for rank, rate in enumerate((0.001, 0.002))
+    ]
+    assert [child.end(60) for child in children] == [2, 2]
+    assert "".join(child.output() for child in children) == (
+        "train.py: learning_rate is 0.001 on rank 0 and 0.002 on rank 1: all processes need the same knobs, data and "
+        "out_dir\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -239,7 +256,7 @@ def test_a_loss_is_known_by_what_gloo_says(monkeypatch: pytest.MonkeyPatch, mess
     """Both of its ways to tell it, seen where a cable broke, name who was not heard of; neither is a defect."""
     for name, value in by_hand(0, 2, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime, "_STORES", [runtime.dist.HashStore()])
+    monkeypatch.setattr(runtime, "_STORES", {"start": runtime.dist.HashStore()})
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     code, line = cli._told(RuntimeError(message))
     assert code == 1
@@ -269,6 +286,22 @@ def test_a_group_goes_on_by_itself(
     assert aside == (["previous-1"] if before_a_checkpoint else [])
 
 
+@pytest.mark.slow
+def test_launchers_of_two_machines_go_on(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """One counts the restart and the other does not; still all meet again, and know the run that they were at."""
+    out, port = tmp_path / "out", free_port()
+    common = ("--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_id=9", "--rdzv_backend=c10d")
+    launcher = (*common, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
+    flags = ("--init_from=scratch", "--gradient_accumulation_steps=2", "--log_interval=1")
+    children = [spawn(*group(out, story, *flags, launcher=launcher), threads=1) for _ in range(2)]
+    children[0].wait_until(lambda: reached(out, 24)() and checkpoint.steps(out) != [])
+    children[1].kill(children[1].family()[1:])
+    said = "".join(to_its_end(child) for child in children)
+    assert said.count(f"resuming {out} at step ") == 1
+    assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == list(range(70))
+    assert not (out / "previous-1").exists()
+
+
 def go(data: Path, out: Path, *flags: str) -> int:
     """A run in this process."""
     argv = [*RUN, f"--data_dir={data}", f"--out_dir={out}", *flags]
@@ -281,7 +314,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     update, stores = Runtime.update, {}
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
-        monkeypatch.setattr(runtime, "_STORES", [])
+        monkeypatch.setattr(runtime, "_STORES", {})
         LEFT.append([])
         monkeypatch.setattr(runtime, "_GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):

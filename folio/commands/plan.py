@@ -77,7 +77,7 @@ def _check(options: Options) -> None:
             f"init_from={options.init_from}: the shape of that model is not looked up here: set --init_from=scratch, "
             "and --n_layer, --n_head, --n_embd as it has them"
         )
-    if options.processes.parallel == "hsdp" and (gpus <= node or gpus % node):
+    if options.processes.parallel == "hsdp" and (not 1 < node < gpus or gpus % node):
         raise ValueError(
             f"parallel=hsdp shares the model within each machine, but gpus={gpus} are not several machines of "
             f"gpus_per_node={node}: use --parallel=fsdp, or change one of the two"

@@ -30,7 +30,7 @@ from folio.log import METRICS, read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = shlex.split(
     "config/train_shakespeare_char.py --device=cpu --compile=False --batch_size=8 --gradient_accumulation_steps=4 "
-    "--dropout=0.0 --eval_iters=1 --log_interval=1 --max_iters=15 --lr_decay_iters=15 --warmup_iters=2"
+    "--dropout=0.0 --eval_iters=1 --log_interval=1 --max_iters=15 --warmup_iters=100"
 )
 
 

@@ -35,7 +35,7 @@ from folio.validation import evaluate
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
 _SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
-_PLACES = ("out_dir", "init_from", "data_dir", "dataset", "data_mixture")  # that may differ from machine to machine
+_OWN = ("out_dir", "init_from", "data_dir", "dataset", "data_mixture", "wandb_run_name")  # of a machine or a moment
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
 
 
@@ -421,7 +421,7 @@ def build(config: TrainConfig) -> Run:
     runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
     try:
         runtime.agree(
-            {name: value for name, value in flat(config).items() if name not in _PLACES}
+            {name: value for name, value in flat(config).items() if name not in _OWN}
             | {"the vocabulary": vocab_size, "the data": tokens.fingerprint()}
             | {"the newest checkpoint": former.found.step if former else None}
             | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}

@@ -418,9 +418,11 @@ def test_a_share_that_changed_is_named(hsdp: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_started_by_hand(run: Train) -> None:
-    """Five variables and no launcher: the same files, written meanwhile or not."""
-    assert_same_files(run(2, "--async_checkpoint=False", how="by hand").out, run(2, "--parallel=ddp").out)
+def test_started_by_hand(run: Train, tmp_path: Path) -> None:
+    """Five variables and no launcher: the same files, written meanwhile or not, whatever each calls the run."""
+    (tmp_path / "named.py").write_text("import time\nwandb_run_name = 'run' + str(time.time())\n")
+    flags = (str(tmp_path / "named.py"), "--async_checkpoint=False")
+    assert_same_files(run(2, *flags, how="by hand").out, run(2, "--parallel=ddp").out)
 
 
 @pytest.mark.slow

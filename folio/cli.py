@@ -57,8 +57,8 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
         name = Path(sys.argv[0]).name
         sign = "" if line.startswith("Traceback") else f"{'folio' if name == '__main__.py' else name}: "
         print(sign + line, file=sys.stderr, flush=True)
-    if runtime := sys.modules.get("folio.runtime"):
-        runtime.leave(code)
+    if processes := sys.modules.get("folio.processes"):
+        processes.leave(code)
     sys.exit(code)
 
 
@@ -77,7 +77,7 @@ def _told(error: Exception) -> tuple[int, str]:
     else:
         code, line = 1, traceback.format_exc().rstrip()
     if "RANK" in os.environ and package != "torch":
-        from folio.runtime import told_by_the_first
+        from folio.processes import told_by_the_first
 
         line = told_by_the_first(line, error)
     return code, line

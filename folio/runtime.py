@@ -9,39 +9,33 @@ import contextlib
 import functools
 import importlib.util
 import os
-import secrets
 import shutil
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from folio import processes
 from folio.config import Processes, System
 from folio.flops import peak
 from folio.model import GPT, within_documents
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
-
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
 _CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
-_GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
-_STORES: dict[str, Any] = {}  # where they met: keys of the "job", which may be started anew, and of this "start"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -104,15 +98,15 @@ class Runtime:
     def __init__(
         self,
         system: System,
-        processes: Processes | None = None,
+        several: Processes | None = None,
         *,
         flops: float = 0.0,
         resolved: dict[str, Any] | None = None,
     ) -> None:
-        before, processes = resolved or {}, processes or Processes()
-        self.rank, self.world, local_rank = _place()
+        before, several = resolved or {}, several or Processes()
+        self.rank, self.world, local_rank = processes.place()
         self._grouped = "RANK" in os.environ
-        self.parallel = processes.parallel if self._grouped else "ddp"
+        self.parallel = several.parallel if self._grouped else "ddp"
         self.shards = _shards(self.parallel, self.world)
         self.device = _device(system.device, before.get("device"), local_rank, self.world)
         if self.device.type == "cuda":
@@ -155,26 +149,24 @@ class Runtime:
         }
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._stuck = torch.zeros((), device=self.device)
-        self._recompute = processes.activation_checkpointing == "block"
-        self._timeout = timedelta(seconds=processes.timeout)
+        self._recompute = several.activation_checkpointing == "block"
+        self._timeout = timedelta(seconds=several.timeout)
         self._patient = True
         self._sharded: Any = None
         self._writer = ThreadPoolExecutor(1, "writer")
         self._written: Future[None] | None = None
         if self._grouped:
-            nccl = self.device.type == "cuda" and processes.backend != "gloo"  # nccl is nanoGPT's default, on a CPU too
+            nccl = self.device.type == "cuda" and several.backend != "gloo"  # nccl is nanoGPT's default, on a CPU too
             self._join("nccl" if nccl else "gloo")
 
     def _join(self, backend: str) -> None:
         patience = max(self._timeout, _PATIENCE)
-        store, *_ = next(rendezvous("env://", timeout=patience))
-        job = _STORES["job"] = _under("folio", store)
-        start = _STORES["start"] = _under(_name_of_this_start(job, self.rank, self.world, patience), job)
-        dist.init_process_group(backend, store=start, rank=self.rank, world_size=self.world, timeout=patience)
-        _GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
+        store = processes.meet(self.rank, self.world, patience)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=patience)
+        processes.GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
-        _GROUPS.append(self._control)
+        processes.GROUPS.append(self._control)
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""
@@ -223,7 +215,7 @@ class Runtime:
 
         size = (self.world,) if self.parallel == "fsdp" else (self.world // self.shards, self.shards)
         mesh = init_device_mesh(self.device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
-        _GROUPS.extend(mesh.get_all_groups())
+        processes.GROUPS.extend(mesh.get_all_groups())
         self._wait_at_most(max(self._timeout, _PATIENCE))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
@@ -279,7 +271,7 @@ class Runtime:
             self._wait_at_most(self._timeout)
 
     def _wait_at_most(self, timeout: timedelta) -> None:
-        for group in _GROUPS:
+        for group in processes.GROUPS:
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -324,11 +316,6 @@ class Runtime:
             self.broadcast(make)
         elif self.rank == 0:
             self._written = self._writer.submit(make)
-
-    def remember(self, run: str) -> None:
-        """For ``former_run``, should the launcher start this job anew."""
-        if self._grouped:
-            _STORES["job"].set("run", run)
 
     def agree(self, found: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, where the processes found different things under the same names."""
@@ -430,7 +417,7 @@ class Runtime:
         GIL held, while one of those may be waiting for the GIL to let go of a tensor (seen with torch 2.13).
         """
         error = sys.exception()
-        told = told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
+        told = processes.told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
 
         def give_up() -> None:
             print(told, end="\n" * bool(told), file=sys.stderr, flush=True)
@@ -445,14 +432,6 @@ class Runtime:
             guard.cancel()
 
 
-def former_run() -> str:
-    """The id of the run that this job was at when the launcher started it anew (``Runtime.remember``), or ""."""
-    if not _launched():
-        return ""
-    store = _job()
-    return str(store.get("run").decode()) if store.check(["run"]) else ""
-
-
 def laid_out_as(p: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor, laid out as the parameter is: this process's share of it, where there are shares."""
     if not _is_shared(p) or p.shape != whole.shape:
@@ -460,119 +439,6 @@ def laid_out_as(p: Tensor, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
-def told_by_the_first(line: str, error: BaseException) -> str:
-    """What this process of several is to say of its error: the ``line``, if it is the first to fail, else nothing."""
-    rank = os.environ.get("RANK", "")
-    if not rank.isdecimal():
-        return line
-    first, silent = _first_to_fail(error)
-    if not first:
-        return ""
-    if "EADDRINUSE" in str(error):
-        line = f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: choose another"
-    elif _is_lost(error):
-        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
-        who = f"rank {', '.join(silent)}" if silent else "another process"
-        line = f"{who} does not answer ({reason}): --timeout says how long to wait, --init_from=resume goes on"
-    return line if rank == "0" else f"rank {rank}: {line}"
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether an error says no more than that another process is gone or late."""
-    words = ("gloo", "pair closure")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
-
-
-@functools.cache
-def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
-    """Whether this process failed before all others, and the ranks that have not been heard of.
-
-    A rank > 0 waits a little, so that rank 0 tells what all meet. One that only lost another waits longer, for the
-    word of that one. Without a place where they met, each speaks.
-    """
-    rank = os.environ["RANK"]
-    heard: list[tuple[bool, list[str]]] = []
-
-    def ask() -> None:
-        with contextlib.suppress(LookupError, ValueError, RuntimeError):
-            store, ranks = _start(), range(int(os.environ["WORLD_SIZE"]))
-            store.set(f"failed/{rank}", "")
-            time.sleep(2.0 if _is_lost(error) else 0.5 * (rank != "0"))
-            first = store.compare_set("failed/first", "", rank).decode() == rank
-            heard.append((first, [str(r) for r in ranks if not store.check([f"failed/{r}"])]))
-            store.set(f"heard/{rank}", "")
-            if rank == "0" and not _launched():  # the others still ask the store, which this process keeps
-                store.wait([f"heard/{r}" for r in ranks], timedelta(seconds=3))
-
-    thread = threading.Thread(target=ask, daemon=True)  # a store behind a broken link never answers
-    thread.start()
-    thread.join(10)
-    return heard[0] if heard else (True, [])
-
-
-def _launched() -> bool:
-    """Whether a launcher keeps the store, also over the starts of a job."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _under(name: str, store: Any) -> Any:
-    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def _job() -> Any:
-    """Where the processes met, or will; raises LookupError where there is no such place yet."""
-    if "job" not in _STORES and _launched():
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
-        _STORES["job"] = _under("folio", store)
-    return _STORES["job"]
-
-
-def _start() -> Any:
-    """The keys of this start; before they met, those of what the launcher counts and tells."""
-    told = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
-    return _STORES.get("start") or _under("/".join(told), _job())
-
-
-def _name_of_this_start(job: Any, rank: int, world: int, patience: timedelta) -> str:
-    """A name that all processes of this start of the job share, and none of another.
-
-    A launcher keeps its store when it starts a job anew, and the launchers of several machines do not count alike. So
-    each process shows a name of its own, which rank 0 answers with the name of the start, until all have heard it.
-
-    Raises:
-        DistStoreError: not all came.
-    """
-    mine = secrets.token_hex(8)
-    if rank:
-        job.set(f"here/{rank}", mine)
-        job.wait([f"start/{mine}"], patience)
-        start = str(job.get(f"start/{mine}").decode())
-        job.add(f"{start}/met", 1)
-        return start
-    answered: set[bytes] = set()
-    here, end = [f"here/{r}" for r in range(1, world)], time.monotonic() + patience.total_seconds()
-    while (met := job.add(f"{mine}/met", 0)) < world - 1:
-        if time.monotonic() > end:
-            raise dist.DistStoreError(f"{met + 1} of {world} processes came in {patience.total_seconds():.0f} s")
-        for other in set(job.multi_get(here)) - answered if job.check(here) else ():
-            job.set(f"start/{other.decode()}", mine)
-            answered.add(other)
-        time.sleep(0.02)
-    return mine
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
-    if _GROUPS:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _is_shared(tensor: Tensor) -> bool:
@@ -592,21 +458,6 @@ def _here(tensor: Tensor) -> Tensor:
 def _hash(tensor: Tensor) -> Tensor:
     """Of a tensor's bits, an int64; 0 where there are none, as in a process's share of a short parameter."""
     return torch.hash_tensor(tensor).view(torch.int64) if tensor.numel() else tensor.new_zeros((), dtype=torch.int64)
-
-
-def _place() -> tuple[int, int, int]:
-    """(rank, world, local rank) from the launcher's environment; a run without one is alone."""
-    if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
-        return 0, 1, 0
-    if missing := [name for name in _LAUNCHER if name not in os.environ]:
-        raise ValueError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        if not (value := os.environ.get(name, "1")).isdecimal() or (name.endswith("SIZE") and int(value) == 0):
-            raise ValueError(f"{name}={value}: must be a whole number, as torchrun sets it")
-    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not max(rank, local_rank) < world:
-        raise ValueError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
-    return rank, world, local_rank
 
 
 def _shards(parallel: str, world: int) -> int:

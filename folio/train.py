@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from folio import checkpoint, files, pretrained, pt_files, rng
+from folio import checkpoint, files, pretrained, processes, pt_files, rng
 from folio.checkpoint import State
 from folio.config import COMMAND_LINE, OF_THE_CALL, Data, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
@@ -27,7 +27,7 @@ from folio.log import METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.pt_files import NANOGPT, PtFile
-from folio.runtime import Loss, Runtime, former_run
+from folio.runtime import Loss, Runtime
 from folio.token_files import GPT2, Split
 from folio.tokens import Tokens
 from folio.validation import evaluate
@@ -381,7 +381,7 @@ def build(config: TrainConfig) -> Run:
     check(config)
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    again = former_run()  # whatever init_from says: this job has begun already
+    again = processes.former_run()  # whatever init_from says: this job has begun already
     former = (_former(out_dir, "auto", again) if again else None) or _former(out_dir, begin)
     if former is not None:
         config = _overlay(config, former.found.asked, lines)
@@ -613,7 +613,7 @@ def _take_folder(run: Run, resumed: bool) -> None:
         else:
             _move_aside(out_dir)
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
-        run.runtime.remember(run.id)
+        processes.remember(run.id)
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 

@@ -33,7 +33,7 @@ from conftest import (
     to_its_end,
 )
 
-from folio import checkpoint, cli, runtime
+from folio import checkpoint, cli, processes
 from folio.commands import train
 from folio.runtime import Runtime
 
@@ -256,7 +256,7 @@ def test_a_loss_is_known_by_what_gloo_says(monkeypatch: pytest.MonkeyPatch, mess
     """Both of its ways to tell it, seen where a cable broke, name who was not heard of; neither is a defect."""
     for name, value in by_hand(0, 2, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(runtime, "_STORES", {"start": runtime.dist.HashStore()})
+    monkeypatch.setattr(processes, "_STORES", {"start": processes.dist.HashStore()})
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     code, line = cli._told(RuntimeError(message))
     assert code == 1
@@ -314,14 +314,14 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     update, stores = Runtime.update, {}
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
-        monkeypatch.setattr(runtime, "_STORES", {})
+        monkeypatch.setattr(processes, "_STORES", {})
         LEFT.append([])
-        monkeypatch.setattr(runtime, "_GROUPS", LEFT[-1])
+        monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         if job:
             if job not in stores:
-                stores[job] = runtime.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                stores[job] = processes.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             for name, value in by_hand(0, 1, stores[job].port).items():
                 monkeypatch.setenv(name, value)
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))

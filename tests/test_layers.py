@@ -12,7 +12,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
-    {"tokens", "token_files", "tokenizer", "runtime", "log"},
+    {"tokens", "token_files", "tokenizer", "processes", "runtime", "log"},
     {
         "validation",
         "hellaswag",
@@ -29,7 +29,7 @@ LAYERS = [
     {"cli", "__main__"},
 ]
 DELEGATES = {"generate", "optim", "flops", "pretrained"}  # whose functions are nanoGPT's methods of GPT, one line each
-OWNERS = {"torch.distributed": {"runtime"}, "wandb": {"log"}, "transformers": {"pretrained"}}
+OWNERS = {"torch.distributed": {"runtime", "processes"}, "wandb": {"log"}, "transformers": {"pretrained"}}
 MODULES = {
     ".".join(path.relative_to(ROOT / "folio").with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in sorted((ROOT / "folio").rglob("*.py"))

@@ -41,7 +41,7 @@ import torch
 from torch.profiler import profile
 from folio import cli, train
 from folio.config import TrainConfig
-from folio.runtime import leave
+from folio.processes import leave
 
 folder, counted, changed, *argv = sys.argv[1:]
 run = train.build(cli.parse(TrainConfig, argv, "folio train", files=True))
@@ -73,7 +73,8 @@ THREADS = """
 import torch
 alone = torch.get_num_threads()
 from folio.config import System
-from folio.runtime import Runtime, leave
+from folio.processes import leave
+from folio.runtime import Runtime
 runtime = Runtime(System(device="cpu"))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())
 runtime.close()

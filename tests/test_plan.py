@@ -44,7 +44,8 @@ import json, os, sys
 import torch
 from folio.config import Processes, System
 from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime, leave
+from folio.processes import leave
+from folio.runtime import Runtime
 
 parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.environ["LOCAL_WORLD_SIZE"] = node

@@ -31,7 +31,8 @@ from folio import rng
 from folio.config import System
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
-from folio.runtime import Runtime, leave
+from folio.processes import leave
+from folio.runtime import Runtime
 
 runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
 seen = {"world": runtime.world}

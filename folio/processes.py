@@ -1,0 +1,184 @@
+"""The processes of a job: how they find each other, which of them tells what went wrong, and how they end.
+
+A launcher, torchrun, starts them with variables that say who each is, and keeps a store of keys that outlives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import secrets
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
+_STORES: dict[str, Any] = {}  # keys of the "job", which may be started anew, and of this "start"
+
+
+def place() -> tuple[int, int, int]:
+    """(rank, world, local rank) from the launcher's environment; a run without one is alone.
+
+    Raises:
+        ValueError: a variable is missing or cannot be; names it.
+    """
+    if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
+        return 0, 1, 0
+    if missing := [name for name in _LAUNCHER if name not in os.environ]:
+        raise ValueError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(name, "1")).isdecimal() or (name.endswith("SIZE") and int(value) == 0):
+            raise ValueError(f"{name}={value}: must be a whole number, as torchrun sets it")
+    rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not max(rank, local_rank) < world:
+        raise ValueError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
+    return rank, world, local_rank
+
+
+def meet(rank: int, world: int, patience: timedelta) -> Any:
+    """Waits for the other processes of this start of the job; the store over which they form groups.
+
+    Raises:
+        DistError: not all came in time, or the port is taken.
+    """
+    store, *_ = next(rendezvous("env://", timeout=patience))
+    job = _STORES["job"] = _under("folio", store)
+    _STORES["start"] = _under(_name_of_this_start(job, rank, world, patience), job)
+    return _STORES["start"]
+
+
+def remember(run: str) -> None:
+    """For ``former_run``, should the launcher start this job anew."""
+    if "job" in _STORES:
+        _STORES["job"].set("run", run)
+
+
+def former_run() -> str:
+    """The id of the run that this job was at when the launcher started it anew (``remember``), or ""."""
+    if not _launched():
+        return ""
+    store = _job()
+    return str(store.get("run").decode()) if store.check(["run"]) else ""
+
+
+def told_by_the_first(line: str, error: BaseException) -> str:
+    """What this process of several is to say of its error: the ``line``, if it is the first to fail, else nothing.
+
+    It may take some seconds, in which others are heard.
+    """
+    rank = os.environ.get("RANK", "")
+    if not rank.isdecimal():
+        return line
+    first, silent = _first_to_fail(error)
+    if not first:
+        return ""
+    if "EADDRINUSE" in str(error):
+        line = f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: choose another"
+    elif _is_lost(error):
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
+        who = f"rank {', '.join(silent)}" if silent else "another process"
+        line = f"{who} does not answer ({reason}): --timeout says how long to wait, --init_from=resume goes on"
+    return line if rank == "0" else f"rank {rank}: {line}"
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error says no more than that another process is gone or late."""
+    words = ("gloo", "pair closure")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+@functools.cache
+def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
+    """Whether this process failed before all others, and the ranks that have not been heard of.
+
+    A rank > 0 waits a little, so that rank 0 tells what all meet. One that only lost another waits longer, for the
+    word of that one. Without a place where they met, each speaks.
+    """
+    rank = os.environ["RANK"]
+    heard: list[tuple[bool, list[str]]] = []
+
+    def ask() -> None:
+        with contextlib.suppress(LookupError, ValueError, RuntimeError):
+            store, ranks = _start(), range(int(os.environ["WORLD_SIZE"]))
+            store.set(f"failed/{rank}", "")
+            time.sleep(2.0 if _is_lost(error) else 0.5 * (rank != "0"))
+            first = store.compare_set("failed/first", "", rank).decode() == rank
+            heard.append((first, [str(r) for r in ranks if not store.check([f"failed/{r}"])]))
+            store.set(f"heard/{rank}", "")
+            if rank == "0" and not _launched():  # the others still ask the store, which this process keeps
+                store.wait([f"heard/{r}" for r in ranks], timedelta(seconds=3))
+
+    thread = threading.Thread(target=ask, daemon=True)  # a store behind a broken link never answers
+    thread.start()
+    thread.join(10)
+    return heard[0] if heard else (True, [])
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
+    if GROUPS:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _launched() -> bool:
+    """Whether a launcher keeps the store, also over the starts of a job."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _under(name: str, store: Any) -> Any:
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
+def _job() -> Any:
+    """Where the processes met, or will; raises LookupError where there is no such place yet."""
+    if "job" not in _STORES and _launched():
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
+        _STORES["job"] = _under("folio", store)
+    return _STORES["job"]
+
+
+def _start() -> Any:
+    """The keys of this start; before they met, those of what the launcher counts and tells."""
+    told = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    return _STORES.get("start") or _under("/".join(told), _job())
+
+
+def _name_of_this_start(job: Any, rank: int, world: int, patience: timedelta) -> str:
+    """A name that all processes of this start of the job share, and none of another.
+
+    A launcher keeps its store when it starts a job anew, and the launchers of several machines do not count alike. So
+    each process shows a name of its own, which rank 0 answers with the name of the start, until all have heard it.
+
+    Raises:
+        DistStoreError: not all came.
+    """
+    mine = secrets.token_hex(8)
+    if rank:
+        job.set(f"here/{rank}", mine)
+        job.wait([f"start/{mine}"], patience)
+        start = str(job.get(f"start/{mine}").decode())
+        job.add(f"{start}/met", 1)
+        return start
+    answered: set[bytes] = set()
+    here, end = [f"here/{r}" for r in range(1, world)], time.monotonic() + patience.total_seconds()
+    while (met := job.add(f"{mine}/met", 0)) < world - 1:
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"{met + 1} of {world} processes came in {patience.total_seconds():.0f} s")
+        for other in set(job.multi_get(here)) - answered if job.check(here) else ():
+            job.set(f"start/{other.decode()}", mine)
+            answered.add(other)
+        time.sleep(0.02)
+    return mine

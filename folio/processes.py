@@ -60,12 +60,15 @@ def remember(run: str) -> None:
         _STORES["job"].set("run", run)
 
 
-def former_run() -> str:
-    """The id of the run that this job was at when the launcher started it anew (``remember``), or ""."""
+def former_run() -> str | None:
+    """The id of the run that this job was at when it was started anew (``remember``); None where it is the first start.
+
+    "" where no launcher keeps the store, and its count of restarts alone says that there was a run.
+    """
     if not _launched():
-        return ""
+        return "" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
     store = _job()
-    return str(store.get("run").decode()) if store.check(["run"]) else ""
+    return str(store.get("run").decode()) if store.check(["run"]) else None
 
 
 def told_by_the_first(line: str, error: BaseException) -> str:

@@ -493,7 +493,9 @@ def _device(asked: str, before: str | None, local_rank: int, world: int) -> torc
     index = local_rank if world > 1 else (device.index or 0)
     last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank finds it
     if last >= (count := torch.cuda.device_count()):
-        raise ValueError(f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs")
+        raise ValueError(
+            f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs: start a process for each of them"
+        )
     return torch.device("cuda", index)
 
 

@@ -382,7 +382,7 @@ def build(config: TrainConfig) -> Run:
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
     again = processes.former_run()  # whatever init_from says: this job has begun already
-    former = (_former(out_dir, "auto", again) if again else None) or _former(out_dir, begin)
+    former = (_former(out_dir, "auto", again) if again is not None else None) or _former(out_dir, begin)
     if former is not None:
         config = _overlay(config, former.found.asked, lines)
         check(config)
@@ -479,7 +479,7 @@ class _Former(NamedTuple):
 
 
 def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
-    """What ``init_from`` finds in the folder; with a ``known`` id nothing but that run."""
+    """What ``init_from`` finds in the folder; where an id is ``known``, nothing but that run."""
     if begin not in ("resume", "auto"):
         return None
     have = checkpoint.steps(out_dir)

@@ -359,6 +359,21 @@ def test_a_restart_goes_on_with_its_own_run(
     assert not (tmp_path / "out" / "previous-1").exists()
 
 
+def test_a_count_of_restarts_is_enough(
+    attempt: Callable[..., None], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody keeps a store that would know the run."""
+    out = tmp_path / "out"
+    attempt("", dies_in=9)
+    with pytest.raises(KeyboardInterrupt):
+        go(story, out)
+    attempt("")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    go(story, out)
+    assert not (out / "previous-1").exists()
+    assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == list(range(12))
+
+
 @pytest.mark.parametrize(("older", "restarts"), [("b", 1), ("b", 0), ("", 1)])
 def test_what_an_older_job_left_is_not_gone_on_with(
     attempt: Callable[..., None], story: Path, tmp_path: Path, older: str, restarts: int

@@ -200,6 +200,17 @@ def test_a_launcher_that_forgot_something(
     assert f"{name} is not set, but RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT go together" in outcome.err
 
 
+@pytest.mark.parametrize("local_rank", [0, 3])
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, local_rank: int) -> None:
+    """Every one of them finds that out, also the one that would have a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {**LAUNCHED, "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="cuda:3 is not there, this machine has 2 GPUs"):
+        Runtime(System(device="cuda"))
+
+
 # Two processes
 
 

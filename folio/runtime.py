@@ -167,6 +167,7 @@ class Runtime:
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
         processes.GROUPS.append(self._control)
+        dist.barrier(self._control)  # from here on nobody needs the store, which may go with rank 0
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""

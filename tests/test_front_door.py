@@ -217,7 +217,7 @@ def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:
     """datatrove tokenises real documents as docs/scale.md says, to the ids of folio prepare, and Folio trains."""
     pytest.importorskip("datatrove")
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    (pipeline,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    pipeline, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "pipeline.py").write_text(pipeline, encoding="utf-8")
     (tmp_path / "documents").mkdir()
     lines = (shared_data / "wikitext2_valid.jsonl").read_bytes().splitlines(keepends=True)

@@ -14,16 +14,26 @@ from typing import Any
 from safetensors import SafetensorError
 
 
+def write(path: Path, content: bytes) -> None:
+    """Replaces a file, or leaves it as it was. Raises OSError."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+    sync(path.parent)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync(path.parent)
+    write(path, f"{json.dumps(value, indent=1)}\n".encode())
 
 
 @contextmanager
@@ -60,6 +70,29 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def download(url: str, digest: str, path: Path, remedy: str) -> None:
+    """Fetches a file of a known SHA-256.
+
+    Raises:
+        ValueError: it could not be fetched, or is another; ends with the ``remedy``.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    remedy = f"fetch {url} by other means and {remedy}"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise ValueError(f"the download of {url} failed ({error}): {remedy}") from None
+    if (actual := hashlib.sha256(content).hexdigest()) != digest:
+        raise ValueError(f"the download has SHA-256 {actual}, not {digest}: {remedy}")
+    write(path, content)
 
 
 def sync(path: Path) -> None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import http.client
 import inspect
 import platform
 import sysconfig
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from folio.config import DATA_SETS
 from folio.datasets.prepare import Recipe
 from folio.datasets.sources import Files, Hub, Source, Texts, find
 from folio.datasets.writer import Layout
+from folio.files import download
 from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -166,25 +165,10 @@ def _shakespeare(folder: Path, source: str) -> str:
     """Its text: any UTF-8 file, or input.txt in the folder, downloaded and verified if need be."""
     path = Path(source) if source else folder / "input.txt"
     if not source and not path.exists():
-        _download(path)
+        download(SHAKESPEARE, SHAKESPEARE_SHA256, path, "give it as --source FILE")
     try:
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}: give a file that can be read as --source") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
-
-
-def _download(path: Path) -> None:
-    remedy = f"fetch {SHAKESPEARE} by other means and give it as --source FILE"
-    try:
-        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-            content = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"the download of {SHAKESPEARE} failed ({error}): {remedy}") from None
-    if (actual := hashlib.sha256(content).hexdigest()) != SHAKESPEARE_SHA256:
-        raise ValueError(f"the download has SHA-256 {actual}, not {SHAKESPEARE_SHA256}: {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(".input.txt.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)

@@ -25,7 +25,8 @@ from folio.model import AUTO, GPTConfig
 
 T = TypeVar("T")
 COMMAND_LINE = "the command line"
-OF_THE_CALL = ("out_dir", "init_from", "eval_only")  # knobs that a run does not keep
+HellaSwagStyle = Literal["completion", "harness"]
+OF_THE_CALL = ("out_dir", "init_from", "eval_only", "max_minutes", "profile")  # knobs that a run does not keep
 PRESETS = Path(__file__).parent / "presets"
 DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
@@ -38,6 +39,17 @@ def knob(default: Any, help: str, **bounds: float) -> Any:
 def out_dir_knob() -> Any:
     """The one knob that commands share outside a group."""
     return knob("out", "folder of the run")
+
+
+def hellaswag_style_knob() -> Any:
+    return knob(
+        "completion",
+        "completion: as build-nanogpt scores; harness: as the lm-evaluation-harness (acc_norm by characters)",
+    )
+
+
+def hellaswag_data_knob() -> Any:
+    return knob("", "file of HellaSwag items; default: data/hellaswag/hellaswag_val.jsonl, downloaded if need be")
 
 
 @dataclass(frozen=True)
@@ -60,15 +72,33 @@ class Output:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How often the loss is estimated, over how much, and how often a line is printed."""
+    """What is measured while a run trains, and how often; all of it at the end as well."""
 
-    eval_interval: int = knob(2000, "steps between evaluations", min=1)
+    eval_interval: int = knob(2000, "steps between evaluations of the loss", min=1)
     eval_iters: int = knob(200, "batches an evaluation, over all ranks; 0: every validation token", min=0)
     eval_only: bool = knob(False, "evaluate once and leave; nothing is written")
+    hellaswag_interval: int = knob(0, "steps between HellaSwag evaluations; 0: none", min=0)
+    hellaswag_style: HellaSwagStyle = hellaswag_style_knob()
+    hellaswag_data: str = hellaswag_data_knob()
+    hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042", min=0)
+    sample_interval: int = knob(0, "steps between samples; 0: none", min=0)
+    sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from")
+    sample_count: int = knob(4, "samples at a time", min=1)
+    sample_tokens: int = knob(32, "tokens of a sample, those of the prompt included", min=1)
+    sample_top_k: int = knob(50, "draw from the k likeliest tokens; 0: from all", min=0)
+
+
+@dataclass(frozen=True)
+class Logging:
+    """What is told besides, and to whom."""
+
     log_interval: int = knob(1, "steps between lines", min=1)
-    wandb_log: bool = knob(False, "log to Weights & Biases")
-    wandb_project: str = knob("owt", "project there")
+    log_txt: bool = knob(False, "write build-nanogpt's log.txt too")
+    track: str = knob("", "send the records to tensorboard, wandb or trackio, or several: a,b")
+    wandb_log: bool = knob(False, "log to Weights & Biases; the same as --track=wandb")
+    wandb_project: str = knob("owt", "project there, and with trackio")
     wandb_run_name: str = knob("gpt2", "name of the run there")
+    profile: int = knob(0, "steps to profile, after two: time by operation and memory by kind; 0: none", min=0)
 
 
 @dataclass(frozen=True)
@@ -93,6 +123,8 @@ class Optimizer:
 
     learning_rate: float = knob(6e-4, "highest learning rate", min=0)
     max_iters: int = knob(600_000, "steps (updates) to make", min=0)
+    max_minutes: float = knob(0.0, "minutes from this start after which to end; 0: no limit", min=0)
+    patience: int = knob(0, "evaluations without a better validation loss after which to end; 0: no limit", min=0)
     weight_decay: float = knob(0.1, "decay of tensors of two and more dimensions", min=0)
     beta1: float = knob(0.9, "decay of the mean of the gradients", min=0, below=1)
     beta2: float = knob(0.95, "decay of the mean of their squares", min=0, below=1)
@@ -102,6 +134,18 @@ class Optimizer:
     lr_decay_iters: int = knob(600_000, "step at which the cosine ends at min_lr", min=0)
     min_lr: float = knob(6e-5, "lowest learning rate", min=0)
     warmup: Literal["folio", "nanogpt"] = knob("folio", "nanogpt: divide by warmup_iters + 1")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which trained model."""
+
+    out_dir: str = out_dir_knob()
+    init_from: str = knob(
+        "resume",
+        "resume (the model in out_dir) | gpt2 … gpt2-xl | another out_dir, .pt file, Hugging Face folder or name",
+    )
+    checkpoint: str = knob("best", "best | latest | a step")
 
 
 @dataclass(frozen=True)
@@ -164,6 +208,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
     sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it

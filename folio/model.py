@@ -263,16 +263,17 @@ class GPT(nn.Module):
     ) -> Tensor:
         """(B, T) token ids → (B, T, C) normalised states: the body under every head.
 
-        ``positions`` (T) or (B, T) default to 0 … T − 1, after what the cache holds; ``mask`` as in ``attend``.
+        ``positions`` (T) or (B, T), below ``block_size``, default to 0 … T − 1, after what the cache holds; ``mask``
+        as in ``attend``.
 
         Raises:
-            ValueError: more tokens than ``block_size``.
+            ValueError: more tokens than ``block_size``, where no positions are given.
         """
         start = cache.length if cache is not None else 0
         T = idx.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
         if positions is None:
+            if start + T > self.config.block_size:
+                raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)
         body = self.transformer
         x = body.drop(body.wte(idx) + body.wpe(positions))  # (B, T, C)

@@ -75,6 +75,11 @@ class Objective(nn.Module):
             dropout = self.model.training and self.model.config.dropout > 0
             return self.loss(idx, targets, *within_documents(documents, dropout))
 
+    def infer(self, function: Callable[[], T]) -> T:
+        """Calls a function that runs parts of the model, in the same arithmetic."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return function()
+
 
 def recompute_blocks(model: GPT) -> None:
     """From here on a block keeps what goes into it alone; its backward computes the rest again, dropout too.
@@ -152,6 +157,7 @@ class Runtime:
         self._recompute = several.activation_checkpointing == "block"
         self._timeout = timedelta(seconds=several.timeout)
         self._patient = True
+        self._objective: Any = None
         self._sharded: Any = None
         self._writer = ThreadPoolExecutor(1, "writer")
         self._written: Future[None] | None = None
@@ -180,10 +186,11 @@ class Runtime:
             found.append("a GPU needs --deterministic=True for the same bits")
         return found
 
-    def wrap(self, model: GPT, batch_size: int) -> Loss:
+    def wrap(self, model: GPT, batch_size: int | None) -> Loss:
         """``model.loss`` for this machine: on its device, autocast, compiled or not, gradients averaged over the ranks.
 
-        The model's parameters may be others afterwards, so the optimiser is made of those.
+        The model's parameters may be others afterwards, so the optimiser is made of those. ``batch_size`` is the
+        largest that will come; None where nothing will be differentiated.
 
         DDP lays its buckets out anew after the first backward, which changes the order of its sums; one
         throw-away backward here makes the layout final before the first real step.
@@ -194,8 +201,8 @@ class Runtime:
             return self._shard(model)
         model.to(self.device)
         loss: Loss = compiled(model.loss) if self.compile else model.loss
-        objective = Objective(model, loss, self.device, self.dtype)
-        if self.world == 1:
+        objective = self._objective = Objective(model, loss, self.device, self.dtype)
+        if self.world == 1 or batch_size is None:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
@@ -212,7 +219,7 @@ class Runtime:
         Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
         """
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         size = (self.world,) if self.parallel == "fsdp" else (self.world // self.shards, self.shards)
         mesh = init_device_mesh(self.device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
@@ -225,7 +232,24 @@ class Runtime:
                 part.forward = compiled(part.forward)
             fully_shard(matrices, mesh=mesh, mp_policy=policy)
         self._sharded = fully_shard(Objective(model, model.loss, self.device, self.dtype), mesh=mesh)
+        register_fsdp_forward_method(self._sharded, "infer")
+        self._objective = self._sharded
         return self._sharded
+
+    @torch.no_grad()
+    def infer(self, function: Callable[[], T]) -> T:
+        """Calls a function that runs the wrapped model's parts, without dropout and gradients.
+
+        The arithmetic is that of the loss. Nothing is compiled, since shapes may change from call to call. Where
+        processes share a model, all of them call this, and run its parts as often.
+        """
+        training = self._objective.model.training
+        self._objective.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                return self._objective.infer(function)
+        finally:
+            self._objective.train(training)
 
     def seed(self, key: int) -> None:
         """Seeds what dropout draws from; ``torch.manual_seed`` does too, for every device and 100 µs."""
@@ -346,7 +370,7 @@ class Runtime:
             return
         self._reshard()
         parameters = dict(model.named_parameters())
-        mine = torch.stack([_hash(_here(p)) for p in parameters.values()])
+        mine = torch.stack([_hash(here(p)) for p in parameters.values()])
         hashes = torch.empty(self.world, len(mine), dtype=torch.int64, device=mine.device)
         dist.all_gather(list(hashes), mine)
         replicas = hashes.view(-1, self.shards, len(mine))
@@ -451,7 +475,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _here(tensor: Tensor) -> Tensor:
+def here(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -83,6 +84,19 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
     prepare(known("shakespeare_char", folder, str(STORY), {}), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve questions in HellaSwag's schema, in the words of the committed text."""
+    words = iter(STORY.read_text(encoding="utf-8").split())
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(12):
+            context, *endings = (" ".join(next(words) for _ in range(n)) for n in (2, 3, 2, 4, 3))
+            item = {"activity_label": "The Ferry", "ctx_a": context, "ctx_b": "", "ctx": context, "endings": endings}
+            file.write(json.dumps({"ind": number, **item, "label": number % 4}) + "\n")
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,122 @@
+"""HellaSwag items per second with a model of GPT-2's 124M shape, against build-nanogpt's own hellaswag.py.
+
+    python benchmarks/hellaswag.py --peer BUILD_NANOGPT --items hellaswag_val.jsonl [--count 100] [--rounds 3]
+
+BUILD_NANOGPT is a checkout, whose script runs as it is, in float32, on items taken evenly from the file. The weights
+are random, and the same for all. Each contestant is a process, in turn; what is timed is reading, tokens and scores,
+without loading the model. Ratios are taken within a round, their spread is over the rounds. In the end stands which
+items each answers as build-nanogpt does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+PEER = """
+import sys
+from hellaswag import evaluate
+evaluate(sys.argv[1], "cpu")
+"""
+OURS = """
+import sys, time
+from pathlib import Path
+from folio import hellaswag, pretrained
+from folio.config import System
+from folio.runtime import Runtime
+
+chosen, dtype = pretrained.find(sys.argv[1]), sys.argv[3]
+model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))
+runtime.wrap(model, None)
+began = time.perf_counter()
+items = hellaswag.read(Path(sys.argv[2]), "completion")
+questions = hellaswag.encode(items, "completion", tokenizer, model.config.block_size)
+found = hellaswag.predictions(model, questions, runtime)[1] == questions.labels
+print(time.perf_counter() - began, "".join("01"[int(right)] for right in found))
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """HellaSwag against build-nanogpt's own script."""
+
+    peer: Path
+    """a checkout of build-nanogpt"""
+    items: Path
+    """HellaSwag's validation split"""
+    count: int = 100
+    rounds: int = 3
+
+
+def peer(checkout: Path, model: Path, items: Path, work: Path) -> tuple[float, str]:
+    """Seconds, and a digit for each item: 1 if its script answers it right."""
+    folder = work / "peer"
+    (folder / "hellaswag").mkdir(parents=True, exist_ok=True)
+    shutil.copy(checkout / "hellaswag.py", folder)
+    shutil.copy(items, folder / "hellaswag" / "hellaswag_val.jsonl")
+    command = [sys.executable, "-u", "-c", PEER, str(model)]
+    right, times, before = "", [], 0
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if said := re.match(r"\d+ acc_norm: (\d+)/", line):
+                times.append(time.perf_counter())
+                right += str(int(said[1]) - before)
+                before = int(said[1])
+    if process.returncode:
+        sys.exit("build-nanogpt's hellaswag.py failed")
+    return (times[-1] - times[0]) * len(times) / (len(times) - 1), right  # the first has no line before it
+
+
+def ours(model: Path, items: Path, dtype: str) -> tuple[float, str]:
+    command = [sys.executable, "-c", OURS, str(model), str(items), dtype]
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    return float(said[0]), said[1]
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    lines = options.items.read_text(encoding="utf-8").splitlines(keepends=True)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        items, model = work / "items.jsonl", work / "gpt2"
+        items.write_text(
+            "".join(lines[i * len(lines) // options.count] for i in range(options.count)), encoding="utf-8"
+        )
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(model)
+        figures: dict[str, list[tuple[float, str]]] = {}
+        for number in range(options.rounds):
+            figures.setdefault("build-nanogpt", []).append(peer(options.peer, model, items, work))
+            for dtype in ("float32", "auto"):
+                figures.setdefault(f"folio, {dtype}", []).append(ours(model, items, dtype))
+            said = (f"{name} {options.count / rounds[-1][0]:.2f} items/s" for name, rounds in figures.items())
+            print(f"round {number + 1}: {', '.join(said)}", flush=True)
+    theirs = figures["build-nanogpt"]
+    print(f"{options.count} items, {options.rounds} rounds, {os.cpu_count()} cores")
+    for name, rounds in figures.items():
+        ratios = [one[0] / own[0] for one, own in zip(theirs, rounds, strict=True)]
+        same = sum(a == b for a, b in zip(theirs[0][1], rounds[0][1], strict=True))
+        print(
+            f"{name:16} {options.count / statistics.median(s for s, _ in rounds):6.2f} items/s  "
+            f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} … {max(ratios):.2f})  "
+            f"{same} of {options.count} items as build-nanogpt, {rounds[0][1].count('1')} right"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""HellaSwag: which of four endings goes on best from a context.
+
+Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; scored in both ways that are published
+for GPT-2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from folio import files
+from folio.config import HellaSwagStyle
+from folio.model import GPT
+from folio.runtime import Runtime
+from folio.scoring import Query, fitted, score
+from folio.token_files import CLONE
+from folio.tokenizer import Tokenizer
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of its 10,042 items
+FILE = Path("data", "hellaswag", "hellaswag_val.jsonl")
+
+
+class Item(NamedTuple):
+    """A question as a style puts it: the endings as they follow the context, and the length each is judged by."""
+
+    context: str
+    endings: list[str]
+    lengths: list[int] | None  # None: in tokens
+    label: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Items in a model's tokens. ``cut`` of them are longer than its context, and lost their fronts."""
+
+    style: HellaSwagStyle
+    queries: list[Query]  # four continuations to an item, in one query or four
+    lengths: NDArray[np.float64]  # (items, 4)
+    labels: NDArray[np.int64]  # (items)
+    cut: int
+
+    @property
+    def note(self) -> str:
+        """A line about the items that lost their fronts; empty where none did."""
+        of = f"{self.cut} of {len(self.labels)} HellaSwag items are"
+        return f"{of} longer than the model's context: their fronts are left out" if self.cut else ""
+
+
+def locate(data: str) -> Path:
+    """The file of items: the one that is named, else the validation split, downloaded and verified if need be.
+
+    Raises:
+        FileNotFoundError: there is none of that name. ValueError: the download failed, or brought something else.
+    """
+    if data:
+        if not Path(data).is_file():
+            raise FileNotFoundError(f"{data}: there is no such file of HellaSwag items")
+        return Path(data)
+    found = next((path for path in (FILE, CLONE / FILE) if path.is_file()), None)
+    if found is None:
+        files.download(URL, SHA256, FILE, "give it as --data FILE, or --hellaswag_data=FILE where you train")
+    return found or FILE
+
+
+def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
+    """The items of a ``.jsonl`` file in the official schema, the first ``limit`` of them if that is not 0.
+
+    Raises:
+        ValueError: a line that is no item, or none at all; names the file and the line.
+    """
+    items: list[Item] = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if limit and len(items) == limit:
+                break
+            try:
+                items.append(_item(json.loads(line.decode()), style))
+            except KeyError as error:
+                raise ValueError(f"{path}:{number}: not a HellaSwag item: it has no {error}") from None
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: not a HellaSwag item: {error}") from None
+    if not items:
+        raise ValueError(f"{path}: it holds no items: give a file of HellaSwag's, such as hellaswag_val.jsonl")
+    return items
+
+
+def _item(raw: Any, style: HellaSwagStyle) -> Item:
+    if not isinstance(raw, dict):
+        raise ValueError("the line is no JSON object")
+    endings, label = raw["endings"], raw["label"]
+    if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
+        raise ValueError("its endings are not four texts")
+    if label == "":
+        raise ValueError("its label is empty, as in the test split: the validation split has labels")
+    if str(label) not in ("0", "1", "2", "3"):
+        raise ValueError(f"its label is {label!r}: must be 0, 1, 2 or 3")
+    parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
+    if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
+        raise ValueError("its context is no text")
+    if style == "completion":
+        return Item(parts[0], [f" {e}" for e in endings], None, int(label))
+    activity, start, end = parts
+    endings = [_clean(e) for e in endings]
+    if not all(endings):
+        raise ValueError("an ending is empty but for WikiHow's marks")
+    whole = _clean(f"{activity}: {start} {end.capitalize()}")
+    context = whole.rstrip()
+    return Item(context, [f"{whole[len(context) :]} {e}" for e in endings], [len(e) for e in endings], int(label))
+
+
+def _clean(text: str) -> str:
+    """Without WikiHow's marks, as the lm-evaluation-harness leaves them out (its hellaswag/utils.py)."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, block_size: int) -> Questions:
+    """The items as a model of this context length reads them.
+
+    Raises:
+        ValueError: the tokenizer lacks a character.
+    """
+
+    def pairs(item: Item) -> Iterator[tuple[list[int], list[int]]]:
+        context = tokenizer.encode(item.context).tolist()
+        for ending in item.endings:
+            # the harness cuts the tokens of the whole, which may differ where the two meet
+            if style == "completion":
+                yield context, tokenizer.encode(ending).tolist()
+            else:
+                yield context, tokenizer.encode(item.context + ending).tolist()[len(context) :]
+
+    queries, lengths, cut = [], [], 0
+    for number, item in enumerate(items, 1):
+        try:
+            contexts, endings = zip(*pairs(item), strict=True)
+            if not all(endings):
+                raise ValueError("the tokenizer merges an ending into its context: take the other style")
+        except ValueError as error:
+            raise ValueError(f"HellaSwag item {number}: {error}") from None
+        parts = fitted(Query(contexts[0], list(endings)), block_size)
+        queries += parts
+        cut += len(parts) > 1
+        lengths.append(item.lengths or [len(c) for part in parts for c in part.continuations])
+    return Questions(style, queries, np.array(lengths, dtype=np.float64), np.array([i.label for i in items]), cut)
+
+
+def predictions(
+    model: GPT, questions: Questions, runtime: Runtime, **how: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ending that the model finds likeliest, and the likeliest for its length; (items) each, on every rank."""
+    nats = score(model, questions.queries, runtime, **how).nats.reshape(-1, 4)
+    return nats.argmin(1), (nats / questions.lengths).argmin(1)
+
+
+def evaluate(model: GPT, questions: Questions, runtime: Runtime, **how: Any) -> dict[str, Any]:
+    """Shares of items that are answered right: ``acc``, and ``acc_norm`` where an ending is judged by its length.
+
+    Further arguments as ``score``'s.
+    """
+    right, right_norm = (int((p == questions.labels).sum()) for p in predictions(model, questions, runtime, **how))
+    total = len(questions.labels)
+    return {"style": questions.style, "acc": right / total, "acc_norm": right_norm / total, "total": total}

@@ -1,0 +1,134 @@
+"""How likely a model finds continuations of a context, which is computed once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from folio.model import GPT
+from folio.runtime import Runtime
+
+_TOKENS = {"cpu": 2048}  # in a batch, padding included
+_MOST_TOKENS = 16384  # on a device that wants more at a time
+
+
+class Query(NamedTuple):
+    """Token ids: a context of one or more, and continuations, each of which follows the context alone."""
+
+    context: Sequence[int]
+    continuations: list[Sequence[int]]
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model reads: the last of a continuation is only predicted."""
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
+
+
+class Scores(NamedTuple):
+    """Of each query's continuations, one after the other."""
+
+    nats: NDArray[np.float64]  # −log p(continuation | context)
+    tokens: NDArray[np.int64]
+    likeliest: NDArray[np.bool_]  # whether each token is the likeliest of all where it stands
+
+
+def fitted(query: Query, block_size: int) -> list[Query]:
+    """The query as the model can take it: where context and continuation are too long, the front is left out.
+
+    Each continuation loses no more than it must, so that those of a long query no longer share one context. A
+    continuation keeps its last ``block_size`` tokens. As the lm-evaluation-harness does.
+    """
+    room = block_size + 1  # the last token is only predicted
+    if len(query.context) + max(map(len, query.continuations)) <= room:
+        return [query]
+    queries = []
+    for continuation in query.continuations:
+        whole = [*query.context, *continuation][-room:]
+        begin = max(1, len(whole) - len(continuation))
+        queries.append(Query(whole[:begin], [whole[begin:]]))
+    return queries
+
+
+def score(
+    model: GPT,
+    queries: Sequence[Query],
+    runtime: Runtime,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Scores:
+    """The scores of all queries, the same on every rank; a query of several continuations is one row.
+
+    In a row the continuations stand one after the other behind the context. A mask keeps them from seeing each
+    other, and each takes up the positions after the context. Rows of about one length share a batch; the ranks
+    take batches in turn, and which queries a batch holds does not depend on their number. Logits are computed
+    only where the continuations are predicted. ``track`` sees the batches go by, as ``rich.progress.track`` does.
+    """
+    batches = list(_batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS)))
+    first = np.cumsum([0, *(len(q.continuations) for q in queries)])
+    exact = torch.float32 if runtime.device.type == "mps" else torch.float64
+    totals = torch.zeros(2, int(first[-1]), dtype=exact)
+
+    def run() -> None:
+        for turn in track(range(0, len(batches), runtime.world)):
+            mine = turn + runtime.rank
+            here = batches[min(mine, len(batches) - 1)]  # all ranks run as many, as sharing a model demands
+            nats, missed, lengths = _score(model, [queries[i] for i in here], runtime)
+            if mine < len(batches):
+                ends = np.cumsum(lengths)[:-1]
+                where = np.concatenate([np.arange(first[i], first[i + 1]) for i in here])
+                for kind, values in enumerate((nats, missed)):
+                    sums = [part.sum() for part in np.split(values.cpu().double().numpy(), ends)]
+                    totals[kind, where] = torch.tensor(np.array(sums), dtype=exact)
+
+    runtime.infer(run)
+    nats, missed = runtime.reduce(totals.to(runtime.device)).cpu().double().numpy()
+    tokens = np.array([len(c) for q in queries for c in q.continuations])
+    return Scores(nats, tokens, missed == 0)
+
+
+def _batches(queries: Sequence[Query], tokens: int) -> list[list[int]]:
+    """Numbers of queries, the longest first, so that memory that suffices in the beginning does to the end."""
+    order = sorted(range(len(queries)), key=lambda i: -queries[i].length)
+    batches: list[list[int]] = []
+    while order:
+        rows = max(1, tokens // queries[order[0]].length)
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+def _score(model: GPT, queries: Sequence[Query], runtime: Runtime) -> tuple[Tensor, Tensor, list[int]]:
+    """Of every predicted token: its nats, and whether another is likelier; and how many each continuation has."""
+    shape = len(queries), max(q.length for q in queries)
+    ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    parts = np.full(shape, -1, dtype=np.int64)  # 0: the context, then each continuation; −1: padding
+    places: list[NDArray[np.int64]] = []
+    targets: list[Sequence[int]] = []
+    for row, (context, continuations) in enumerate(queries):
+        end = len(context)
+        ids[row, :end], positions[row, :end], parts[row, :end] = context, np.arange(end), 0
+        for number, continuation in enumerate(continuations, 1):
+            begin, end = end, end + len(continuation) - 1
+            ids[row, begin:end] = continuation[:-1]
+            positions[row, begin:end] = len(context) + np.arange(end - begin)
+            parts[row, begin:end] = number
+            places.append(row * shape[1] + np.array([len(context) - 1, *range(begin, end)]))
+            targets.append(continuation)
+
+    def move(array: NDArray[np.int64]) -> Tensor:
+        return runtime.move(runtime.pin(array))
+
+    part = move(parts)
+    seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+    mask = (seen & torch.ones(shape[1], shape[1], dtype=torch.bool, device=seen.device).tril())[:, None]
+    x = model.hidden(move(ids), positions=move(positions), mask=mask)  # (B, T, C)
+    logits = model.lm_head(x.flatten(0, 1)[move(np.concatenate(places))]).float()  # (N, V)
+    target = move(np.concatenate(targets).astype(np.int64))
+    nats = F.cross_entropy(logits, target, reduction="none")
+    missed = logits.argmax(-1) != target
+    return nats, missed, [len(t) for t in targets]

@@ -27,7 +27,7 @@ from folio.runtime import laid_out_as
 from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-CONFIG, BEST = "config.json", "best.json"
+CONFIG, BEST, EVALUATIONS = "config.json", "best.json", "evaluations.jsonl"
 Tensors = Iterator[tuple[str, Tensor]]
 
 

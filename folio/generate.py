@@ -97,19 +97,28 @@ def draws(seed: int, samples: int, max_new_tokens: int) -> Tensor:
 
 def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
     """The text of all samples, a line of dashes after each; one alone comes token by token."""
+    if o.num_samples > 1:
+        yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokens, o, seed))
+        return
     prompt = _prompt(o.start)
-    try:
-        ids = tokens.encode(prompt, special=True)
-    except ValueError as error:
-        raise ValueError(f"start: {error}") from None
-    if not len(ids):
-        raise ValueError("start is empty: give at least one token to go on from")
-    if (largest := int(ids.max())) >= model.transformer.wte.num_embeddings:
-        raise ValueError(f"start: its token id {largest} is not among the model's {model.config.vocab_size}")
-    device = next(model.parameters()).device
-    new = stream(
+    ids = encode_prompt("start", prompt, tokens, model.config.vocab_size)
+    yield prompt
+    yield from tokenizer.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
+    yield f"\n{LINE}\n"
+
+
+def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> list[str]:
+    """The text of each sample, with its prompt."""
+    prompt = _prompt(o.start)
+    ids = encode_prompt("start", prompt, tokens, model.config.vocab_size)
+    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed)), dim=1).tolist()
+    return [prompt + "".join(tokenizer.stream(tokens, row, ids)) for row in rows]
+
+
+def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int) -> Iterator[Tensor]:
+    return stream(
         model,
-        torch.from_numpy(ids.astype("int64")).to(device).expand(o.num_samples, -1),
+        torch.tensor(ids, device=next(model.parameters()).device).expand(o.num_samples, -1),
         o.max_new_tokens,
         o.temperature,
         o.top_k or None,
@@ -117,13 +126,23 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
         draws(seed, o.num_samples, o.max_new_tokens),
         tokens.size,
     )
-    if o.num_samples == 1:
-        yield prompt
-        yield from tokenizer.stream(tokens, map(int, new), ids.tolist())
-        yield f"\n{LINE}\n"
-        return
-    for row in torch.cat(list(new), dim=1).tolist():
-        yield f"{prompt}{''.join(tokenizer.stream(tokens, row, ids.tolist()))}\n{LINE}\n"
+
+
+def encode_prompt(knob: str, prompt: str, tokens: Tokenizer, vocab_size: int | str) -> list[int]:
+    """The token ids of a prompt, special tokens by their names.
+
+    Raises:
+        ValueError: there are none, or the model does not know them; names the knob.
+    """
+    try:
+        ids: list[int] = tokens.encode(prompt, special=True).tolist()
+    except ValueError as error:
+        raise ValueError(f"{knob}: {error}") from None
+    if not ids:
+        raise ValueError(f"{knob} is empty: give at least one token to go on from")
+    if isinstance(vocab_size, int) and max(ids) >= vocab_size:
+        raise ValueError(f"{knob}: its token id {max(ids)} is not among the model's {vocab_size}")
+    return ids
 
 
 def _prompt(start: str) -> str:

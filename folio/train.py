@@ -9,34 +9,51 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from folio import checkpoint, files, pretrained, processes, pt_files, rng
+from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, trackers
 from folio.checkpoint import State
-from folio.config import COMMAND_LINE, OF_THE_CALL, Data, TrainConfig, check, flat, override
+from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
-from folio.log import METRICS, Log, rewind
+from folio.generate import continuations, encode_prompt
+from folio.log import Log, record_files, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
+from folio.profiler import WARM_UP, Profiler
 from folio.pt_files import NANOGPT, PtFile
 from folio.runtime import Loss, Runtime
 from folio.token_files import GPT2, Split
+from folio.tokenizer import Tokenizer, from_json
 from folio.tokens import Tokens
+from folio.trackers import TENSORBOARD
 from folio.validation import evaluate
 
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
-_SIGNALS = {"SIGTERM": 1000.0, "SIGINT": 1.0}  # summed over the ranks, the larger tells
+ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons at which everything is measured once more
+_WISHES = {"SIGTERM": 1e8, "SIGINT": 1e4, "max_minutes": 1.0}  # summed over the ranks, the largest tells
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
-_OWN = ("out_dir", "init_from", "data_dir", "dataset", "data_mixture", "wandb_run_name")  # of a machine or a moment
+_OWN = (  # knobs of a machine or a moment
+    "out_dir",
+    "init_from",
+    "data_dir",
+    "dataset",
+    "data_mixture",
+    "hellaswag_data",
+    "wandb_run_name",
+)
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
+
+
+Record = dict[str, Any]  # a line of metrics.jsonl
 
 
 class MicroBatch(NamedTuple):
@@ -57,9 +74,12 @@ class Figures(NamedTuple):
     read: Callable[[], list[float]]
 
 
+Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
+
+
 @dataclass
 class Run:
-    """All parts of a run; ``work`` is what is done between updates, as (due, function → record or None)."""
+    """All parts of a run; ``work`` is what is done between updates, as (due, function → records)."""
 
     config: TrainConfig
     id: str
@@ -70,9 +90,10 @@ class Run:
     runtime: Runtime
     log: Log
     state: State
-    work: list[tuple[Callable[[Run], bool], Callable[[Run], dict[str, Any] | None]]] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
     begun: int = 0  # the step this process began at
-    stop: str = ""  # why the loop ends: "max_iters", "SIGINT" or "SIGTERM"
+    until: float = math.inf  # when max_minutes are over
+    stop: str = ""  # why the loop ends: one of ENDS, "SIGINT" or "SIGTERM"
     signal: str = ""  # that this rank received
     pending: Figures | None = None  # of the last step, read one step late
     speed: float = math.nan  # tokens per second, without the work between updates
@@ -127,7 +148,7 @@ def fit(run: Run) -> str:
                     nats, counted = run.loss(batch.idx, batch.targets, batch.documents)
                     runtime.backward(nats * (runtime.world / run.tokens_per_step))
                 totals += torch.stack([nats.detach(), counted])
-            stop = torch.full((1,), _SIGNALS.get(run.signal, 0.0), device=runtime.device)
+            stop = torch.full((1,), _WISHES.get(wish(run), 0.0), device=runtime.device)
             totals = runtime.reduce(torch.cat([totals, stop]))
             norm = runtime.clip(run.optimizer, config.grad_clip)
             runtime.update(run.optimizer, totals[0], norm)
@@ -142,19 +163,32 @@ def fit(run: Run) -> str:
 
 def stop_reason(run: Run) -> str:
     """Why to stop here, the same on every rank, or "". Nothing is due before the last loss is known."""
-    finished = run.state.step >= run.config.optimizer.max_iters
-    alone = run.signal if run.runtime.world == 1 else ""  # several ranks learn of it with the loss, together
-    if finished or alone or any(due(run) for due, _ in run.work):
+    alone = wish(run) if run.runtime.world == 1 else ""  # several ranks learn of it with the loss, together
+    if finished(run) or alone or any(due(run) for due, _ in run.work):
         settle(run)
-    return "max_iters" if finished else run.stop or alone
+    return finished(run) or run.stop or alone
+
+
+def finished(run: Run) -> str:
+    """Why nothing is left to be done, or ""."""
+    patience = run.config.optimizer.patience
+    if run.state.step >= run.config.optimizer.max_iters:
+        return "max_iters"
+    return "patience" if 0 < patience <= run.state.evaluations_without_improvement else ""
+
+
+def wish(run: Run) -> str:
+    """Why this rank would stop, or ""."""
+    return run.signal or ("max_minutes" if time.perf_counter() > run.until else "")
 
 
 def do_what_is_due(run: Run) -> None:
     """The work between updates; its time does not count into the speed of training."""
     began = time.perf_counter()
     for due, work in run.work:
-        if due(run) and (record := work(run)):
+        for record in work(run) if due(run) else ():
             run.log.write(record)
+        run.stop = run.stop or finished(run)
     run.aside += time.perf_counter() - began
 
 
@@ -169,8 +203,8 @@ def settle(run: Run) -> None:
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
         raise _not_finite(run, f"the {what} of step {step}")
-    run.stop = next((name for name, mark in _SIGNALS.items() if received >= mark), "")
-    if step % run.config.evaluation.log_interval == 0:
+    run.stop = next((name for name, mark in _WISHES.items() if received >= mark), "")
+    if step % run.config.logging.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
         run.lap, run.aside = (step + 1, at), 0.0
         run.log.advance(step + 1, loss, run.speed)
@@ -280,12 +314,18 @@ def signals(run: Run) -> Iterator[None]:
 # The work between updates
 
 
-def evaluation_due(run: Run) -> bool:
-    fresh = run.begun == 0 or run.state.step != run.begun  # a resumed run has evaluated where it begins
-    return fresh and (run.state.step % run.config.evaluation.eval_interval == 0 or run.stop == "max_iters")
+def every(interval: int, first: int = 0) -> Callable[[Run], bool]:
+    """Due from step ``first`` on at multiples of ``interval``, and at the end."""
+
+    def due(run: Run) -> bool:
+        step = run.state.step
+        fresh = run.begun == 0 or step != run.begun  # a resumed run has done it where it begins
+        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS)
+
+    return due
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run) -> list[Record]:
     """The loss over both splits, as many windows of each; remembers the best."""
     state, size = run.state, run.config.data.batch_size
     windows = run.config.evaluation.eval_iters * size
@@ -304,7 +344,7 @@ def validate(run: Run) -> dict[str, Any]:
             state.evaluations_without_improvement = 0
         else:
             state.evaluations_without_improvement += 1
-    return {
+    record = {
         "kind": "eval",
         "step": state.step,
         "train_loss": train_loss,
@@ -314,6 +354,21 @@ def validate(run: Run) -> dict[str, Any]:
         "tokens": state.tokens,
         "seconds": time.perf_counter() - run.started,
     }
+    return [record]
+
+
+def answer(run: Run, questions: hellaswag.Questions) -> list[Record]:
+    """How much of HellaSwag the model gets right."""
+    found = hellaswag.evaluate(run.model, questions, run.runtime)
+    return [{"kind": "hellaswag", "step": run.state.step, **found, "tokens": run.state.tokens}]
+
+
+def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
+    """What the model makes of a prompt, from the same draws each time; all ranks write the same."""
+    texts = run.runtime.infer(lambda: continuations(run.model, tokenizer, how, run.config.system.seed))
+    return [
+        {"kind": "sample", "step": run.state.step, "number": number, "text": text} for number, text in enumerate(texts)
+    ]
 
 
 def check_due(run: Run) -> bool:
@@ -321,9 +376,10 @@ def check_due(run: Run) -> bool:
     return every > 0 and run.state.step > run.begun and (run.state.step % every == 0 or bool(run.stop))
 
 
-def check_replicas(run: Run) -> None:
+def check_replicas(run: Run) -> tuple[()]:
     """That the processes still hold the same weights."""
     run.runtime.check_replicas(run.model)
+    return ()
 
 
 def checkpoint_due(run: Run) -> bool:
@@ -335,7 +391,7 @@ def checkpoint_due(run: Run) -> bool:
     return step > run.begun and (step % interval == 0 or best or bool(run.stop))
 
 
-def save(run: Run) -> None:
+def save(run: Run) -> tuple[()]:
     """A checkpoint of this step; then ``best.json``; then older ones may go.
 
     Training may go on while it is written, from a copy on the CPU; there is one such copy at a time.
@@ -367,6 +423,32 @@ def save(run: Run) -> None:
 
     run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)
+    return ()
+
+
+def profiling(run: Run) -> tuple[Work, Work]:
+    """What ends a profile, before all other work; and what begins it, or ends it where the run ends, after all."""
+    profiler = Profiler(run.optimizer, run.runtime.device, run.out_dir / "profile")
+    first = run.begun + WARM_UP
+    last = first + run.config.logging.profile
+
+    def end(run: Run) -> list[Record]:
+        run.log.say(run.runtime.broadcast(profiler.finish))
+        return []
+
+    def begin(run: Run) -> list[Record]:
+        if not run.stop:
+            run.runtime.broadcast(profiler.start)
+        elif run.state.step > first:
+            return end(run)
+        else:
+            run.log.say(f"nothing was profiled: that begins at step {first}, and the run ended at {run.state.step}")
+        return []
+
+    def begins(run: Run) -> bool:
+        return run.state.step == first or (bool(run.stop) and run.state.step < last)
+
+    return (lambda run: run.state.step == last, end), (begins, begin)
 
 
 # How a run begins and ends
@@ -379,6 +461,7 @@ def build(config: TrainConfig) -> Run:
         ValueError, FileNotFoundError, OSError: one line that names the knob or file and the remedy.
     """
     check(config)
+    trackers.parse(config.logging.track)
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
     again = processes.former_run()  # whatever init_from says: this job has begun already
@@ -438,10 +521,15 @@ def build(config: TrainConfig) -> Run:
         run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, runtime, log, State())
         if former:
             _restore(run, former, lines)
-        run.work = [(evaluation_due, validate), (check_due, check_replicas), (checkpoint_due, save)]
+        if minutes := config.optimizer.max_minutes:
+            run.until = time.perf_counter() + 60 * minutes
+        run.work = [*_measurements(run, lines), (check_due, check_replicas), (checkpoint_due, save)]
+        if config.logging.profile and not config.evaluation.eval_only:
+            ends, begins = profiling(run)
+            run.work = [ends, *run.work, begins]
         if not config.evaluation.eval_only:
             runtime.broadcast(lambda: _take_folder(run, resumed=former is not None))
-            log.open(out_dir)
+            log.open(out_dir, config.logging.log_txt)
             if former and isinstance(former.found, PtFile):
                 save(run)  # from here on the run is this program's
                 runtime.written()
@@ -452,14 +540,41 @@ def build(config: TrainConfig) -> Run:
     return run
 
 
+def _measurements(run: Run, lines: list[str]) -> Iterator[tuple[Callable[[Run], bool], Callable[[Run], list[Record]]]]:
+    """What is measured between updates: the loss, HellaSwag, samples."""
+    o, shape = run.config.evaluation, run.model.config
+    yield every(o.eval_interval), validate
+    if o.eval_only or not (o.hellaswag_interval or o.sample_interval):
+        return
+    tokenizer = from_json(run.tokens.tokenizer())
+    if o.hellaswag_interval:
+        path = run.runtime.broadcast(lambda: hellaswag.locate(o.hellaswag_data))
+        items = hellaswag.read(path, o.hellaswag_style, o.hellaswag_limit)
+        questions = hellaswag.encode(items, o.hellaswag_style, tokenizer, shape.block_size)
+        lines += filter(None, [questions.note])
+        yield every(o.hellaswag_interval), partial(answer, questions=questions)
+    if o.sample_interval:
+        room = o.sample_tokens - len(encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape.vocab_size))
+        if room < 1:
+            raise ValueError(
+                f"sample_tokens={o.sample_tokens}: sample_prompt takes {o.sample_tokens - room} of them and leaves none"
+            )
+        how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
+        yield every(o.sample_interval, first=1), partial(write, tokenizer=tokenizer, how=how)
+
+
 def finish(run: Run) -> None:
     """Says how it went, where it did, and gives everything back; belongs on every path."""
     state, max_iters = run.state, run.config.optimizer.max_iters
     try:
-        if run.stop == "max_iters" and run.begun == state.step > 0:
-            run.log.say(f"nothing to do: step {state.step} of max_iters={max_iters}; a larger --max_iters goes on")
+        knobs = {"max_iters": max_iters, "patience": run.config.optimizer.patience}
+        if run.stop in knobs and run.begun == state.step > 0:
+            and_ = "of" if run.stop == "max_iters" else "and"
+            knob = f"{run.stop}={knobs[run.stop]}"
+            run.log.say(f"nothing to do: step {state.step} {and_} {knob}; a larger --{run.stop} goes on")
         elif run.stop:
-            why = "" if run.stop == "max_iters" else f" ({run.stop}), --init_from=resume goes on"
+            further = f", --init_from=resume{' and a larger --patience go' if run.stop == 'patience' else ' goes'} on"
+            why = "" if run.stop == "max_iters" else f" ({run.stop}){further}"
             best = (
                 f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
                 if state.best
@@ -609,17 +724,26 @@ def _take_folder(run: Run, resumed: bool) -> None:
         if resumed and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
         if resumed:
-            rewind(out_dir / METRICS, run.begun)
+            rewind(out_dir, run.begun, run.config.logging.log_txt)
         else:
-            _move_aside(out_dir)
+            _move_aside(out_dir, record_files(run.config.logging.log_txt))
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
         processes.remember(run.id)
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 
 
-def _move_aside(out_dir: Path) -> None:
-    names = (checkpoint.CONFIG, METRICS, checkpoint.BEST, "checkpoints", NANOGPT)
+def _move_aside(out_dir: Path, records: tuple[str, ...]) -> None:
+    names = (
+        checkpoint.CONFIG,
+        *records,
+        checkpoint.EVALUATIONS,
+        checkpoint.BEST,
+        "checkpoints",
+        "profile",
+        TENSORBOARD,
+        NANOGPT,
+    )
     there = [out_dir / name for name in names if (out_dir / name).exists()]
     if not there:
         return
@@ -645,6 +769,13 @@ def _introduce(run: Run, lines: list[str]) -> None:
     if not config.evaluation.eval_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
         run.log.write({"kind": "start", "step": run.begun, **chosen})
-        e = config.evaluation
-        if e.wandb_log:
-            run.log.follow(e.wandb_project, e.wandb_run_name, run.id, flat(config))
+        o = config.logging
+        run.log.follow(
+            trackers.parse(o.track) + ("wandb",) * o.wandb_log,
+            run.out_dir,
+            project=o.wandb_project,
+            name=o.wandb_run_name,
+            run_id=run.id,
+            step=run.begun,
+            config=flat(config),
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from conftest import SMALL, STORY, Outcome, python
 from safetensors.torch import load_file
 
 from folio import checkpoint, flops
-from folio.log import read_metrics, rewind
+from folio.log import read_metrics
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Path]
@@ -362,18 +360,6 @@ def test_metrics_are_rewound(train: Train, half: str) -> None:
     assert len((out / "metrics.jsonl").read_text().splitlines()) == len(timeless(whole)) + 2  # two starts
 
 
-def test_rewinding_by_hand(tmp_path: Path) -> None:
-    """Kept at 5: lines below 5 and the evaluation at 5, nothing after a line that was cut."""
-    path = tmp_path / "metrics.jsonl"
-    rows = [("train", 4), ("eval", 5), ("start", 5), ("train", 5), ("train", 6), ("eval", 10)]
-    path.write_text("".join(json.dumps({"kind": k, "step": s}) + "\n" for k, s in rows) + '{"kind": "tr')
-    rewind(path, 5)
-    assert [(r["kind"], r["step"]) for r in read_metrics(path)] == rows[:2]
-    assert path.read_text().endswith("}\n")
-    rewind(tmp_path / "nowhere.jsonl", 5)
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
 # What it leaves
 
 
@@ -470,50 +456,6 @@ def test_a_compiler_that_fails_warns_once(tmp_path: Path, story: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile failed, going on without: ") == 1
     assert records(tmp_path / "out", "train", "step") == [0, 1, 2]
-
-
-def test_wandb_that_is_not_there(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning with its remedy, and the run goes on."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(UserWarning, match=r"wandb_log=True, but .*training goes on without .*pip install wandb") as seen:
-        out = train("out", "--wandb_log=True")
-    assert len(seen) == 1
-    assert records(out, "eval", "step") == [0, 5, 10]
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_wandb_gets_nanogpts_keys(train: Train, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
-    """Each evaluation, under the names that its users know; a tracker that fails never stops a run."""
-    begun: dict[str, Any] = {}
-    logged: list[dict[str, Any]] = []
-
-    class Tracker:
-        def log(self, values: dict[str, Any]) -> None:
-            if broken:
-                raise ConnectionError("gone")
-            logged.append(values)
-
-        def finish(self) -> None:
-            begun["finished"] = True
-
-    def init(**options: Any) -> Tracker:
-        begun.update(options)
-        return Tracker()
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))  # type: ignore[arg-type]
-    flags = ("--wandb_log=True", "--wandb_project=ferry", "--wandb_run_name=first")
-    if broken:
-        with pytest.warns(UserWarning, match="wandb stopped: gone; training goes on without") as seen:
-            out = train("out", *flags)
-        assert len(seen) == 1
-    else:
-        out = train("out", *flags)
-        assert [set(values) for values in logged] == [{"iter", "train/loss", "val/loss", "lr", "mfu"}] * 3
-        assert [(v["iter"], v["val/loss"]) for v in logged] == records(out, "eval", "step", "val_loss")
-        assert begun["finished"]
-    assert (begun["project"], begun["name"]) == ("ferry", "first")
-    assert begun["config"]["n_embd"] == 16
-    assert records(out, "eval", "step") == [0, 5, 10]
 
 
 def test_an_out_dirs_weights_bring_their_shape(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from folio.config import Data, Processes, System, knob
 from folio.flops import flops_per_token, mfu
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
+from folio.profiler import WARM_UP, Profiler
 from folio.runtime import Runtime
 from folio.tokens import Tokens
 
-BURN_IN, STEPS, SECONDS = 10, 20, 60.0
+BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Options:
     """Time training steps of a model: folio bench [PRESET or FILE …] [--knob=value …]."""
 
     real_data: bool = knob(True, "False: random tokens, no data set needed")
-    profile: bool = knob(False, "write a PyTorch profiler trace to bench_log/ and print the costliest operations")
+    profile: bool = knob(
+        False, "profile some steps instead, into bench_log/: a trace, the costliest operations, memory by kind"
+    )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     system: System = field(default_factory=System)
@@ -60,7 +63,11 @@ def main(options: Options) -> None:
         print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {shape.block_size} tokens a step")
         print(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
         if options.profile:
-            _profile(step, runtime.device)
+            _steps(step, WARM_UP, "burn-in")
+            profiler = Profiler(optimizer, runtime.device, Path("bench_log"))
+            runtime.broadcast(profiler.start)
+            _steps(step, PROFILED, "step")
+            print(runtime.broadcast(profiler.finish))
             return
         _steps(step, BURN_IN, "burn-in")
         times = _steps(step, STEPS, "step")
@@ -83,17 +90,3 @@ def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyp
         times.append(time.perf_counter() - start)
         print(f"{name} {len(times)}/{count} loss: {value:.4f}", flush=True)
     return times
-
-
-def _profile(step, device: torch.device, wait: int = 2, steps: int = 3) -> None:  # type: ignore[no-untyped-def]
-    for _ in range(wait):
-        step()
-    Path("bench_log").mkdir(exist_ok=True)
-    with torch.profiler.profile() as profiler:
-        for _ in range(steps):
-            step()
-    trace = Path("bench_log") / "trace.json"
-    profiler.export_chrome_trace(str(trace))
-    key = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=10, max_name_column_width=48))
-    print(f"wrote {trace}: open it in chrome://tracing or ui.perfetto.dev")

@@ -10,7 +10,7 @@ def main(options: Options) -> int:
     run = build(options)
     try:
         if options.evaluation.eval_only:
-            run.log.write(validate(run))
+            run.log.write(*validate(run))
             return 0
         return EXIT.get(fit(run), 0)
     finally:

@@ -1,0 +1,182 @@
+"""Where a run may be followed besides its own files: TensorBoard, Weights & Biases, trackio; their only user."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import textwrap
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+Record = dict[str, Any]
+TENSORBOARD = "tensorboard"  # folder of a run's event files, in its out_dir
+
+_FIGURES = {  # field of a record → name in the trackers
+    "train": {
+        "loss": "batch/loss",
+        "lr": "lr",
+        "grad_norm": "grad_norm",
+        "tokens": "tokens",
+        "tokens_per_second": "tokens_per_second",
+        "mfu": "mfu",
+    },
+    "eval": {"train_loss": "train/loss", "val_loss": "val/loss"},
+    "hellaswag": {"acc": "hellaswag/acc", "acc_norm": "hellaswag/acc_norm"},
+}
+_NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # what nanoGPT sends to W&B besides, with an evaluation
+
+
+class Identity(NamedTuple):
+    """The run that is followed. A tracker that knows ``run_id`` continues there, from ``step``."""
+
+    out_dir: Path
+    project: str
+    name: str
+    run_id: str
+    step: int
+    config: dict[str, Any]
+
+
+class Tracker(Protocol):
+    """Is sent every record and shows what it can, over the steps; each method may raise anything."""
+
+    def __init__(self, run: Identity) -> None: ...
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def figures(record: Record, more: Mapping[str, str] = {}) -> dict[str, float]:
+    """The finite numbers of a record by their names in the trackers; ``mfu`` in per cent, as nanoGPT has it."""
+    names = {**_FIGURES.get(record["kind"], {}), **more}
+    values = {name: record[field] * (100 if field == "mfu" else 1) for field, name in names.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class TensorBoard:
+    """Event files in ``out_dir/tensorboard``."""
+
+    def __init__(self, run: Identity) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # hides what a former process wrote beyond this step; what it measured at this step stays
+        self._writer: Any = SummaryWriter(str(run.out_dir / TENSORBOARD), purge_step=run.step + 1)
+        self._writer.add_text("config", _verbatim(json.dumps(run.config, indent=1)), run.step)
+
+    def write(self, record: Record) -> None:
+        for name, value in figures(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+        if record["kind"] == "sample":
+            self._writer.add_text(f"sample/{record['number']}", _verbatim(record["text"]), record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, under nanoGPT's names. Where the network is gone at the end, ``wandb sync`` uploads later.
+
+    Its own count of rows never goes back, so ``step`` is a column, and the axis of all others.
+    """
+
+    def __init__(self, run: Identity) -> None:
+        import wandb
+
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds that it may wait for the network
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # for ever, by default
+        self._html: Any = wandb.Html
+        self._run: Any = wandb.init(
+            project=run.project, name=run.name, id=run.run_id, resume="allow", config=run.config
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        row: dict[str, Any] = figures(record, _NANOGPT if record["kind"] == "eval" else {})
+        if record["kind"] == "sample":
+            row[f"sample/{record['number']}"] = self._html(f"<pre>{html.escape(record['text'])}</pre>")
+        if row:
+            self._run.log({"step": record["step"], **row})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """trackio, whose runs have no id that one could choose: it is part of the name."""
+
+    def __init__(self, run: Identity) -> None:
+        import trackio
+
+        self._trackio: Any = trackio
+        name = f"{run.name}-{run.run_id}"
+        trackio.init(project=run.project, name=name, resume="allow", config=run.config, embed=False)
+
+    def write(self, record: Record) -> None:
+        row: dict[str, Any] = figures(record)
+        if record["kind"] == "sample":
+            row[f"sample/{record['number']}"] = self._trackio.Markdown(_verbatim(record["text"]))
+        if row:
+            self._trackio.log(row, step=record["step"])
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+def _verbatim(text: str) -> str:
+    """Markdown that shows the text as it is."""
+    return textwrap.indent(text, "    ", lambda line: True)
+
+
+KNOWN: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+
+
+def parse(track: str) -> tuple[str, ...]:
+    """The names in ``a,b``; imports nothing.
+
+    Raises:
+        ValueError: one is not known; names those that are.
+    """
+    names = tuple(filter(None, map(str.strip, track.split(","))))
+    for name in names:
+        if name not in KNOWN:
+            raise ValueError(f"track={track}: there is no tracker {name!r}: choose from {', '.join(KNOWN)}")
+    return names
+
+
+class Trackers:
+    """Those that follow a run. One that fails is dropped with a warning: none may stop the run."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Tracker] = {}
+
+    def open(self, names: Sequence[str], run: Identity) -> None:
+        for name in dict.fromkeys(names):
+            with self._dropping(name):
+                self._open[name] = KNOWN[name](run)
+
+    def write(self, record: Record) -> None:
+        for name, tracker in [*self._open.items()]:
+            with self._dropping(name):
+                tracker.write(record)
+
+    def close(self) -> None:
+        while self._open:
+            name, tracker = self._open.popitem()
+            with self._dropping(name):
+                tracker.close()
+
+    @contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._open.pop(name, None)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            remedy = f" (pip install {name})" if isinstance(error, ImportError) else ""
+            warnings.warn(f"{name}: {reason}: training goes on without{remedy}", stacklevel=2)

@@ -1,0 +1,171 @@
+"""What a run says: on the console, in ``metrics.jsonl`` and in ``log.txt``; and what a resumed run drops of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folio.log import LOG_TXT, METRICS, Log, read_metrics, record_files, rewind
+
+Record = dict[str, Any]
+
+
+def train(step: int, loss: float = 4.0, mfu: float = math.nan) -> Record:
+    return {"kind": "train", "step": step, "loss": loss, "tokens_per_second": 1000.0, "mfu": mfu}
+
+
+def evaluation(step: int) -> Record:
+    return {"kind": "eval", "step": step, "train_loss": 3.25, "val_loss": 3.5}
+
+
+def hellaswag(step: int) -> Record:
+    scores = {"acc": 0.28590, "acc_norm": 2967 / 10042}
+    return {"kind": "hellaswag", "step": step, "style": "completion", "total": 10042, **scores}
+
+
+def sample(step: int, text: str) -> Record:
+    return {"kind": "sample", "step": step, "number": 1, "text": text}
+
+
+def written(out: Path, *records: Record, log_txt: bool = True) -> None:
+    log = Log(True, total=10)
+    log.open(out, log_txt)
+    for record in records:
+        log.write(record)
+    log.sync()
+    log.close()
+
+
+# On the console
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (train(7), "iter 7: loss 4.0000, time 500.00ms"),
+        (train(7, mfu=0.3754), "iter 7: loss 4.0000, time 500.00ms, mfu 37.54%"),
+        (evaluation(250), "step 250: train loss 3.2500, val loss 3.5000"),
+        (hellaswag(250), "step 250: HellaSwag acc_norm 0.2955 (2967/10042), acc 0.2859, completion"),
+        (sample(250, "Hello,\n\tworld"), "step 250: sample 1: Hello,\n\tworld"),
+        (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \ufffd[2Jgone\ufffd\ufffd"),
+    ],
+)
+def test_lines(record: Record, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """nanoGPT's, and in their manner; what a model writes cannot steer the terminal."""
+    log = Log(True, total=10)
+    log.start(0, tokens_per_step=500)
+    log.write(record)
+    assert capsys.readouterr().out == f"{line}\n"
+
+
+def test_what_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Log(True, total=10).write({"kind": "start", "step": 0, "device": "cpu"})
+    Log(False, total=10).write(evaluation(0))  # of another rank
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_shows_samples_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the progress bar, which says what training lines say; no markup, no :smile: that becomes a face."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    log = Log(True, total=10)
+    log.start(0, tokens_per_step=500)
+    log.write(train(0))
+    log.write(sample(0, "[bold]:smile:[/bold]"))
+    log.close()
+    out = capsys.readouterr().out
+    assert "step 0: sample 1: [bold]:smile:[/bold]" in out
+    assert "iter 0" not in out
+
+
+# In the files
+
+
+def test_log_txt_is_build_nanogpts(tmp_path: Path) -> None:
+    """Its lines to the letter; HellaSwag's is acc_norm. Other records have none."""
+    start = {"kind": "start", "step": 0}
+    written(tmp_path, start, evaluation(0), hellaswag(0), train(0, 10.9551234), sample(0, "no\nline"), evaluation(1))
+    assert (tmp_path / LOG_TXT).read_text() == "0 val 3.5000\n0 hella 0.2955\n0 train 10.955123\n1 val 3.5000\n"
+    assert len(read_metrics(tmp_path / METRICS)) == 6
+
+
+def test_log_txt_is_for_those_who_ask(tmp_path: Path) -> None:
+    """A file of that name may be somebody's own."""
+    (tmp_path / LOG_TXT).write_text("mine\n")
+    written(tmp_path, evaluation(5), train(6), log_txt=False)
+    rewind(tmp_path, 0)
+    assert (tmp_path / LOG_TXT).read_text() == "mine\n"
+    assert read_metrics(tmp_path / METRICS) == []
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    written(tmp_path, train(0, math.inf))
+    (record,) = read_metrics(tmp_path / METRICS)
+    assert (record["loss"], record["mfu"], record["tokens_per_second"]) == (None, None, 1000.0)
+    assert (tmp_path / LOG_TXT).read_text() == "0 train inf\n"
+
+
+@pytest.mark.parametrize("name", record_files(log_txt=True))
+def test_a_full_disk_is_an_error(name: str, tmp_path: Path) -> None:
+    """Unlike with a tracker; the log can be closed all the same."""
+    (tmp_path / name).symlink_to("/dev/full")
+    log = Log(True, total=10)
+    log.open(tmp_path, log_txt=True)
+    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\)"):
+        log.write(evaluation(0))
+    log.close()
+
+
+# What a resumed run writes again
+
+
+def test_rewinding(tmp_path: Path) -> None:
+    """Kept at 5: what is below 5, and what was measured at 5; the same in both files."""
+    start = {"kind": "start", "step": 5}
+    kept = [train(4), evaluation(5), hellaswag(5), sample(5, "text")]
+    written(tmp_path, *kept, start, train(5), train(6), evaluation(10))
+    rewind(tmp_path, 5, log_txt=True)
+    found = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / METRICS)]
+    assert found == [("train", 4), ("eval", 5), ("hellaswag", 5), ("sample", 5)]
+    assert (tmp_path / LOG_TXT).read_text() == "4 train 4.000000\n5 val 3.5000\n5 hella 0.2955\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [LOG_TXT, METRICS]
+
+
+def test_nothing_to_rewind(tmp_path: Path) -> None:
+    rewind(tmp_path, 5, log_txt=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"kind": "tr', b'{"kind": "eval", "step": 3}', b"\x00\x00\x00", b"\xff\xfe\n", b"17\n"]
+)
+def test_metrics_after_a_line_that_was_cut(tail: bytes, tmp_path: Path) -> None:
+    """It goes, with what comes after; the lines before stay as they are, to the byte."""
+    whole = "".join(json.dumps(r) + "\n" for r in [evaluation(0), {**hellaswag(1), "style": "…"}])
+    (tmp_path / METRICS).write_bytes(whole.encode() + tail)
+    rewind(tmp_path, 5)
+    assert (tmp_path / METRICS).read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b"2", b"2 train", b"2 train 4.0", b"\x00\x00", b"\xff\n", b"\n", b"2 train 4.0 2 val 3.5\n"]
+)
+def test_log_txt_after_a_line_that_was_cut(tail: bytes, tmp_path: Path) -> None:
+    (tmp_path / LOG_TXT).write_bytes(b"0 val 3.5000\n1 train 4.000000\n" + tail)
+    rewind(tmp_path, 5, log_txt=True)
+    assert (tmp_path / LOG_TXT).read_text() == "0 val 3.5000\n1 train 4.000000\n"
+
+
+def test_a_line_that_was_cut_ends_the_file(tmp_path: Path) -> None:
+    """It is joined to the next line, where nobody rewound."""
+    (tmp_path / METRICS).write_text(
+        '{"kind": "eval", "step": 0}\n{"kind": "tr{"kind": "eval", "step": 1}\n{"kind": "eval", "step": 2}\n'
+    )
+    rewind(tmp_path, 5)
+    assert read_metrics(tmp_path / METRICS) == [{"kind": "eval", "step": 0}]

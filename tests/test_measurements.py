@@ -1,0 +1,221 @@
+"""What a run measures while it trains, and what ends it before max_iters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    SMALL,
+    Outcome,
+    Spawn,
+    assert_refused,
+    assert_same_bits,
+    python,
+    reached,
+    timeless,
+    to_its_end,
+    tree,
+)
+
+from folio import checkpoint
+from folio.log import read_metrics
+
+Run = Callable[..., Outcome]
+
+WATCH = ["--hellaswag_interval=4", "--sample_interval=3", "--sample_prompt=The ferry", "--sample_count=2"]
+WATCH += ["--sample_tokens=14", "--sample_top_k=9", "--learning_rate=1e-2", "--dropout=0.1"]
+STILL = ["--learning_rate=0", "--min_lr=0", "--eval_interval=2", "--warmup_iters=0"]  # learns nothing
+
+
+@pytest.fixture
+def argv(story: Path, items: Path) -> list[str]:
+    return [*SMALL, f"--data_dir={story}", f"--hellaswag_data={items}"]
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == kind]
+
+
+def test_each_has_its_own_interval(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """And all are measured at the end; nothing is sampled of an untrained model."""
+    out = tmp_path / "out"
+    outcome = folio("train", *argv, *WATCH, f"--out_dir={out}")
+    assert outcome.code == 0, outcome.err
+    assert [r["step"] for r in lines(out, "eval")] == [0, 5, 10]
+    assert [r["step"] for r in lines(out, "hellaswag")] == [0, 4, 8, 10]
+    assert [(r["step"], r["number"]) for r in lines(out, "sample")] == [(s, n) for s in (3, 6, 9, 10) for n in (0, 1)]
+    assert all(len(r["text"]) == 14 and r["text"].startswith("The ferry") for r in lines(out, "sample"))
+    assert all(r["total"] == 12 and 0 <= r["acc_norm"] <= 1 for r in lines(out, "hellaswag"))
+    assert "step 4: HellaSwag acc_norm" in outcome.out
+    assert "step 9: sample 1: The ferry" in outcome.out
+
+
+def test_looking_changes_nothing(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """A run that is watched ends in the bits of one that is not."""
+    for name, flags in {"watched": WATCH, "alone": WATCH[-2:]}.items():
+        assert folio("train", *argv, *flags, f"--out_dir={tmp_path / name}").code == 0
+    kept = [checkpoint.folder(tmp_path / name, 10) / "model.safetensors" for name in ("watched", "alone")]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
+
+
+def test_the_commands_find_the_same(folio: Run, argv: list[str], items: Path, tmp_path: Path) -> None:
+    """folio eval says of a checkpoint what its run said of that step."""
+    out = tmp_path / "out"
+    assert folio("train", *argv, *WATCH, f"--out_dir={out}", "--eval_iters=0").code == 0
+    flags = [f"--out_dir={out}", "--checkpoint=latest", "--dtype=float32", "--device=cpu"]
+    assert folio("eval", *flags).code == 0
+    assert folio("eval", "hellaswag", *flags, f"--data={items}").code == 0
+    loss, answers = (json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines())
+    assert (loss["step"], loss["loss"]) == (10, lines(out, "eval")[-1]["val_loss"])
+    last = lines(out, "hellaswag")[-1]
+    assert answers == {name: last[name] for name in ("kind", "step", "style", "acc", "acc_norm", "total")}
+
+
+def test_a_run_that_goes_on_measures_the_same(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """From the middle, in another folder: every line of an undisturbed run, and none twice."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    flags = [*argv, *WATCH, "--max_iters=20", "--lr_decay_iters=20", "--log_txt=True", "--keep_checkpoints=9"]
+    assert folio("train", *flags, f"--out_dir={whole}").code == 0
+    shutil.copytree(whole, again)
+    for step in (15, 20):
+        shutil.rmtree(checkpoint.folder(again, step))
+    assert folio("train", *flags, f"--out_dir={again}", "--init_from=resume").code == 0
+    assert_same_bits(again, whole)
+    assert (again / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+    steps = [line.split()[0] for line in (whole / "log.txt").read_text().splitlines() if " hella " in line]
+    assert steps == ["0", "4", "8", "12", "16", "20"]
+
+
+@pytest.mark.slow
+def test_a_kill_between_measurements(spawn: Spawn, argv: list[str], tmp_path: Path) -> None:
+    flags = [*argv, *WATCH, "--max_iters=120", "--lr_decay_iters=120", "--checkpoint_interval=20", "--init_from=auto"]
+    flags = ["-m", "folio", "train", *flags]
+    to_its_end(spawn(*flags, f"--out_dir={tmp_path / 'whole'}", threads=1))
+    child = spawn(*flags, f"--out_dir={tmp_path / 'out'}", threads=1)
+    child.wait_until(reached(tmp_path / "out", 53))
+    child.kill()
+    assert child.end() == -signal.SIGKILL
+    to_its_end(spawn(*flags, f"--out_dir={tmp_path / 'out'}", threads=1))
+    assert_same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_several_processes_measure_the_same(
+    spawn: Spawn, folio: Run, argv: list[str], tmp_path: Path, parallel: str
+) -> None:
+    """The counts are those of one process, and so are the texts."""
+    flags = [*argv, *WATCH[:-1], "--n_embd=20", "--max_iters=4"]
+    assert folio("train", *flags, f"--out_dir={tmp_path / 'one'}").code == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    to_its_end(spawn(*launcher, *flags, f"--parallel={parallel}", f"--out_dir={tmp_path / 'two'}", threads=1))
+    for kind in ("hellaswag", "sample"):
+        assert lines(tmp_path / "two", kind) == lines(tmp_path / "one", kind) != []
+
+
+@pytest.mark.slow
+def test_beside_torch_compile(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """What is measured is what an eager run measures, and nothing is said of recompiling."""
+    flags = [*argv, *WATCH[:-1], "--max_iters=4", "--lr_decay_iters=4"]
+    compiled = python("-m", "folio", "train", *flags, "--compile=True", f"--out_dir={tmp_path / 'compiled'}")
+    assert (compiled.returncode, compiled.stderr) == (0, "")
+    assert folio("train", *flags, f"--out_dir={tmp_path / 'eager'}").code == 0
+    for kind in ("hellaswag", "sample"):
+        assert lines(tmp_path / "compiled", kind) == lines(tmp_path / "eager", kind) != []
+
+
+# What ends a run
+
+
+def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """The best loss is that of step 2; two evaluations later the run ends, with all measured and saved."""
+    out = tmp_path / "out"
+    flags = [*argv, *STILL, "--patience=2", "--hellaswag_interval=100", f"--out_dir={out}"]
+    outcome = folio("train", *flags)
+    assert outcome.code == 0
+    assert [r["step"] for r in lines(out, "eval")] == [0, 2, 4, 6]
+    assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
+    assert checkpoint.steps(out)[-1] == 6
+    assert "step 6 of 10 (patience), --init_from=resume and a larger --patience go on" in outcome.out
+    before = timeless(out)
+    outcome = folio("train", *flags, "--init_from=resume")
+    assert "nothing to do: step 6 and patience=2; a larger --patience goes on" in outcome.out
+    assert timeless(out) == before
+    assert folio("train", *flags, "--init_from=resume", "--patience=3").code == 0
+    assert checkpoint.steps(out)[-1] == 8
+
+
+def test_patience_starts_anew_where_the_loss_improves(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    outcome = folio("train", *argv, "--learning_rate=1e-2", "--patience=1", f"--out_dir={tmp_path / 'out'}")
+    assert "step 10 of 10; best validation loss" in outcome.out
+
+
+def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """The run ends with an evaluation and a checkpoint of the step it has come to, and goes on from there."""
+    out = tmp_path / "out"
+    flags = [*argv, "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", f"--out_dir={out}"]
+    outcome = folio("train", *flags, "--max_minutes=0.02")
+    (step,) = checkpoint.steps(out)
+    assert outcome.code == 0
+    assert f"step {step} of 1000000 (max_minutes), --init_from=resume goes on" in outcome.out
+    assert [r["step"] for r in lines(out, "eval")] == [0, step]
+    assert 0 < step < 1_000_000
+    outcome = folio("train", *flags, "--init_from=resume", f"--max_iters={step + 2}")
+    assert checkpoint.steps(out)[-1] == step + 2
+
+
+@pytest.mark.slow
+def test_max_minutes_of_several_processes(spawn: Spawn, argv: list[str], tmp_path: Path) -> None:
+    """All leave at the same step, with exit code 0."""
+    out = tmp_path / "out"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    flags = ["--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", "--max_minutes=0.05"]
+    said = to_its_end(spawn(*launcher, *argv, *flags, f"--out_dir={out}", threads=1))
+    assert f"step {checkpoint.steps(out)[-1]} of 1000000 (max_minutes)" in said
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--hellaswag_interval=5", "--hellaswag_data=nowhere.jsonl"], ["nowhere.jsonl", "HellaSwag"]),
+        (["--sample_interval=5", "--sample_prompt=caf\u00e9"], ["sample_prompt", "'\u00e9'"]),
+        (["--sample_interval=5", "--sample_prompt="], ["sample_prompt is empty"]),
+        (["--sample_interval=5", "--sample_prompt=The ferry", "--sample_tokens=9"], ["sample_tokens=9", "leaves none"]),
+        (["--track=tensorbord"], ["track", "tensorbord", "tensorboard"]),
+        (["--patience=-1"], ["patience=-1", "at least 0"]),
+    ],
+)
+def test_what_cannot_be_measured(
+    folio: Run, argv: list[str], tmp_path: Path, flags: list[str], words: list[str]
+) -> None:
+    """Is refused before anything is written."""
+    assert_refused(folio("train", *argv, f"--out_dir={tmp_path / 'out'}", *flags), *words)
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["holds no items"]),
+        ('{"ctx": "The ferry"', [":1:", "not a HellaSwag item"]),
+        ('{"ctx": "The ferry", "endings": ["a", "b", "c", "d"], "label": 4}', [":1:", "label is 4", "0, 1, 2 or 3"]),
+    ],
+)
+def test_items_that_are_none(folio: Run, argv: list[str], tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(text)
+    before = tree(tmp_path)
+    outcome = folio(
+        "train", *argv, "--hellaswag_interval=5", f"--hellaswag_data={path}", f"--out_dir={tmp_path / 'out'}"
+    )
+    assert_refused(outcome, path, *words)
+    assert tree(tmp_path) == before

@@ -1,0 +1,364 @@
+"""What TensorBoard, Weights & Biases and trackio are sent, read back from their own files, and what if they fail."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import textwrap
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import SMALL, Outcome, assert_refused
+
+from folio.log import Log, read_metrics
+from folio.trackers import KNOWN, parse
+
+CONFIG = {"n_layer": 2, "compile": "auto", "dropout": 0.1}
+TEXT = "Hello, <b>\n\n\tit said  twice"
+EVALUATIONS = [
+    {"kind": "eval", "step": 0, "train_loss": 4.5, "val_loss": 4.75, "lr": 0.125, "mfu": math.nan},
+    {"kind": "eval", "step": 8, "train_loss": 3.0, "val_loss": 3.25, "lr": 0.25, "mfu": 0.375},
+]
+
+
+def line(step: int, loss: float) -> dict[str, Any]:
+    """What is known of a training step; not all of it is finite: as when a device's peak is unknown, or float16's."""
+    strange = {"grad_norm": math.inf if step == 1 else 1.5, "mfu": math.nan if step == 0 else 0.5}
+    counts = {"tokens": 128 * (step + 1), "tokens_per_second": 2048.0}
+    return {"kind": "train", "step": step, "loss": loss, "lr": 0.5, **strange, **counts}
+
+
+LINES = [line(step, 4.0 - step / 8) for step in range(8)]
+LOSSES = [(step, 4.0 - step / 8) for step in range(8)]
+FIRST = [
+    {"kind": "start", "step": 0, "tokens_per_iteration": 128},
+    EVALUATIONS[0],
+    *LINES,
+    EVALUATIONS[1],
+    {"kind": "hellaswag", "step": 8, "style": "completion", "acc": 0.25, "acc_norm": 0.3125, "total": 16},
+    {"kind": "sample", "step": 8, "number": 1, "text": TEXT},
+]
+
+
+class Seen(NamedTuple):
+    """What a tracker shows of a run: (step, value) of each figure and text, by name."""
+
+    points: dict[str, list[tuple[int, Any]]]
+    config: dict[str, Any]
+
+
+def verbatim(markdown: str) -> str:
+    """A text out of Markdown that shows it as it is."""
+    assert all(line.startswith("    ") for line in markdown.splitlines())
+    return textwrap.dedent(markdown)
+
+
+def tensorboard(out: Path) -> Seen:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    found = EventAccumulator(str(out / "tensorboard"))
+    found.Reload()
+    points: dict[str, list[tuple[int, Any]]] = {
+        name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]
+    }
+    for name in found.Tags()["tensors"]:
+        texts = [(e.step, make_ndarray(e.tensor_proto).item().decode()) for e in found.Tensors(name)]
+        points[name.removesuffix("/text_summary")] = [(step, verbatim(text)) for step, text in texts]
+    return Seen(points, json.loads(points.pop("config")[-1][1]))
+
+
+def records_of(path: Path) -> Iterator[Any]:
+    """What a run's local file holds: a LevelDB log after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (rest := 2**15 - at % 2**15) < 7:
+            at += rest
+        _, size, part = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if part in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def wandb_records(out: Path, kind: str) -> list[Any]:
+    """Those of one kind, of all processes of the run abc123."""
+    sys.modules["wandb"].teardown()  # its server ends, and has written everything then
+    paths = sorted((out / "wandb").glob("offline-run-*/run-abc123.wandb"))
+    return [getattr(r, kind) for path in paths for r in records_of(path) if r.HasField(kind)]
+
+
+def wandb_rows(out: Path) -> list[dict[str, Any]]:
+    """What was logged, a row a call, without W&B's own columns."""
+    rows = []
+    for history in wandb_records(out, "history"):
+        row: dict[str, Any] = {}
+        for item in history.item:
+            name, *part = item.nested_key or [item.key]
+            value = json.loads(item.value_json)
+            row[name] = {**row.get(name, {}), part[0]: value} if part else value
+        rows.append({name: value for name, value in row.items() if not name.startswith("_")})
+    return rows
+
+
+def wandb(out: Path) -> Seen:
+    points: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    for row in wandb_rows(out):
+        step = row.pop("step")
+        for name, value in row.items():
+            if isinstance(value, dict):
+                (path,) = out.glob(f"wandb/offline-run-*/files/{value['path']}")
+                escaped = path.read_text().partition("<pre>")[2].removesuffix("</pre>")
+                assert "<" not in escaped
+                value = html.unescape(escaped)
+            points[name].append((step, value))
+    run = wandb_records(out, "run")[-1]
+    return Seen(points, {u.key: json.loads(u.value_json) for u in run.config.update})
+
+
+def trackio(out: Path) -> Seen:
+    from trackio import Api
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = Api().runs(out.name)
+    assert run.name == "first-abc123"
+    points: dict[str, list[tuple[int, Any]]] = defaultdict(list)
+    for row in SQLiteStorage.get_logs(out.name, run_id=run.id):
+        step = row.pop("step")
+        row.pop("timestamp")
+        for name, value in row.items():
+            points[name].append((step, verbatim(value["_value"]) if isinstance(value, dict) else value))
+    return Seen(points, run.config)
+
+
+READ: dict[str, Callable[[Path], Seen]] = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
+each = pytest.mark.parametrize("name", KNOWN)
+
+
+@pytest.fixture(scope="session")
+def trackio_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trackio reads its folder's name once; projects tell the tests apart."""
+    assert "trackio" not in sys.modules
+    return tmp_path_factory.mktemp("trackio")
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path, trackio_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The run's folder, with everything that a tracker would write elsewhere; no network, no server left."""
+    out = tmp_path / f"out-{time.time_ns()}"
+    out.mkdir()
+    for variable in [v for v in os.environ if v.startswith(("WANDB_", "TRACKIO_"))]:
+        monkeypatch.delenv(variable)
+    for variable in ("HOME", "HF_HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "home"))
+    for variable, value in {
+        "DIR": out,
+        "MODE": "offline",
+        "SILENT": True,
+        "CONSOLE": "off",
+        "FINISH_TIMEOUT": 60,
+    }.items():
+        monkeypatch.setenv(f"WANDB_{variable}", str(value))
+    monkeypatch.setenv("TRACKIO_DIR", str(trackio_dir))
+    monkeypatch.chdir(tmp_path)
+    yield out
+    if (module := sys.modules.get("wandb")) is not None:
+        module.teardown()
+
+
+def follow(out: Path, *names: str, step: int = 0, main: bool = True) -> Log:
+    log = Log(main, total=10)
+    log.open(out)
+    log.follow(names, out, project=out.name, name="first", run_id="abc123", step=step, config=CONFIG)
+    return log
+
+
+def written(log: Log, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        log.write(record)
+    log.close()
+
+
+def losses(out: Path) -> list[int]:
+    return [r["step"] for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "train"]
+
+
+@each
+def test_what_is_sent(name: str, out: Path) -> None:
+    """Figures and texts over the steps; what is not finite is left out; mfu is in per cent."""
+    written(follow(out, name), FIRST)
+    points, config = READ[name](out)
+    if name == "wandb":  # nanoGPT's, with evaluations
+        assert points.pop("iter") == [(0, 0), (8, 8)]
+        assert points["lr"].pop(0) == (0, 0.125)
+        assert points["lr"].pop() == (8, 0.25)
+        assert points["mfu"].pop() == (8, 37.5)
+    assert points == {
+        "batch/loss": LOSSES,
+        "lr": [(s, 0.5) for s in range(8)],
+        "grad_norm": [(s, 1.5) for s in range(8) if s != 1],
+        "tokens": [(s, 128 * (s + 1)) for s in range(8)],
+        "tokens_per_second": [(s, 2048) for s in range(8)],
+        "mfu": [(s, 50) for s in range(1, 8)],
+        "train/loss": [(0, 4.5), (8, 3.0)],
+        "val/loss": [(0, 4.75), (8, 3.25)],
+        "hellaswag/acc": [(8, 0.25)],
+        "hellaswag/acc_norm": [(8, 0.3125)],
+        "sample/1": [(8, TEXT)],
+    }
+    assert {key: config[key] for key in CONFIG} == CONFIG
+
+
+@each
+def test_a_resumed_run_goes_on_in_the_same(name: str, out: Path) -> None:
+    """Killed at 7 after a checkpoint at 5, where it was evaluated: that stays, and 5 to 7 are written again."""
+    again = [(step, 20.0 - step / 8) for step in (5, 6, 7)]
+    written(follow(out, name), [{**EVALUATIONS[1], "step": 5}, *LINES])
+    written(follow(out, name, step=5), [line(*point) for point in again])
+    points, config = READ[name](out)
+    shown = LOSSES[:6] if name == "tensorboard" else LOSSES  # the others hide nothing
+    assert points["batch/loss"] == shown + again
+    assert points["val/loss"] == [(5, 3.25)]
+    assert {key: config[key] for key in CONFIG} == CONFIG
+
+
+def test_wandb_gets_nanogpts_keys(out: Path) -> None:
+    """An evaluation is one row, under the names that its users know; the axis of everything is the step."""
+    written(follow(out, "wandb"), FIRST)
+    evaluations = [row for row in wandb_rows(out) if "val/loss" in row]
+    assert [set(row) - {"step"} for row in evaluations] == [
+        {"iter", "train/loss", "val/loss", "lr"},  # the use of the device is not known yet
+        {"iter", "train/loss", "val/loss", "lr", "mfu"},
+    ]
+    assert [(m.glob_name, m.step_metric) for m in wandb_records(out, "metric")] == [("*", "step")]
+    (run,) = wandb_records(out, "run")
+    assert (run.project, run.display_name, run.run_id) == (out.name, "first", "abc123")
+
+
+def test_all_at_once(out: Path) -> None:
+    """A name that is given twice follows once."""
+    written(follow(out, *KNOWN, *KNOWN), FIRST)
+    for read in READ.values():
+        assert read(out).points["batch/loss"] == LOSSES
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_other_ranks_tell_nobody(out: Path) -> None:
+    written(follow(out, *KNOWN, main=False), FIRST)
+    assert list(out.iterdir()) == []
+
+
+@each
+def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning with its remedy; the run and the other trackers go on."""
+    for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.warns(UserWarning, match=rf"^{name}: .*: training goes on without \(pip install {name}\)$") as seen:
+        written(follow(out, *KNOWN), FIRST)
+    monkeypatch.undo()
+    assert len(seen) == 1
+    assert losses(out) == list(range(8))
+    assert (out / "tensorboard").exists() == (name != "tensorboard")
+
+
+def test_a_folder_that_cannot_be_written(out: Path) -> None:
+    (out / "tensorboard").write_text("in the way")
+    with pytest.warns(UserWarning, match=r"^tensorboard: .*File exists.*: training goes on without$") as seen:
+        written(follow(out, "tensorboard"), FIRST)
+    assert len(seen) == 1
+    assert losses(out) == list(range(8))
+
+
+def test_wandb_without_a_key(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.warns(UserWarning, match=r"^wandb: No API key configured.*: training goes on without$") as seen:
+        written(follow(out, "wandb"), FIRST)
+    assert len(seen) == 1
+    assert losses(out) == list(range(8))
+
+
+def break_off(name: str, out: Path) -> None:
+    """Takes the ground from under a tracker that is open."""
+    if name == "tensorboard":
+        time.sleep(0.1)  # its thread has written the configuration
+        shutil.rmtree(out / "tensorboard")
+    elif name == "wandb":
+        sys.modules["wandb"].run.finish()
+    else:
+        sys.modules["trackio"].finish()
+
+
+@each
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_one_that_fails_in_mid_run_is_dropped(name: str, out: Path) -> None:
+    log = follow(out, *KNOWN)
+    log.write(LINES[0])
+    break_off(name, out)
+
+    def go_on() -> None:
+        for record in LINES[1:]:
+            log.write(record)
+            time.sleep(0.02)  # for that thread
+        log.close()
+
+    with pytest.warns(UserWarning, match=f"^{name}: .*: training goes on without$") as seen:
+        go_on()
+    assert len(seen) == 1
+    assert losses(out) == list(range(8))
+    for other in KNOWN.keys() - {name}:
+        assert READ[other](out).points["batch/loss"] == LOSSES
+
+
+def test_one_that_fails_at_the_end(out: Path) -> None:
+    log = follow(out, *KNOWN)
+    break_off("trackio", out)
+    with pytest.warns(UserWarning, match="^trackio: .*: training goes on without$") as seen:
+        log.close()
+    assert len(seen) == 1
+
+
+def test_names() -> None:
+    assert parse("") == ()
+    assert parse("wandb, tensorboard,") == ("wandb", "tensorboard")
+    with pytest.raises(ValueError, match=r"^track=wandb,mlflow: .*'mlflow': choose from tensorboard, wandb, trackio$"):
+        parse("wandb,mlflow")
+
+
+# Through the command
+
+
+def test_a_run_that_is_followed(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
+    """It is resumed in the same place, by all three."""
+    flags = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--track=tensorboard,trackio", "--wandb_log=True"]
+    flags += [f"--wandb_project={out.name}", "--wandb_run_name=first", "--init_from=auto"]
+    for steps in (5, 10):
+        outcome = folio("train", *flags, f"--max_iters={steps}")
+        assert outcome.code == 0, outcome.err
+    found = [(r["step"], r["val_loss"]) for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "eval"]
+    assert [step for step, _ in found] == [0, 5, 10]
+    run_id = json.loads((out / "config.json").read_text())["run"]
+    seen = tensorboard(out)
+    assert seen.points["val/loss"] == [(step, pytest.approx(loss)) for step, loss in found]
+    assert seen.config["n_embd"] == 16
+    assert len(list((out / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))) == 2
+    (run,) = sys.modules["trackio"].Api().runs(out.name)
+    assert run.name == f"first-{run_id}"
+
+
+def test_a_tracker_that_is_not_known(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
+    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}", "--track=mlflow")
+    assert_refused(outcome, "track=mlflow", "tensorboard, wandb, trackio")
+    assert list(out.iterdir()) == []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from folio import __version__, checkpoint, files, pt_files
 from folio.checkpoint import Checkpoint, State, Tensors
-from folio.config import Optimizer, TrainConfig, model_config, typed
+from folio.config import Optimizer, Source, TrainConfig, model_config, typed
 from folio.model import GPT, GPTConfig
 from folio.token_files import GPT2, GPT2_SIZES
 from folio.tokenizer import Tokenizer
@@ -61,6 +61,13 @@ def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> G
 
 
 # Finding
+
+
+def choose(source: Source) -> Checkpoint:
+    """The model that a command was given; raises as ``find``."""
+    if source.init_from == "resume":
+        return in_folder(Path(source.out_dir), source.checkpoint)
+    return find(source.init_from, source.checkpoint)
 
 
 def find(name: str, which: str = "best") -> Checkpoint:

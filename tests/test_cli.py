@@ -17,7 +17,9 @@ POSITIONAL = {
     ("tokenizer", "action"),
     ("tokenizer", "text"),
     ("import", "model"),
-    ("plot", "out_dir"),
+    ("plot", "out_dirs"),
+    ("report", "out_dir"),
+    ("eval", "what"),
 }
 
 
@@ -108,7 +110,7 @@ def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, scr
 
 
 def test_an_option_that_is_no_knob_is_one_line(folio, tmp_path) -> None:
-    for argv in (["train", "-x"], ["plot", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
+    for argv in (["train", "-x"], ["report", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
         code, out, err = folio(*argv)
         assert (code, out, err.count("\n")) == (2, "", 1), argv
         assert argv[-1].lstrip("-") in err

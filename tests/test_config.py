@@ -355,7 +355,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_file_knob_value_and_choices(r
 
 def test_sample_and_bench_take_a_training_preset() -> None:
     """Knobs of training that they lack are passed over, others are still refused."""
-    assert parse("train_shakespeare_char", options=sample.Options).out_dir == "out-shakespeare-char"
+    assert parse("train_shakespeare_char", options=sample.Options).source.out_dir == "out-shakespeare-char"
     assert parse("train_shakespeare_char", options=bench.Options).model.n_embd == 384
 
 

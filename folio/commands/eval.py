@@ -1,0 +1,137 @@
+"""folio eval: how good a model is: its loss, HellaSwag, the tasks of the lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.progress import track
+
+from folio import files, hellaswag, pretrained
+from folio.checkpoint import EVALUATIONS, Checkpoint
+from folio.config import (
+    Data,
+    HellaSwagStyle,
+    Processes,
+    Source,
+    System,
+    hellaswag_data_knob,
+    hellaswag_style_knob,
+    knob,
+    knobs,
+    override,
+)
+from folio.runtime import Runtime
+from folio.token_files import Split
+from folio.tokens import Tokens
+from folio.validation import evaluate, text_size
+
+_OF = {"split": "loss", "eval_iters": "loss", "style": "hellaswag", "data": "hellaswag", "tasks": "lm_eval"}
+_PLACES = {"dataset", "data_dir", "data_mixture"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure a model: folio eval [loss | hellaswag | lm_eval] [--knob=value …]."""
+
+    what: tyro.conf.Positional[Literal["loss", "hellaswag", "lm_eval"]] = knob(
+        "loss", "loss: over a split of the run's data, or other; lm_eval: tasks of the lm-evaluation-harness"
+    )
+    split: Split = knob("val", "loss: of which split")
+    eval_iters: int = knob(0, "loss: batches, evenly spaced; 0: every token once", min=0)
+    style: HellaSwagStyle = hellaswag_style_knob()
+    data: str = hellaswag_data_knob()
+    tasks: str = knob("hellaswag,lambada_openai,arc_easy", "lm_eval: names of its tasks, or files of your own")
+    limit: int = knob(0, "hellaswag, lm_eval: items, from the first; 0: all", min=0)
+    source: Source = field(default_factory=Source)
+    tokens: Data = field(default_factory=Data)
+    system: System = field(default_factory=System)
+    processes: Processes = field(default_factory=Processes)
+    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
+
+
+def main(options: Options) -> None:
+    o = options
+    if odd := next((name for name, what in _OF.items() if name in o.sources and what != o.what), None):
+        raise ValueError(f"--{odd} is for folio eval {_OF[odd]}, not for {o.what}")
+    chosen = pretrained.choose(o.source)
+    runtime = Runtime(o.system, o.processes)
+    try:
+        found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
+        print(f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}")
+        if o.source.init_from == "resume":
+            kind = "eval" if o.what == "loss" else o.what
+            runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
+    finally:
+        runtime.close()
+
+
+def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
+    """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
+    placed = _PLACES if _PLACES & o.sources.keys() else set()
+    asked = {k: v for k, v in chosen.asked.items() if k not in o.sources and k not in placed}
+    data = override(
+        o, {k: v for k, v in asked.items() if k in knobs(Options) and knobs(Options)[k].group == "tokens"}
+    ).tokens
+    model = chosen.model(dropout=0.0)
+    tokens = Tokens.open(data, model.config.block_size, o.system.seed)
+    tokens.vocab_size = int(model.config.vocab_size)
+    if data.document_mask:
+        tokens.tell_documents_apart(data.eot)
+    windows = o.eval_iters * data.batch_size
+    loss = runtime.wrap(model, None)
+    nats = evaluate(model, loss, tokens, o.split, windows, data.batch_size, runtime)
+    counted, size = text_size(tokens, o.split, windows)
+    found = {
+        "split": o.split,
+        "data": tokens.name,
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "bits_per_byte": nats * counted / (math.log(2) * size),
+        "tokens": counted,
+        "bytes": size,
+    }
+    return found, (
+        f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, "
+        f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
+    )
+
+
+def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
+    tokenizer = chosen.tokenizer()
+    path = runtime.broadcast(lambda: hellaswag.locate(o.data))
+    questions = hellaswag.encode(hellaswag.read(path, o.style, o.limit), o.style, tokenizer, chosen.config().block_size)
+    model = chosen.model(dropout=0.0)
+    runtime.wrap(model, None)
+    watch = partial(track, description="HellaSwag", transient=True, disable=not sys.stdout.isatty())
+    found = hellaswag.evaluate(model, questions, runtime, track=watch)
+    right = round(found["acc_norm"] * found["total"])
+    line = f"HellaSwag, {o.style}: acc_norm {found['acc_norm']:.4f} ({right}/{found['total']}), acc {found['acc']:.4f}"
+    return found, "\n".join(filter(None, [questions.note, line]))
+
+
+def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
+    from folio import harness
+
+    tokenizer, model = chosen.tokenizer(), chosen.model(dropout=0.0)
+    runtime.wrap(model, None)
+    results = harness.evaluate(model, tokenizer, o.tasks.split(","), runtime, o.limit)
+    lines = [
+        f"{task}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+        for task, metrics in results.items()
+    ]
+    return {"tasks": results, "limit": o.limit}, "\n".join(lines)
+
+
+def _keep(out_dir: Path, record: dict[str, Any]) -> None:
+    """Adds a line to the folder's evaluations, for its report."""
+    path = out_dir / EVALUATIONS
+    before = path.read_bytes() if path.exists() else b""
+    whole = before[: before.rfind(b"\n") + 1]
+    files.write(path, whole + f"{json.dumps(record)}\n".encode())

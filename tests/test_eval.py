@@ -1,0 +1,164 @@
+"""folio eval: what it says of a model, and of what is no model, data or items."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
+from torch.nn import functional as F
+
+from folio import pretrained
+from folio.tokenizer import Bytes, Tokenizer
+
+Run = Callable[..., Outcome]
+HERE = ["--device=cpu", "--dtype=float32", "--matmul_precision=highest"]
+
+
+@pytest.fixture(scope="module")
+def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of characters; a session's fixture cannot capture what it prints."""
+    from folio import cli, train
+    from folio.config import TrainConfig
+
+    out = tmp_path_factory.mktemp("trained") / "out"
+    argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
+    run = train.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+    train.fit(run)
+    train.finish(run)
+    return out
+
+
+def kept(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path, split: str) -> None:
+    """Every token but the first counts once, predicted from those before it in its window."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    code, said, _ = folio("eval", f"--out_dir={out}", f"--split={split}", *HERE)
+    assert code == 0
+    model, block = pretrained.find(str(out)).model(), 16
+    text = STORY.read_text(encoding="utf-8")
+    text = text[int(len(text) * 0.9) :] if split == "val" else text[: int(len(text) * 0.9)]
+    ids = torch.from_numpy(pretrained.find(str(out)).tokenizer().encode(text).astype("int64"))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, block):
+            row = ids[start : start + block + 1]
+            logits = model.lm_head(model.hidden(row[None, :-1]))[0]
+            nats += F.cross_entropy(logits, row[1:], reduction="sum").item()
+    (found,) = kept(out)
+    mean, size = nats / (len(ids) - 1), len(text[1:].encode())
+    assert found["loss"] == pytest.approx(mean, abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert (found["tokens"], found["bytes"], found["step"], found["split"]) == (len(ids) - 1, size, 10, split)
+    assert f"{split} loss {mean:.4f} nats per token, perplexity {math.exp(mean):.4g}" in said
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_bits_are_per_byte_of_text(folio: Run, gpt2: Tokenizer, tmp_path: Path, name: str) -> None:
+    """A character may be several tokens, or several bytes; an end-of-text costs nats, and is no byte."""
+    tokenizer = gpt2 if name == "gpt2" else Bytes()
+    texts = ["The ferry – naïve, 渡し船.", "Left at noon.", "🚢 and nobody saw it go. " * 40]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    sources = [str(tmp_path / f"{number}.txt") for number in range(3)]
+    data, out = tmp_path / "data", tmp_path / "out"
+    argv = [*sources, f"--tokenizer={name}", f"--data_dir={data}", "--val_documents=2"]
+    assert folio("prepare", *argv).code == 0
+    assert folio("train", *SMALL, "--max_iters=1", f"--data_dir={data}", f"--out_dir={out}").code == 0
+    assert folio("eval", f"--out_dir={out}", *HERE).code == 0
+    ids = np.fromfile(data / "val.bin", dtype=np.uint16)[1:].tolist()
+    assert (tokenizer.eot in ids) == (name == "gpt2")
+    size = len(tokenizer.bytes([i for i in ids if i != tokenizer.eot]))
+    (found,) = kept(out)
+    assert (found["tokens"], found["bytes"]) == (len(ids), size)
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * len(ids) / size / math.log(2))
+
+
+def test_the_data_of_the_run_or_other(folio: Run, trained: Path, story: Path, tmp_path: Path) -> None:
+    """A data set that is named wins over the run's, wherever that was."""
+    out, other = shutil.copytree(trained, tmp_path / "out"), shutil.copytree(story, tmp_path / "data" / "other")
+    assert folio("eval", f"--out_dir={out}", "--eval_iters=1", *HERE).code == 0
+    assert folio("eval", f"--out_dir={out}", "--eval_iters=1", f"--data_dir={other}", *HERE).code == 0
+    assert_refused(folio("eval", f"--out_dir={out}", "--dataset=nowhere", *HERE), "data/nowhere")
+    first, second = kept(out)
+    assert (first["data"], second["data"]) == (str(story), str(other))
+    assert first["loss"] == second["loss"]
+
+
+def test_a_model_that_is_no_run_is_left_alone(folio: Run, trained: Path, story: Path, items: Path) -> None:
+    """What is not the run of out_dir gets its answer on the terminal."""
+    before = tree(trained)
+    assert folio("eval", f"--init_from={trained}", f"--data_dir={story}", *HERE).code == 0
+    assert folio("eval", "hellaswag", f"--init_from={trained}", f"--data={items}", *HERE).code == 0
+    assert tree(trained) == before
+
+
+@pytest.mark.parametrize("style", ["completion", "harness"])
+def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style: str) -> None:
+    out = shutil.copytree(trained, tmp_path / "out")
+    code, said, _ = folio(
+        "eval", "hellaswag", f"--out_dir={out}", f"--style={style}", f"--data={items}", "--limit=8", *HERE
+    )
+    (found,) = kept(out)
+    assert code == 0
+    assert (found["kind"], found["style"], found["total"], found["step"]) == ("hellaswag", style, 8, 10)
+    right = round(8 * found["acc_norm"])
+    assert f"HellaSwag, {style}: acc_norm {right / 8:.4f} ({right}/8), acc {found['acc']:.4f}" in said
+    assert "of 8 HellaSwag items are longer than the model's context: their fronts are left out" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_several_processes_say_the_same(
+    spawn: Spawn, trained: Path, items: Path, tmp_path: Path, parallel: str
+) -> None:
+    out = shutil.copytree(trained, tmp_path / "out")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "folio", "eval"]
+    for before, more in (([*launcher], [f"--parallel={parallel}"]), (["-m", "folio", "eval"], [])):
+        to_its_end(spawn(*before, f"--out_dir={out}", *HERE, *more, threads=1))
+        to_its_end(spawn(*before, "hellaswag", f"--data={items}", f"--out_dir={out}", *HERE, *more, threads=1))
+    two, two_answers, one, one_answers = kept(out)
+    assert two.pop("loss") == pytest.approx(one.pop("loss"), abs=1e-6)
+    assert two_answers == one_answers
+    assert {k: v for k, v in two.items() if isinstance(v, (int, str))} == {
+        k: v for k, v in one.items() if isinstance(v, (int, str))
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--out_dir=nowhere"], ["nowhere"]),
+        (["hellaswag", "--out_dir=nowhere", "--limit=-1"], ["limit=-1", "at least 0"]),
+        (["--style=harness"], ["--style", "folio eval hellaswag", "loss"]),
+        (["hellaswag", "--split=val"], ["--split", "folio eval loss", "hellaswag"]),
+        (["hellaswag", "--data=nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
+        (["perplexity"], ["perplexity", "hellaswag"]),
+        (["--split=test"], ["test", "train", "val"]),
+        (["--checkpoint=7"], ["'7'", "10"]),
+    ],
+)
+def test_what_is_refused(folio: Run, trained: Path, argv: list[str], words: list[str]) -> None:
+    before = tree(trained)
+    argv = argv if any(word.startswith("--out_dir") for word in argv) else [*argv, f"--out_dir={trained}"]
+    assert_refused(folio("eval", *argv, *HERE), *words)
+    assert tree(trained) == before
+
+
+def test_items_that_the_vocabulary_cannot_spell(folio: Run, trained: Path, tmp_path: Path) -> None:
+    """The line names the item and the characters."""
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"ctx": "Ça va", "endings": ["a", "b", "c", "d"], "label": 0}), encoding="utf-8")
+    assert_refused(folio("eval", "hellaswag", f"--out_dir={trained}", f"--data={path}", *HERE), "item 1", "'Ç'")

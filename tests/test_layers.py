@@ -12,10 +12,13 @@ from conftest import ROOT
 
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
-    {"tokens", "token_files", "tokenizer", "processes", "runtime", "log"},
+    {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log"},
     {
         "validation",
+        "scoring",
         "hellaswag",
+        "harness",
+        "profiler",
         "generate",
         "memory",
         "checkpoint",
@@ -24,12 +27,20 @@ LAYERS = [
         "gguf_file",
         "datasets",
     },
-    {"train", "plot"},
+    {"train", "plot", "report"},
     {"commands"},
     {"cli", "__main__"},
 ]
 DELEGATES = {"generate", "optim", "flops", "pretrained"}  # whose functions are nanoGPT's methods of GPT, one line each
-OWNERS = {"torch.distributed": {"runtime", "processes"}, "wandb": {"log"}, "transformers": {"pretrained"}}
+OWNERS = {
+    "torch.distributed": {"runtime", "processes"},
+    "wandb": {"trackers"},
+    "trackio": {"trackers"},
+    "torch.utils.tensorboard": {"trackers"},
+    "transformers": {"pretrained"},
+    "lm_eval": {"harness"},
+    "plotly": {"report"},
+}
 MODULES = {
     ".".join(path.relative_to(ROOT / "folio").with_suffix("").parts).removesuffix("__init__").rstrip("."): path
     for path in sorted((ROOT / "folio").rglob("*.py"))

@@ -13,7 +13,7 @@ from folio.config import TrainConfig as Options
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
 from folio.generate import LINE, samples
-from folio.plot import loss_curve
+from folio.plot import draw
 from folio.token_files import META
 from folio.train import EXIT, Run, build, finish, fit
 
@@ -33,7 +33,7 @@ def main(options: Options) -> int:
     finally:
         finish(run)
     picture = run.out_dir / "loss.png"
-    loss_curve(run.out_dir, picture)
+    draw([run.out_dir], picture)
     print(f"The loss over the steps: {picture}\n")
     print("What next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))

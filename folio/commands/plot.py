@@ -1,4 +1,4 @@
-"""folio plot: the losses of a run as a picture."""
+"""folio plot: the losses and HellaSwag accuracies of runs as a picture."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Annotated
 import tyro
 
 from folio.config import knob
-from folio.plot import loss_curve
+from folio.plot import draw
 
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the losses of a run over its steps."""
+    """Draw the losses and HellaSwag accuracies of runs, over their steps and tokens."""
 
-    out_dir: tyro.conf.Positional[str] = knob("out", "folder of the run")
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = knob("", "picture (.png, .svg); default: OUT_DIR/loss.png")
+    out_dirs: tyro.conf.Positional[tuple[str, ...]] = knob(("out",), "folders of the runs")
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = knob(
+        "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder"
+    )
 
 
 def main(options: Options) -> None:
-    out_dir = Path(options.out_dir)
-    picture = Path(options.output) if options.output else out_dir / "loss.png"
-    loss_curve(out_dir, picture)
+    out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
+    picture = Path(options.output) if options.output else out_dirs[0] / "loss.png"
+    draw(out_dirs, picture)
     print(f"wrote {picture}")

@@ -1,0 +1,27 @@
+"""folio report: all that is known of a run as one page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from folio.config import knob, out_dir_knob
+from folio.report import report
+
+
+@dataclass(frozen=True)
+class Options:
+    """Put all that is known of a run on one page, which opens without a network."""
+
+    out_dir: tyro.conf.Positional[str] = out_dir_knob()
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = knob("", "page (.html); default: OUT_DIR/report.html")
+
+
+def main(options: Options) -> None:
+    out_dir = Path(options.out_dir)
+    page = Path(options.output) if options.output else out_dir / "report.html"
+    report(out_dir, page)
+    print(f"wrote {page}")

@@ -1,0 +1,275 @@
+"""Pictures of runs: what they show, and that odd runs are drawn too."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMALL, Outcome, assert_refused
+
+from folio import plot
+from folio.log import METRICS
+from folio.plot import draw, looks, names, smooth, span, thin
+
+pytest.importorskip("matplotlib")
+
+Folio = Callable[..., Outcome]
+LOSS, HELLASWAG, TOKENS = "loss (nats per token)", "HellaSwag accuracy", "tokens (thousands)"
+
+
+def train(step: int, loss: float | None = None, rate: int = 100) -> dict[str, Any]:
+    loss = 3 + 2 * math.exp(-step / 20) + 0.1 * math.sin(step) if loss is None else loss
+    return {"kind": "train", "step": step, "loss": loss, "tokens": rate * (step + 1)}
+
+
+def evaluation(step: int, loss: float | None, rate: int = 100) -> dict[str, Any]:
+    return {"kind": "eval", "step": step, "train_loss": loss, "val_loss": loss, "tokens": rate * step}
+
+
+def hellaswag(step: int, style: str = "completion") -> dict[str, Any]:
+    return {"kind": "hellaswag", "step": step, "style": style, "acc": 0.25, "acc_norm": 0.26, "total": 10042}
+
+
+def usual(rate: int = 100) -> list[dict[str, Any]]:
+    evaluations = [evaluation(step, 3 + 2 * math.exp(-step / 20), rate) for step in range(0, 101, 20)]
+    return [*(train(step, rate=rate) for step in range(100)), *evaluations]
+
+
+def run(out: Path, records: list[dict[str, Any]], end: str = "", **asked: str) -> Path:
+    """The folder of a run that wrote these records; where it was asked for anything, it tells of that."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    if asked:
+        (out / "config.json").write_text(json.dumps({"run": "0", "folio": "0", "asked": asked}))
+    return out
+
+
+def drawn(*outs: Path) -> str:
+    """The picture of these runs, whose text stays text."""
+    picture = outs[0] / "picture.svg"
+    draw(outs, picture)
+    return picture.read_text()
+
+
+def height(svg: str, text: str) -> float:
+    """Of the one place where this text stands, from the top."""
+    (found,) = re.findall(rf' y="([\d.]+)"[^>]*>{re.escape(text)}<', svg)
+    return float(found)
+
+
+def darkest(picture: Path) -> int:
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return int(image.convert("L").getextrema()[0])
+
+
+def test_a_real_run_is_drawn(folio: Folio, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}").code == 0
+    outcome = folio("plot", str(out))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == f"wrote {out / 'loss.png'}\n"
+    assert darkest(out / "loss.png") < 50
+    svg = drawn(out)
+    best = json.loads((out / "best.json").read_text())["loss"]
+    for text in (LOSS, ">step<", TOKENS, "train, smoothed", ">validation<", ">a run<", f">{best:.4f}<"):
+        assert text in svg
+    assert "GPT-2" not in svg
+    assert HELLASWAG not in svg
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
+def test_every_format_is_written_again_to_the_byte(
+    folio: Folio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    out = run(tmp_path / "run", usual())
+    before = None
+    for now in ("1000000000", "2000000000"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", now)  # which matplotlib takes for the clock
+        picture = tmp_path / "new" / f"figure{suffix}"
+        assert folio("plot", str(out), "-o", str(picture)).code == 0
+        assert before in (None, picture.read_bytes())
+        before = picture.read_bytes()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"figure{suffix}"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "there"),
+    [
+        ({"dataset": "fineweb_edu", "data_dir": ""}, True),
+        ({"dataset": "openwebtext", "data_dir": "data/edu_fineweb10B/*.npy"}, True),
+        ({"dataset": "fineweb_edu", "data_dir": "data/story"}, False),
+        ({"dataset": "fineweb_edu", "data_mixture": "fineweb_edu=0.5,story=0.5"}, False),
+        ({"dataset": "story", "data_dir": "fineweb/trials/story"}, False),
+        ({}, False),
+    ],
+)
+def test_gpt2s_loss_stands_beside_its_own_data_only(tmp_path: Path, asked: dict[str, str], there: bool) -> None:
+    svg = drawn(run(tmp_path / "run", usual(), **asked))
+    assert ("3.2924" in svg) == there
+    assert ("GPT-2 124M" in svg) == there
+
+
+@pytest.mark.parametrize(
+    ("styles", "values"),
+    [
+        (["completion"], {"completion 0.2955"}),
+        (["harness"], {"harness 0.3114"}),
+        (["completion", "harness"], {"completion 0.2955", "harness 0.3114"}),
+        (["another"], set()),
+    ],
+)
+def test_gpt2s_hellaswag_is_that_of_the_same_style(tmp_path: Path, styles: list[str], values: set[str]) -> None:
+    scored = [hellaswag(step, style) for style in styles for step in (0, 50, 100)]
+    svg = drawn(run(tmp_path / "run", [*usual(), *scored]))
+    assert HELLASWAG in svg
+    assert {value for value in ("completion 0.2955", "harness 0.3114") if value in svg} == values
+
+
+def test_several_runs_have_names_of_their_own(tmp_path: Path) -> None:
+    """Of mathematical signs and underscores as well, which matplotlib would read otherwise."""
+    outs = [run(tmp_path / name, usual()) for name in ("a/out", "b/out", "_c", "$d_{$")]
+    svg = drawn(*outs, outs[0])
+    last = tmp_path.name
+    for name in ("a/out", "b/out", f"{last}/_c", f"{last}/$d_{{$"):
+        assert svg.count(f">{name}: validation, best 3.0135 at step 100<") == 1
+    assert names([Path("/x/out")]) == ["out"]
+
+
+def test_tokens_stand_above_the_steps_or_in_a_column_of_their_own(tmp_path: Path) -> None:
+    one, same, other = (run(tmp_path / f"run{i}", usual(rate)) for i, rate in enumerate((100, 100, 50)))
+    changed = run(tmp_path / "changed", [*usual(), train(100), {**train(101), "tokens": 10_300}])
+    silent = run(tmp_path / "silent", [{**train(step), "tokens": None} for step in range(9)])
+    for outs in ([one], [one, same]):
+        svg = drawn(*outs)
+        assert height(svg, TOKENS) < height(svg, "step") / 4
+    for outs in ([one, other], [changed], [other, one, silent]):
+        svg = drawn(*outs)
+        assert height(svg, TOKENS) == pytest.approx(height(svg, "step"), abs=1)
+    assert "tokens" not in drawn(silent)
+
+
+def test_a_step_stands_at_the_tokens_its_weights_have_seen() -> None:
+    records = plot.Records({"train": [train(0), train(1)], "eval": [evaluation(4, 3.0)], "hellaswag": []})
+    h = plot.history("", records, {})
+    assert h.along(np.array([0.0, 1, 2, 3, 4]), 100).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_runs_are_told_apart_in_greys() -> None:
+    found = looks(6)
+    lightness = [np.dot(look["color"][:3], [0.299, 0.587, 0.114]) for look in found]
+    assert min(np.diff(lightness)) > 0.05
+    assert lightness[-1] < 0.65
+    assert len({(look["linestyle"], look["marker"]) for look in looks(20)}) == 20
+
+
+@pytest.mark.parametrize(
+    ("records", "end", "shown", "absent"),
+    [
+        pytest.param([train(step) for step in range(9)], "", [LOSS, "train, smoothed"], ["validation"], id="no-eval"),
+        pytest.param([evaluation(0, 4.0), evaluation(5, 3.0)], "", [LOSS, ">3.0000<"], ["smoothed"], id="no-train"),
+        pytest.param([train(0), {**train(1), "loss": None}, evaluation(2, None)], "", [LOSS], [">valid"], id="null"),
+        pytest.param(usual(), '{"kind": "eval", "step": 200, "val_l', [LOSS, "3.0135"], [], id="cut"),
+        pytest.param([evaluation(0, 4.0)], "", [LOSS, ">4.0000<"], ["tokens"], id="one-evaluation"),
+        pytest.param([train(0)], "", [LOSS], ["validation"], id="one-step"),
+        pytest.param([hellaswag(100)], "", [HELLASWAG, ">step<"], [LOSS, "tokens"], id="hellaswag-alone"),
+        pytest.param([*usual(), {**hellaswag(9), "acc_norm": None}], "", [LOSS], [HELLASWAG], id="no-accuracy"),
+    ],
+)
+def test_odd_runs_are_drawn(
+    folio: Folio, tmp_path: Path, records: list[dict[str, Any]], end: str, shown: list[str], absent: list[str]
+) -> None:
+    out = run(tmp_path / "run", records, end)
+    outcome = folio("plot", str(out))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert darkest(out / "loss.png") < 50
+    svg = drawn(out)
+    assert [text for text in shown if text not in svg] == []
+    assert [text for text in absent if text in svg] == []
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        (None, "is missing: train with"),
+        ([], "holds nothing"),
+        ([{"kind": "start", "step": 0}], "holds nothing to draw"),
+    ],
+)
+def test_nothing_to_draw_is_told(
+    folio: Folio, tmp_path: Path, records: list[dict[str, Any]] | None, words: str
+) -> None:
+    full, out = run(tmp_path / "full", usual()), tmp_path / "run"
+    if records is not None:
+        run(out, records)
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(folio("plot", str(full), str(out)), out / METRICS, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("figure.xyz", "its suffix must be .png, .svg or .pdf"),
+        ("figure", "its suffix must be"),
+        ("folder.png", "could not be written"),
+        ("run/metrics.jsonl/figure.png", "could not be written"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_told(folio: Folio, tmp_path: Path, name: str, words: str) -> None:
+    out = run(tmp_path / "run", usual())
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(folio("plot", str(out), f"--output={tmp_path / name}"), tmp_path / name, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_smoothing_is_the_weighted_mean_it_says(count: int) -> None:
+    values = np.random.default_rng(0).normal(size=count)
+    distances = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
+    weights = np.exp(-distances / max(1, count / 100))
+    np.testing.assert_allclose(smooth(values), weights @ values / weights.sum(axis=1), rtol=1e-9, atol=1e-12)
+
+
+def test_thinning_keeps_every_extreme() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[31_415, 92_653]] = 50, -50
+    points = np.stack([np.arange(100_000.0), values])
+    kept = thin(points, bins=100)
+    assert kept.shape[1] <= 400
+    assert (np.diff(kept[0]) > 0).all()
+    assert (values[kept[0].astype(int)] == kept[1]).all()
+    assert {0, 31_415, 92_653, 99_999} <= set(kept[0].astype(int).tolist())
+    for part in range(100):
+        inside = kept[1][kept[0] // 1000 == part]
+        assert (inside.min(), inside.max()) == (values[1000 * part :][:1000].min(), values[1000 * part :][:1000].max())
+    assert thin(points[:, :400], bins=100).shape == (2, 400)
+
+
+def test_the_first_steps_do_not_flatten_the_rest() -> None:
+    """Nothing else is cut off but single train losses."""
+    losses = [11 - 7 * min(1, step / 10) - step / 1000 for step in range(1000)]
+    losses[500] = 30.0
+    records = plot.Records({"train": [train(i, loss) for i, loss in enumerate(losses)], "eval": [], "hellaswag": []})
+    low, high = span([plot.history("", records, {})])
+    assert low < min(losses)
+    assert max(losses[50:500]) < high < 6
+    gentle = {**records, "train": [train(i, 5 - i / 1000) for i in range(1000)], "eval": [evaluation(0, 5.1)]}
+    low, high = span([plot.history("", gentle, {})])
+    assert low < 4.001
+    assert high > 5.1
+
+
+@pytest.mark.parametrize("steps", [20_000, pytest.param(600_000, marks=pytest.mark.slow)])
+def test_a_long_run_is_a_small_picture(tmp_path: Path, steps: int) -> None:
+    noise = np.random.default_rng(0).normal(size=steps).tolist()
+    out = run(tmp_path / "run", [train(step, 3 + 0.1 * noise[step]) for step in range(steps)])
+    assert len(drawn(out)) < 150_000

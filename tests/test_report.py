@@ -1,0 +1,197 @@
+"""The page of a run: what it tells, and that a browser shows it without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, Outcome, assert_refused
+from test_plot import evaluation, hellaswag, run, train, usual
+
+pytest.importorskip("plotly")
+
+Folio = Callable[..., Outcome]
+EVIL = "</script></pre></td><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
+START = {"kind": "start", "device": "cuda", "processor": "NVIDIA H100", "tokens_per_iteration": 100}
+
+
+def text_of(page: str) -> str:
+    """What is read on a page: no scripts, no styles, no tags."""
+    page = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def page_of(folio: Folio, out: Path) -> str:
+    outcome = folio("report", str(out))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == f"wrote {out / 'report.html'}\n"
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def sample(step: int, text: str, number: int = 0) -> dict[str, Any]:
+    return {"kind": "sample", "step": step, "number": number, "text": text}
+
+
+def append(out: Path, *records: dict[str, Any], end: str = "") -> None:
+    (out / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+
+
+def test_the_page_of_a_real_run_tells_what_it_did(folio: Folio, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a run"
+    assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}").code == 0
+    page = page_of(folio, out)
+    text = text_of(page)
+    best = json.loads((out / "best.json").read_text())
+    assert f"best validation loss {best['loss']:.4f} of step {best['step']} steps 10 tokens (thousands) 1.28" in text
+    assert "n_layer 2 12" in text  # asked, default
+    for words in ("tokens per second (median)", "device cpu", "matmul precision highest", "from step 0", f"{story} –"):
+        assert words in text
+    for absent in ("HellaSwag", "Samples", "folio eval"):
+        assert absent not in text
+    assert page.count("<!doctype html>") == page.count("plotly.js v") == 1
+
+
+def test_what_differs_from_the_defaults_comes_first(folio: Folio, tmp_path: Path) -> None:
+    out = run(tmp_path / "run", usual(), n_layer=12, n_head=6, dataset="<b>", gone="yes")
+    changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 knobs at their defaults")
+    assert "n_head 6 12 dataset &lt;b&gt; openwebtext gone yes none" in changed
+    assert "n_layer 12" in same
+
+
+def test_evaluations_from_training_and_from_folio_eval(folio: Folio, tmp_path: Path) -> None:
+    out = run(tmp_path / "run", [*usual(), evaluation(120, 3.5), hellaswag(100)])
+    append(
+        out,
+        {"kind": "eval", "step": 100, "split": "val", "loss": 3.25, "perplexity": 25.79, "tokens": 12345},
+        {"kind": "hellaswag", "step": 100, "style": "harness", "acc": 0.25, "acc_norm": 0.375, "total": 8},
+        {"kind": "lm_eval", "step": 120, "tasks": {"<arc>": {"acc,none": 0.4375, "alias": "arc"}}},
+        end='{"kind": "eval", "st',
+    )
+    text = text_of(page_of(folio, out))
+    assert "best 100 3.0135 3.0135 10,000 – last 120 3.5000 3.5000 12,000 –" in text
+    assert "100 completion 0.2600 0.0044" in text
+    for row in (
+        "100 eval, val loss 3.2500",
+        "100 eval, val tokens 12,345",
+        "100 hellaswag, harness acc_norm 0.3750",
+        "120 &lt;arc&gt; acc,none 0.4375",
+    ):
+        assert row in text
+    assert "alias" not in text
+    assert "eval, val step" not in text
+
+
+def test_starts_that_resolved_alike_share_a_column(folio: Folio, tmp_path: Path) -> None:
+    starts = [{**START, "step": 0}, {**START, "step": 40}, {**START, "step": 1000, "processor": "NVIDIA A100"}]
+    text = text_of(page_of(folio, run(tmp_path / "run", [*starts, *usual()])))
+    assert "from step 0, 40 from step 1,000 device cuda cuda processor NVIDIA H100 NVIDIA A100" in text
+
+
+def test_samples_are_shown_as_text_the_last_step_open(folio: Folio, tmp_path: Path) -> None:
+    samples = [sample(0, "old"), sample(100, EVIL), sample(100, "a  b\n\ud800", 1)]
+    page = page_of(folio, run(tmp_path / "run", [*usual(), *samples]))
+    assert re.findall(r"<details( open)?><summary>step (\d+)<", page) == [(" open", "100"), ("", "0")]
+    assert EVIL not in page
+    assert "&lt;script&gt;window.evil" in page
+    assert "<pre>a  b\n?</pre>" in page
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        pytest.param([{**START, "step": 0}], id="begun"),
+        pytest.param([evaluation(0, 4.0)], id="one-evaluation"),
+        pytest.param([train(0)], id="one-step"),
+        pytest.param([train(0), {**train(1), "loss": None, "mfu": None}, evaluation(2, None)], id="null"),
+        pytest.param([hellaswag(3)], id="hellaswag-alone"),
+        pytest.param([sample(3, "text")], id="sample-alone"),
+    ],
+)
+def test_runs_of_which_little_is_known_have_a_page(folio: Folio, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    page = page_of(folio, run(tmp_path / "run", records, '{"kind": "tra'))
+    assert ("plotly.js v" in page) == (records[0]["kind"] not in ("start", "sample"))
+    assert "nan" not in text_of(page)
+
+
+def test_the_page_of_a_long_run_stays_small(folio: Folio, tmp_path: Path) -> None:
+    short, long = (
+        page_of(folio, run(tmp_path / str(steps), [train(step) for step in range(steps)])) for steps in (9, 20_000)
+    )
+    assert len(long) < len(short) + 300_000
+
+
+def test_what_cannot_be_told_or_written_is_refused(folio: Folio, tmp_path: Path) -> None:
+    out = run(tmp_path / "run", usual())
+    empty = run(tmp_path / "empty", [])
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(folio("report", str(tmp_path)), tmp_path / "metrics.jsonl", "is missing")
+    assert_refused(folio("report", str(empty)), empty / "metrics.jsonl", "holds nothing yet")
+    assert_refused(folio("report", str(out), "-o", str(empty)), empty, "could not be written")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run that tries to break out of it, wherever it can."""
+    from folio.report import report
+
+    out = tmp_path_factory.mktemp("runs") / "<img src=x onerror=evil=1>"
+    scored = [hellaswag(step, style) for step in (0, 50, 100) for style in ("completion", EVIL)]
+    records = [{**START, "step": 0, EVIL: EVIL}, *usual(), *scored, sample(100, EVIL), sample(50, "word " * 99)]
+    run(out, records, dataset="fineweb_edu", data_dir=EVIL, **{EVIL: EVIL})
+    append(out, {"kind": "lm_eval", "step": 9, "tasks": {EVIL: {EVIL: 1.5}}})
+    page = out.parent / "page.html"
+    report(out, page)
+    return page
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_a_browser_shows_it_without_a_network(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = context.new_page()
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("#curves .scatterlayer .trace")
+
+    panel = page.locator("#curves .nsewdrag").first.bounding_box()
+    page.mouse.move(panel["x"] + panel["width"] / 2, panel["y"] + panel["height"] / 2)
+    page.wait_for_selector("#curves .hoverlayer .legendtext")
+    told = page.locator("#curves .hoverlayer").text_content()
+    assert re.search(r"train, smoothed : (\(\d+, )?3\.\d+", told), told
+
+    read = page.locator("body").inner_text()
+    assert read.count("<script>window.evil = 1</script>") >= 6
+    assert page.evaluate("window.evil") is None
+    colours = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
+    ink, paper = page.locator("body").evaluate(colours)
+    assert (ink > 200 > 50 > paper) if scheme == "dark" else (ink < 50 < 200 < paper)
+    tick = page.locator("#curves .ytick text").first.evaluate("e => parseInt(getComputedStyle(e).fill.slice(4))")
+    assert tick == ink
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    context.close()
+    assert said == []
+    assert asked == [page_file.as_uri()]

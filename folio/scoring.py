@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from folio.model import GPT
 from folio.runtime import Runtime
 
-_TOKENS = {"cpu": 2048}  # in a batch, padding included
-_MOST_TOKENS = 16384  # on a device that wants more at a time
+_TOKENS, _MOST_TOKENS = {"cpu": 2048}, 16384  # in a batch, padding included; on a device that wants more at a time
+_ROWS, _MOST_ROWS = {"cpu": 16}, 1024  # of logits at a time, so that they stay in a processor's cache
 
 
 class Query(NamedTuple):
@@ -91,14 +91,21 @@ def score(
     return Scores(nats, tokens, missed == 0)
 
 
-def _batches(queries: Sequence[Query], tokens: int) -> list[list[int]]:
-    """Numbers of queries, the longest first, so that memory that suffices in the beginning does to the end."""
-    order = sorted(range(len(queries)), key=lambda i: -queries[i].length)
+def _batches(queries: Sequence[Query], most: int) -> list[list[int]]:
+    """Numbers of queries, the longest first, so that memory that suffices in the beginning does to the end.
+
+    A batch has at most so many tokens with its padding; beyond a quarter of that it takes no row of which a tenth
+    would be padding.
+    """
     batches: list[list[int]] = []
-    while order:
-        rows = max(1, tokens // queries[order[0]].length)
-        batches.append(order[:rows])
-        order = order[rows:]
+    longest = 0
+    for i in sorted(range(len(queries)), key=lambda i: -queries[i].length):
+        rows = len(batches[-1]) if batches else 0
+        short = longest * rows >= most // 4 and queries[i].length < 0.9 * longest
+        if not batches or short or longest * (rows + 1) > most:
+            batches.append([])
+            longest = queries[i].length
+        batches[-1].append(i)
     return batches
 
 
@@ -106,29 +113,37 @@ def _score(model: GPT, queries: Sequence[Query], runtime: Runtime) -> tuple[Tens
     """Of every predicted token: its nats, and whether another is likelier; and how many each continuation has."""
     shape = len(queries), max(q.length for q in queries)
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    parts = np.full(shape, -1, dtype=np.int64)  # 0: the context, then each continuation; −1: padding
+    numbers = np.full(shape, -1, dtype=np.int64)  # 0: the context, then each continuation; −1: padding
     places: list[NDArray[np.int64]] = []
     targets: list[Sequence[int]] = []
     for row, (context, continuations) in enumerate(queries):
         end = len(context)
-        ids[row, :end], positions[row, :end], parts[row, :end] = context, np.arange(end), 0
+        ids[row, :end], positions[row, :end], numbers[row, :end] = context, np.arange(end), 0
         for number, continuation in enumerate(continuations, 1):
             begin, end = end, end + len(continuation) - 1
             ids[row, begin:end] = continuation[:-1]
             positions[row, begin:end] = len(context) + np.arange(end - begin)
-            parts[row, begin:end] = number
+            numbers[row, begin:end] = number
             places.append(row * shape[1] + np.array([len(context) - 1, *range(begin, end)]))
             targets.append(continuation)
 
     def move(array: NDArray[np.int64]) -> Tensor:
         return runtime.move(runtime.pin(array))
 
-    part = move(parts)
+    part = move(numbers)
     seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
     mask = (seen & torch.ones(shape[1], shape[1], dtype=torch.bool, device=seen.device).tril())[:, None]
     x = model.hidden(move(ids), positions=move(positions), mask=mask)  # (B, T, C)
-    logits = model.lm_head(x.flatten(0, 1)[move(np.concatenate(places))]).float()  # (N, V)
+    logits = model.lm_head(x.flatten(0, 1)[move(np.concatenate(places))])  # (N, V)
     target = move(np.concatenate(targets).astype(np.int64))
-    nats = F.cross_entropy(logits, target, reduction="none")
-    missed = logits.argmax(-1) != target
+    rows = _ROWS.get(runtime.device.type, _MOST_ROWS)
+    parts = map(_nats, torch.split(logits, rows), torch.split(target, rows))
+    nats, missed = map(torch.cat, zip(*parts, strict=True))
     return nats, missed, [len(t) for t in targets]
+
+
+def _nats(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) and (N) → the nats of each target, and whether another is likelier."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
+    found = log_p.gather(1, target[:, None])[:, 0]
+    return -found, found < log_p.amax(-1)

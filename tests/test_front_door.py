@@ -133,6 +133,17 @@ def fill_the_hub_cache(cache: Path) -> None:
         (folder / "refs" / "main").write_text("0" * 40, encoding="ascii")
 
 
+def a_task_of(items: Path, task: Path) -> Path:
+    """A task of the lm-evaluation-harness on a file, since its own fetch their data."""
+    task.write_text(
+        f"task: endings\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {items}}}}}\n"
+        "validation_split: validation\noutput_type: multiple_choice\ndoc_to_text: '{{ctx}}'\n"
+        "doc_to_choice: '{{endings}}'\ndoc_to_target: '{{label}}'\n",
+        encoding="utf-8",
+    )
+    return task
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme(
     clone: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,6 +162,10 @@ def test_every_command_of_the_readme(
     shutil.copy(STORY, clone / "novels" / "story.txt")
     with gzip.open(clone / "crawl" / "part.jsonl.gz", "wb") as file:
         file.write((shared_data / "wikitext2_valid.jsonl").read_bytes())
+    (clone / "data" / "hellaswag").mkdir()
+    items = (shared_data / "hellaswag_val_head5000.jsonl").read_bytes().splitlines(keepends=True)[:6]
+    (clone / "data" / "hellaswag" / "hellaswag_val.jsonl").write_bytes(b"".join(items))
+    task = a_task_of(clone / "data" / "hellaswag" / "hellaswag_val.jsonl", tmp_path / "task.yaml")
     steps = 3
     for line in readme_commands():
         if line.startswith("make "):
@@ -159,10 +174,14 @@ def test_every_command_of_the_readme(
         line = line.replace("OUT", "out-shakespeare-char")
         if "prepare" in line or "scripts/" in line:
             line = without_a_network(line, shared_data)
-        elif "sample" in line:
+        elif "sample.py" in line or "folio sample" in line:
             line += " --max_new_tokens=5"
         elif "bench" in line:
             line += " --device=cpu --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2"
+        elif "lm_eval" in line:
+            line += f" --tasks={task} --limit=3 --device=cpu"
+        elif "eval hellaswag" in line:
+            line += " --limit=3 --device=cpu"
         elif "train" in line or "demo" in line:
             steps += "resume" in line
             line += f" {TINY} --max_iters={steps}"

@@ -7,10 +7,14 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -298,3 +302,38 @@ def assert_same_bits(out: Path, other: Path) -> None:
         ).read_bytes()
     assert (out / "best.json").read_bytes() == (other / "best.json").read_bytes()
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+# A server, and where there is none
+
+
+@contextmanager
+def server(content: bytes, promised: int | None = None, status: int = 200) -> Iterator[str]:
+    """An address on this machine that answers with this content, and may promise more of it."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content) if promised is None else promised))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_port}/file"
+        finally:
+            listening.shutdown()
+            thread.join()
+
+
+@contextmanager
+def closed_port() -> Iterator[str]:
+    """An address on this machine where nobody answers."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/file"

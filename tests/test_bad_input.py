@@ -6,20 +6,16 @@ import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, assert_refused, tree
+from conftest import SMALL, STORY, assert_refused, closed_port, server, tree
 
 from folio import cli
 from folio.commands import train
@@ -265,38 +261,6 @@ def test_a_data_set_that_nobody_knows(folio, tmp_path, monkeypatch, name, hint) 
     monkeypatch.chdir(tmp_path)
     assert_refused(folio("prepare", name), name, hint)
     assert tree(tmp_path) == {}
-
-
-@contextmanager
-def server(content: bytes, promised: int | None = None, status: int = 200) -> Iterator[str]:
-    """An address on this machine that answers with this content, and may promise more of it."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content) if promised is None else promised))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.server_port}/input.txt"
-        finally:
-            listening.shutdown()
-            thread.join()
-
-
-@contextmanager
-def closed_port() -> Iterator[str]:
-    """An address on this machine where nobody answers."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}/input.txt"
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from folio.runtime import Loss, Runtime
 from folio.token_files import GPT2, Split
 from folio.tokenizer import Tokenizer, from_json
 from folio.tokens import Tokens
-from folio.trackers import TENSORBOARD
+from folio.trackers import TENSORBOARD, Record
 from folio.validation import evaluate
 
 EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
@@ -51,9 +51,7 @@ _OWN = (  # knobs of a machine or a moment
     "wandb_run_name",
 )
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
-
-
-Record = dict[str, Any]  # a line of metrics.jsonl
+Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
 
 
 class MicroBatch(NamedTuple):
@@ -72,9 +70,6 @@ class Figures(NamedTuple):
     lr: float
     at: float  # when they were asked for
     read: Callable[[], list[float]]
-
-
-Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
 
 
 @dataclass
@@ -540,7 +535,7 @@ def build(config: TrainConfig) -> Run:
     return run
 
 
-def _measurements(run: Run, lines: list[str]) -> Iterator[tuple[Callable[[Run], bool], Callable[[Run], list[Record]]]]:
+def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
     """What is measured between updates: the loss, HellaSwag, samples."""
     o, shape = run.config.evaluation, run.model.config
     yield every(o.eval_interval), validate
@@ -549,6 +544,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[tuple[Callable[[Run], 
     tokenizer = from_json(run.tokens.tokenizer())
     if o.hellaswag_interval:
         path = run.runtime.broadcast(lambda: hellaswag.locate(o.hellaswag_data))
+        run.runtime.agree({"the file of HellaSwag items": files.sha256(path)})
         items = hellaswag.read(path, o.hellaswag_style, o.hellaswag_limit)
         questions = hellaswag.encode(items, o.hellaswag_style, tokenizer, shape.block_size)
         lines += filter(None, [questions.note])
@@ -569,9 +565,8 @@ def finish(run: Run) -> None:
     try:
         knobs = {"max_iters": max_iters, "patience": run.config.optimizer.patience}
         if run.stop in knobs and run.begun == state.step > 0:
-            and_ = "of" if run.stop == "max_iters" else "and"
-            knob = f"{run.stop}={knobs[run.stop]}"
-            run.log.say(f"nothing to do: step {state.step} {and_} {knob}; a larger --{run.stop} goes on")
+            reached = f"{'of' if run.stop == 'max_iters' else 'and'} {run.stop}={knobs[run.stop]}"
+            run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
         elif run.stop:
             further = f", --init_from=resume{' and a larger --patience go' if run.stop == 'patience' else ' goes'} on"
             why = "" if run.stop == "max_iters" else f" ({run.stop}){further}"

@@ -16,8 +16,10 @@ from folio.plot import draw
 class Options:
     """Draw the losses and HellaSwag accuracies of runs, over their steps and tokens."""
 
-    out_dirs: tyro.conf.Positional[tuple[str, ...]] = knob(("out",), "folders of the runs")
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = knob(
+    out_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OUT_DIR …]")] = knob(
+        ("out",), "folders of the runs"
+    )
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
         "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder"
     )
 

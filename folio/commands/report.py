@@ -16,8 +16,10 @@ from folio.report import report
 class Options:
     """Put all that is known of a run on one page, which opens without a network."""
 
-    out_dir: tyro.conf.Positional[str] = out_dir_knob()
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = knob("", "page (.html); default: OUT_DIR/report.html")
+    out_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[OUT_DIR]")] = out_dir_knob()
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
+        "", "page (.html); default: OUT_DIR/report.html"
+    )
 
 
 def main(options: Options) -> None:

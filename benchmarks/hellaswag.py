@@ -44,7 +44,7 @@ model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(d
 runtime.wrap(model, None)
 began = time.perf_counter()
 items = hellaswag.read(Path(sys.argv[2]), "completion")
-questions = hellaswag.encode(items, "completion", tokenizer, model.config.block_size)
+questions = hellaswag.encode(items, "completion", tokenizer, model.config)
 found = hellaswag.predictions(model, questions, runtime)[1] == questions.labels
 print(time.perf_counter() - began, "".join("01"[int(right)] for right in found))
 """

@@ -80,7 +80,7 @@ class Evaluation:
     hellaswag_interval: int = knob(0, "steps between HellaSwag evaluations; 0: none", min=0)
     hellaswag_style: HellaSwagStyle = hellaswag_style_knob()
     hellaswag_data: str = hellaswag_data_knob()
-    hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042", min=0)
+    hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042; the run waits for them, a signal too", min=0)
     sample_interval: int = knob(0, "steps between samples; 0: none", min=0)
     sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from")
     sample_count: int = knob(4, "samples at a time", min=1)
@@ -98,7 +98,7 @@ class Logging:
     wandb_log: bool = knob(False, "log to Weights & Biases; the same as --track=wandb")
     wandb_project: str = knob("owt", "project there, and with trackio")
     wandb_run_name: str = knob("gpt2", "name of the run there")
-    profile: int = knob(0, "steps to profile, after two: time by operation and memory by kind; 0: none", min=0)
+    profile: int = knob(0, "steps to profile, after two, and what is due between them: time and memory; 0: none", min=0)
 
 
 @dataclass(frozen=True)

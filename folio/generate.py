@@ -11,7 +11,7 @@ from torch import Tensor
 
 from folio import rng, tokenizer
 from folio.config import Sampling
-from folio.model import GPT, KVCache
+from folio.model import GPT, GPTConfig, KVCache
 from folio.tokenizer import Tokenizer
 
 LINE = "-" * 15
@@ -100,8 +100,7 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     if o.num_samples > 1:
         yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokens, o, seed))
         return
-    prompt = _prompt(o.start)
-    ids = encode_prompt("start", prompt, tokens, model.config.vocab_size)
+    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
     yield prompt
     yield from tokenizer.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
     yield f"\n{LINE}\n"
@@ -109,8 +108,7 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
 
 def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> list[str]:
     """The text of each sample, with its prompt."""
-    prompt = _prompt(o.start)
-    ids = encode_prompt("start", prompt, tokens, model.config.vocab_size)
+    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
     rows = torch.cat(list(_drawn(model, tokens, ids, o, seed)), dim=1).tolist()
     return [prompt + "".join(tokenizer.stream(tokens, row, ids)) for row in rows]
 
@@ -128,30 +126,31 @@ def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int
     )
 
 
-def encode_prompt(knob: str, prompt: str, tokens: Tokenizer, vocab_size: int | str) -> list[int]:
-    """The token ids of a prompt, special tokens by their names.
+def encode_prompt(knob: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
+    """A prompt, or that of FILE:name, and its token ids, special tokens by their names.
 
     Raises:
-        ValueError: there are none, or the model does not know them; names the knob.
+        ValueError: there are none, or the model does not know them. FileNotFoundError: no such file. Names the knob.
     """
+    prompt = _prompt(knob, start)
     try:
         ids: list[int] = tokens.encode(prompt, special=True).tolist()
     except ValueError as error:
         raise ValueError(f"{knob}: {error}") from None
     if not ids:
         raise ValueError(f"{knob} is empty: give at least one token to go on from")
-    if isinstance(vocab_size, int) and max(ids) >= vocab_size:
-        raise ValueError(f"{knob}: its token id {max(ids)} is not among the model's {vocab_size}")
-    return ids
+    if isinstance(shape.vocab_size, int) and max(ids) >= shape.vocab_size:
+        raise ValueError(f"{knob}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
+    return prompt, ids
 
 
-def _prompt(start: str) -> str:
+def _prompt(knob: str, start: str) -> str:
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise FileNotFoundError(f"start={start}: {path}: {error.strerror}") from None
+        raise FileNotFoundError(f"{knob}={start}: {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None

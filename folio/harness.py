@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folio import generate, rng, tokenizer
+from folio.log import silent_stderr
 from folio.model import GPT
 from folio.runtime import Runtime
 from folio.scoring import Query, Scores, fitted, score
@@ -56,7 +57,12 @@ def evaluate(
 def _quiet() -> Iterator[None]:
     """Without the lines, bars and warnings of lm_eval and the libraries below it; what fails is raised."""
     nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere), warnings.catch_warnings():
+    with (
+        silent_stderr(),  # git's, which it asks for its own version
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -126,7 +132,10 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             return tokens.eot
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return tokens.encode(string, special=True).tolist()
+            ids: list[int] = tokens.encode(string, special=True).tolist()
+            if max(ids, default=0) >= model.transformer.wte.num_embeddings:
+                raise ValueError(f"a task's token id {max(ids)} is not among the model's {model.config.vocab_size}")
+            return ids
 
         def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Answer]:
             """Those of one context share a query, while its row is no longer than a text may be."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from folio import files
 from folio.config import HellaSwagStyle
-from folio.model import GPT
+from folio.model import GPT, GPTConfig
 from folio.runtime import Runtime
 from folio.scoring import Query, fitted, score
 from folio.token_files import CLONE
@@ -123,11 +123,19 @@ def _clean(text: str) -> str:
     return text.replace("  ", " ")
 
 
-def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, block_size: int) -> Questions:
-    """The items as a model of this context length reads them.
+def load(
+    data: str, style: HellaSwagStyle, limit: int, tokenizer: Tokenizer, shape: GPTConfig, runtime: Runtime
+) -> Questions:
+    """The questions for a model, of a file that rank 0 finds and reads; raises as ``locate``, ``read``, ``encode``."""
+    items = runtime.broadcast(lambda: read(locate(data), style, limit))
+    return encode(items, style, tokenizer, shape)
+
+
+def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape: GPTConfig) -> Questions:
+    """The items as a model of this shape reads them.
 
     Raises:
-        ValueError: the tokenizer lacks a character.
+        ValueError: the tokenizer lacks a character, or the model a token.
     """
 
     def pairs(item: Item) -> Iterator[tuple[list[int], list[int]]]:
@@ -145,9 +153,12 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, block
             contexts, endings = zip(*pairs(item), strict=True)
             if not all(endings):
                 raise ValueError("the tokenizer merges an ending into its context: take the other style")
+            if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
+                raise ValueError(f"its tokens are not all among the model's {shape.vocab_size}")
         except ValueError as error:
-            raise ValueError(f"HellaSwag item {number}: {error}") from None
-        parts = fitted(Query(contexts[0], list(endings)), block_size)
+            reason = str(error).replace("leave them out of the text", "HellaSwag needs a tokenizer of bytes or words")
+            raise ValueError(f"HellaSwag item {number}: {reason}") from None
+        parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
         queries += parts
         cut += len(parts) > 1
         lengths.append(item.lengths or [len(c) for part in parts for c in part.continuations])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -20,16 +20,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from folio import files
 from folio.tokenizer import printable
 from folio.trackers import Identity, Record, Trackers
 
 METRICS = "metrics.jsonl"
+AGAIN = ("train", "start")  # kinds of records that a resumed run writes of the step it begins at
 LOG_TXT = "log.txt"
-
-
-def record_files(log_txt: bool) -> tuple[str, ...]:
-    """Names of the files in a run's folder that have a line for each record."""
-    return (METRICS, LOG_TXT) if log_txt else (METRICS,)
 
 
 class Log:
@@ -57,11 +54,19 @@ class Log:
     def open(self, out_dir: Path, log_txt: bool = False) -> None:
         """From here on records go to ``out_dir/metrics.jsonl`` as well, and to build-nanogpt's ``log.txt``.
 
+        That is made anew of the records that are there already.
+
         Raises:
             OSError: one of them cannot be written, now or later; names it.
         """
-        if self.main:
-            self._files = [_File(out_dir / name) for name in record_files(log_txt)]
+        if not self.main:
+            return
+        before = read_metrics(out_dir / METRICS) if log_txt and (out_dir / METRICS).exists() else []
+        self._files = [_File(out_dir / METRICS, "a", to_json)]
+        if log_txt:
+            self._files.append(_File(out_dir / LOG_TXT, "w", _build_nanogpt))
+            for record in before:
+                self._files[-1].write(record)
 
     def follow(
         self,
@@ -129,11 +134,10 @@ class Log:
                 return f"iter {step}: loss {loss:.4f}, time {time:.2f}ms{share}"
             case {"kind": "eval", "step": step, "train_loss": train_loss, "val_loss": val_loss}:
                 return f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-            case {"kind": "hellaswag", "step": step, "acc": acc, "acc_norm": acc_norm, "total": total}:
-                share = f"{acc_norm:.4f} ({round(acc_norm * total)}/{total})"
-                return f"step {step}: HellaSwag acc_norm {share}, acc {acc:.4f}, {record['style']}"
+            case {"kind": "hellaswag", "step": step}:
+                return f"step {step}: {hellaswag_line(record)}"
             case {"kind": "sample", "step": step, "number": number, "text": text}:
-                return f"step {step}: sample {number}: {printable(text)}"
+                return f"step {step}: sample {number}: " + printable(text).replace("\n", "\n  ")
         return ""
 
     def sync(self) -> None:
@@ -142,28 +146,22 @@ class Log:
             file.sync()
 
 
-class _Format(NamedTuple):
-    """How a file holds records: the line of one, "" for none; and (step, kind) of a line, ValueError if it was cut."""
+def hellaswag_line(record: Record) -> str:
+    """An evaluation of HellaSwag in words."""
+    acc_norm, total = record["acc_norm"], record["total"]
+    share = f"{acc_norm:.4f} ({round(acc_norm * total)}/{total})"
+    return f"HellaSwag acc_norm {share}, acc {record['acc']:.4f}, {record['style']}"
 
-    line: Callable[[Record], str]
-    place: Callable[[bytes], tuple[int, str]]
 
-
-def _json(record: Record) -> str:
+def to_json(record: Record) -> str:
+    """A line of ``metrics.jsonl``, or another file of records; what is not finite becomes null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False)
 
 
-def _json_place(line: bytes) -> tuple[int, str]:
-    match json.loads(line):
-        case {"step": int(step), "kind": str(kind)}:
-            return step, kind
-    raise ValueError
-
-
 def _build_nanogpt(record: Record) -> str:
     match record:
-        case {"kind": "train", "step": step, "loss": loss}:
+        case {"kind": "train", "step": step, "loss": float(loss)}:
             return f"{step} train {loss:.6f}"
         case {"kind": "eval", "step": step, "val_loss": loss}:
             return f"{step} val {loss:.4f}"
@@ -172,20 +170,12 @@ def _build_nanogpt(record: Record) -> str:
     return ""
 
 
-def _build_nanogpt_place(line: bytes) -> tuple[int, str]:
-    step, kind, _ = line.decode().split()
-    return int(step), kind
-
-
-_FORMATS = {METRICS: _Format(_json, _json_place), LOG_TXT: _Format(_build_nanogpt, _build_nanogpt_place)}
-
-
 class _File:
     """Records, a line each; unlike with a tracker, what cannot be written is an error."""
 
-    def __init__(self, path: Path) -> None:
-        self._line = _FORMATS[path.name].line
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, mode: Literal["a", "w"], line: Callable[[Record], str]) -> None:
+        self._line = line
+        self._file = path.open(mode, encoding="utf-8")
 
     def write(self, record: Record) -> None:
         if line := self._line(record):
@@ -206,36 +196,37 @@ class _File:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``, up to a line that was cut."""
-    records: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as file:
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a ``metrics.jsonl``, or another file of records, up to a line that was cut."""
+    records: list[Record] = []
+    with path.open("rb") as file:
         for line in file:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not (isinstance(record, dict) and {"kind", "step"} <= record.keys() and line.endswith(b"\n")):
+                break
+            records.append(record)
     return records
 
 
-def rewind(out_dir: Path, step: int, log_txt: bool = False) -> None:
+def rewind(path: Path, step: int) -> None:
     """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, cut ones."""
-    for name in record_files(log_txt):
-        path, unfinished = out_dir / name, out_dir / f".{name}.unfinished"
-        if not path.exists():
-            continue
-        with path.open("rb") as old, unfinished.open("wb") as new:
-            new.writelines(_before(step, old, _FORMATS[name].place))
-            new.flush()
-            os.fsync(new.fileno())
-        unfinished.replace(path)
+    if not path.exists():
+        return
+    kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] not in AGAIN)]
+    files.write(path, "".join(f"{to_json(r)}\n" for r in kept).encode())
 
 
-def _before(step: int, lines: Iterable[bytes], place: Callable[[bytes], tuple[int, str]]) -> Iterator[bytes]:
-    for line in lines:
-        try:
-            at, kind = place(line)
-        except ValueError:
-            return
-        if line.endswith(b"\n") and (at < step or (at == step and kind not in ("train", "start"))):
-            yield line
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """What C++ code and other processes write there is dropped too."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

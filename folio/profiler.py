@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from folio import files
+from folio.log import silent_stderr
 from folio.runtime import here
 
 WARM_UP = 2  # steps before the first that is profiled: they compile, and make the optimiser's means
@@ -73,7 +72,7 @@ class Profiler:
         self._hook = self._optimizer.register_step_pre_hook(self._note_gradients)
         earlier = torch.empty(1)
         self._profile.start()
-        with _silent_stderr():  # torch warns of the first tensor, of a thousand, that is older than the profile
+        with silent_stderr():  # torch warns of the first tensor, of a thousand, that is older than the profile
             del earlier
 
     def _note_gradients(self, *_: Any) -> None:
@@ -152,16 +151,3 @@ def _in_words(peak: Peak) -> str:
     words = ("weights", "optimiser", "gradients", "activations and the rest", "in all")
     lines = [f"{size / 1e6:>12,.1f} MB  {kind}" for kind, size in zip(words, (*peak, peak.total), strict=True)]
     return "\n".join(["memory at the moment when it was most", *lines, ""])
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """What C++ code writes there is dropped too."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nowhere)

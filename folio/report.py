@@ -185,11 +185,12 @@ def _measured(records: list[dict[str, Any]]) -> str:
     """What ``folio eval`` appended, a figure a row."""
     rows = []
     for r in records:
-        which = f"{r['kind']}, {r.get('split', r.get('style'))}"
+        which = ", ".join(str(r[key]) for key in ("kind", "split", "data", "style") if key in r)
+        first = f", first {limit}" if (limit := r.get("limit")) else ""
         for task, figures in (r["tasks"] if r["kind"] == "lm_eval" else {which: r}).items():
             told = ((k, v) for k, v in figures.items() if isinstance(v, (int, float)) and k != "step")
-            rows += [[r["step"], task, metric, value] for metric, value in told]
-    return _table(["step", "task", "metric", "value"], rows)
+            rows += [(r["step"], task + first, metric, value) for metric, value in told]
+    return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
 
 
 def _samples(records: list[dict[str, Any]]) -> str:

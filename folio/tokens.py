@@ -215,6 +215,12 @@ class Tokens:
         """The tokenizer as JSON; files without a meta file are GPT-2's, as nanoGPT assumes."""
         return self.folders[0].tokenizer or GPT2
 
+    def means_other_than(self, trained_on: dict[str, Any] | None) -> bool:
+        """Whether the ids surely stand for other text than those of a model that knows this tokenizer."""
+        own = self.tokenizer()
+        kinds = own.get("kind"), (trained_on or own).get("kind")
+        return trained_on is not None and trained_on != own and "characters" in kinds
+
     def fingerprint(self) -> dict[str, str]:
         """A hash of each split."""
         return {s: "-".join(folder.fingerprint(s)[:32] for folder in self.folders) for s in SPLITS}

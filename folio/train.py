@@ -25,7 +25,7 @@ from folio.checkpoint import State
 from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
 from folio.generate import continuations, encode_prompt
-from folio.log import Log, record_files, rewind
+from folio.log import LOG_TXT, METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
@@ -428,7 +428,10 @@ def profiling(run: Run) -> tuple[Work, Work]:
     last = first + run.config.logging.profile
 
     def end(run: Run) -> list[Record]:
-        run.log.say(run.runtime.broadcast(profiler.finish))
+        try:
+            run.log.say(run.runtime.broadcast(profiler.finish))
+        except OSError as error:
+            run.log.say(f"no profile: {error}")
         return []
 
     def begin(run: Run) -> list[Record]:
@@ -480,8 +483,7 @@ def build(config: TrainConfig) -> Run:
             f"vocab_size={vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
         )
     tokens.vocab_size = vocab_size
-    trained_on, read = source.state["tokenizer"] if source else None, tokens.tokenizer()
-    if trained_on and read and trained_on != read and "characters" in (trained_on.get("kind"), read.get("kind")):
+    if source and tokens.means_other_than(source.state["tokenizer"]):
         lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
@@ -543,17 +545,16 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
         return
     tokenizer = from_json(run.tokens.tokenizer())
     if o.hellaswag_interval:
-        path = run.runtime.broadcast(lambda: hellaswag.locate(o.hellaswag_data))
-        run.runtime.agree({"the file of HellaSwag items": files.sha256(path)})
-        items = hellaswag.read(path, o.hellaswag_style, o.hellaswag_limit)
-        questions = hellaswag.encode(items, o.hellaswag_style, tokenizer, shape.block_size)
+        asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
+        questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
         lines += filter(None, [questions.note])
         yield every(o.hellaswag_interval), partial(answer, questions=questions)
     if o.sample_interval:
-        room = o.sample_tokens - len(encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape.vocab_size))
+        _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
+        room = o.sample_tokens - len(prompt)
         if room < 1:
             raise ValueError(
-                f"sample_tokens={o.sample_tokens}: sample_prompt takes {o.sample_tokens - room} of them and leaves none"
+                f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
             )
         how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
         yield every(o.sample_interval, first=1), partial(write, tokenizer=tokenizer, how=how)
@@ -569,7 +570,7 @@ def finish(run: Run) -> None:
             run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
         elif run.stop:
             further = f", --init_from=resume{' and a larger --patience go' if run.stop == 'patience' else ' goes'} on"
-            why = "" if run.stop == "max_iters" else f" ({run.stop}){further}"
+            why = "" if run.stop == "max_iters" else f" ({run.stop}){further if state.step else ''}"
             best = (
                 f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
                 if state.best
@@ -719,25 +720,26 @@ def _take_folder(run: Run, resumed: bool) -> None:
         if resumed and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
         if resumed:
-            rewind(out_dir, run.begun, run.config.logging.log_txt)
+            rewind(out_dir / METRICS, run.begun)
         else:
-            _move_aside(out_dir, record_files(run.config.logging.log_txt))
+            _move_aside(out_dir, [LOG_TXT] * run.config.logging.log_txt)
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
         processes.remember(run.id)
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 
 
-def _move_aside(out_dir: Path, records: tuple[str, ...]) -> None:
+def _move_aside(out_dir: Path, more: list[str]) -> None:
     names = (
         checkpoint.CONFIG,
-        *records,
+        METRICS,
         checkpoint.EVALUATIONS,
         checkpoint.BEST,
         "checkpoints",
         "profile",
         TENSORBOARD,
         NANOGPT,
+        *more,
     )
     there = [out_dir / name for name in names if (out_dir / name).exists()]
     if not there:

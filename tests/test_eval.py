@@ -115,7 +115,7 @@ def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style
     assert code == 0
     assert (found["kind"], found["style"], found["total"], found["step"]) == ("hellaswag", style, 8, 10)
     right = round(8 * found["acc_norm"])
-    assert f"HellaSwag, {style}: acc_norm {right / 8:.4f} ({right}/8), acc {found['acc']:.4f}" in said
+    assert f"HellaSwag acc_norm {right / 8:.4f} ({right}/8), acc {found['acc']:.4f}, {style}" in said
     assert "of 8 HellaSwag items are longer than the model's context: their fronts are left out" in said
 
 
@@ -147,6 +147,8 @@ def test_several_processes_say_the_same(
         (["hellaswag", "--data=nowhere.jsonl"], ["nowhere.jsonl: there is no such file"]),
         (["perplexity"], ["perplexity", "hellaswag"]),
         (["--split=test"], ["test", "train", "val"]),
+        (["--limit=3"], ["--limit", "folio eval hellaswag and lm_eval", "loss"]),
+        (["hellaswag", "--data_dir=nowhere"], ["--data_dir", "folio eval loss", "hellaswag"]),
         (["--checkpoint=7"], ["'7'", "10"]),
     ],
 )
@@ -157,8 +159,54 @@ def test_what_is_refused(folio: Run, trained: Path, argv: list[str], words: list
     assert tree(trained) == before
 
 
+def test_other_token_ids_are_refused(folio: Run, trained: Path, tmp_path: Path) -> None:
+    """Characters of another text, or more ids than the model has: any number would be of no meaning."""
+    other = tmp_path / "other.txt"
+    other.write_text("abcdefgh " * 200)
+    folio("prepare", str(other), "--tokenizer=char", f"--data_dir={tmp_path / 'characters'}")
+    folio("prepare", str(other), "--tokenizer=bytes", f"--data_dir={tmp_path / 'bytes'}")
+    for name in ("characters", "bytes"):
+        outcome = folio("eval", f"--out_dir={trained}", f"--data_dir={tmp_path / name}", *HERE)
+        assert_refused(outcome, tmp_path / name, "token ids are not those", "--data_dir")
+
+
+def test_a_split_without_text(folio: Run, tmp_path: Path) -> None:
+    """Nothing but ends of text: there are no bits per byte, and null stands for them."""
+    for split in ("train", "val"):
+        np.full(500, 50256, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
+    out = tmp_path / "out"
+    assert folio("train", *SMALL, "--max_iters=1", f"--data_dir={tmp_path}", f"--out_dir={out}").code == 0
+    assert folio("eval", f"--out_dir={out}", *HERE).code == 0
+    assert (kept(out)[0]["bytes"], kept(out)[0]["bits_per_byte"]) == (0, None)
+
+
+def test_a_result_that_cannot_be_kept(folio: Run, trained: Path, tmp_path: Path) -> None:
+    """It is told all the same."""
+    out = shutil.copytree(trained, tmp_path / "out")
+    (out / "evaluations.jsonl").mkdir()
+    with pytest.warns(UserWarning, match=r"evaluations.jsonl could not be written \(.*\): the result is not kept"):
+        outcome = folio("eval", f"--out_dir={out}", *HERE)
+    assert outcome.code == 0
+    assert "val loss" in outcome.out
+
+
+def test_tokens_that_the_model_lacks(folio: Run, items: Path, tmp_path: Path) -> None:
+    """Files that say nothing of their tokenizer are taken for GPT-2's, of which this model has 256."""
+    for split in ("train", "val"):
+        np.arange(500, dtype=np.uint16).__mod__(256).tofile(tmp_path / f"{split}.bin")
+    out = tmp_path / "out"
+    argv = ["train", *SMALL, "--max_iters=1", "--vocab_size=256", f"--data_dir={tmp_path}", f"--out_dir={out}"]
+    watched = folio(*argv, "--hellaswag_interval=1", f"--hellaswag_data={items}")
+    assert_refused(watched, "item 1", "tokens are not all among the model's 256")
+    assert not out.exists()
+    assert folio(*argv).code == 0
+    assert_refused(folio("eval", "hellaswag", f"--out_dir={out}", f"--data={items}", *HERE), "item 1", "256")
+
+
 def test_items_that_the_vocabulary_cannot_spell(folio: Run, trained: Path, tmp_path: Path) -> None:
     """The line names the item and the characters."""
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"ctx": "Ça va", "endings": ["a", "b", "c", "d"], "label": 0}), encoding="utf-8")
-    assert_refused(folio("eval", "hellaswag", f"--out_dir={trained}", f"--data={path}", *HERE), "item 1", "'Ç'")
+    assert_refused(
+        folio("eval", "hellaswag", f"--out_dir={trained}", f"--data={path}", *HERE), "item 1", "'Ç'", "bytes or words"
+    )

@@ -128,7 +128,7 @@ def test_hellaswag(tmp_path, pair, gpt2, shared_data, caplog, which, block_size)
     model, theirs = pair(block_size)
     metrics, samples = asked(theirs, path)
 
-    questions = hellaswag.encode(hellaswag.read(tmp_path / "hellaswag.jsonl", "harness"), "harness", gpt2, block_size)
+    questions = hellaswag.encode(hellaswag.read(tmp_path / "hellaswag.jsonl", "harness"), "harness", gpt2, model.config)
     runtime = wrapped(model)
     nats = score(model, questions.queries, runtime).nats.reshape(-1, 4)
     wanted = -np.array([[log_p for log_p, _ in s["filtered_resps"]] for s in samples])
@@ -154,7 +154,9 @@ def test_limit(tmp_path, pair, gpt2, shared_data) -> None:
     model, _ = pair(96)
     few, runtime = tmp_path / "few.jsonl", wrapped(model)
     few.write_text("".join((tmp_path / "hellaswag.jsonl").read_text(encoding="utf-8").splitlines(True)[:5]))
-    wanted = hellaswag.evaluate(model, hellaswag.encode(hellaswag.read(few, "harness"), "harness", gpt2, 96), runtime)
+    wanted = hellaswag.evaluate(
+        model, hellaswag.encode(hellaswag.read(few, "harness"), "harness", gpt2, model.config), runtime
+    )
     found = harness.evaluate(model, gpt2, [str(path)], runtime, limit=5)["hellaswag_here"]
     assert (found["acc"], found["acc_norm"]) == (wanted["acc"], wanted["acc_norm"])
 

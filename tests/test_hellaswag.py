@@ -100,7 +100,7 @@ def one_at_a_time(model: GPT, render: Render, path: Path) -> tuple[list[int], li
 
 
 def questions(path: Path, tokenizer: Tokenizer, block_size: int, style: Any = "completion") -> Questions:
-    return hellaswag.encode(hellaswag.read(path, style), style, tokenizer, block_size)
+    return hellaswag.encode(hellaswag.read(path, style), style, tokenizer, GPTConfig(block_size=block_size))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from folio.log import LOG_TXT, METRICS, Log, read_metrics, record_files, rewind
+from folio.log import LOG_TXT, METRICS, Log, read_metrics, rewind
 
 Record = dict[str, Any]
 
@@ -50,7 +50,7 @@ def written(out: Path, *records: Record, log_txt: bool = True) -> None:
         (train(7, mfu=0.3754), "iter 7: loss 4.0000, time 500.00ms, mfu 37.54%"),
         (evaluation(250), "step 250: train loss 3.2500, val loss 3.5000"),
         (hellaswag(250), "step 250: HellaSwag acc_norm 0.2955 (2967/10042), acc 0.2859, completion"),
-        (sample(250, "Hello,\n\tworld"), "step 250: sample 1: Hello,\n\tworld"),
+        (sample(250, "Hello,\n\tworld"), "step 250: sample 1: Hello,\n  \tworld"),
         (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \ufffd[2Jgone\ufffd\ufffd"),
     ],
 )
@@ -99,9 +99,16 @@ def test_log_txt_is_for_those_who_ask(tmp_path: Path) -> None:
     """A file of that name may be somebody's own."""
     (tmp_path / LOG_TXT).write_text("mine\n")
     written(tmp_path, evaluation(5), train(6), log_txt=False)
-    rewind(tmp_path, 0)
     assert (tmp_path / LOG_TXT).read_text() == "mine\n"
-    assert read_metrics(tmp_path / METRICS) == []
+
+
+def test_log_txt_is_made_of_the_metrics(tmp_path: Path) -> None:
+    """Also where it was not asked for before, or belonged to another run."""
+    (tmp_path / LOG_TXT).write_text("0 val 9.0000\n7 train 8.0")
+    written(tmp_path, evaluation(0), train(0, math.inf), train(1), log_txt=False)
+    written(tmp_path, train(2))
+    text = (tmp_path / LOG_TXT).read_text()
+    assert text == "0 val 3.5000\n1 train 4.000000\n2 train 4.000000\n"
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
@@ -111,12 +118,12 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     assert (tmp_path / LOG_TXT).read_text() == "0 train inf\n"
 
 
-@pytest.mark.parametrize("name", record_files(log_txt=True))
+@pytest.mark.parametrize("name", [METRICS, LOG_TXT])
 def test_a_full_disk_is_an_error(name: str, tmp_path: Path) -> None:
     """Unlike with a tracker; the log can be closed all the same."""
     (tmp_path / name).symlink_to("/dev/full")
     log = Log(True, total=10)
-    log.open(tmp_path, log_txt=True)
+    log.open(tmp_path, log_txt=name == LOG_TXT)
     with pytest.raises(OSError, match=rf"{name} could not be written \(No space left on device\)"):
         log.write(evaluation(0))
     log.close()
@@ -126,19 +133,18 @@ def test_a_full_disk_is_an_error(name: str, tmp_path: Path) -> None:
 
 
 def test_rewinding(tmp_path: Path) -> None:
-    """Kept at 5: what is below 5, and what was measured at 5; the same in both files."""
+    """Kept at 5: what is below 5, and what was measured at 5."""
     start = {"kind": "start", "step": 5}
     kept = [train(4), evaluation(5), hellaswag(5), sample(5, "text")]
-    written(tmp_path, *kept, start, train(5), train(6), evaluation(10))
-    rewind(tmp_path, 5, log_txt=True)
+    written(tmp_path, *kept, start, train(5), train(6), evaluation(10), log_txt=False)
+    rewind(tmp_path / METRICS, 5)
     found = [(r["kind"], r["step"]) for r in read_metrics(tmp_path / METRICS)]
     assert found == [("train", 4), ("eval", 5), ("hellaswag", 5), ("sample", 5)]
-    assert (tmp_path / LOG_TXT).read_text() == "4 train 4.000000\n5 val 3.5000\n5 hella 0.2955\n"
-    assert sorted(p.name for p in tmp_path.iterdir()) == [LOG_TXT, METRICS]
+    assert [p.name for p in tmp_path.iterdir()] == [METRICS]
 
 
 def test_nothing_to_rewind(tmp_path: Path) -> None:
-    rewind(tmp_path, 5, log_txt=True)
+    rewind(tmp_path / METRICS, 5)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,17 +155,8 @@ def test_metrics_after_a_line_that_was_cut(tail: bytes, tmp_path: Path) -> None:
     """It goes, with what comes after; the lines before stay as they are, to the byte."""
     whole = "".join(json.dumps(r) + "\n" for r in [evaluation(0), {**hellaswag(1), "style": "…"}])
     (tmp_path / METRICS).write_bytes(whole.encode() + tail)
-    rewind(tmp_path, 5)
+    rewind(tmp_path / METRICS, 5)
     assert (tmp_path / METRICS).read_text() == whole
-
-
-@pytest.mark.parametrize(
-    "tail", [b"", b"2", b"2 train", b"2 train 4.0", b"\x00\x00", b"\xff\n", b"\n", b"2 train 4.0 2 val 3.5\n"]
-)
-def test_log_txt_after_a_line_that_was_cut(tail: bytes, tmp_path: Path) -> None:
-    (tmp_path / LOG_TXT).write_bytes(b"0 val 3.5000\n1 train 4.000000\n" + tail)
-    rewind(tmp_path, 5, log_txt=True)
-    assert (tmp_path / LOG_TXT).read_text() == "0 val 3.5000\n1 train 4.000000\n"
 
 
 def test_a_line_that_was_cut_ends_the_file(tmp_path: Path) -> None:
@@ -167,5 +164,5 @@ def test_a_line_that_was_cut_ends_the_file(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text(
         '{"kind": "eval", "step": 0}\n{"kind": "tr{"kind": "eval", "step": 1}\n{"kind": "eval", "step": 2}\n'
     )
-    rewind(tmp_path, 5)
+    rewind(tmp_path / METRICS, 5)
     assert read_metrics(tmp_path / METRICS) == [{"kind": "eval", "step": 0}]

@@ -170,6 +170,22 @@ def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert checkpoint.steps(out)[-1] == step + 2
 
 
+def test_no_time_at_all(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """Nothing was trained, and nothing is promised."""
+    outcome = folio("train", *argv, "--max_minutes=1e-9", f"--out_dir={tmp_path / 'out'}")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == "step 0 of 10 (max_minutes)"
+
+
+def test_a_prompt_from_a_file(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """Its tokens count as any prompt's do."""
+    (tmp_path / "prompt.txt").write_text("The ferry")
+    flags = ["--sample_interval=5", f"--sample_prompt=FILE:{tmp_path / 'prompt.txt'}", "--sample_tokens=12"]
+    assert folio("train", *argv, *flags, f"--out_dir={tmp_path / 'out'}").code == 0
+    assert {r["text"][:9] for r in lines(tmp_path / "out", "sample")} == {"The ferry"}
+    assert {len(r["text"]) for r in lines(tmp_path / "out", "sample")} == {12}
+
+
 @pytest.mark.slow
 def test_max_minutes_of_several_processes(spawn: Spawn, argv: list[str], tmp_path: Path) -> None:
     """All leave at the same step, with exit code 0."""
@@ -190,6 +206,7 @@ def test_max_minutes_of_several_processes(spawn: Spawn, argv: list[str], tmp_pat
         (["--sample_interval=5", "--sample_prompt=caf\u00e9"], ["sample_prompt", "'\u00e9'"]),
         (["--sample_interval=5", "--sample_prompt="], ["sample_prompt is empty"]),
         (["--sample_interval=5", "--sample_prompt=The ferry", "--sample_tokens=9"], ["sample_tokens=9", "leaves none"]),
+        (["--sample_interval=5", "--sample_prompt=FILE:none.txt"], ["sample_prompt=FILE:none.txt", "none.txt"]),
         (["--track=tensorbord"], ["track", "tensorbord", "tensorboard"]),
         (["--patience=-1"], ["patience=-1", "at least 0"]),
     ],

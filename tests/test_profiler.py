@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, Outcome, Spawn, assert_refused, assert_same_bits, group, reached, to_its_end
 from torch import nn
 
-from folio import rng
+from folio import checkpoint, rng
 from folio.memory import Step, needed
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
@@ -230,6 +230,21 @@ def test_a_folder_that_cannot_be_made_is_refused(folio, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("bench_log").touch()
     assert_refused(folio("bench", *BENCH), "bench_log", "File exists", "elsewhere")
+
+
+def test_a_run_goes_on_without_its_profile(train, tmp_path: Path, monkeypatch) -> None:
+    """A folder that is gone or full when the profile ends costs the profile alone."""
+    finish = Profiler.finish
+
+    def after_the_folder_went(profiler: Profiler) -> str:
+        profiler._folder.rmdir()
+        return finish(profiler)
+
+    monkeypatch.setattr(Profiler, "finish", after_the_folder_went)
+    done = train("--profile=3")
+    assert done.code == 0
+    assert "no profile: " in done.out
+    assert checkpoint.steps(tmp_path / "out")
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:

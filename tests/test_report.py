@@ -67,19 +67,27 @@ def test_evaluations_from_training_and_from_folio_eval(folio: Folio, tmp_path: P
     out = run(tmp_path / "run", [*usual(), evaluation(120, 3.5), hellaswag(100)])
     append(
         out,
-        {"kind": "eval", "step": 100, "split": "val", "loss": 3.25, "perplexity": 25.79, "tokens": 12345},
+        {
+            "kind": "eval",
+            "step": 100,
+            "split": "val",
+            "data": "data/ferry",
+            "loss": 3.25,
+            "perplexity": 25.79,
+            "tokens": 12345,
+        },
         {"kind": "hellaswag", "step": 100, "style": "harness", "acc": 0.25, "acc_norm": 0.375, "total": 8},
-        {"kind": "lm_eval", "step": 120, "tasks": {"<arc>": {"acc,none": 0.4375, "alias": "arc"}}},
+        {"kind": "lm_eval", "step": 120, "limit": 3, "tasks": {"<arc>": {"acc,none": 0.4375, "alias": "arc"}}},
         end='{"kind": "eval", "st',
     )
     text = text_of(page_of(folio, out))
     assert "best 100 3.0135 3.0135 10,000 – last 120 3.5000 3.5000 12,000 –" in text
     assert "100 completion 0.2600 0.0044" in text
     for row in (
-        "100 eval, val loss 3.2500",
-        "100 eval, val tokens 12,345",
+        "100 eval, val, data/ferry loss 3.2500",
+        "100 eval, val, data/ferry tokens 12,345",
         "100 hellaswag, harness acc_norm 0.3750",
-        "120 &lt;arc&gt; acc,none 0.4375",
+        "120 &lt;arc&gt;, first 3 acc,none 0.4375",
     ):
         assert row in text
     assert "alias" not in text
@@ -127,11 +135,13 @@ def test_the_page_of_a_long_run_stays_small(folio: Folio, tmp_path: Path) -> Non
 
 def test_what_cannot_be_told_or_written_is_refused(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual())
-    empty = run(tmp_path / "empty", [])
+    empty, folder = run(tmp_path / "empty", []), tmp_path / "folder.html"
+    folder.mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert_refused(folio("report", str(tmp_path)), tmp_path / "metrics.jsonl", "is missing")
     assert_refused(folio("report", str(empty)), empty / "metrics.jsonl", "holds nothing yet")
-    assert_refused(folio("report", str(out), "-o", str(empty)), empty, "could not be written")
+    assert_refused(folio("report", str(out), "-o", str(folder)), folder, "could not be written")
+    assert_refused(folio("report", str(out), "-o", str(tmp_path / "page.png")), "page.png", ".html")
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +24,23 @@ from folio.config import (
     hellaswag_data_knob,
     hellaswag_style_knob,
     knob,
-    knobs,
-    override,
 )
+from folio.log import hellaswag_line, to_json
 from folio.runtime import Runtime
 from folio.token_files import Split
 from folio.tokens import Tokens
 from folio.validation import evaluate, text_size
 
-_OF = {"split": "loss", "eval_iters": "loss", "style": "hellaswag", "data": "hellaswag", "tasks": "lm_eval"}
+_DATA = {f.name for f in fields(Data)}
+_OF = {  # what a knob is for, where not for all
+    "split": ("loss",),
+    "eval_iters": ("loss",),
+    "style": ("hellaswag",),
+    "data": ("hellaswag",),
+    "tasks": ("lm_eval",),
+    "limit": ("hellaswag", "lm_eval"),
+    **dict.fromkeys(_DATA, ("loss",)),
+}
 _PLACES = {"dataset", "data_dir", "data_mixture"}
 
 
@@ -58,8 +66,8 @@ class Options:
 
 def main(options: Options) -> None:
     o = options
-    if odd := next((name for name, what in _OF.items() if name in o.sources and what != o.what), None):
-        raise ValueError(f"--{odd} is for folio eval {_OF[odd]}, not for {o.what}")
+    if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
+        raise ValueError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
     chosen = pretrained.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
@@ -74,14 +82,16 @@ def main(options: Options) -> None:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
-    placed = _PLACES if _PLACES & o.sources.keys() else set()
-    asked = {k: v for k, v in chosen.asked.items() if k not in o.sources and k not in placed}
-    data = override(
-        o, {k: v for k, v in asked.items() if k in knobs(Options) and knobs(Options)[k].group == "tokens"}
-    ).tokens
+    typed = o.sources.keys() | (_PLACES if _PLACES & o.sources.keys() else set())
+    data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
     model = chosen.model(dropout=0.0)
     tokens = Tokens.open(data, model.config.block_size, o.system.seed)
-    tokens.vocab_size = int(model.config.vocab_size)
+    tokens.vocab_size = model.transformer.wte.num_embeddings
+    if (tokens.known_vocab_size or 0) > tokens.vocab_size or tokens.means_other_than(chosen.state["tokenizer"]):
+        raise ValueError(
+            f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows: "
+            "give the tokens of the same tokenizer as --data_dir"
+        )
     if data.document_mask:
         tokens.tell_documents_apart(data.eot)
     windows = o.eval_iters * data.batch_size
@@ -93,7 +103,7 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
         "data": tokens.name,
         "loss": nats,
         "perplexity": math.exp(min(nats, 700.0)),
-        "bits_per_byte": nats * counted / (math.log(2) * size),
+        "bits_per_byte": nats * counted / (math.log(2) * size) if size else math.nan,
         "tokens": counted,
         "bytes": size,
     }
@@ -104,16 +114,12 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
 
 
 def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
-    tokenizer = chosen.tokenizer()
-    path = runtime.broadcast(lambda: hellaswag.locate(o.data))
-    questions = hellaswag.encode(hellaswag.read(path, o.style, o.limit), o.style, tokenizer, chosen.config().block_size)
+    questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
     watch = partial(track, description="HellaSwag", transient=True, disable=not sys.stdout.isatty())
     found = hellaswag.evaluate(model, questions, runtime, track=watch)
-    right = round(found["acc_norm"] * found["total"])
-    line = f"HellaSwag, {o.style}: acc_norm {found['acc_norm']:.4f} ({right}/{found['total']}), acc {found['acc']:.4f}"
-    return found, "\n".join(filter(None, [questions.note, line]))
+    return found, "\n".join(filter(None, [questions.note, hellaswag_line(found)]))
 
 
 def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
@@ -130,8 +136,11 @@ def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str
 
 
 def _keep(out_dir: Path, record: dict[str, Any]) -> None:
-    """Adds a line to the folder's evaluations, for its report."""
+    """Adds a line to the folder's evaluations, for its report; one warning where that is not possible."""
     path = out_dir / EVALUATIONS
-    before = path.read_bytes() if path.exists() else b""
-    whole = before[: before.rfind(b"\n") + 1]
-    files.write(path, whole + f"{json.dumps(record)}\n".encode())
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        files.write(path, whole + f"{to_json(record)}\n".encode())
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error.strerror}): the result is not kept", stacklevel=2)

@@ -25,5 +25,7 @@ class Options:
 def main(options: Options) -> None:
     out_dir = Path(options.out_dir)
     page = Path(options.output) if options.output else out_dir / "report.html"
+    if page.suffix not in (".html", ".htm"):
+        raise ValueError(f"{page}: its suffix must be .html")
     report(out_dir, page)
     print(f"wrote {page}")

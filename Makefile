@@ -1,6 +1,7 @@
 # Needs Python 3.11 or later with pip; everything else goes into .venv.
 PYTHON ?= python3
 MARK ?= not slow and not gpu
+WORKERS ?= 0
 BIN := .venv/bin
 
 .PHONY: demo test check clean
@@ -8,8 +9,8 @@ BIN := .venv/bin
 demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
 	$(BIN)/folio demo
 
-test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too
-	$(BIN)/python -m pytest -m "$(MARK)"
+test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too, WORKERS=2 two at a time
+	$(BIN)/python -m pytest -m "$(MARK)" -n $(WORKERS) --dist loadgroup
 
 check: .venv/installed  ## lint, types, layers
 	$(BIN)/ruff format --check .

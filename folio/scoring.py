@@ -34,15 +34,14 @@ class Scores(NamedTuple):
     """Of each query's continuations, one after the other."""
 
     nats: NDArray[np.float64]  # −log p(continuation | context)
-    tokens: NDArray[np.int64]
     likeliest: NDArray[np.bool_]  # whether each token is the likeliest of all where it stands
 
 
 def fitted(query: Query, block_size: int) -> list[Query]:
     """The query as the model can take it: where context and continuation are too long, the front is left out.
 
-    Each continuation loses no more than it must, so that those of a long query no longer share one context. A
-    continuation keeps its last ``block_size`` tokens. As the lm-evaluation-harness does.
+    Each continuation loses no more than it must, so that those of a long query no longer share one context, as in
+    the lm-evaluation-harness. That refuses a continuation of more than ``block_size`` tokens; here it keeps its last.
     """
     room = block_size + 1  # the last token is only predicted
     if len(query.context) + max(map(len, query.continuations)) <= room:
@@ -68,7 +67,7 @@ def score(
     take batches in turn, and which queries a batch holds does not depend on their number. Logits are computed
     only where the continuations are predicted. ``track`` sees the batches go by, as ``rich.progress.track`` does.
     """
-    batches = list(_batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS)))
+    batches = _batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS))
     first = np.cumsum([0, *(len(q.continuations) for q in queries)])
     exact = torch.float32 if runtime.device.type == "mps" else torch.float64
     totals = torch.zeros(2, int(first[-1]), dtype=exact)
@@ -87,8 +86,7 @@ def score(
 
     runtime.infer(run)
     nats, missed = runtime.reduce(totals.to(runtime.device)).cpu().double().numpy()
-    tokens = np.array([len(c) for q in queries for c in q.continuations])
-    return Scores(nats, tokens, missed == 0)
+    return Scores(nats, missed == 0)
 
 
 def _batches(queries: Sequence[Query], most: int) -> list[list[int]]:

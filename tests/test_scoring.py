@@ -55,7 +55,7 @@ def queries(seed: int = 0, count: int = 12) -> list[Query]:
 @torch.no_grad()
 def one_at_a_time(model: GPT, queries: Sequence[Query]) -> Scores:
     """The plain computation; in float64 for a model in float64."""
-    nats, likeliest, tokens = [], [], []
+    nats, likeliest = [], []
     for context, continuations in queries:
         for continuation in continuations:
             x = model.hidden(torch.tensor([[*context, *continuation[:-1]]]))
@@ -63,13 +63,11 @@ def one_at_a_time(model: GPT, queries: Sequence[Query]) -> Scores:
             target = torch.tensor(continuation)
             nats.append(-log_p.gather(1, target[:, None]).sum().item())
             likeliest.append(bool((log_p.argmax(1) == target).all()))
-            tokens.append(len(continuation))
-    return Scores(np.array(nats), np.array(tokens), np.array(likeliest))
+    return Scores(np.array(nats), np.array(likeliest))
 
 
 def assert_close(found: Scores, wanted: Scores, atol: float) -> None:
     assert np.abs(found.nats - wanted.nats).max() < atol
-    assert found.tokens.tolist() == wanted.tokens.tolist()
     assert found.likeliest.tolist() == wanted.likeliest.tolist()
 
 
@@ -129,7 +127,6 @@ def test_likeliest() -> None:
     others = [[(t + (i == place)) % VOCAB for i, t in enumerate(greedy)] for place in range(6)]
     found = score(model, [Query(context, [greedy, *others, greedy[:1]])], wrapped(model))
     assert found.likeliest.tolist() == [True, *[False] * 6, True]
-    assert found.tokens.tolist() == [6] * 7 + [1]
 
 
 def test_fitted() -> None:
@@ -217,7 +214,7 @@ model = model_of(dropout=0.5)
 runtime.wrap(model, 4 if parallel == "ddp" else None)
 found = scoring.score(model, queries(count=30), runtime)
 few = scoring.score(model, queries()[:1], runtime)
-told = [found.nats.tolist(), found.likeliest.tolist(), found.tokens.tolist(), few.nats.tolist()]
+told = [found.nats.tolist(), found.likeliest.tolist(), few.nats.tolist()]
 print(json.dumps(told), file=open(f"{out}-{runtime.rank}.json", "w"))
 runtime.close()
 leave(0)
@@ -244,6 +241,5 @@ def test_several_processes(tmp_path, monkeypatch, ranks, parallel) -> None:
     model = model_of()
     runtime = wrapped(model)
     alone, few = score(model, queries(count=30), runtime), score(model, queries()[:1], runtime)
-    nats, likeliest, tokens, few_nats = on_ranks(tmp_path, ranks, parallel)
-    assert (nats, few_nats) == (alone.nats.tolist(), few.nats.tolist())
-    assert (likeliest, tokens) == (alone.likeliest.tolist(), alone.tokens.tolist())
+    nats, likeliest, few_nats = on_ranks(tmp_path, ranks, parallel)
+    assert (nats, few_nats, likeliest) == (alone.nats.tolist(), few.nats.tolist(), alone.likeliest.tolist())

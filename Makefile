@@ -9,8 +9,8 @@ BIN := .venv/bin
 demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
 	$(BIN)/folio demo
 
-test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too, WORKERS=2 two at a time
-	$(BIN)/python -m pytest -m "$(MARK)" -n $(WORKERS) --dist loadgroup
+test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too; WORKERS=2: two at a time
+	$(BIN)/python -m pytest -m "$(MARK)" -n $(WORKERS)
 
 check: .venv/installed  ## lint, types, layers
 	$(BIN)/ruff format --check .

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +47,11 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
         if fast is not None:
             try:
                 return fast(*args, **kwargs)
-            except (TorchDynamoException, ImportError, OSError) as error:
+            except Exception as error:
+                from torch._dynamo.exc import TorchDynamoException  # which takes a second to import
+
+                if not isinstance(error, (TorchDynamoException, ImportError, OSError)):
+                    raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(f"torch.compile failed, going on without: {reason}", stacklevel=2)
                 fast = None
@@ -246,7 +249,7 @@ class Runtime:
         training = self._objective.model.training
         self._objective.eval()
         try:
-            with torch.compiler.set_stance("force_eager"):
+            with torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext():
                 return self._objective.infer(function)
         finally:
             self._objective.train(training)

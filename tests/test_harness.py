@@ -285,8 +285,7 @@ leave(0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_several_processes(tmp_path, pair, gpt2, shared_data, parallel) -> None:
+def test_several_processes(tmp_path, pair, gpt2, shared_data) -> None:
     """All ranks are told what one process finds, and of what cannot be done; scores and texts alike."""
     scored = task(tmp_path, "hellaswag", real(shared_data, "hellaswag_val_head5000.jsonl", 12))
     written = tmp_path / "written.yaml"
@@ -306,7 +305,7 @@ def test_several_processes(tmp_path, pair, gpt2, shared_data, parallel) -> None:
     tasks = [str(scored), str(written)]
     (tmp_path / "ranks.py").write_text(RANKS)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = python(*launcher, tmp_path / "ranks.py", tmp_path / "out", tmp_path / "told", parallel, *tasks)
+    done = python(*launcher, tmp_path / "ranks.py", tmp_path / "out", tmp_path / "told", "fsdp", *tasks)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -233,8 +233,7 @@ def on_ranks(folder: Path, ranks: int, parallel: str) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "parallel"), [(3, "ddp"), (2, "fsdp")])
 def test_several_processes(tmp_path, monkeypatch, ranks, parallel) -> None:
     """The bits of one process, as its batches are the same; with less to do than there are ranks, too."""
     monkeypatch.setitem(scoring._TOKENS, "cpu", 90)

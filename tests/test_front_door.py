@@ -145,6 +145,7 @@ def a_task_of(items: Path, task: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_command_of_the_readme(
     clone: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

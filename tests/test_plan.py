@@ -27,6 +27,7 @@ BLOCK = 12 * 768**2  # of those in a block's matrices
 GROWTH = """
 import re, sys
 from pathlib import Path
+import torch._dynamo  # which an optimiser imports
 from folio import cli
 from folio.commands import train
 

@@ -188,10 +188,11 @@ def test_beside_a_compiled_loss(request) -> None:
     loss = runtime.wrap(model, None)
     idx = torch.arange(2 * BLOCK).view(2, BLOCK)
     before = loss(idx, idx)[0].item()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch.compiler.set_stance("fail_on_recompile"):
         found = score(model, queries(), runtime)
         assert loss(idx, idx)[0].item() == before
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
     assert_close(found, one_at_a_time(model_of(), queries()), 1e-4)
 
 

@@ -161,7 +161,6 @@ class Runtime:
         self._timeout = timedelta(seconds=several.timeout)
         self._patient = True
         self._objective: Any = None
-        self._sharded: Any = None
         self._writer = ThreadPoolExecutor(1, "writer")
         self._written: Future[None] | None = None
         if self._grouped:
@@ -234,10 +233,9 @@ class Runtime:
             for part in matrices if self.compile else ():
                 part.forward = compiled(part.forward)
             fully_shard(matrices, mesh=mesh, mp_policy=policy)
-        self._sharded = fully_shard(Objective(model, model.loss, self.device, self.dtype), mesh=mesh)
-        register_fsdp_forward_method(self._sharded, "infer")
-        self._objective = self._sharded
-        return self._sharded
+        self._objective = fully_shard(Objective(model, model.loss, self.device, self.dtype), mesh=mesh)
+        register_fsdp_forward_method(self._objective, "infer")
+        return self._objective
 
     @torch.no_grad()
     def infer(self, function: Callable[[], T]) -> T:
@@ -360,8 +358,8 @@ class Runtime:
 
     def _reshard(self) -> None:
         """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
-        if self._sharded is not None:
-            self._sharded.reshard()
+        if hasattr(self._objective, "reshard"):
+            self._objective.reshard()
 
     def check_replicas(self, model: GPT) -> None:
         """Compares a hash of each parameter with those of the processes that should hold the same bits.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folio import generate, rng, tokenizer
+from folio import rng, sampling, tokenizer
 from folio.log import silent_stderr
 from folio.model import GPT
 from folio.runtime import Runtime
@@ -199,7 +199,7 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             """Up to the end of the text, or the token that completes a stop."""
 
             def run() -> str:
-                new = map(int, generate.stream(model, torch.tensor([ids], device=runtime.device), *how))
+                new = map(int, sampling.stream(model, torch.tensor([ids], device=runtime.device), *how))
                 said = ""
                 for part in tokenizer.stream(tokens, itertools.takewhile(lambda i: i != tokens.eot, new)):
                     said += part

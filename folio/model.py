@@ -346,8 +346,8 @@ class GPT(nn.Module):
         return from_pretrained(model_type, override_args)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """(B, T) → (B, T + max_new_tokens); see ``folio.generate.generate``."""
-        from folio.generate import generate
+        """(B, T) → (B, T + max_new_tokens); see ``folio.sampling.generate``."""
+        from folio.sampling import generate
 
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
 

@@ -25,14 +25,14 @@ HERE = ["--device=cpu", "--dtype=float32", "--matmul_precision=highest"]
 @pytest.fixture(scope="module")
 def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of characters; a session's fixture cannot capture what it prints."""
-    from folio import cli, train
+    from folio import cli, trainer
     from folio.config import TrainConfig
 
     out = tmp_path_factory.mktemp("trained") / "out"
     argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
-    run = train.build(cli.parse(TrainConfig, argv, "folio train", files=True))
-    train.fit(run)
-    train.finish(run)
+    run = trainer.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+    trainer.fit(run)
+    trainer.finish(run)
     return out
 
 

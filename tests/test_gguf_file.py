@@ -14,7 +14,7 @@ import torch
 from conftest import STORY, WIDE
 from torch import Tensor
 
-from folio import checkpoint, generate, gguf_file, pretrained
+from folio import checkpoint, gguf_file, pretrained, sampling
 from folio.checkpoint import State
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
@@ -288,7 +288,7 @@ def test_llama_cpps_logits_and_text(tmp_path, kind, shape) -> None:
     there = torch.tensor(np.array(runs.scores[: len(ids)]))[:, : tokens.size]
     ours = model.lm_head(model.hidden(torch.from_numpy(ids)[None]))[0, :, : tokens.size]
     assert (there - ours).abs().max() < 2e-3 * ours.abs().max()
-    wanted = generate.generate(model, torch.from_numpy(ids)[None], 5, temperature=0, vocab_size=tokens.size)
+    wanted = sampling.generate(model, torch.from_numpy(ids)[None], 5, temperature=0, vocab_size=tokens.size)
     runs.reset()
     written = runs.generate(ids.tolist(), temp=0.0, repeat_penalty=1.0)
     assert [next(written) for _ in range(5)] == wanted[0, -5:].tolist()

@@ -21,7 +21,7 @@ from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
 from folio.log import read_metrics
 from folio.model import GPT, GPTConfig
-from folio.train import Run, build, finish, fit
+from folio.trainer import Run, build, finish, fit
 
 Folio = Callable[..., Outcome]
 WPE = "transformer.wpe.weight"

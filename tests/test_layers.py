@@ -19,7 +19,7 @@ LAYERS = [
         "hellaswag",
         "harness",
         "profiler",
-        "generate",
+        "sampling",
         "memory",
         "checkpoint",
         "pretrained",
@@ -27,11 +27,11 @@ LAYERS = [
         "gguf_file",
         "datasets",
     },
-    {"train", "plot", "report"},
+    {"trainer", "plot", "report"},
     {"commands"},
     {"cli", "__main__"},
 ]
-DELEGATES = {"generate", "optim", "flops", "pretrained"}  # whose functions are nanoGPT's methods of GPT, one line each
+DELEGATES = {"sampling", "optim", "flops", "pretrained"}  # whose functions are nanoGPT's methods of GPT, one line each
 OWNERS = {
     "torch.distributed": {"runtime", "processes"},
     "wandb": {"trackers"},

@@ -39,17 +39,17 @@ import collections, contextlib, json, sys
 from pathlib import Path
 import torch
 from torch.profiler import profile
-from folio import cli, train
+from folio import cli, trainer
 from folio.config import TrainConfig
 from folio.processes import leave
 
 folder, counted, changed, *argv = sys.argv[1:]
-run = train.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+run = trainer.build(cli.parse(TrainConfig, argv, "folio train", files=True))
 runtime, seen = run.runtime, {"replicas": []}
 if counted == "steps alone":
     run.work = []
 with profile() if not run.work else contextlib.nullcontext() as events:
-    train.fit(run)
+    trainer.fit(run)
 if events:
     seen["calls"] = collections.Counter(e.name for e in events.events() if e.name.startswith("c10d::"))
     if runtime.parallel == "ddp":
@@ -64,7 +64,7 @@ for change in (False, True):
     except FloatingPointError as error:
         seen["replicas"].append(str(error))
 Path(folder, f"{runtime.rank}.json").write_text(json.dumps(seen))
-train.finish(run)
+trainer.finish(run)
 leave(0)
 """
 

@@ -20,7 +20,7 @@ from folio.config import Data
 from folio.log import read_metrics
 from folio.token_files import open_folder
 from folio.tokens import Tokens, parse_mixture
-from folio.train import build, finish, micro_batches
+from folio.trainer import build, finish, micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
 SHARD = 10**6  # token p of shard s is s · SHARD + p, so that each tells where it lies

@@ -14,9 +14,9 @@ from conftest import python
 
 from folio import scoring
 from folio.config import System
-from folio.generate import generate
 from folio.model import GPT, GPTConfig
 from folio.runtime import Runtime
+from folio.sampling import generate
 from folio.scoring import Query, Scores, fitted, score
 
 BLOCK, VOCAB = 24, 67

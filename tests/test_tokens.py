@@ -18,7 +18,7 @@ from folio.datasets.prepare import prepare
 from folio.token_files import open_folder
 from folio.tokenizer import Bytes
 from folio.tokens import Rows, Tokens
-from folio.train import micro_batches
+from folio.trainer import micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
 

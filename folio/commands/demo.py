@@ -12,10 +12,10 @@ from folio.config import Sampling
 from folio.config import TrainConfig as Options
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
-from folio.generate import LINE, samples
 from folio.plot import draw
+from folio.sampling import LINE, samples
 from folio.token_files import META
-from folio.train import EXIT, Run, build, finish, fit
+from folio.trainer import EXIT, Run, build, finish, fit
 
 FIRST = ["train_stdlib"]
 

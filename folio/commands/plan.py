@@ -16,7 +16,7 @@ from folio.memory import Memory, Step, needed, sent
 from folio.model import GPT, GPTConfig
 from folio.runtime import DTYPES, Runtime
 from folio.tokens import Tokens
-from folio.train import micro_batches, vocab_size_of
+from folio.trainer import micro_batches, vocab_size_of
 
 _KINDS = {
     "weights": "weights",

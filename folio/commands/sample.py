@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from folio import pretrained, tokenizer
 from folio.config import Sampling, Source, System
-from folio.generate import samples
 from folio.runtime import Runtime, compiled
+from folio.sampling import samples
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from folio.config import TrainConfig as Options
-from folio.train import EXIT, build, finish, fit, validate
+from folio.trainer import EXIT, build, finish, fit, validate
 
 
 def main(options: Options) -> int:

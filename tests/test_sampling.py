@@ -12,8 +12,8 @@ from torch import Tensor
 
 from folio import cli, rng
 from folio.commands import train
-from folio.generate import draws, generate, pick, stream
 from folio.model import GPT, GPTConfig
+from folio.sampling import draws, generate, pick, stream
 
 LINE = "-" * 15
 

@@ -24,13 +24,13 @@ from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files,
 from folio.checkpoint import State
 from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, check, flat, override
 from folio.flops import flops_per_token, mfu
-from folio.generate import continuations, encode_prompt
 from folio.log import LOG_TXT, METRICS, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
 from folio.pt_files import NANOGPT, PtFile
 from folio.runtime import Loss, Runtime
+from folio.sampling import continuations, encode_prompt
 from folio.token_files import GPT2, Split
 from folio.tokenizer import Tokenizer, from_json
 from folio.tokens import Tokens

@@ -150,7 +150,7 @@ def _ours(flags: list[str], data: Path, out: Path) -> Result:
 def _loss(model: GPT, data: Path) -> float:
     runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
     tokens = Tokens.open(Data(data_dir=str(data)), model.config.block_size, 0)
-    return evaluate(model, runtime.wrap(model, 64), tokens, "val", 0, 64, runtime)
+    return evaluate(model, runtime.wrap(model, None), tokens, "val", 0, 64, runtime)
 
 
 if __name__ == "__main__":

@@ -302,13 +302,17 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
     return Checkpoint(folder(out_dir, step), verify(folder(out_dir, step)), knobs)
 
 
-def prune(out_dir: Path, keep: int) -> None:
-    """Removes all but the ``keep`` newest checkpoints and the best, and what a killed save left."""
+def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
+    """Removes all but the best checkpoint, the two newest, and the ``keep`` newest at multiples of ``interval``.
+
+    Of the two newest one alone stays where ``keep`` is 1. What a killed save left goes too.
+    """
     for path in (out_dir / "checkpoints").glob(".step-*.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
-    best = best_step(out_dir)
-    for step in steps(out_dir)[:-keep]:
-        if step != best:
+    there = steps(out_dir)
+    kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
+    for step in there:
+        if step not in kept:
             shutil.rmtree(folder(out_dir, step), ignore_errors=True)
 
 

@@ -69,6 +69,8 @@ def _told(error: Exception) -> tuple[int, str]:
 
     Of several processes the first to fail speaks for all.
     """
+    if sys.version_info < (3, 11):  # noqa: UP036 (whoever types python3 may well have an older one)
+        return 2, f"Folio needs Python 3.11 or later, and this is {sys.version.split()[0]}"
     package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if package and package != "folio":
         code, line = 2, f"the package {package!r} is missing: pip install {package}"
@@ -135,22 +137,27 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
             rest.append(token)
         elif token.startswith("--"):
             name, equals, value = token[2:].partition("=")
-            name = name.replace("-", "_")
-            if name not in config.knobs(options):
+            name, known = name.replace("-", "_"), config.knobs(options)
+            off = name.removeprefix("no_")
+            if not equals and name not in known and off in known and _is_switch(known[off].type, []):
+                name, equals, value = off, "=", "False"
+            if name not in known:
                 raise ValueError(config.unknown(name, options))
-            if not equals and _is_switch(config.knobs(options)[name].type, waiting):
+            if not equals and _is_switch(known[name].type, waiting):
                 value = "True"
             elif not equals:
                 if not waiting:
                     raise ValueError(f"--{name} needs a value: --{name}=…")
                 value = waiting.pop(0)
             flags[name] = value
+            sources.pop(name, None)
             sources[name] = config.COMMAND_LINE
         elif files and not token.startswith("-"):
             read = config.read_file(token, options, ignore=config.TrainConfig)
             values.update(read)
             for name in read:
                 flags.pop(name, None)
+                sources.pop(name, None)  # so that they stand in the order in which they were given
                 sources[name] = token
         else:
             rest.append(token)
@@ -171,15 +178,16 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
         if stop.code:
             raise ValueError(_one_line(said.getvalue())) from None
         raise
-    config.check(parsed)
     if hasattr(parsed, "sources"):
         parsed.sources.update(sources)
+    config.check(parsed)
     return parsed
 
 
 def _is_switch(kind: Any, waiting: list[str]) -> bool:
     """Whether a flag without a value stands for True: one of a bool, with no value after it."""
-    return (kind is bool or bool in get_args(kind)) and waiting[:1] not in (["True"], ["False"], ["auto"])
+    words = {"True", "False", *(word for choice in get_args(kind) for word in get_args(choice))}
+    return (kind is bool or bool in get_args(kind)) and words.isdisjoint(waiting[:1])
 
 
 def _one_line(box: str) -> str:
@@ -200,7 +208,8 @@ def _overview() -> str:
     return (
         "Folio trains GPT-2-class language models from scratch.\n\n"
         f"usage: folio COMMAND [FILE or PRESET …] [--knob=value …]\n\n{table}\n\n"
-        "folio COMMAND --help lists the knobs of a command. A yes-or-no knob alone means yes: --overwrite."
+        "folio COMMAND --help lists the knobs of a command. A yes-or-no knob alone means yes: --overwrite; "
+        "or no: --no-overwrite."
     )
 
 

@@ -27,6 +27,8 @@ T = TypeVar("T")
 COMMAND_LINE = "the command line"
 HellaSwagStyle = Literal["completion", "harness"]
 OF_THE_CALL = ("out_dir", "init_from", "eval_only", "max_minutes", "profile")  # knobs that a run does not keep
+MICRO_STEPS = 1_000_000  # of a step, at most
+EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # knobs that say the same
 PRESETS = Path(__file__).parent / "presets"
 DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
@@ -64,7 +66,9 @@ class Output:
     )
     always_save_checkpoint: bool = knob(True, "False: keep the best checkpoint and the latest only")
     checkpoint_interval: int | AUTO = knob("auto", "steps between checkpoints; auto: every evaluation", min=1)
-    keep_checkpoints: int = knob(2, "latest checkpoints to keep, besides the best", min=1)
+    keep_checkpoints: int = knob(
+        2, "latest checkpoints to keep, at multiples of checkpoint_interval; the two newest and the best besides", min=1
+    )
     async_checkpoint: bool | AUTO = knob(
         "auto", "write checkpoints while training goes on; auto: on a GPU, and wherever there are several processes"
     )
@@ -83,7 +87,7 @@ class Evaluation:
     hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042; the run waits for them, a signal too", min=0)
     sample_interval: int = knob(0, "steps between samples; 0: none", min=0)
     sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from")
-    sample_count: int = knob(4, "samples at a time", min=1)
+    sample_count: int = knob(4, "samples at a time, of each process", min=1)
     sample_tokens: int = knob(32, "tokens of a sample, those of the prompt included", min=1)
     sample_top_k: int = knob(50, "draw from the k likeliest tokens; 0: from all", min=0)
 
@@ -93,7 +97,10 @@ class Logging:
     """What is told besides, and to whom."""
 
     log_interval: int = knob(1, "steps between lines", min=1)
-    log_txt: bool = knob(False, "write build-nanogpt's log.txt too")
+    monitor: bool = knob(True, "False: no losses, measurements and samples on the console")
+    log_txt: bool | Literal["gpt-from-scratch"] = knob(
+        False, "write a log.txt too, build-nanogpt's (--log_txt) or GPT-from-scratch's"
+    )
     track: str = knob("", "send the records to tensorboard, wandb or trackio, or several: a,b")
     wandb_log: bool = knob(False, "log to Weights & Biases; the same as --track=wandb")
     wandb_project: str = knob("owt", "project there, and with trackio")
@@ -105,16 +112,28 @@ class Logging:
 class Data:
     """What is read, and in which order."""
 
-    dataset: str = knob("openwebtext", "data/<dataset>, under the working folder, else beside train.py")
+    dataset: str = knob("openwebtext", "data/<dataset>, under the working folder, else beside train.py; or a folder")
     data_dir: str = knob("", "folder or glob of the token files; wins over dataset")
     data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3")
     batch_size: int = knob(12, "rows in a micro batch", min=1)
-    gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1, max=1_000_000)
+    window: int = knob(0, "tokens of a row, at most block_size; 0: block_size", min=0)
+    gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1, max=MICRO_STEPS)
+    total_batch_size: int = knob(
+        0, "tokens a step, over all ranks together, instead of gradient_accumulation_steps; 0: as that says", min=0
+    )
     sampling: Literal["epoch", "random", "sequential"] = knob(
         "epoch", "epoch: each window once, shuffled; random: with replacement; sequential: as they lie"
     )
     document_mask: bool = knob(False, "keep attention within a document")
     eot: int | AUTO = knob("auto", "id of the token between documents; auto: as the data set says", min=0)
+
+    def row(self, block_size: int) -> int:
+        """Tokens of a row for a model of so many positions. Raises ValueError where it does not know as many."""
+        if self.window > block_size:
+            raise ValueError(
+                f"window={self.window} is above block_size={block_size}: the positions of the model; lower --window"
+            )
+        return self.window or block_size
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,7 @@ class Optimizer:
     lr_decay_iters: int = knob(600_000, "step at which the cosine ends at min_lr", min=0)
     min_lr: float = knob(6e-5, "lowest learning rate", min=0)
     warmup: Literal["folio", "nanogpt"] = knob("folio", "nanogpt: divide by warmup_iters + 1")
+    restart_interval: int = knob(0, "steps after which the learning rate and the data begin again; 0: never", min=0)
 
 
 @dataclass(frozen=True)
@@ -272,11 +292,47 @@ def check(config: Any) -> None:
             f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
             "lower --min_lr, or set --decay_lr=False"
         )
+    sources = getattr(config, "sources", {})
+    asked = {sources.get(name) for name in EITHER}
+    if len(asked) == 1 and asked != {None} and values["total_batch_size"]:
+        raise ValueError(
+            f"total_batch_size={values['total_batch_size']} and gradient_accumulation_steps="
+            f"{values['gradient_accumulation_steps']} exclude each other: give one of them"
+        )
     if values.get("check_replicas_every") and values["parallel"] == "fsdp":
         raise ValueError(
             f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
             "nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
         )
+
+
+def accumulated(data: Data, row: int, sources: Mapping[str, str]) -> Data:
+    """With as many micro steps as make ``total_batch_size``, of rows of ``row`` tokens, where that is asked for.
+
+    Of the two, the one that was given last wins, and either over a checkpoint's.
+
+    Raises:
+        ValueError: it is no multiple of a micro batch; names what fits.
+    """
+    total, micro = data.total_batch_size, data.batch_size * row
+    given = [name for name in sources if name in EITHER]
+    if given[-1:] == ["gradient_accumulation_steps"]:
+        return replace(data, total_batch_size=0)
+    if not total:
+        return data
+    if total // micro > MICRO_STEPS:
+        raise ValueError(
+            f"total_batch_size={total} is {total // micro:,} micro steps of {micro} tokens, above {MICRO_STEPS:,}: "
+            "lower it, or raise --batch_size"
+        )
+    if total % micro:
+        sizes = [size for size in range(1, data.batch_size) if total % (size * row) == 0]
+        raise ValueError(
+            f"total_batch_size={total} is no multiple of batch_size × tokens of a row = {data.batch_size} × {row} = "
+            f"{micro}: --total_batch_size={max(1, round(total / micro)) * micro} fits"
+            + (f", or --batch_size={sizes[-1]}" if sizes else "")
+        )
+    return replace(data, gradient_accumulation_steps=total // micro)
 
 
 def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
@@ -387,7 +443,7 @@ def _default_group(options: type, group: str) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def typed(path: Path, name: str, value: Any, options: type) -> Any:
+def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
     """The value of a knob that a file sets, if it is of the knob's type; raises ValueError that names the file."""
     known = knobs(options)
     if name not in known:

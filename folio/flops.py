@@ -46,21 +46,21 @@ GPUS = {
     "RTX 4090": Gpu(165, 82.6, 24),
     "RTX 3090": Gpu(71, 35.6, 24),
     "MI300X": Gpu(1307, 653, 192),
-    "MI250X": Gpu(383, 95.7, 128),
+    "MI250X": Gpu(191.5, 47.9, 64),  # one of its two dies, which are two devices
 }
 
 
-def flops_per_token(model: GPT) -> int:
+def flops_per_token(model: GPT, context: int | None = None) -> int:
     """Forward and backward: 6 N + 12 · layers · width · context, N without position embeddings.
 
-    PaLM (Chowdhery et al., 2022), Appendix B, as nanoGPT's ``estimate_mfu``; an untied input embedding is a
-    look-up and is not counted.
+    The context is the model's, unless rows are shorter; an untied input embedding is a look-up and is not counted.
+    PaLM (Chowdhery et al., 2022), Appendix B, as nanoGPT's ``estimate_mfu``.
     """
     c = model.config
     n = model.get_num_params()
     if not c.tie_weights:
         n -= model.transformer.wte.weight.numel()
-    return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * n + 12 * c.n_layer * c.n_embd * (context or c.block_size)
 
 
 @functools.cache
@@ -85,7 +85,14 @@ def _measured(dtype: torch.dtype, n: int = 1024, tries: int = 8) -> float:
     return float(2 * n**3 / min(times))
 
 
-def mfu(model: GPT, tokens_per_second: float, device: torch.device, dtype: torch.dtype, world: int = 1) -> float:
+def mfu(
+    model: GPT,
+    tokens_per_second: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: int = 1,
+    context: int | None = None,
+) -> float:
     """Model FLOPs utilisation: share of the peak of ``world`` such devices; NaN where it is unknown."""
     limit = peak(device, dtype)
-    return tokens_per_second * flops_per_token(model) / (limit * world) if limit else float("nan")
+    return tokens_per_second * flops_per_token(model, context) / (limit * world) if limit else float("nan")

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +28,18 @@ from folio.trackers import Identity, Record, Trackers
 METRICS = "metrics.jsonl"
 AGAIN = ("train", "start")  # kinds of records that a resumed run writes of the step it begins at
 LOG_TXT = "log.txt"
+PICTURE = "loss.png"
 
 
 class Log:
     """Records of a run, to everything that listens; on any rank but the first, to nothing.
 
-    On a terminal a progress bar lives below the lines. Elsewhere the lines are nanoGPT's.
+    On a terminal a progress bar lives below the lines. Elsewhere the lines are nanoGPT's. Without ``monitor`` records
+    go to files and trackers alone.
     """
 
-    def __init__(self, main: bool, total: int) -> None:
-        self.main = main
+    def __init__(self, main: bool, total: int, monitor: bool = True) -> None:
+        self.main, self.monitor = main, monitor
         self.total = total
         self._tokens_per_step = 0
         self._files: list[_File] = []
@@ -51,10 +54,11 @@ class Log:
         for file in self._files:
             file.close()
 
-    def open(self, out_dir: Path, log_txt: bool = False) -> None:
-        """From here on records go to ``out_dir/metrics.jsonl`` as well, and to build-nanogpt's ``log.txt``.
+    def open(self, out_dir: Path, log_txt: bool | Literal["gpt-from-scratch"] = False, epoch: int = 1) -> None:
+        """From here on records go to ``out_dir/metrics.jsonl`` as well, and to a ``log.txt``.
 
-        That is made anew of the records that are there already.
+        That is build-nanogpt's, or GPT-from-scratch's with its epochs of so many steps, and is made anew of the records
+        that are there already.
 
         Raises:
             OSError: one of them cannot be written, now or later; names it.
@@ -64,7 +68,8 @@ class Log:
         before = read_metrics(out_dir / METRICS) if log_txt and (out_dir / METRICS).exists() else []
         self._files = [_File(out_dir / METRICS, "a", to_json)]
         if log_txt:
-            self._files.append(_File(out_dir / LOG_TXT, "w", _build_nanogpt))
+            line = partial(_gpt_from_scratch, epoch) if log_txt == "gpt-from-scratch" else _build_nanogpt
+            self._files.append(_File(out_dir / LOG_TXT, "w", line))
             for record in before:
                 self._files[-1].write(record)
 
@@ -95,7 +100,7 @@ class Log:
     def start(self, step: int, tokens_per_step: int) -> None:
         """Begins the progress bar, on a terminal."""
         self._tokens_per_step = tokens_per_step
-        if self.main and self._console.is_terminal:
+        if self.main and self.monitor and self._console.is_terminal:
             columns = (
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -123,7 +128,7 @@ class Log:
         for file in self._files:
             file.write(record)
         self._trackers.write(record)
-        if line := self._line(record):
+        if self.monitor and (line := self._line(record)):
             self.say(line)
 
     def _line(self, record: Record) -> str:
@@ -168,6 +173,22 @@ def _build_nanogpt(record: Record) -> str:
         case {"kind": "hellaswag", "step": step, "acc_norm": acc_norm}:
             return f"{step} hella {acc_norm:.4f}"
     return ""
+
+
+def _gpt_from_scratch(epoch: int, record: Record) -> str:
+    step: int = record["step"]
+    match record:
+        case {"kind": "train", "loss": float(loss)}:
+            number, step = divmod(step, epoch)
+            return f"Epoch {number} | iter {step} | train loss: {loss:.6f}"
+        case {"kind": "eval", "val_loss": loss}:
+            what = f"validation loss: {loss:.3f}"
+        case {"kind": "hellaswag", "acc_norm": acc_norm}:
+            what = f"Hellaswag accuracy: {acc_norm:.3f}"
+        case _:
+            return ""
+    number = max(0, step - 1) // epoch  # weights after an epoch's last step are still that epoch's
+    return f"Epoch {number} | iter {step - number * epoch} | {what}"
 
 
 class _File:

@@ -33,6 +33,7 @@ class Step:
     """A device's part of a step: ``micro_steps`` of at most ``rows`` rows, on a GPU or a CPU, in ``dtype``.
 
     Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
+    A row has ``context`` tokens, as many as the model has positions unless fewer are given.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Step:
     documents: bool = False
     world: int = 1
     shards: int = 1
+    context: int | None = None
 
 
 class Memory(NamedTuple):
@@ -70,9 +72,10 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
     count, block = _counts(shape)
     # DDP's buckets hold all gradients from the beginning, and so does a second micro step
     again = step.micro_steps > 1 or (step.world > 1 and step.shards == 1)
-    most = _micro_step(shape, step.rows, step.dtype, step.gpu, step.recompute, step.documents, again, step.shards > 1)
+    rows, context, sharded = step.rows, step.context or shape.block_size, step.shards > 1
+    most = _micro_step(shape, rows, context, step.dtype, step.gpu, step.recompute, step.documents, again, sharded)
     gradients, copies = most["gradients"], most["copies"]
-    if step.shards > 1:
+    if sharded:
         blocks = block * shape.n_layer
         gradients += FLOAT32 * (blocks + block if step.micro_steps > 1 else count // step.shards + 2 * block)
         copies += FLOAT32 * (count - blocks) + step.dtype.itemsize * 2 * block
@@ -111,6 +114,7 @@ def _matrices(model: GPT) -> list[nn.Parameter]:
 def _micro_step(
     shape: GPTConfig,
     rows: int,
+    context: int,
     dtype: torch.dtype,
     gpu: bool,
     recompute: bool,
@@ -143,9 +147,9 @@ def _micro_step(
                 if again and p not in fetched:
                     p.grad = torch.empty_like(p)
                     live.gradient(p)
-            row = torch.zeros(rows, shape.block_size + 1, dtype=torch.long)
+            row = torch.zeros(rows, context + 1, dtype=torch.long)
             # FlexAttention, which a GPU takes, keeps what attention without a mask does
-            apart = torch.zeros(rows, shape.block_size, dtype=torch.int32) if documents and not gpu else None
+            apart = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
             objective = Objective(model, model.loss, torch.device("cpu"), dtype)
             objective(row[:, :-1], row[:, 1:], apart)[0].backward()
         return live.most

@@ -54,21 +54,22 @@ def meet(rank: int, world: int, patience: timedelta) -> Any:
     return _STORES["start"]
 
 
-def remember(run: str) -> None:
+def remember(number: int, run: str) -> None:
     """For ``former_run``, should the launcher start this job anew."""
     if "job" in _STORES:
-        _STORES["job"].set("run", run)
+        _STORES["job"].set(f"run/{number}", run)
 
 
-def former_run() -> str | None:
-    """The id of the run that this job was at when it was started anew (``remember``); None where it is the first start.
+def former_run(number: int) -> str | None:
+    """The id of the job's run of this number before it was started anew (``remember``); None where there was none yet.
 
     "" where no launcher keeps the store, and its count of restarts alone says that there was a run.
     """
     if not _launched():
         return "" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
     store = _job()
-    return str(store.get("run").decode()) if store.check(["run"]) else None
+    key = f"run/{number}"
+    return str(store.get(key).decode()) if store.check([key]) else None
 
 
 def told_by_the_first(line: str, error: BaseException) -> str:

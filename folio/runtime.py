@@ -34,6 +34,7 @@ from folio.model import GPT, within_documents
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
 _PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
+_THREADS = torch.get_num_threads()  # before the processes of a machine share them out
 _CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -129,7 +130,7 @@ class Runtime:
             )
         if self.device.type == "cpu" and self.world > 1 and "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-            torch.set_num_threads(max(1, torch.get_num_threads() // local))
+            torch.set_num_threads(max(1, _THREADS // local))
         compiled = _asked_or_before(system.compile, before.get("compile"))
         if compiled == "auto":
             compiled = _compile_pays(self.device, self.dtype, flops)
@@ -138,7 +139,7 @@ class Runtime:
         torch.set_float32_matmul_precision(_precision(self.device) if precision == "auto" else precision)
         if system.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(system.deterministic)
         self.resolved: dict[str, Any] = {
             "device": self.device.type,
             "dtype": dtype,
@@ -188,11 +189,11 @@ class Runtime:
             found.append("a GPU needs --deterministic=True for the same bits")
         return found
 
-    def wrap(self, model: GPT, batch_size: int | None) -> Loss:
+    def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
         """``model.loss`` for this machine: on its device, autocast, compiled or not, gradients averaged over the ranks.
 
-        The model's parameters may be others afterwards, so the optimiser is made of those. ``batch_size`` is the
-        largest that will come; None where nothing will be differentiated.
+        The model's parameters may be others afterwards, so the optimiser is made of those. ``batch`` is the
+        largest shape (B, T) that will come; None where nothing will be differentiated.
 
         DDP lays its buckets out anew after the first backward, which changes the order of its sums; one
         throw-away backward here makes the layout final before the first real step.
@@ -204,11 +205,11 @@ class Runtime:
         model.to(self.device)
         loss: Loss = compiled(model.loss) if self.compile else model.loss
         objective = self._objective = Objective(model, loss, self.device, self.dtype)
-        if self.world == 1 or batch_size is None:
+        if self.world == 1 or batch is None:
             return objective
         ids = [self.device.index] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
-        zeros = torch.zeros(batch_size, model.config.block_size, dtype=torch.long, device=self.device)
+        zeros = torch.zeros(batch, dtype=torch.long, device=self.device)
         wrapped(zeros, zeros)[0].backward()
         model.zero_grad(set_to_none=True)
         return wrapped
@@ -343,12 +344,16 @@ class Runtime:
         elif self.rank == 0:
             self._written = self._writer.submit(make)
 
+    def gather(self, found: T) -> list[T]:
+        """What every rank found, in their order, on each of them."""
+        every: list[Any] = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, found, group=self._control)
+        return every
+
     def agree(self, found: dict[str, Any]) -> None:
         """Raises ValueError, on every rank, where the processes found different things under the same names."""
-        if self.world == 1:
-            return
-        every: list[Any] = [None] * self.world
-        dist.all_gather_object(every, found, group=self._control)
+        every = self.gather(found)
         for rank, other in enumerate(every):
             if what := next((name for name in found if other[name] != every[0][name]), None):
                 raise ValueError(

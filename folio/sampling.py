@@ -86,11 +86,11 @@ def pick(
     return torch.searchsorted(total, below, right=True).to(device)
 
 
-def draws(seed: int, samples: int, max_new_tokens: int) -> Tensor:
+def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tensor:
     """(samples, max_new_tokens) float64: each row from its own (seed, number), however many there are."""
     rows = [
         torch.rand(max_new_tokens, dtype=torch.float64, generator=rng.generator("sample", seed, i))
-        for i in range(samples)
+        for i in range(first, first + samples)
     ]
     return torch.stack(rows)
 
@@ -106,14 +106,14 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     yield f"\n{LINE}\n"
 
 
-def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> list[str]:
-    """The text of each sample, with its prompt."""
+def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int, first: int = 0) -> list[str]:
+    """The text of each sample, from number ``first`` on, with its prompt."""
     prompt, ids = encode_prompt("start", o.start, tokens, model.config)
-    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed)), dim=1).tolist()
+    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first)), dim=1).tolist()
     return [prompt + "".join(tokenizer.stream(tokens, row, ids)) for row in rows]
 
 
-def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int) -> Iterator[Tensor]:
+def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int, first: int = 0) -> Iterator[Tensor]:
     return stream(
         model,
         torch.tensor(ids, device=next(model.parameters()).device).expand(o.num_samples, -1),
@@ -121,7 +121,7 @@ def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int
         o.temperature,
         o.top_k or None,
         o.top_p,
-        draws(seed, o.num_samples, o.max_new_tokens),
+        draws(seed, o.num_samples, o.max_new_tokens, first),
         tokens.size,
     )
 

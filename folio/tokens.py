@@ -29,6 +29,7 @@ Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
 
 MIXED = 1024  # rows in which a mixture holds its proportions
+_ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # names that other programs give a data set
 _SEARCHED = 2**20  # tokens of a foreign file in which its end-of-text token is looked for
 
 
@@ -185,7 +186,11 @@ class Tokens:
 
     @classmethod
     def open(cls, config: Data, block_size: int, seed: int) -> Tokens:
-        """Raises FileNotFoundError or ValueError that name the file and how to mend or make it."""
+        """For a model of ``block_size`` positions.
+
+        Raises FileNotFoundError or ValueError that name the file and how to mend or make it.
+        """
+        row = config.row(block_size)
         names = parse_mixture(config.data_mixture) if config.data_mixture else {}
         folders = [find(config, name) for name in names] if names else [find(config)]
         for folder in folders[1:]:
@@ -193,7 +198,7 @@ class Tokens:
                 raise ValueError(f"{folder.path} has another tokenizer than {folders[0].path}: they cannot be mixed")
         return cls(
             folders,
-            block_size,
+            row,
             weights=list(names.values()) or [1.0],
             sampling=config.sampling,
             seed=seed,
@@ -362,7 +367,7 @@ def _largest_remainders(weights: Sequence[float] | Rows, total: int) -> Rows:
 
 
 def find(config: Data, name: str = "") -> Folder:
-    """A data set by its name or place: ``data_dir``, else data/<dataset> here, else beside the clone's scripts.
+    """A data set by its name or place: ``data_dir``, else data/<dataset> here, in the clone, or a folder of that name.
 
     Raises:
         FileNotFoundError: nothing there; says how to make it. ValueError: what is there does not fit together.
@@ -371,9 +376,10 @@ def find(config: Data, name: str = "") -> Folder:
     if config.data_dir and not name:
         places = [Path(config.data_dir)]
     else:
-        places = [Path("data") / dataset, CLONE / "data" / dataset, *([Path(name)] if name else [])]
+        names = (dataset, *_ALSO.get(dataset, ()))
+        places = [folder / n for n in names for folder in (Path("data"), CLONE / "data", Path())]
     for place in places:
-        if _holds_tokens(place) if place.is_dir() else glob.glob(str(place)):
+        if holds_tokens(place) if place.is_dir() else glob.glob(str(place)):
             return open_folder(place)
     missing = places[0] / "train.bin"
     if (places[0] / UNFINISHED).is_dir():
@@ -386,6 +392,7 @@ def find(config: Data, name: str = "") -> Folder:
     )
 
 
-def _holds_tokens(folder: Path) -> bool:
+def holds_tokens(folder: Path) -> bool:
+    """Whether a folder is taken for a data set."""
     patterns = ("*.bin", "*.npy", "*.ds", "*/*.ds", "meta.json")
     return any(next(folder.glob(pattern), None) for pattern in patterns)

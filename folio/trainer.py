@@ -22,9 +22,9 @@ from torch import Tensor
 
 from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, trackers
 from folio.checkpoint import State
-from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, check, flat, override
+from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, accumulated, check, flat, override
 from folio.flops import flops_per_token, mfu
-from folio.log import LOG_TXT, METRICS, Log, rewind
+from folio.log import LOG_TXT, METRICS, PICTURE, Log, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
@@ -50,6 +50,7 @@ _OWN = (  # knobs of a machine or a moment
     "hellaswag_data",
     "wandb_run_name",
 )
+_NUMBERS = itertools.count()  # of the runs that this process builds
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
 Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
 
@@ -106,22 +107,26 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.model.config.block_size
+        return self.rows_per_step * self.tokens.block_size
 
     @property
     def mfu(self) -> float:
         """Share of the devices' peak in use, NaN where that is unknown."""
-        return mfu(self.model, self.speed, self.runtime.device, self.runtime.dtype, self.runtime.world)
+        runtime = self.runtime
+        return mfu(self.model, self.speed, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size)
 
 
 def fit(run: Run) -> str:
-    """Trains until ``stop_reason``, and returns it.
+    """Trains until ``stop_reason``, and returns it; with ``eval_only`` measures once instead.
 
     Step N means N updates done: what is due at N sees the weights after N updates.
 
     Raises:
         FloatingPointError: the loss is not finite; weights and checkpoints stay as they were before.
     """
+    if run.config.evaluation.eval_only:
+        run.log.write(*validate(run))
+        return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
     with signals(run), batches(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
@@ -260,9 +265,12 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
     """This rank's micro batches, step after step; a thread reads the next step's during this one."""
     runtime, state = run.runtime, run.state
     share = micro_batches(run.config.data, runtime.rank, runtime.world)
+    restart = run.config.optimizer.restart_interval
 
     def read(step: int, row: int) -> list[tuple[Tensor, Tensor | None, int]]:
         found = []
+        if restart:
+            row = step % restart * run.rows_per_step
         for first, count, micro in share:
             rows = run.tokens.rows("train", row + first, count)
             documents = runtime.pin(run.tokens.documents(rows)) if run.tokens.documents else None
@@ -359,10 +367,13 @@ def answer(run: Run, questions: hellaswag.Questions) -> list[Record]:
 
 
 def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
-    """What the model makes of a prompt, from the same draws each time; all ranks write the same."""
-    texts = run.runtime.infer(lambda: continuations(run.model, tokenizer, how, run.config.system.seed))
+    """What the model makes of a prompt, on each rank, from the same draws each time."""
+    runtime, seed = run.runtime, run.config.system.seed
+    first = runtime.rank * how.num_samples
+    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first)))
     return [
-        {"kind": "sample", "step": run.state.step, "number": number, "text": text} for number, text in enumerate(texts)
+        {"kind": "sample", "step": run.state.step, "number": number, "text": text}
+        for number, text in enumerate(itertools.chain(*texts))
     ]
 
 
@@ -406,6 +417,7 @@ def save(run: Run) -> tuple[()]:
         "model": asdict(run.model.config),
         "tokenizer": run.tokens.tokenizer(),
         "data": run.tokens.fingerprint(),
+        "row": run.tokens.block_size,
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,
     }
@@ -414,7 +426,11 @@ def save(run: Run) -> tuple[()]:
         checkpoint.save(run.out_dir, step, weights, slots, state)
         if best:
             files.write_json(run.out_dir / checkpoint.BEST, best)
-        checkpoint.prune(run.out_dir, output.keep_checkpoints if output.always_save_checkpoint else 1)
+        if output.always_save_checkpoint:
+            interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
+            checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
+        else:
+            checkpoint.prune(run.out_dir, 1)
 
     run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)
@@ -462,7 +478,8 @@ def build(config: TrainConfig) -> Run:
     trackers.parse(config.logging.track)
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    again = processes.former_run()  # whatever init_from says: this job has begun already
+    number = next(_NUMBERS)
+    again = processes.former_run(number)  # whatever init_from says: this job has begun already
     former = (_former(out_dir, "auto", again) if again is not None else None) or _former(out_dir, begin)
     if former is not None:
         config = _overlay(config, former.found.asked, lines)
@@ -471,6 +488,10 @@ def build(config: TrainConfig) -> Run:
     given = former.found.config() if former else source.config() if source else None
     shape = _shape_of(given, config, former, lines) if given else config.model
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
+    theirs = former.found.asked if former else {}
+    mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
+    data = accumulated(config.data, tokens.block_size, mine)
+    config = replace(config, data=data)
     lines += [folder.note for folder in tokens.folders if folder.note]
     vocab_size = shape.vocab_size
     if vocab_size == "auto":
@@ -494,9 +515,8 @@ def build(config: TrainConfig) -> Run:
         lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
     else:
         model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
-    data = config.data
-    tokens_per_step = data.gradient_accumulation_steps * data.batch_size * shape.block_size
-    flops = flops_per_token(model) * float(tokens_per_step) * config.optimizer.max_iters
+    tokens_per_step = data.gradient_accumulation_steps * data.batch_size * tokens.block_size
+    flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
     runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
     try:
@@ -511,10 +531,10 @@ def build(config: TrainConfig) -> Run:
             tokens.world = runtime.world
         else:
             lines.append(f"{runtime.world} processes do not divide the micro steps: dropout masks differ from one's")
-        loss = runtime.wrap(model, largest)
+        loss = runtime.wrap(model, (largest, tokens.block_size))
         o = config.optimizer
         optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
-        log = Log(runtime.rank == 0, o.max_iters)
+        log = Log(runtime.rank == 0, o.max_iters, config.logging.monitor)
         run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, runtime, log, State())
         if former:
             _restore(run, former, lines)
@@ -525,8 +545,8 @@ def build(config: TrainConfig) -> Run:
             ends, begins = profiling(run)
             run.work = [ends, *run.work, begins]
         if not config.evaluation.eval_only:
-            runtime.broadcast(lambda: _take_folder(run, resumed=former is not None))
-            log.open(out_dir, config.logging.log_txt)
+            runtime.broadcast(lambda: _take_folder(run, number, resumed=former is not None))
+            log.open(out_dir, config.logging.log_txt, o.restart_interval or o.max_iters or 1)
             if former and isinstance(former.found, PtFile):
                 save(run)  # from here on the run is this program's
                 runtime.written()
@@ -569,7 +589,8 @@ def finish(run: Run) -> None:
             reached = f"{'of' if run.stop == 'max_iters' else 'and'} {run.stop}={knobs[run.stop]}"
             run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
         elif run.stop:
-            further = f", --init_from=resume{' and a larger --patience go' if run.stop == 'patience' else ' goes'} on"
+            further = f", folio train --init_from=resume --out_dir={run.out_dir}"
+            further += " and a larger --patience go on" if run.stop == "patience" else " goes on"
             why = "" if run.stop == "max_iters" else f" ({run.stop}){further if state.step else ''}"
             best = (
                 f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
@@ -628,7 +649,7 @@ def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> Tr
     merged = override(config, values)
     o = merged.optimizer
     longer = o.max_iters > asked.get("max_iters", o.max_iters)
-    if longer and o.decay_lr and o.lr_decay_iters == asked.get("lr_decay_iters"):
+    if longer and o.decay_lr and not o.restart_interval and o.lr_decay_iters == asked.get("lr_decay_iters"):
         lines.append(
             f"max_iters grew from {asked['max_iters']} to {o.max_iters}: beyond lr_decay_iters={o.lr_decay_iters} "
             f"the learning rate stays at min_lr={o.min_lr:g}"
@@ -678,7 +699,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
             raise ValueError(
                 f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
             )
-    state, positions = found.state, run.model.config.block_size
+    state, positions, row = found.state, run.model.config.block_size, run.tokens.block_size
 
     def cropped(tensors: checkpoint.Tensors) -> checkpoint.Tensors:
         for name, tensor in tensors:
@@ -697,11 +718,11 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
     if run.begun and not run.optimizer.state:
         lines.append("the checkpoint holds no optimiser: its means begin anew")
-    if (before := found.config().block_size) != positions:
+    if (before := state.get("row", found.config().block_size)) != row:
         lines.append(
-            f"block_size was {before}: the data goes on at the same token, and the best evaluation is looked for anew"
+            f"a row had {before} tokens: the data goes on at the same token, and the best evaluation is looked for anew"
         )
-        run.state.rows = run.state.rows * before // positions
+        run.state.rows = run.state.rows * before // row
         run.state.best, run.state.evaluations_without_improvement = None, 0
     why = run.runtime.differences(state["resolved"])
     if state["data"] is None:
@@ -712,7 +733,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
         lines.append(f"exact to rounding only: {'; '.join(why)}")
 
 
-def _take_folder(run: Run, resumed: bool) -> None:
+def _take_folder(run: Run, number: int, resumed: bool) -> None:
     """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics."""
     out_dir = run.out_dir
     try:
@@ -722,9 +743,9 @@ def _take_folder(run: Run, resumed: bool) -> None:
         if resumed:
             rewind(out_dir / METRICS, run.begun)
         else:
-            _move_aside(out_dir, [LOG_TXT] * run.config.logging.log_txt)
+            _move_aside(out_dir, [LOG_TXT] if run.config.logging.log_txt else [])
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
-        processes.remember(run.id)
+        processes.remember(number, run.id)
     except OSError as error:
         raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
 
@@ -739,6 +760,7 @@ def _move_aside(out_dir: Path, more: list[str]) -> None:
         "profile",
         TENSORBOARD,
         NANOGPT,
+        PICTURE,
         *more,
     )
     there = [out_dir / name for name in names if (out_dir / name).exists()]

@@ -271,15 +271,26 @@ def test_without_a_best_the_latest_is_the_best(tmp_path: Path) -> None:
     assert checkpoint.choose(tmp_path, "best").step == 10
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [10, 25]), (2, [10, 20, 25]), (4, [10, 15, 20, 25]), (9, None)])
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, left: list[int] | None) -> None:
-    """And touches nothing else."""
+@pytest.mark.parametrize(
+    ("keep", "interval", "left"),
+    [
+        (1, 1, [10, 25]),
+        (2, 1, [10, 20, 25]),
+        (4, 1, [10, 15, 20, 25]),
+        (9, 1, None),
+        (1, 15, [10, 15, 25]),
+        (2, 15, [10, 15, 20, 25]),
+        (2, 5, [10, 20, 25]),
+    ],
+)
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, interval: int, left: list[int] | None) -> None:
+    """And so many at multiples of the interval; it touches nothing else."""
     steps = [5, 10, 15, 20, 25]
     for step in steps:
         save(tmp_path, step)
     files.write_json(tmp_path / "best.json", {"step": 10, "loss": 2.5})
     (tmp_path / "checkpoints" / "notes").mkdir()
-    checkpoint.prune(tmp_path, keep)
+    checkpoint.prune(tmp_path, keep, interval)
     assert checkpoint.steps(tmp_path) == (left or steps)
     assert (tmp_path / "checkpoints" / "notes").is_dir()
 

@@ -128,7 +128,7 @@ def test_documents_are_as_if_alone(T: int, grad: bool, first: bool) -> None:
             for h in (together, alone)
         ]
         runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
-        nats, counted = runtime.wrap(model, 3)(idx, targets, documents)
+        nats, counted = runtime.wrap(model, None)(idx, targets, documents)
         assert counted.item() == (targets != -1).sum().item()
         assert nats.item() == pytest.approx(losses[1].item(), rel=1e-6)
         assert (model.hidden(idx) - together).abs().max() > 0.1  # what the mask takes away is missed

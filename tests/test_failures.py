@@ -33,7 +33,7 @@ from conftest import (
     to_its_end,
 )
 
-from folio import checkpoint, cli, processes
+from folio import checkpoint, cli, processes, trainer
 from folio.commands import train
 from folio.runtime import Runtime
 
@@ -315,6 +315,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         monkeypatch.setattr(processes, "_STORES", {})
+        monkeypatch.setattr(trainer, "_NUMBERS", count())  # as of a process that has just begun
         LEFT.append([])
         monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):

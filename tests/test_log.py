@@ -31,9 +31,9 @@ def sample(step: int, text: str) -> Record:
     return {"kind": "sample", "step": step, "number": 1, "text": text}
 
 
-def written(out: Path, *records: Record, log_txt: bool = True) -> None:
+def written(out: Path, *records: Record, log_txt: Any = True, epoch: int = 1) -> None:
     log = Log(True, total=10)
-    log.open(out, log_txt)
+    log.open(out, log_txt, epoch)
     for record in records:
         log.write(record)
     log.sync()
@@ -93,6 +93,21 @@ def test_log_txt_is_build_nanogpts(tmp_path: Path) -> None:
     written(tmp_path, start, evaluation(0), hellaswag(0), train(0, 10.9551234), sample(0, "no\nline"), evaluation(1))
     assert (tmp_path / LOG_TXT).read_text() == "0 val 3.5000\n0 hella 0.2955\n0 train 10.955123\n1 val 3.5000\n"
     assert len(read_metrics(tmp_path / METRICS)) == 6
+
+
+def test_log_txt_is_gpt_from_scratchs(tmp_path: Path) -> None:
+    """Its steps begin again with each epoch; what is measured after an epoch's last step belongs to that epoch."""
+    steps = evaluation(0), train(0), train(3), evaluation(4), train(4), train(7), evaluation(8)
+    written(tmp_path, *steps, log_txt="gpt-from-scratch", epoch=4)
+    assert [line.split(" | ")[:2] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        ["Epoch 0", "iter 0"],
+        ["Epoch 0", "iter 0"],
+        ["Epoch 0", "iter 3"],
+        ["Epoch 0", "iter 4"],
+        ["Epoch 1", "iter 0"],
+        ["Epoch 1", "iter 3"],
+        ["Epoch 1", "iter 4"],
+    ]
 
 
 def test_log_txt_is_for_those_who_ask(tmp_path: Path) -> None:

@@ -110,13 +110,16 @@ def test_a_kill_between_measurements(spawn: Spawn, argv: list[str], tmp_path: Pa
 def test_several_processes_measure_the_same(
     spawn: Spawn, folio: Run, argv: list[str], tmp_path: Path, parallel: str
 ) -> None:
-    """The counts are those of one process, and so are the texts."""
+    """The counts are those of one process, and the texts of the first rank; the others write theirs."""
     flags = [*argv, *WATCH[:-1], "--n_embd=20", "--max_iters=4"]
     assert folio("train", *flags, f"--out_dir={tmp_path / 'one'}").code == 0
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     to_its_end(spawn(*launcher, *flags, f"--parallel={parallel}", f"--out_dir={tmp_path / 'two'}", threads=1))
-    for kind in ("hellaswag", "sample"):
-        assert lines(tmp_path / "two", kind) == lines(tmp_path / "one", kind) != []
+    assert lines(tmp_path / "two", "hellaswag") == lines(tmp_path / "one", "hellaswag") != []
+    one, two = (lines(tmp_path / name, "sample") for name in ("one", "two"))
+    assert [r for r in two if r["number"] < 2] == one
+    assert [(r["step"], r["number"]) for r in two] == [(step, number) for step in (3, 4) for number in range(4)]
+    assert len({r["text"] for r in two if r["step"] == 4}) == 4
 
 
 @pytest.mark.slow
@@ -142,7 +145,8 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert [r["step"] for r in lines(out, "eval")] == [0, 2, 4, 6]
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
     assert checkpoint.steps(out)[-1] == 6
-    assert "step 6 of 10 (patience), --init_from=resume and a larger --patience go on" in outcome.out
+    how = f"folio train --init_from=resume --out_dir={out} and a larger --patience go on"
+    assert f"step 6 of 10 (patience), {how}" in outcome.out
     before = timeless(out)
     outcome = folio("train", *flags, "--init_from=resume")
     assert "nothing to do: step 6 and patience=2; a larger --patience goes on" in outcome.out
@@ -163,7 +167,7 @@ def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
     outcome = folio("train", *flags, "--max_minutes=0.02")
     (step,) = checkpoint.steps(out)
     assert outcome.code == 0
-    assert f"step {step} of 1000000 (max_minutes), --init_from=resume goes on" in outcome.out
+    assert f"step {step} of 1000000 (max_minutes), folio train --init_from=resume --out_dir=" in outcome.out
     assert [r["step"] for r in lines(out, "eval")] == [0, step]
     assert 0 < step < 1_000_000
     outcome = folio("train", *flags, "--init_from=resume", f"--max_iters={step + 2}")

@@ -52,7 +52,7 @@ parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3],
 os.environ["LOCAL_WORLD_SIZE"] = node
 runtime = Runtime(System(device="cpu", dtype="bfloat16", compile=False), Processes(parallel=parallel))
 model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False))
-loss = runtime.wrap(model, 2)
+loss = runtime.wrap(model, (2, 16))
 tokens = torch.zeros(2, 16, dtype=torch.long)
 
 def step():

@@ -97,7 +97,7 @@ def test_signals_save_first(
     assert child.end() == code
     step = checkpoint.steps(out)[-1]
     assert step > 66
-    assert f"step {step} of 230 ({number.name}), --init_from=resume goes on" in child.output()
+    assert f"step {step} of 230 ({number.name}), folio train --init_from=resume --out_dir=" in child.output()
     assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == list(range(step))
     assert f"resuming {out} at step {step}" in to_its_end(spawn(*alone(out, story)))
     assert timeless(out) == timeless(undisturbed("alone"))
@@ -191,7 +191,7 @@ def test_a_group_that_is_asked_to_end(
     assert child.end(60) != 0
     step = checkpoint.steps(out)[-1]
     assert 28 < step < 70
-    assert f"step {step} of 70 (SIGTERM), --init_from=resume goes on" in child.output()
+    assert f"step {step} of 70 (SIGTERM), folio train --init_from=resume --out_dir=" in child.output()
     assert f"resuming {out} at step {step}" in to_its_end(spawn(*group(out, story), threads=1))
     assert timeless(out) == timeless(undisturbed("group"))
     for name in ("model.safetensors", "optimizer.safetensors"):

@@ -55,7 +55,7 @@ seen["sum after errors"] = runtime.reduce(torch.tensor([1.0])).tolist()
 
 model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8), lambda name: rng.generator(name))
 optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.1)
-loss = runtime.wrap(model, 2)
+loss = runtime.wrap(model, (2, 8))
 def gradients():
     return torch.cat([p.grad.flatten() for p in model.parameters()]).tolist()
 seen["none at first"] = all(p.grad is None for p in model.parameters())
@@ -161,7 +161,7 @@ def test_the_arithmetic_is_what_was_asked(dtype: str) -> None:
     runtime = Runtime(System(device="cpu", dtype=dtype, compile=False))  # type: ignore[arg-type]
     seen: list[torch.dtype] = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    nats, counted = runtime.wrap(model, 2)(torch.tensor([[1, 2]]), torch.tensor([[2, -1]]))
+    nats, counted = runtime.wrap(model, (2, 2))(torch.tensor([[1, 2]]), torch.tensor([[2, -1]]))
     assert seen == [getattr(torch, dtype)]
     assert nats.dtype == model.lm_head.weight.dtype == torch.float32
     assert counted.item() == 1

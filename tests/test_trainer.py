@@ -99,6 +99,79 @@ def test_accumulation_is_one_large_batch(train: Train) -> None:
     assert records(one, "train", "loss") == pytest.approx(records(two, "train", "loss"), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("flags", "same"),
+    [
+        (["--window=8"], ["--block_size=8"]),
+        (["--total_batch_size=192"], ["--gradient_accumulation_steps=3"]),
+        (["--total_batch_size=96", "--window=8"], ["--gradient_accumulation_steps=3", "--block_size=8"]),
+        (["--total_batch_size=999", "--gradient_accumulation_steps=2"], ["--gradient_accumulation_steps=2"]),
+    ],
+)
+def test_rows_and_steps_counted_in_tokens(
+    folio: Folio, story: Path, tmp_path: Path, flags: list[str], same: list[str]
+) -> None:
+    """Rows shorter than the model's positions leave the others out; tokens a step become micro steps.
+
+    But those of a file yield to micro steps that are typed.
+    """
+    preset = tmp_path / "preset.toml"
+    preset.write_text("\n".join(flag.removeprefix("--") for flag in flags[:1]) + "\n")
+    small = [flag for flag in SMALL if "accumulation" not in flag]
+
+    def losses_of(name: str, *argv: str) -> list[float]:
+        out = tmp_path / name
+        assert folio("train", *small, *argv, f"--data_dir={story}", f"--out_dir={out}").code == 0
+        return records(out, "train", "loss")
+
+    losses = losses_of("counted", str(preset), *flags[1:]), losses_of("named", *same)
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10
+
+
+def test_the_learning_rate_and_the_data_begin_again(train: Train) -> None:
+    """Every restart_interval steps, also of a run that is resumed within."""
+    flags = ["--restart_interval=4", "--lr_decay_iters=4", "--max_iters=12", "--eval_interval=6"]
+    out = train("out", *flags)
+    rates = records(out, "train", "lr")
+    assert rates == rates[:4] * 3
+    assert len(set(rates)) == 3
+    still = records(train("still", *flags, "--learning_rate=0", "--min_lr=0"), "train", "loss")
+    assert still == still[:4] * 3
+    assert len(set(still)) == 4
+    again = train("again", *flags, "--max_iters=6")
+    train("again", *flags, "--init_from=resume")
+    assert records(again, "train", "step", "loss") == records(out, "train", "step", "loss")
+
+
+def test_data_and_learning_rate_begin_again_together(train: Train) -> None:
+    """Also where a resumed run has smaller batches, so that other rows were read before."""
+    flags = ["--restart_interval=4", "--max_iters=6", "--learning_rate=0", "--min_lr=0"]
+    out = train("out", *flags)
+    train("out", *flags, "--init_from=resume", "--max_iters=16", "--batch_size=2")
+    losses = records(out, "train", "loss")
+    assert losses[8:12] == losses[12:16]
+    assert len(set(losses[8:12])) == 4
+
+
+def test_a_resumed_runs_own_file_does_not_undo_its_total(folio: Folio, story: Path, tmp_path: Path) -> None:
+    """A step keeps its tokens, though the file names micro steps, since the checkpoint's knobs win over a file's."""
+    preset = tmp_path / "preset.toml"
+    preset.write_text("gradient_accumulation_steps = 40\n")
+    small = [flag for flag in SMALL if "accumulation" not in flag]
+    argv = ["train", str(preset), *small, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}"]
+    assert folio(*argv, "--total_batch_size=256", "--max_iters=3").code == 0
+    outcome = folio(*argv, "--init_from=resume", "--batch_size=2", "--max_iters=4")
+    assert "tokens per iteration will be: 256\n" in outcome.out
+
+
+def test_without_monitor_files_alone_are_told(train: Train) -> None:
+    loud, still = train("loud"), train("still", "--no-monitor")
+    assert timeless(still) == timeless(loud)
+    assert [line for line in said(still) if line.startswith(("iter", "step 5"))] == []
+    assert "number of parameters: 0.01M" in said(still)
+
+
 def test_a_run_is_a_function_of_its_config(train: Train) -> None:
     """The same bits again; other losses from another seed."""
     flags = ("--dropout=0.1", "--learning_rate=1e-2")

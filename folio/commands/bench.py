@@ -44,13 +44,16 @@ def main(options: Options) -> None:
         tokens.vocab_size = shape.vocab_size
         rows = torch.from_numpy(tokens.rows("train", 0, size))
     else:
-        rows = torch.randint(shape.vocab_size, (size, shape.block_size + 1), generator=rng.generator(seed))
+        rows = torch.randint(
+            shape.vocab_size, (size, options.data.row(shape.block_size) + 1), generator=rng.generator(seed)
+        )
     model = GPT(shape, lambda name: rng.generator(seed, name))
-    tokens_per_step = size * shape.block_size
-    flops = flops_per_token(model) * float(tokens_per_step)
+    context = rows.size(1) - 1
+    tokens_per_step = size * context
+    flops = flops_per_token(model, context) * float(tokens_per_step)
     runtime = Runtime(options.system, options.processes, flops=flops * 1000)
     try:
-        loss = runtime.wrap(model, size)
+        loss = runtime.wrap(model, (size, context))
         optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
         rows = runtime.move(rows)
 
@@ -60,7 +63,7 @@ def main(options: Options) -> None:
             runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
             return nats.item() / counted.item()  # waits for the device
 
-        print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {shape.block_size} tokens a step")
+        print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {context} tokens a step")
         print(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
         if options.profile:
             _steps(step, WARM_UP, "burn-in")
@@ -74,7 +77,7 @@ def main(options: Options) -> None:
     finally:
         runtime.close()
     each = sum(times) / len(times)
-    share = mfu(model, tokens_per_step / each, runtime.device, runtime.dtype)
+    share = mfu(model, tokens_per_step / each, runtime.device, runtime.dtype, context=context)
     print(
         f"time per iteration: {each * 1000:.2f}ms (fastest {min(times) * 1000:.2f}ms of {len(times)}), "
         f"{tokens_per_step / each:,.0f} tokens/s, {flops / each / 1e12:.2f} TFLOP/s, MFU: {share * 100:.2f}%"

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import tyro
 
 from folio import flops
-from folio.config import Data, Optimizer, Processes, System, knob, override
+from folio.config import Data, Optimizer, Processes, System, accumulated, knob, override
 from folio.memory import Memory, Step, needed, sent
 from folio.model import GPT, GPTConfig
 from folio.runtime import DTYPES, Runtime
@@ -43,6 +44,7 @@ class Options:
     optimizer: Optimizer = field(default_factory=Optimizer)
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
+    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
 
 
 class Device(NamedTuple):
@@ -60,6 +62,8 @@ def main(options: Options) -> None:
     data, vocab_size = _data(options)
     if options.model.vocab_size == "auto":
         options = override(options, {"vocab_size": vocab_size})
+    o = options
+    options = replace(o, data=accumulated(o.data, o.data.row(o.model.block_size), o.sources))
     step = step_of(options, device)
     memory = needed(options.model, step)
     for title, text in _report(options, device, step, memory, data):
@@ -137,6 +141,7 @@ def step_of(options: Options, device: Device) -> Step:
         documents=options.data.document_mask,
         world=options.gpus,
         shards={"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel],
+        context=options.data.row(options.model.block_size),
     )
 
 
@@ -145,6 +150,7 @@ def _report(
 ) -> Iterator[tuple[str, str]]:
     """Lines: a title, and what is said under it."""
     shape, gpus, several = options.model, options.gpus, options.gpus > 1
+    context = options.data.row(shape.block_size)
     with torch.device("meta"):
         model = GPT(shape)
     dtype = str(device.dtype).removeprefix("torch.")
@@ -168,8 +174,8 @@ def _report(
     yield "", f"{_gigabytes(memory.total):>9} GB  in all"
 
     steps = options.optimizer.max_iters
-    tokens = options.data.gradient_accumulation_steps * options.data.batch_size * shape.block_size
-    work = float(flops.flops_per_token(model)) * tokens
+    tokens = options.data.gradient_accumulation_steps * options.data.batch_size * context
+    work = float(flops.flops_per_token(model, context)) * tokens
     sends = f"; each device sends {_gigabytes(sent(shape, step))} GB" if several else ""
     yield "a step", f"{tokens:,} tokens, {work / 1e12:,.2f} TFLOP{sends}"
     yield "the run", f"{steps:,} steps, {_count(tokens * steps)} tokens, {work * steps:.3g} FLOP"
@@ -211,7 +217,8 @@ def _verdict(options: Options, device: Device, total: int) -> str:
         return needed(changed.model, step_of(changed, device)).total <= device.memory
 
     found = _remedies(options, device, fits)
-    ways = [" ".join(f"--{name}={value}" for name, value in way.items()) for way in found]
+    told = {"gradient_accumulation_steps"} if options.data.total_batch_size else set()  # which follow from it
+    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in told) for way in found]
     return f"does not fit: {of}; " + (
         f"what fits: {', or '.join(ways)}" if ways else "no smaller batch, recomputation or sharding makes it fit"
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -43,6 +44,12 @@ ALONE = [*RUN, "--max_iters=230", "--lr_decay_iters=230", "--eval_interval=50", 
 # more than one of DDP's buckets, and rows that three processes can share
 GROUP = [*RUN, "--max_iters=70", "--lr_decay_iters=70", "--eval_interval=35", "--n_embd=160"]
 GROUP += ["--gradient_accumulation_steps=3"]
+
+# What makes any training that a manual shows small, behind its own flags
+TINY = (
+    "--device=cpu --compile=False --dtype=float32 --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=4 "
+    "--eval_iters=1 --eval_interval=3"
+)
 
 WIDE = "The ferry – naïve, 渡し船, 🚢 – didn't  leave .\n\ttwice !  \U0010ffff it 's\n"
 KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size, None: no more than there are
@@ -151,6 +158,34 @@ def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str
     command = [sys.executable, *map(str, argv)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files, as a fresh clone has them: no data, no venv."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """One command line with this Python, wherever it says python, folio or torchrun."""
+    words = shlex.split(line)
+    interpreter = {"python": [], "folio": ["-m", "folio"], "torchrun": ["-m", "torch.distributed.run"]}
+    if words[0] in interpreter:
+        words = [sys.executable, *interpreter[words[0]], *words[1:]]
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def succeed(line: str, cwd: Path, **env: str) -> str:
+    done = run(line, cwd, **env)
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 @pytest.fixture(autouse=True)

@@ -1,52 +1,17 @@
-"""What nanoGPT's users type, and every command of the README, in a copy of the clone."""
+"""What nanoGPT's users type, and the jobs for clusters, in a copy of the clone."""
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, STORY
-
-TINY = (
-    "--device=cpu --compile=False --dtype=float32 --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=4 "
-    "--eval_iters=1 --eval_interval=3"
-)
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files, as a fresh clone has them: no data, no venv."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.split():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """One command line with this Python, wherever it says python, folio or torchrun."""
-    words = shlex.split(line)
-    interpreter = {"python": [], "folio": ["-m", "folio"], "torchrun": ["-m", "torch.distributed.run"]}
-    if words[0] in interpreter:
-        words = [sys.executable, *interpreter[words[0]], *words[1:]]
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def succeed(line: str, cwd: Path, **env: str) -> str:
-    done = run(line, cwd, **env)
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+from conftest import ROOT, STORY, TINY, run, succeed
 
 
 def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> None:
@@ -59,8 +24,6 @@ def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> 
     for split in ("train", "val"):
         np.random.default_rng(0).integers(0, 50257, 400).astype(np.uint16).tofile(folder / f"{split}.bin")
     out = succeed(f"python train.py --batch_size=32 --compile=False {TINY} --max_iters=1 --out_dir=out-owt", clone)
-    for split in ("train", "val"):
-        (folder / f"{split}.bin").unlink()  # the README prepares it
     assert "50304" in out
     assert f"tokens per iteration will be: {40 * 4 * 16:,}" in out
 
@@ -98,102 +61,6 @@ def test_sh_trains(clone: Path) -> None:
     succeed(f"sh data/stdlib/prepare.py --source {ROOT / 'folio'}", clone, **env)
     succeed(f"sh train.py config/train_stdlib.py {TINY} --max_iters=3 --out_dir=out-sh", clone, **env)
     assert "-" * 15 in succeed("sh sample.py --out_dir=out-sh --num_samples=1 --max_new_tokens=5", clone, **env)
-
-
-def readme_commands() -> list[str]:
-    """Lines of the sh blocks, then the commands of the table, in order."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
-    lines = [re.sub(r"\s+# .*", "", line) for line in blocks.splitlines() if line.strip()]
-    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
-    return [*lines, *re.findall(r"`((?:python|folio) [^`]+)`", rows)]
-
-
-def without_a_network(line: str, data: Path) -> str:
-    """A command that prepares a known data set, with the text to take instead of the download."""
-    wikitext = data / "wikitext2_valid.jsonl"
-    if "scripts/" in line:
-        return f"{line} --dataset_path {wikitext} --shard_size=50_000"
-    if "openwebtext" in line:
-        return f"{line} --source {wikitext}"
-    if "fineweb_edu" in line:
-        return f"{line} --source {wikitext} --shard_size=50_000"
-    return f"{line} --source {data / 'tinyshakespeare.txt'}" if "shakespeare" in line else line
-
-
-def fill_the_hub_cache(cache: Path) -> None:
-    """Small models under the names of OpenAI's, laid out as the hub's library lays out what it fetched."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    for name in ("gpt2", "gpt2-xl"):
-        folder = cache / f"models--openai-community--{name}"
-        model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=32))
-        model.save_pretrained(folder / "snapshots" / ("0" * 40))
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40, encoding="ascii")
-
-
-def a_task_of(items: Path, task: Path) -> Path:
-    """A task of the lm-evaluation-harness on a file, since its own fetch their data."""
-    task.write_text(
-        f"task: endings\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {items}}}}}\n"
-        "validation_split: validation\noutput_type: multiple_choice\ndoc_to_text: '{{ctx}}'\n"
-        "doc_to_choice: '{{endings}}'\ndoc_to_target: '{{label}}'\n",
-        encoding="utf-8",
-    )
-    return task
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_every_command_of_the_readme(
-    clone: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each runs, in order, made small by flags behind its own; make's targets are looked up, since this is one."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    fill_the_hub_cache(tmp_path)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (clone / "path" / "to").mkdir(parents=True)
-    for name in ("ckpt.pt", "meta.pkl"):
-        shutil.copyfile(shared_data / "nanogpt_ckpt" / name, clone / "path" / "to" / name)
-    (clone / "novels").mkdir()
-    (clone / "crawl").mkdir()
-    (clone / "notes.md").write_text("# Notes\n\nOf no great length.\n" * 30, encoding="utf-8")
-    shutil.copy(STORY, clone / "novels" / "story.txt")
-    with gzip.open(clone / "crawl" / "part.jsonl.gz", "wb") as file:
-        file.write((shared_data / "wikitext2_valid.jsonl").read_bytes())
-    (clone / "data" / "hellaswag").mkdir()
-    items = (shared_data / "hellaswag_val_head5000.jsonl").read_bytes().splitlines(keepends=True)[:6]
-    (clone / "data" / "hellaswag" / "hellaswag_val.jsonl").write_bytes(b"".join(items))
-    task = a_task_of(clone / "data" / "hellaswag" / "hellaswag_val.jsonl", tmp_path / "task.yaml")
-    steps = 3
-    for line in readme_commands():
-        if line.startswith("make "):
-            succeed(line.replace("make", "make -n"), clone)
-            continue
-        line = line.replace("OUT", "out-shakespeare-char")
-        if "prepare" in line or "scripts/" in line:
-            line = without_a_network(line, shared_data)
-        elif "sample.py" in line or "folio sample" in line:
-            line += " --max_new_tokens=5"
-        elif "bench" in line:
-            line += " --device=cpu --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=2"
-        elif "lm_eval" in line:
-            line += f" --tasks={task} --limit=3 --device=cpu"
-        elif "eval hellaswag" in line:
-            line += " --limit=3 --device=cpu"
-        elif "train" in line or "demo" in line:
-            steps += "resume" in line
-            line += f" {TINY} --max_iters={steps}"
-        succeed(line, clone)
-    assert (clone / "out-shakespeare-char" / "loss.png").stat().st_size > 0
-    assert (clone / "out-stdlib" / "loss.png").stat().st_size > 0
-    assert (clone / "data" / "shakespeare" / "train.bin").stat().st_size == 2 * 301_966
-    assert (clone / "data" / "edu_fineweb10B" / "train_000001.npy").is_file()
-    assert (clone / "bard" / "tokenizer.json").is_file()
-    assert (clone / "bard.gguf").read_bytes()[:4] == b"GGUF"
-    assert (clone / "taken-in" / "checkpoints" / "step-00000200").is_dir()
 
 
 @pytest.mark.slow

@@ -1,3 +1,39 @@
-"""Folio trains GPT-2-class language models from scratch."""
+"""Folio trains GPT-2-class language models from scratch.
+
+>>> import folio
+>>> folio.prepare("shakespeare_char")
+>>> run = folio.train("shakespeare_char", out_dir="out", max_iters=500, device="cpu")
+>>> folio.evaluate(out_dir="out")["loss"]
+>>> print(*folio.generate("ROMEO:", out_dir="out", num_samples=2))
+
+Knobs have the names that ``folio COMMAND --help`` lists. What is wrong with a file or a knob is a ``ValueError`` or
+``FileNotFoundError`` of one line. ``GPT`` is the model, a ``torch.nn.Module``; ``GPTConfig`` its shape.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from folio.api import evaluate as evaluate
+    from folio.api import generate as generate
+    from folio.api import prepare as prepare
+    from folio.api import train as train
+    from folio.config import TrainConfig as TrainConfig
+    from folio.model import GPT as GPT
+    from folio.model import GPTConfig as GPTConfig
 
 __version__ = "0.1.0"
+
+__all__ = ["GPT", "GPTConfig", "TrainConfig", "evaluate", "generate", "prepare", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is public, imported when it is first asked for: torch takes its time."""
+    if name not in __all__:
+        raise AttributeError(f"module 'folio' has no attribute {name!r}")
+    module = {"GPT": "model", "GPTConfig": "model", "TrainConfig": "config"}.get(name, "api")
+    return getattr(importlib.import_module(f"folio.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -65,6 +65,11 @@ class Options:
 
 
 def main(options: Options) -> None:
+    print(run(options)[1])
+
+
+def run(options: Options) -> tuple[dict[str, Any], str]:
+    """What was found, and that in words; of a run it is kept in its folder as well."""
     o = options
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
         raise ValueError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
@@ -72,10 +77,10 @@ def main(options: Options) -> None:
     runtime = Runtime(o.system, o.processes)
     try:
         found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
-        print(f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}")
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
             runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
+        return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
     finally:
         runtime.close()
 

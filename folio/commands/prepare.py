@@ -51,6 +51,11 @@ class Options:
 
 
 def main(options: Options) -> None:
+    run(options)
+
+
+def run(options: Options) -> Path:
+    """Prepares, and returns the folder."""
     if not any(options.text):
         raise ValueError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
@@ -74,6 +79,7 @@ def main(options: Options) -> None:
         overwrite=options.overwrite,
         part=_part(options.shard_of),
     )
+    return folder
 
 
 def _names_text(source: str) -> bool:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from folio import pretrained, tokenizer
 from folio.config import Sampling, Source, System
+from folio.model import GPT
 from folio.runtime import Runtime, compiled
-from folio.sampling import samples
+from folio.sampling import continuations, samples
+from folio.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,20 @@ class Options:
 
 
 def main(options: Options) -> None:
+    with _opened(options) as (model, vocabulary):
+        for text in samples(model, vocabulary, options.sampling, options.system.seed):
+            sys.stdout.write(tokenizer.printable(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+
+
+def texts(options: Options) -> list[str]:
+    """What it writes, each text with its prompt."""
+    with _opened(options) as (model, vocabulary):
+        return continuations(model, vocabulary, options.sampling, options.system.seed)
+
+
+@contextmanager
+def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
     chosen = pretrained.choose(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(options.system)
@@ -28,8 +46,6 @@ def main(options: Options) -> None:
         model = chosen.model().to(runtime.device, runtime.dtype).eval()
         if runtime.compile:
             model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
-        for text in samples(model, vocabulary, options.sampling, options.system.seed):
-            sys.stdout.write(tokenizer.printable(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+        yield model, vocabulary
     finally:
         runtime.close()

@@ -67,7 +67,12 @@ def locate(data: str) -> Path:
         return Path(data)
     found = next((path for path in (FILE, CLONE / FILE) if path.is_file()), None)
     if found is None:
-        files.download(URL, SHA256, FILE, "give it as --data FILE, or --hellaswag_data=FILE where you train")
+        files.download(
+            URL,
+            SHA256,
+            FILE,
+            f"lay it there as {FILE}, or give it as --data FILE, or --hellaswag_data=FILE where you train",
+        )
     return found or FILE
 
 

@@ -7,15 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from folio import tokenizer
 from folio.config import Sampling
 from folio.config import TrainConfig as Options
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
-from folio.plot import draw
-from folio.sampling import LINE, samples
+from folio.showcase import show
 from folio.token_files import META
-from folio.trainer import EXIT, Run, build, finish, fit
+from folio.trainer import EXIT
 
 FIRST = ["train_stdlib"]
 
@@ -24,29 +22,13 @@ def main(options: Options) -> int:
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
     if not (folder / META).exists():
         prepare(known(options.data.dataset, folder, "", {}), folder)
-    run = build(options)
-    try:
-        run.log.say(f"\nThe untrained model writes:\n\n{_sample(run)}\n{LINE}\n")
-        if stop := EXIT.get(fit(run)):
-            return stop
-        run.log.say(f"\nThe trained model writes:\n\n{_sample(run)}\n{LINE}\n")
-    finally:
-        finish(run)
-    picture = run.out_dir / "loss.png"
-    draw([run.out_dir], picture)
-    print(f"The loss over the steps: {picture}\n")
-    print("What next?")
+    run = show(options, Sampling(start="def ", num_samples=1, max_new_tokens=300))
+    if stop := EXIT.get(run.stop):
+        return stop
+    print("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
     print(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
     print(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
     print(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
     print(f"  {folio} --help")
     return 0
-
-
-def _sample(run: Run) -> str:
-    run.model.eval()
-    how = Sampling(start="def ", num_samples=1, max_new_tokens=300)
-    text = "".join(samples(run.model, tokenizer.from_json(run.tokens.tokenizer()), how, run.config.system.seed))
-    run.model.train()
-    return tokenizer.printable(text).removesuffix(f"\n{LINE}\n")

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from folio.config import COMMAND_LINE, override, read_file
 from folio.config import TrainConfig as Options
-from folio.trainer import EXIT, build, finish, fit, validate
+from folio.tokens import find
+from folio.trainer import EXIT, build, finish, fit
+
+_FINEWEB = "train_gpt2_124m_fineweb"
+_CHOICES = {"dataset", "data_dir", "data_mixture"}
 
 
 def main(options: Options) -> int:
-    run = build(options)
+    run = build(_beside_fineweb(options))
     try:
-        if options.evaluation.eval_only:
-            run.log.write(*validate(run))
-            return 0
         return EXIT.get(fit(run), 0)
     finally:
         finish(run)
+
+
+def _beside_fineweb(options: Options) -> Options:
+    """As build-nanogpt's train_gpt2.py trains, where neither a file nor data was named and FineWeb-Edu's is there.
+
+    OpenWebText, on which nanoGPT trains then, goes before.
+    """
+    typed = options.sources
+    fresh = options.output.init_from in ("scratch", "auto")
+    if not fresh or typed.keys() & _CHOICES or set(typed.values()) - {COMMAND_LINE}:
+        return options
+    try:
+        find(options.data)
+        return options
+    except FileNotFoundError as error:
+        missing = error
+    try:
+        folder = find(replace(options.data, dataset="fineweb_edu"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{missing}; or python -m folio prepare fineweb_edu, for build-nanogpt's") from None
+    print(f"{folder.path} is here and data/openwebtext is not: config/{_FINEWEB}.py it is")
+    values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in typed}
+    return replace(override(options, values), sources={**dict.fromkeys(values, _FINEWEB), **typed})

@@ -1,0 +1,17 @@
+""":"
+for python in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" \
+    "$(dirname "$0")/../.venv/bin/python" "$(command -v python3)"; do
+    [ -x "$python" ] && exec "$python" "$0" "$@"
+done
+echo "$0: no Python found" >&2; exit 127
+":"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from folio.cli import main
+
+if __name__ == "__main__":
+    main("train_gpt")

@@ -29,6 +29,7 @@ COMMANDS = {
     "report": "put all that is known of a run on one page",
     "plan": "work out what a run would need: memory, time, cost",
     "bench": "measure the speed of a training step",
+    "doctor": "say what this machine has, and what each lack means",
     "demo": "prepare, train, sample and plot on this Python's own sources, in about two minutes",
 }
 _TAKE_FILES = {"train", "sample", "plan", "bench", "demo"}

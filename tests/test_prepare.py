@@ -616,7 +616,7 @@ def test_killed_at_random(start: Start, articles: list[str], tmp_path: Path, cas
     argv = ["prepare", f"{before}{source}", *flags, "--workers=2", "--name=x"]
     assert (whole := start(*argv, f"--data_dir={tmp_path / 'new'}")).wait(60) == 0, whole.output()
     kept = [0]
-    for how, wait in [(PLAIN, 2.0), *[(OFTEN, 0.1)] * 4]:
+    for how, wait in [(PLAIN, 2.0), *[(OFTEN, 0.1)] * 2]:
         process = start(*argv, f"--data_dir={out}", how=how)
         if how == OFTEN:
             until(goes_on, process, out / UNFINISHED, kept[-1])

@@ -586,11 +586,11 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
     assert folio("prepare", "shakespeare", source, f"--data_dir={data}").code == 0
     torch.manual_seed(4)
     transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, n_positions=64)
+        transformers.GPT2Config(n_layer=1, n_head=1, n_embd=32, n_positions=64)
     ).save_pretrained(tmp_path / "hf")
     argv = (
         *("train", f"--out_dir={out}", "--device=cpu", "--compile=False", "--dtype=float32", "--dropout=0.1"),
-        *("--batch_size=8", "--gradient_accumulation_steps=1", "--eval_iters=4", "--eval_interval=40"),
+        *("--batch_size=4", "--gradient_accumulation_steps=1", "--eval_iters=4", "--eval_interval=40"),
         *("--decay_lr=False", "--always_save_checkpoint=False"),
     )
     begin = (f"--data_dir={data}", f"--init_from={tmp_path / 'hf'}", "--block_size=32")

@@ -18,8 +18,8 @@ check: .venv/installed  ## lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-clean:                  ## removes the venv; data and runs stay
-	rm -rf .venv
+clean:                  ## removes the venv and what was built; data and runs stay
+	rm -rf .venv build dist *.egg-info
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

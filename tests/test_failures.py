@@ -151,7 +151,7 @@ def test_a_defect_on_one_rank(spawn: Spawn, faulty: Callable[[str], Path], story
     assert child.left() == []
     output = child.output()
     assert output.count("rank 1: Traceback (most recent call last)") == 1
-    assert output.count(f'File "{ROOT / "folio" / "train.py"}", line') == 1  # in fit
+    assert output.count(f'File "{ROOT / "folio" / "trainer.py"}", line') == 1  # in fit
     assert output.count("AttributeError: 'AdamW' object has no attribute 'nothing'") == 1
     assert "does not answer" not in output
 

@@ -170,8 +170,9 @@ def test_a_group_that_is_killed(spawn: Spawn, undisturbed: Callable[[str], Path]
     child.wait_until(reached(out, 47))
     child.kill(child.family()[-1:])
     assert child.end() != 0
+    assert (kept := checkpoint.steps(out)[-1]) in (35, 40)  # the later one may not have been written yet
     said = to_its_end(spawn(*group(out, story), threads=1))
-    assert f"resuming {out} at step 40" in said
+    assert f"resuming {out} at step {kept}" in said
     assert "exact to rounding" not in said
     assert_same_bits(out, undisturbed("group"))
 

@@ -212,7 +212,7 @@ scoring._TOKENS["cpu"] = 90
 system = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
 runtime = Runtime(system, Processes(parallel=parallel))
 model = model_of(dropout=0.5)
-runtime.wrap(model, 4 if parallel == "ddp" else None)
+runtime.wrap(model, (4, 16) if parallel == "ddp" else None)
 found = scoring.score(model, queries(count=30), runtime)
 few = scoring.score(model, queries()[:1], runtime)
 told = [found.nats.tolist(), found.likeliest.tolist(), few.nats.tolist()]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +36,50 @@ def write(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replaces a JSON file."""
     write(path, f"{json.dumps(value, indent=1)}\n".encode())
+
+
+def require_file(path: Path) -> Path:
+    """The path itself, once it is known to be a file that ends, or a link to one.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, which may never end.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+        kind = next((kind for kind, is_it in kinds.items() if is_it(mode)), "a device")
+        raise ValueError(f"{path} is {kind}, not a file")
+    return path
+
+
+def read_json(path: Path, most: int = 1 << 28) -> Any:
+    """The value in a JSON file, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: it is no file, longer than ``most`` bytes, not JSON, nested too
+            deeply, or holds a number that is not finite; names the file.
+    """
+    if (size := require_file(path).stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value. Raises ValueError where it is none, is nested too deeply or holds a number that is not finite."""
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is not a finite number")
+    return number
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from folio import __version__, files
 from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
 from folio.runtime import laid_out_as
+from folio.token_files import GPT2, GPT2_SIZES
 from folio.tokenizer import Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -135,9 +136,19 @@ class Checkpoint:
         load_weights(model, self.weights())
         return model
 
+    @property
+    def tokenizer_spec(self) -> dict[str, Any] | None:
+        """Its tokenizer as JSON; None where nothing says what its token ids mean.
+
+        GPT-2's is none for a model with fewer ids: older checkpoints assumed it where the data said nothing.
+        """
+        spec: dict[str, Any] | None = self.state["tokenizer"]
+        size = self.config().vocab_size
+        return None if spec == GPT2 and size != "auto" and size < GPT2_SIZES.start else spec
+
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where its vocabulary is not known."""
-        if self.state["tokenizer"] is None:
+        if self.tokenizer_spec is None:
             raise ValueError(
                 f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
                 "or a tokenizer.json beside it"

@@ -31,7 +31,7 @@ def show(config: TrainConfig, how: Sampling) -> Run:
 
 
 def _write(run: Run, how: Sampling) -> None:
-    vocabulary, seed = tokenizer.from_json(run.tokens.tokenizer()), run.config.system.seed
+    vocabulary, seed = run.vocabulary(), run.config.system.seed
     texts = run.runtime.infer(lambda: continuations(run.model, vocabulary, how, seed))
     who = f"The model after {run.state.step:,} steps" if run.state.step else "The untrained model"
     for text in texts:

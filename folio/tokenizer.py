@@ -287,6 +287,55 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
     raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
+def describe(spec: dict[str, Any]) -> str:
+    """A tokenizer, as ``to_json`` has it, in a few words for a reader."""
+    match spec:
+        case {"kind": "characters", "characters": str(characters)}:
+            return f"{len(characters)} characters"
+        case {"kind": "tiktoken", "name": str(name)}:
+            return f"{name} of tiktoken"
+        case {"kind": "tokenizers", "file": dict(file)}:
+            return f"a {(file.get('model') or {}).get('type', 'tokenizer')} file of the tokenizers library"
+    return str(spec.get("name") or spec.get("kind"))
+
+
+def difference(ids_of: dict[str, Any], known_to: dict[str, Any]) -> str:
+    """Why ids of one tokenizer do not mean the same to a model that learned those of another; "" where they do.
+
+    Both are as ``to_json`` has them. Every id of the first must stand for the same text in the second, which may have
+    more: GPT-2's ids are the same from tiktoken and from a file of the tokenizers library.
+    """
+    if ids_of == known_to:
+        return ""
+    kinds = f"{describe(ids_of)}, not {describe(known_to)}"
+    try:
+        mine, theirs = _tokens(from_json(ids_of)), _tokens(from_json(known_to))
+    except (ValueError, OSError):  # a tokenizer that this program cannot make, or whose tables are not here
+        return kinds
+    for i, token in enumerate(mine):
+        if i >= len(theirs):
+            return f"{kinds}, which ends before id {i}"
+        if token != theirs[i]:
+            here, there = (t.decode(errors="backslashreplace") for t in (token, theirs[i]))
+            return f"{kinds}: id {i} is {here!r}, not {there!r}"
+    return ""
+
+
+def _tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """What each id stands for, in order; of a file that does not work on bytes, its own spelling of it."""
+    if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
+        spelled = tokenizer.fast().id_to_token
+        return [(spelled(i) or "").encode() for i in range(tokenizer.size)]
+
+    def token(i: int) -> bytes:
+        try:
+            return tokenizer.bytes([i])
+        except KeyError:  # tiktoken leaves some ids unused
+            return b""
+
+    return list(map(token, range(tokenizer.size)))
+
+
 def stored(size: int) -> np.dtype[Any]:
     """The dtype in which token files hold ids below ``size``."""
     return np.dtype(np.uint16 if size <= 2**16 else np.uint32)

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from folio import rng
 from folio.config import DATA_SETS, Data
-from folio.token_files import CLONE, GPT2, SPLITS, UNFINISHED, Array, Folder, Split, open_folder
-from folio.tokenizer import from_json
+from folio.token_files import CLONE, GPT2, GPT2_SIZES, SPLITS, UNFINISHED, Array, Folder, Split, open_folder
+from folio.tokenizer import difference, from_json
 
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
@@ -194,8 +194,10 @@ class Tokens:
         names = parse_mixture(config.data_mixture) if config.data_mixture else {}
         folders = [find(config, name) for name in names] if names else [find(config)]
         for folder in folders[1:]:
-            if (folder.tokenizer or GPT2) != (folders[0].tokenizer or GPT2):
-                raise ValueError(f"{folder.path} has another tokenizer than {folders[0].path}: they cannot be mixed")
+            if why := difference(folder.tokenizer or GPT2, folders[0].tokenizer or GPT2):
+                raise ValueError(
+                    f"{folder.path} and {folders[0].path} have different tokenizers, so they cannot be mixed ({why})"
+                )
         return cls(
             folders,
             row,
@@ -216,15 +218,19 @@ class Tokens:
         sizes = [folder.vocab_size for folder in self.folders]
         return None if None in sizes else max(size for size in sizes if size is not None)
 
-    def tokenizer(self) -> dict[str, Any]:
-        """The tokenizer as JSON; files without a meta file are GPT-2's, as nanoGPT assumes."""
-        return self.folders[0].tokenizer or GPT2
+    def tokenizer(self) -> dict[str, Any] | None:
+        """The tokenizer as JSON; GPT-2's where the files do not say it and have its size, as nanoGPT assumes."""
+        size = self.vocab_size or self.known_vocab_size
+        return self.folders[0].tokenizer or (GPT2 if size is None or size in GPT2_SIZES else None)
 
-    def means_other_than(self, trained_on: dict[str, Any] | None) -> bool:
-        """Whether the ids surely stand for other text than those of a model that knows this tokenizer."""
-        own = self.tokenizer()
-        kinds = own.get("kind"), (trained_on or own).get("kind")
-        return trained_on is not None and trained_on != own and "characters" in kinds
+    def tokenizer_for(self, model: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+        """The tokenizer of these ids for a model that learned those of ``model``, and why they mean something else to
+        it, or "". Files that do not say it are taken to be of the model's."""
+        said = self.folders[0].tokenizer
+        if model is None or said is None:
+            return model or self.tokenizer(), ""
+        why = difference(said, model)
+        return (said, why) if why else (model, "")
 
     def fingerprint(self) -> dict[str, str]:
         """A hash of each split."""

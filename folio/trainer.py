@@ -83,6 +83,7 @@ class Run:
     loss: Loss
     optimizer: torch.optim.AdamW
     tokens: Tokens
+    tokenizer: dict[str, Any] | None  # as JSON; None where nothing says what the ids mean
     runtime: Runtime
     log: Log
     state: State
@@ -100,6 +101,15 @@ class Run:
     @property
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
+
+    def vocabulary(self) -> Tokenizer:
+        """Raises ValueError where nothing says what the token ids mean."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"nothing says what the token ids of {self.tokens.name} mean, so no text can be made of them: "
+                "put a meta.json or meta.pkl beside the token files"
+            )
+        return from_json(self.tokenizer)
 
     @property
     def rows_per_step(self) -> int:
@@ -415,7 +425,7 @@ def save(run: Run) -> tuple[()]:
         "run": run.id,
         **asdict(run.state),
         "model": asdict(run.model.config),
-        "tokenizer": run.tokens.tokenizer(),
+        "tokenizer": run.tokenizer,
         "data": run.tokens.fingerprint(),
         "row": run.tokens.block_size,
         "scaler": runtime.scaler.state_dict(),
@@ -504,8 +514,7 @@ def build(config: TrainConfig) -> Run:
             f"vocab_size={vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
         )
     tokens.vocab_size = vocab_size
-    if source and tokens.means_other_than(source.state["tokenizer"]):
-        lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
+    spec = _tokenizer_of(tokens, former.found if former else source, former is not None, lines)
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
     if source:
@@ -535,7 +544,7 @@ def build(config: TrainConfig) -> Run:
         o = config.optimizer
         optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
         log = Log(runtime.rank == 0, o.max_iters, config.logging.monitor)
-        run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, runtime, log, State())
+        run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, spec, runtime, log, State())
         if former:
             _restore(run, former, lines)
         if minutes := config.optimizer.max_minutes:
@@ -563,7 +572,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
     yield every(o.eval_interval), validate
     if o.eval_only or not (o.hellaswag_interval or o.sample_interval):
         return
-    tokenizer = from_json(run.tokens.tokenizer())
+    tokenizer = run.vocabulary()
     if o.hellaswag_interval:
         asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
         questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
@@ -687,6 +696,29 @@ def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
     if found is None or tokens.tokenizer() == GPT2:
         return 50304, "vocab_size = 50304 (GPT-2's 50257 rounded up for speed)"
     return found, f"found vocab_size = {found} (inside {tokens.name})"
+
+
+def _tokenizer_of(
+    tokens: Tokens, model: checkpoint.Checkpoint | None, resumed: bool, lines: list[str]
+) -> dict[str, Any] | None:
+    """What the run's token ids mean, which its checkpoints keep.
+
+    Raises:
+        ValueError: they mean something else to the model of the run that is resumed.
+    """
+    spec, why = tokens.tokenizer_for(model.tokenizer_spec if model else None)
+    if why and model:
+        line = f"the token ids of {tokens.name} mean something else to the model of {model.path}: they are {why}"
+        if resumed:
+            raise ValueError(
+                f"{line}: give --data_dir the data that the run was trained on, or start afresh with "
+                "--init_from=scratch"
+            )
+        lines.append(
+            f"warning: {line}. What the model knows of its tokens is lost; to keep it, prepare the data with the "
+            f"model's tokenizer, which folio export writes as tokenizer.json"
+        )
+    return spec
 
 
 def _restore(run: Run, former: _Former, lines: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -41,8 +43,11 @@ def evaluate(
     return nats / counted
 
 
-def text_size(tokens: Tokens, split: Split, windows: int) -> tuple[int, int]:
-    """The targets that ``evaluate`` counts, and the bytes of text that they stand for; an end-of-text has none."""
+def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
+    """The targets that ``evaluate`` counts, and the bytes of text that they stand for; an end-of-text has none.
+
+    ``spec`` is the tokenizer as JSON; without one the bytes are 0.
+    """
     counts = np.zeros(0, dtype=np.int64)
     starts = tokens.spread(split, windows)
     for first in range(0, len(starts), _WINDOWS):
@@ -50,7 +55,9 @@ def text_size(tokens: Tokens, split: Split, windows: int) -> tuple[int, int]:
         here = np.bincount(targets[targets >= 0])
         counts = np.pad(counts, (0, max(0, len(here) - len(counts))))
         counts[: len(here)] += here
-    tokenizer = from_json(tokens.tokenizer())
+    if spec is None:
+        return int(counts.sum()), 0
+    tokenizer = from_json(spec)
     sizes = np.array([len(tokenizer.bytes([i])) if i < tokenizer.size else 0 for i in range(len(counts))])
     if tokenizer.eot is not None:
         sizes[tokenizer.eot : tokenizer.eot + 1] = 0

@@ -340,7 +340,7 @@ def test_weights_need_not_sum_to_one() -> None:
         ("large=1,large=2", "'large=2' must be NAME=WEIGHT, each name once"),
         ("large=1,elsewhere/small=1e-6", "the weight of elsewhere/small is too small"),
         ("large=1,nowhere=1", "data/nowhere/train.bin is missing"),
-        ("large=1,elsewhere/bytes=1", "elsewhere/bytes has another tokenizer than data/large"),
+        ("large=1,elsewhere/bytes=1", "elsewhere/bytes and data/large have different tokenizers"),
     ],
 )
 def test_a_mixture_that_cannot_be(two: Path, folio: Callable[..., Outcome], mixture: str, words: str) -> None:

@@ -92,9 +92,12 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     model = chosen.model(dropout=0.0)
     tokens = Tokens.open(data, model.config.block_size, o.system.seed)
     tokens.vocab_size = model.transformer.wte.num_embeddings
-    if (tokens.known_vocab_size or 0) > tokens.vocab_size or tokens.means_other_than(chosen.state["tokenizer"]):
+    spec, why = tokens.tokenizer_for(chosen.tokenizer_spec)
+    if (known := tokens.known_vocab_size or 0) > tokens.vocab_size:
+        why = f"there are {known:,} of them, and it has {tokens.vocab_size:,}"
+    if why:
         raise ValueError(
-            f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows: "
+            f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows ({why}): "
             "give the tokens of the same tokenizer as --data_dir"
         )
     if data.document_mask:
@@ -102,7 +105,7 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     windows = o.eval_iters * data.batch_size
     loss = runtime.wrap(model, None)
     nats = evaluate(model, loss, tokens, o.split, windows, data.batch_size, runtime)
-    counted, size = text_size(tokens, o.split, windows)
+    counted, size = text_size(tokens, o.split, windows, spec)
     found = {
         "split": o.split,
         "data": tokens.name,
@@ -114,7 +117,11 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     }
     return found, (
         f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, "
-        f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
+        + (
+            f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
+            if spec
+            else f"no bits per byte, since nothing says what the ids mean: {counted:,} tokens of {tokens.name}"
+        )
     )
 
 

@@ -1,4 +1,8 @@
-"""What tests share: real data, a small data set, the command line in this process or in its own."""
+"""What tests share: real data, a small data set, the command line in this process or in its own.
+
+No test sees what somebody left in the checkout (data, runs, logs) or in a home (caches, settings): the package is
+imported from a copy of the tracked files, ``ROOT``, each test begins in an empty folder, and ``HOME`` is empty.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +27,40 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from folio import checkpoint, cli
-from folio.commands import tokenizer as learn
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.log import read_metrics
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named
+CHECKOUT = Path(__file__).resolve().parent.parent
 
-ROOT = Path(__file__).resolve().parent.parent
+
+def copy_tracked(folder: Path) -> None:
+    """The tracked files, and new ones beside them, as a fresh clone will have them: no data, no runs, no venv."""
+
+    def listed(*which: str) -> list[str]:
+        command = ["git", "ls-files", "-z", *which]
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+        return [name for name in found.split("\0") if name]
+
+    top = sorted({name.split("/")[0] for name in listed()})
+    for name in listed("-co", "--exclude-standard", "--", *top):
+        if (CHECKOUT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CHECKOUT / name, folder / name)
+
+
+_ROOM = tempfile.TemporaryDirectory(prefix="folio-tests-", ignore_cleanup_errors=True)
+ROOT, HOME = (Path(_ROOM.name).resolve() / name for name in ("clone", "home"))
+HOME.mkdir()
+copy_tracked(ROOT)
+sys.path.insert(0, str(ROOT))
+for name in [n for n in os.environ if n.startswith(("XDG_", "HF_", "WANDB_", "TRACKIO_")) or n == "TIKTOKEN_CACHE_DIR"]:
+    del os.environ[name]
+os.environ["HOME"] = str(HOME)
+
+from folio import checkpoint, cli  # noqa: E402
+from folio.commands import tokenizer as learn  # noqa: E402
+from folio.datasets.prepare import prepare  # noqa: E402
+from folio.datasets.recipes import known  # noqa: E402
+from folio.log import read_metrics  # noqa: E402
+from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named  # noqa: E402
+
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
 
 # A model and a run so small that a step takes milliseconds
@@ -44,6 +75,8 @@ ALONE = [*RUN, "--max_iters=230", "--lr_decay_iters=230", "--eval_interval=50", 
 # more than one of DDP's buckets, and rows that three processes can share
 GROUP = [*RUN, "--max_iters=70", "--lr_decay_iters=70", "--eval_interval=35", "--n_embd=160"]
 GROUP += ["--gradient_accumulation_steps=3"]
+
+_COMPILED = shutil.ignore_patterns("__pycache__")
 
 # What makes any training that a manual shows small, behind its own flags
 TINY = (
@@ -83,7 +116,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data beside the project; CI has it."""
-    folder = Path(os.environ.get("FOLIO_TEST_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("FOLIO_TEST_DATA", CHECKOUT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; FOLIO_TEST_DATA names another folder")
     return folder
@@ -162,14 +195,8 @@ def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tracked files, as a fresh clone has them: no data, no venv."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.split():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+    """A fresh clone, for tests that leave things in it."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("clone"), dirs_exist_ok=True, ignore=_COMPILED))
 
 
 def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +205,7 @@ def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     interpreter = {"python": [], "folio": ["-m", "folio"], "torchrun": ["-m", "torch.distributed.run"]}
     if words[0] in interpreter:
         words = [sys.executable, *interpreter[words[0]], *words[1:]]
-    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **env}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -186,6 +213,12 @@ def succeed(line: str, cwd: Path, **env: str) -> str:
     done = run(line, cwd, **env)
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each test begins."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture(autouse=True)

@@ -7,15 +7,18 @@ import tomllib
 import venv
 import zipfile
 from email import message_from_bytes
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, STORY, TINY, succeed
+from conftest import ROOT, STORY, TINY
+from conftest import succeed as succeed_with
 
 from folio import __version__
 
 pytestmark = pytest.mark.slow
 NAME = f"folio-{__version__}"
+succeed = partial(succeed_with, PYTHONPATH="")  # nothing but what is installed
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from conftest import SMALL, STORY
 from folio import tokenizer
 from folio.datasets import sources
 from folio.datasets.workers import cut
+from folio.files import decode_text
 from folio.tokenizer import END_OF_TEXT, Bytes, Characters, TokenizersFile, named
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -246,18 +247,22 @@ def cuts(text: str) -> list[int]:
 
 
 def assert_divisible(encode: Callable[[str], list[Any]], text: str) -> None:
-    """In two pieces, cut anywhere, and in as many as can be, a text has the tokens of the whole."""
-    raw, whole, places = text.encode(), encode(text), cuts(text)
+    """In two pieces, cut anywhere, and in as many as can be, a file of text has the tokens of the whole."""
+    raw, places = text.encode(), cuts(text)
+    whole = encode(decode_text(raw))
     for place in places:
-        assert encode(raw[:place].decode()) + encode(raw[place:].decode()) == whole, raw[place - 20 : place + 20]
-    pieces = [raw[a:b].decode() for a, b in itertools.pairwise([0, *places, len(raw)])]
+        first, second = decode_text(raw[:place]), decode_text(raw[place:])
+        assert encode(first) + encode(second) == whole, raw[place - 20 : place + 20]
+    pieces = [decode_text(raw[a:b]) for a, b in itertools.pairwise([0, *places, len(raw)])]
     assert [token for piece in pieces for token in encode(piece)] == whole
 
 
 def test_texts_are_cut_often_enough() -> None:
     """At most words, and at lines where there are no spaces."""
     assert len(cuts(TEXTS["prose"])) > 250
-    assert len(TEXTS["no spaces"].partition("\n")[0].encode()) + 1 in cuts(TEXTS["no spaces"])
+    for end in ("\n", "\r\n", "\r"):
+        text = TEXTS["no spaces"].replace("\n", end)
+        assert len(text.partition(end)[0].encode()) + len(end) in cuts(text)
     assert cuts("渡し船" * 200) == []
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from folio import tokenizer
 from folio.model import GPT
 from folio.runtime import Loss, Runtime
 from folio.token_files import Split
-from folio.tokenizer import from_json
 from folio.tokens import Tokens
 
 _WINDOWS = 1024  # read at a time
@@ -42,16 +42,13 @@ def evaluate(
 
 
 def text_size(tokens: Tokens, split: Split, windows: int) -> tuple[int, int]:
-    """The targets that ``evaluate`` counts, and the bytes of text that they stand for; an end-of-text has none."""
-    counts = np.zeros(0, dtype=np.int64)
+    """The targets that ``evaluate`` counts, and the bytes of text that they add to what stands before them."""
+    spoken = tokenizer.from_json(tokens.tokenizer())
+    counted = size = 0
     starts = tokens.spread(split, windows)
     for first in range(0, len(starts), _WINDOWS):
-        targets = tokens.windows(split, starts[first : first + _WINDOWS])[:, 1:]
-        here = np.bincount(targets[targets >= 0])
-        counts = np.pad(counts, (0, max(0, len(here) - len(counts))))
-        counts[: len(here)] += here
-    tokenizer = from_json(tokens.tokenizer())
-    sizes = np.array([len(tokenizer.bytes([i])) if i < tokenizer.size else 0 for i in range(len(counts))])
-    if tokenizer.eot is not None:
-        sizes[tokenizer.eot : tokenizer.eot + 1] = 0
-    return int(counts.sum()), int(counts @ sizes)
+        for row in tokens.windows(split, starts[first : first + _WINDOWS]):
+            ids = row[row >= 0]
+            counted += len(ids) - 1
+            size += tokenizer.text_size(spoken, ids) - tokenizer.text_size(spoken, ids[:1])
+    return counted, size

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import regex
-from conftest import SMALL, STORY
+from conftest import SMALL, SPELLINGS, STORY
 
 from folio import tokenizer
 from folio.datasets import sources
@@ -128,6 +128,68 @@ def test_a_stream_is_the_text_of_its_ids(fast) -> None:
     ours = TokenizersFile(fast.to_str())
     for ids in ([1, 2, 3], [1, 2, 4, 3], [1, 1, 0, 2], [1, 5, 6, 7, 2], []):
         assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids) == fast.decode(ids)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_windows_have_the_bytes_of_the_whole(spelling, name) -> None:
+    """Cut at any id, also within a character, a text has as many bytes in its windows as in one piece."""
+    ours = named(str(spelling(name)))
+    text = " ".join(STORY.read_text(encoding="utf-8").split())[:1500] + (" 渡し船 🚢 é" if name == "fallback" else "")
+    ids = ours.encode(text)
+    whole = tokenizer.text_size(ours, ids)
+    assert whole == len(ours._fast.decode(ids.tolist()).encode())
+    if name != "wordpiece":  # which puts spaces around hyphens
+        assert whole == len(text.encode())
+    for width in (1, 2, 3, 7, 100):
+        rows = [ids[start : start + width + 1] for start in range(0, len(ids) - 1, width)]
+        parts = [tokenizer.text_size(ours, row) - tokenizer.text_size(ours, row[:1]) for row in rows]
+        assert sum(parts) == whole - tokenizer.text_size(ours, ids[:1])
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
+    """Special tokens, ids that no token has, and the space before a document, which only the tokenizer put there."""
+    ours = named(str(spelling(name)))
+    first, second = (ours.encode(text).tolist() for text in ("the ferry left", "and the ship"))
+    padding = [ours.size, ours.size + 999, max(ours.special)]
+    between = [] if ours.eot is None else [ours.eot]
+    ids = np.array([*between, *first, *padding, *between, *second, *between, *between])
+    sizes = [len("the ferry left"), len("and the ship") + (not between)]
+    assert tokenizer.text_size(ours, ids) == sum(sizes)
+    assert tokenizer.text_size(ours, ids[:0]) == 0
+    assert tokenizer.text_size(ours, ids[:1]) == len(ours.bytes(first[:1])) * (not between)
+
+
+def test_parts_of_characters_are_bytes(spelling) -> None:
+    """Those of a vocabulary that falls back to bytes as well; as many documents as there are may be cut there."""
+    ours = named(str(spelling("fallback")))
+    ids = ours.encode("a 渡 b\0c 🚢").tolist()
+    byte = ids[ids.index(ours._fast.token_to_id("<0xE6>"))]
+    assert ours.bytes([byte]) == b"\xe6"
+    assert ours.bytes(ids).decode() == "a 渡 b\0c 🚢"
+    for place in range(1, len(ids)):
+        assert len(ours.bytes(ids[:place])) <= len(ours.bytes(ids))
+    assert "".join(tokenizer.stream(ours, ids)) == "a 渡 b\0c 🚢"
+    assert tokenizer.decode(ours, [byte]) == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "gpt2"])
+def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
+    """Some encodings leave ids out, which a padded model may still draw."""
+    import tiktoken
+
+    own = tiktoken.get_encoding("gpt2")
+    sparse = tiktoken.Encoding(
+        "sparse",
+        pat_str=own._pat_str,
+        mergeable_ranks=own._mergeable_ranks,
+        special_tokens={"<|endoftext|>": 50_300, "<|more|>": 50_400},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: sparse)
+    ours = tokenizer.Tiktoken(name)
+    ids = [*ours.encode("The ferry – 渡").tolist(), 50_256, 50_299, 50_401, 10**9]
+    assert ours.bytes(ids).decode() == "The ferry – 渡"
+    assert tokenizer.text_size(ours, np.array([*ids, 50_300, 50_400, *ids])) == 2 * len("The ferry – 渡".encode())
 
 
 def test_a_word_that_the_vocabulary_lacks() -> None:

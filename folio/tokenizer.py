@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         ...
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids → UTF-8 bytes; a single id may be part of a character. An id that has no token has no bytes."""
+        """Ids → UTF-8 bytes; a single id may be part of a character. An id below ``size`` without a token has none."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Characters:
         return ids
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        return "".join(self.characters[i] for i in ids if i < self.size).encode()
+        return "".join(self.characters[i] for i in ids).encode()
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "characters", "characters": self.characters}
@@ -108,7 +108,7 @@ class Bytes:
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(i for i in ids if i < self.size)
+        return bytes(ids)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "bytes"}
@@ -159,9 +159,9 @@ class Tiktoken:
         ids = list(ids)
         try:
             return self._encoding.decode_bytes(ids)
-        except (KeyError, OverflowError):  # of an id that no token has
+        except KeyError:  # of an id that no token has
             tokens = {*self._encoding._mergeable_ranks.values(), *self.special}
-            return self._encoding.decode_bytes([i for i in ids if i in tokens])
+            return self._encoding.decode_bytes([i for i in ids if i in tokens or i >= self.size])
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tiktoken", "name": self.name}

@@ -187,9 +187,11 @@ def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: sparse)
     ours = tokenizer.Tiktoken(name)
-    ids = [*ours.encode("The ferry – 渡").tolist(), 50_256, 50_299, 50_401, 10**9]
+    ids = [*ours.encode("The ferry – 渡").tolist(), 50_256, 50_299, 50_399]
     assert ours.bytes(ids).decode() == "The ferry – 渡"
-    assert tokenizer.text_size(ours, np.array([*ids, 50_300, 50_400, *ids])) == 2 * len("The ferry – 渡".encode())
+    assert tokenizer.text_size(ours, np.array([*ids, 50_300, 50_401, 10**9, 50_400, *ids])) == 2 * len(
+        "The ferry – 渡".encode()
+    )
 
 
 def test_a_word_that_the_vocabulary_lacks() -> None:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from folio.files import require_file
+
 if TYPE_CHECKING:
     import tokenizers
 
 Ids = NDArray[np.integer[Any]]
+_LARGEST_FILE = 1 << 28  # bytes
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -218,8 +221,10 @@ class TokenizersFile:
         self._fast.encode_special_tokens = not special  # the library's name for: as text
         try:
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        except Exception as error:  # it raises plain Exceptions
-            raise ValueError(f"the tokenizer cannot encode it: {error}") from None
+        except BaseException as error:  # it raises plain Exceptions, and panics where a pattern takes too long
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"the tokenizer cannot encode it: {error}") from None
+            raise
 
     def bytes(self, ids: Iterable[int]) -> bytes:
         pieces = [piece for i in ids if (piece := self._fast.id_to_token(i)) is not None]
@@ -287,7 +292,9 @@ def named(name: str) -> Tokenizer:
     if not name.endswith(".json"):
         return Tiktoken(name)
     try:
-        return TokenizersFile(Path(name).read_text(encoding="utf-8"))
+        if (size := require_file(Path(name)).stat().st_size) > _LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST_FILE:,} that such a file can have")
+        return TokenizersFile(Path(name).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FileNotFoundError(f"tokenizer {name}: {error.strerror}: folio tokenizer train makes one") from None
     except ValueError as error:

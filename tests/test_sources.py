@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, STORY
+from conftest import ROOT, STORY, python
 
-from folio.datasets import sources
+from folio.datasets import sources, workers
 from folio.datasets.sources import Block, Files, Hub, Source, Texts, find
-from folio.datasets.workers import Tokenise, Work, documents
+from folio.datasets.workers import Flaw, Tokenise, Work, documents, place
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -523,6 +523,53 @@ def test_json_lines_with_marks_and_other_line_ends(folio, corpus, tok, tmp_path)
     out = tmp_path / "out"
     assert folio("prepare", corpus, f"--tokenizer={tok}", f"--data_dir={out}", "--val_documents=1").code == 0
     assert ids(out, "val") + ids(out) == expected(tok, DOCS)
+
+
+@pytest.mark.parametrize("block", [7, 1000, 2**22])
+@pytest.mark.parametrize("end", JSONL)
+def test_a_line_that_is_too_long(corpus, monkeypatch, end, block) -> None:
+    """Is a flaw like any other, whatever the block; a line of just the length is a document."""
+    for module in (sources, workers):
+        monkeypatch.setattr(module, "LONGEST_LINE", 3000)
+    monkeypatch.setattr(sources, "BLOCK", block)
+    long = "x" * (3000 - len(lines([""])) + 1)
+    whole = lines([long])
+    assert len(whole) == 3001  # with its end
+    for rest in (b"\n" + A, b"\n", b""):
+        (corpus / f"a{end}").write_bytes(JSONL[end](A + whole + b"\n" + b"y" * 9000 + rest))
+        spans = [span for block in Files(*find([str(corpus)])).blocks() for span in block.spans]
+        found = [(place(span, i), text) for span in spans for i, text in documents(span, WORK)]
+        flaws = [(where, text) for where, text in found if isinstance(text, Flaw)]
+        assert flaws == [(f"{corpus / 'a'}{end}:4", Flaw("a line of more than 3,000 bytes"))]
+        assert [text for _, text in found if isinstance(text, str)] == [GOOD[0], long, *[GOOD[0]] * (len(rest) > 1)]
+
+
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31,) * 2); from folio import cli; cli.main()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", JSONL)
+def test_bombs(corpus, tmp_path, end) -> None:
+    """A gigabyte of one line in a small file: one line, within bounded memory and time."""
+    path = corpus / f"a{end}"
+    if end == ".jsonl":
+        path.touch()
+        os.truncate(path, 2**30)
+    else:
+        path.write_bytes(JSONL[end](bytes(2**27)) * 8)
+    argv = ["prepare", path, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}", "--workers=1"]
+    done = python("-c", LIMITED, *argv, "--on_error=skip", OPENBLAS_NUM_THREADS="1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-3000:]
+    assert "a line of more than 134,217,728 bytes" in done.stderr
+
+
+def test_a_text_without_a_place_to_cut_is_searched_once(corpus, monkeypatch) -> None:
+    """However many blocks it has."""
+    monkeypatch.setattr(sources, "BLOCK", 10)
+    (corpus / "a.txt").write_text("渡" * 10**6)
+    begun = time.process_time()
+    assert len(list(Files(*find([str(corpus)])).blocks())) == 1
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("block", [7, 100, 1000, 2**22])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -204,9 +205,21 @@ def test_a_word_that_the_vocabulary_lacks() -> None:
         ours.encode("a c")
 
 
+def test_a_pattern_that_takes_too_long() -> None:
+    """The library panics, which is no Exception; it is a line of ours."""
+    fast = words()
+    fast.pre_tokenizer = pre.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode it: .*retry-limit"):
+        TokenizersFile(fast.to_str()).encode("a" * 50 + "!")
+
+
 NAMES = {
+    "deep.json": ["deep.json", "recursion limit"],
+    "large.json": ["large.json", "300,000,000 bytes, more than"],
+    "pipe.json": ["pipe.json", "a pipe, not a file"],
+    "zero.json": ["zero.json", "a device, not a file"],
     "nowhere.json": ["nowhere.json", "No such file", "folio tokenizer train"],
-    "folder.json": ["folder.json", "directory"],
+    "folder.json": ["folder.json", "a folder, not a file"],
     "empty.json": ["empty.json", "not a file of the tokenizers library"],
     "other.json": ["other.json", "not a file of the tokenizers library"],
     "binary.json": ["binary.json"],
@@ -221,6 +234,11 @@ def test_a_tokenizer_that_is_none(folio, tmp_path, monkeypatch, name) -> None:
     Path("folder.json").mkdir()
     for other, content in {"empty.json": b"", "other.json": b'{"vocab": 3}', "binary.json": b"\xff\xfe"}.items():
         Path(other).write_bytes(content)
+    Path("deep.json").write_text('{"model": ' + '{"a":' * 10**5)
+    Path("large.json").touch()
+    os.truncate("large.json", 300_000_000)
+    os.mkfifo("pipe.json")
+    Path("zero.json").symlink_to("/dev/zero")
     code, _, err = folio("prepare", STORY, f"--tokenizer={name}", "--data_dir=out")
     assert (code, err.count("\n")) == (2, 1), err
     assert all(word in err for word in NAMES[name]), err

@@ -276,6 +276,8 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for end in ("csv", "tsv", "txt.gz", "json"):
         Path(f"odd/a.{end}").write_text("text")
     os.mkfifo("pipe.txt")
+    Path("only").mkdir()
+    os.mkfifo("only/pipe.txt")
     Path("zero.jsonl").symlink_to("/dev/zero")
     Path("gone.txt").symlink_to("nowhere.txt")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -369,8 +371,9 @@ NOT_THERE = {
     "odd/a.tsv": ["odd/a.tsv", "sep='\\t'"],
     "odd/a.txt.gz": ["odd/a.txt.gz", "unpack it"],
     "odd/a.json": ["odd/a.json", "jq"],
-    "odd": ["none of its 4 files", "pandas"],
-    "odd/*.gz": ["none of its 1 files", "unpack it"],
+    "odd": ["none of its 4 files (1 .csv, 1 .json, 1 .tsv, 1 .txt.gz) is", "pandas"],
+    "odd/*.gz": ["none of its 1 files (1 .txt.gz) is", "unpack it"],
+    "only": ["none of its 1 files (1 pipe, socket or device) is", ".txt"],
     "pipe.txt": ["pipe.txt is a pipe"],
     "zero.jsonl": ["zero.jsonl is a device"],
     "socket.txt": ["socket.txt is a socket"],

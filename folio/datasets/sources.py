@@ -402,10 +402,9 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         taken = sorted((p for p in here if kind_of(p) and p.is_file()), key=Path.as_posix)
         others = [p for p in here if not (kind_of(p) and p.is_file())]
         if not taken:
-            known = ", ".join(_KINDS)
-            raise ValueError(
-                f"{name}: none of its {len(here)} files is of a kind that is known: {known}{_remedy(others)}"
-            )
+            has = f" ({_counted(others)})" if others else ""
+            known = f"of a kind that is known: {', '.join(_KINDS)}{_remedy(others)}"
+            raise ValueError(f"{name}: none of its {len(here)} files{has} is {known}")
         if others:
             print(printable(f"{name}: files of other kinds that are left out: {len(others)} ({_counted(others)})"))
         for p in taken:

@@ -148,6 +148,17 @@ def test_windows_have_the_bytes_of_the_whole(spelling, name) -> None:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
+def test_any_ids_are_the_librarys_text(spelling, name) -> None:
+    """Words torn apart, special tokens, and one at a time as they are sampled."""
+    ours, chance = named(str(spelling(name))), random.Random(name)
+    lone = [i for i in range(ours.size) if ours._fast.id_to_token(i) in ours._lone]
+    for count in (1, 2, 9, 80):
+        ids = chance.choices([i for i in range(ours.size) if i not in lone[128:]], k=count)
+        assert tokenizer.decode(ours, ids) == ours._fast.decode(ids, skip_special_tokens=False)
+        assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
     """Special tokens, ids that no token has, and the space before a document, which only the tokenizer put there."""
     ours = named(str(spelling(name)))
@@ -273,6 +284,16 @@ def test_prepare_train_and_sample(folio, tok, tmp_path) -> None:
     assert (code, err) == (0, "")
     assert said.count("The ferry") == 2
     assert len(said) > 2 * len("The ferry") + 20
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_vocabulary_is_learnt_from_texts_as_they_are_prepared(folio, tmp_path, end) -> None:
+    """With any line ends, and a byte order mark or none, the same merges."""
+    for name, text in (("a", STORY.read_text(encoding="utf-8")), ("b", "\ufeff" + STORY.read_text(encoding="utf-8"))):
+        (tmp_path / f"{name}.txt").write_bytes(text.replace("\n", "\n" if name == "a" else end).encode())
+        argv = ("tokenizer", "train", tmp_path / f"{name}.txt", "--vocab_size=400", f"--out={tmp_path / name}.json")
+        assert folio(*argv).code == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 # Characters

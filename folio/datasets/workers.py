@@ -167,18 +167,30 @@ def _value(line: bytes, key: str) -> str | Flaw:
         return Flaw("not UTF-8", other_encoding(line))
     except (ValueError, RecursionError):
         return Flaw("not JSON", ": each line must be an object of its own")
-    missing = f"no text under the key {key!r}"
+    if isinstance(record, dict) and key in record:
+        return _typed(record[key], key)
     if not isinstance(record, dict):
-        return Flaw(missing, f": the line is no object but {_KINDS.get(type(record), 'a number')}")
-    if key not in record:
-        names = ", ".join(repr(name[:40]) for name in list(record)[:8])
-        more = " …" if len(record) > 8 else ""
-        return Flaw(missing, f": the keys there are {names}{more}: --text_key names another" if record else "")
-    text = record[key]
-    return text if isinstance(text, str) else Flaw(missing, f" but {_KINDS.get(type(text), 'a number')}")
+        more = f": the line is no object but {_KINDS.get(type(record), 'a number')}"
+    else:
+        names = ", ".join(repr(name[:40]) for name in list(record)[:8]) + (" …" if len(record) > 8 else "")
+        more = f": the keys there are {names}: --text_key names another" if record else ""
+    return Flaw(f"no text under the key {key!r}", more)
 
 
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+def _typed(value: Any, key: str) -> str | Flaw:
+    if isinstance(value, str):
+        return value
+    return Flaw(f"no text under the key {key!r}", f" but {_KINDS.get(type(value), 'a number')}")
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bytes: "bytes",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def _parquet(span: Span, key: str) -> Numbered:
@@ -196,7 +208,7 @@ def _parquet(span: Span, key: str) -> Numbered:
 
 def _texts(span: Span, key: str) -> Numbered:
     for i, text in enumerate(span.held):
-        yield i, text if isinstance(text, str) else Flaw(f"no text under the key {key!r}")
+        yield i, _typed(text, key)
 
 
 def _flaw(span: Span, key: str) -> Numbered:

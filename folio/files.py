@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import math
@@ -65,6 +66,38 @@ def read_json(path: Path, most: int = 1 << 28) -> Any:
         return parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_text(path: Path, most: int | None = None) -> str:
+    """The text of a UTF-8 file, as ``decode_text`` reads it.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no file, longer than ``most`` bytes, or not UTF-8; names the file.
+    """
+    size = require_file(path).stat().st_size
+    if most is not None and size > most:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that such a text can have")
+    raw = path.read_bytes()
+    try:
+        return decode_text(raw)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}{other_encoding(raw)}") from None
+
+
+def decode_text(raw: bytes) -> str:
+    """UTF-8 → text as nanoGPT's ``open(path, "r")`` reads it: the line ends \\r\\n and \\r become \\n.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def other_encoding(raw: bytes) -> str:
+    """What to do about bytes that are not UTF-8, where their byte order mark tells what they are; else nothing."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return " but UTF-16: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it"
+    return ""
 
 
 def parse_json(text: str | bytes) -> Any:

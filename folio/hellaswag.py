@@ -6,7 +6,6 @@ for GPT-2.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from folio.tokenizer import Tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of its 10,042 items
+_LONGEST_LINE = 2**24  # bytes
 FILE = Path("data", "hellaswag", "hellaswag_val.jsonl")
 
 
@@ -59,12 +59,14 @@ def locate(data: str) -> Path:
     """The file of items: the one that is named, else the validation split, downloaded and verified if need be.
 
     Raises:
-        FileNotFoundError: there is none of that name. ValueError: the download failed, or brought something else.
+        FileNotFoundError: there is none of that name. ValueError: that is no file; the download failed, or brought
+            something else.
     """
     if data:
-        if not Path(data).is_file():
-            raise FileNotFoundError(f"{data}: there is no such file of HellaSwag items")
-        return Path(data)
+        try:
+            return files.require_file(Path(data))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{data}: there is no such file of HellaSwag items") from None
     found = next((path for path in (FILE, CLONE / FILE) if path.is_file()), None)
     if found is None:
         files.download(
@@ -84,11 +86,14 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
     """
     items: list[Item] = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
             if limit and len(items) == limit:
                 break
             try:
-                items.append(_item(json.loads(line.decode()), style))
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"the line is longer than {_LONGEST_LINE:,} bytes")
+                items.append(_item(files.parse_json(line), style))
             except KeyError as error:
                 raise ValueError(f"{path}:{number}: not a HellaSwag item: it has no {error}") from None
             except (TypeError, ValueError) as error:
@@ -107,7 +112,8 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
     if label == "":
         raise ValueError("its label is empty, as in the test split: the validation split has labels")
     if str(label) not in ("0", "1", "2", "3"):
-        raise ValueError(f"its label is {label!r}: must be 0, 1, 2 or 3")
+        told = f"{label!r:.40}" if isinstance(label, (str, int, float)) else f"a {type(label).__name__}"
+        raise ValueError(f"its label is {told}: must be 0, 1, 2 or 3")
     parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
     if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
         raise ValueError("its context is no text")
@@ -124,8 +130,9 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
 
 def _clean(text: str) -> str:
     """Without WikiHow's marks, as the lm-evaluation-harness leaves them out (its hellaswag/utils.py)."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
+    lines = text.strip().replace(" [title]", ". ").split("\n")
+    heads = (line.rpartition("]") for line in lines)  # no mark ends after the last bracket: one search is enough
+    return "\n".join(re.sub(r"\[.*?\]", "", head + bracket) + rest for head, bracket, rest in heads).replace("  ", " ")
 
 
 def load(

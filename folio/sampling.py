@@ -11,6 +11,7 @@ from torch import Tensor
 
 from folio import rng, tokenizer
 from folio.config import Sampling
+from folio.files import read_text
 from folio.model import GPT, GPTConfig, KVCache
 from folio.tokenizer import Tokenizer
 
@@ -149,8 +150,6 @@ def _prompt(knob: str, start: str) -> str:
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, most=1 << 28).removeprefix("\ufeff")
     except OSError as error:
         raise FileNotFoundError(f"{knob}={start}: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None

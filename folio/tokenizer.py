@@ -5,28 +5,33 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from folio.files import require_file
+
 if TYPE_CHECKING:
     import tokenizers
 
 Ids = NDArray[np.integer[Any]]
+_LARGEST_FILE = 1 << 28  # bytes
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
     """Ids are 0 … size − 1; ``eot`` separates documents where the tokenizer has such a token.
 
-    ``divisible`` says that a text may be encoded in parts, as ``folio.datasets.workers`` cuts them.
+    ``special`` are the ids that stand for no text, ``eot`` among them. ``divisible`` says that a text may be encoded in
+    parts, as ``folio.datasets.workers`` cuts them.
     """
 
     size: int
     eot: int | None
+    special: Collection[int]
     divisible: bool
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
@@ -38,7 +43,7 @@ class Tokenizer(Protocol):
         ...
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids → UTF-8 bytes; a single id may be part of a character."""
+        """Ids → UTF-8 bytes; a single id may be part of a character. An id below ``size`` without a token has none."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -54,6 +59,7 @@ class Characters:
     """One id for each character of a fixed, sorted vocabulary, as nanoGPT's shakespeare_char."""
 
     eot: int | None = None
+    special: Collection[int] = ()
     divisible = True
 
     def __init__(self, characters: str) -> None:
@@ -98,6 +104,7 @@ class Bytes:
 
     size: int = 256
     eot: int | None = None
+    special: Collection[int] = ()
     divisible = True
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
@@ -142,6 +149,7 @@ class Tiktoken:
             ) from None
         self.name = name
         self.size = self._encoding.n_vocab
+        self.special: Collection[int] = frozenset(self._encoding._special_tokens.values())
         self._special = {"<|endoftext|>"} & self._encoding.special_tokens_set
         self.eot: int | None = self._encoding.eot_token if self._special else None
 
@@ -151,7 +159,12 @@ class Tiktoken:
         )
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes(list(ids))
+        ids = list(ids)
+        try:
+            return self._encoding.decode_bytes(ids)
+        except KeyError:  # of an id that no token has
+            tokens = {*self._encoding._mergeable_ranks.values(), *self.special}
+            return self._encoding.decode_bytes([i for i in ids if i in tokens or i >= self.size])
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tiktoken", "name": self.name}
@@ -196,25 +209,38 @@ class TokenizersFile:
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]  # across spaces as well
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
-        self.by_bytes = type(self._fast.decoder).__name__ == "ByteLevel"
+        self.special: Collection[int] = frozenset(t["id"] for t in spec.get("added_tokens") or [] if t["special"])
+        decoder = spec.get("decoder") or {}
+        kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        self.by_bytes = kinds == ["ByteLevel"]
         self._bytes = {c: b for b, c in byte_characters().items()}
+        self._lone = {f"<0x{b:02X}>": b for b in range(256)} if "ByteFallback" in kinds else {}
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
         text.encode()  # raises where the text is half of a surrogate pair, which the library takes for no text
         self._fast.encode_special_tokens = not special  # the library's name for: as text
         try:
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        except Exception as error:  # it raises plain Exceptions
-            raise ValueError(f"the tokenizer cannot encode it: {error}") from None
+        except BaseException as error:  # it raises plain Exceptions, and panics where a pattern takes too long
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                raise ValueError(f"the tokenizer cannot encode it: {error}") from None
+            raise
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        pieces = [self._fast.id_to_token(i) or "" for i in ids]
+        pieces = [piece for i in ids if (piece := self._fast.id_to_token(i)) is not None]
         if self.by_bytes:
             return b"".join(
                 bytes(self._bytes[c] for c in piece) if self._bytes.keys() >= set(piece) else piece.encode()
                 for piece in pieces
             )
-        return self._fast.decode(list(ids), skip_special_tokens=False).encode()
+        if self._fast.decoder is None:
+            return " ".join(pieces).encode()
+        lone = [self._lone[piece] for piece in pieces if piece in self._lone]
+        text = self._fast.decoder.decode(["<0x00>" if piece in self._lone else piece for piece in pieces])
+        between = text.encode().split(b"\0")  # the library's own decoder knows no part of a character
+        if len(between) != len(lone) + 1:
+            return self._fast.decoder.decode(pieces).encode()
+        return between[0] + b"".join(bytes([byte]) + rest for byte, rest in zip(lone, between[1:], strict=True))
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "tokenizers", "file": json.loads(self._text)}
@@ -266,7 +292,9 @@ def named(name: str) -> Tokenizer:
     if not name.endswith(".json"):
         return Tiktoken(name)
     try:
-        return TokenizersFile(Path(name).read_text(encoding="utf-8"))
+        if (size := require_file(Path(name)).stat().st_size) > _LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST_FILE:,} that such a file can have")
+        return TokenizersFile(Path(name).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FileNotFoundError(f"tokenizer {name}: {error.strerror}: folio tokenizer train makes one") from None
     except ValueError as error:
@@ -326,14 +354,7 @@ def _tokens(tokenizer: Tokenizer) -> list[bytes]:
     if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
         spelled = tokenizer.fast().id_to_token
         return [(spelled(i) or "").encode() for i in range(tokenizer.size)]
-
-    def token(i: int) -> bytes:
-        try:
-            return tokenizer.bytes([i])
-        except KeyError:  # tiktoken leaves some ids unused
-            return b""
-
-    return list(map(token, range(tokenizer.size)))
+    return [tokenizer.bytes([i]) for i in range(tokenizer.size)]
 
 
 def stored(size: int) -> np.dtype[Any]:
@@ -344,6 +365,18 @@ def stored(size: int) -> np.dtype[Any]:
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Ids → text; bytes that are no UTF-8 become U+FFFD."""
     return tokenizer.bytes(ids).decode("utf-8", errors="replace")
+
+
+def text_size(tokenizer: Tokenizer, ids: Ids) -> int:
+    """The bytes of text that ids (n) stand for where they follow one another, each document decoded from its beginning.
+
+    A single id of a vocabulary that is not byte-level may have no size of its own: the space before a word belongs to
+    neither. An end-of-text has none, nor any special token, nor an id that no token has.
+    """
+    starts = np.flatnonzero(ids == (-1 if tokenizer.eot is None else tokenizer.eot))
+    kept = ~np.isin(ids, list(tokenizer.special)) & (ids < tokenizer.size)
+    documents = zip(np.split(ids, starts), np.split(kept, starts), strict=True)
+    return sum(len(tokenizer.bytes(document[here].tolist())) for document, here in documents)
 
 
 def printable(text: str) -> str:

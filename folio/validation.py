@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from folio import tokenizer
 from folio.model import GPT
 from folio.runtime import Loss, Runtime
 from folio.token_files import Split
-from folio.tokenizer import from_json
 from folio.tokens import Tokens
 
 _WINDOWS = 1024  # read at a time
@@ -44,21 +44,16 @@ def evaluate(
 
 
 def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
-    """The targets that ``evaluate`` counts, and the bytes of text that they stand for; an end-of-text has none.
+    """The targets that ``evaluate`` counts, and the bytes of text that they add to what stands before them.
 
     ``spec`` is the tokenizer as JSON; without one the bytes are 0.
     """
-    counts = np.zeros(0, dtype=np.int64)
+    spoken = tokenizer.from_json(spec) if spec else None
+    counted = size = 0
     starts = tokens.spread(split, windows)
     for first in range(0, len(starts), _WINDOWS):
-        targets = tokens.windows(split, starts[first : first + _WINDOWS])[:, 1:]
-        here = np.bincount(targets[targets >= 0])
-        counts = np.pad(counts, (0, max(0, len(here) - len(counts))))
-        counts[: len(here)] += here
-    if spec is None:
-        return int(counts.sum()), 0
-    tokenizer = from_json(spec)
-    sizes = np.array([len(tokenizer.bytes([i])) if i < tokenizer.size else 0 for i in range(len(counts))])
-    if tokenizer.eot is not None:
-        sizes[tokenizer.eot : tokenizer.eot + 1] = 0
-    return int(counts.sum()), int(counts @ sizes)
+        for row in tokens.windows(split, starts[first : first + _WINDOWS]):
+            ids = row[row >= 0]
+            counted += len(ids) - 1
+            size += tokenizer.text_size(spoken, ids) - tokenizer.text_size(spoken, ids[:1]) if spoken else 0
+    return counted, size

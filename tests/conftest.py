@@ -152,6 +152,50 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+SPELLINGS = ["metaspace", "fallback", "unigram", "wordpiece"]
+
+
+@pytest.fixture(scope="session")
+def spelling(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Files of tokenizers whose ids have no bytes of their own: as sentencepiece makes them, or BERT's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    models, pre, decoders, trainers = (
+        getattr(tokenizers, name) for name in ("models", "pre_tokenizers", "decoders", "trainers")
+    )
+    folder = tmp_path_factory.mktemp("spelling")
+
+    def made(name: str) -> Path:
+        path = folder / f"{name}.json"
+        if path.exists():
+            return path
+        kinds = {"unigram": models.Unigram(), "wordpiece": models.WordPiece(unk_token="[UNK]")}
+        fast = tokenizers.Tokenizer(kinds.get(name) or models.BPE(unk_token="<unk>", byte_fallback=name == "fallback"))
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if name == "wordpiece" else ["<unk>", "<s>", "</s>"]
+        how = {"special_tokens": special, "show_progress": False, "vocab_size": 900}
+        if name == "wordpiece":
+            fast.normalizer = tokenizers.normalizers.BertNormalizer()
+            fast.pre_tokenizer, fast.decoder = pre.BertPreTokenizer(), decoders.WordPiece()
+            trainer = trainers.WordPieceTrainer(**how)
+        elif name == "unigram":
+            fast.pre_tokenizer, fast.decoder = pre.Metaspace(), decoders.Metaspace()
+            trainer = trainers.UnigramTrainer(unk_token="<unk>", **how)
+        else:
+            fast.pre_tokenizer, fast.decoder = pre.Metaspace(), decoders.Metaspace()
+            how["special_tokens"] += [f"<0x{b:02X}>" for b in range(256)] if name == "fallback" else []
+            trainer = trainers.BpeTrainer(**how)
+        fast.train([str(STORY)], trainer)
+        spec = json.loads(fast.to_str())
+        if name == "fallback":  # as Llama's file: its bytes are no special tokens, and are put together again
+            spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special[:3]]
+            parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            fast.decoder = decoders.Sequence(parts)
+            spec["decoder"] = json.loads(fast.to_str())["decoder"]
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        return path
+
+    return made
+
+
 @pytest.fixture
 def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))

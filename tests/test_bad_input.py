@@ -256,6 +256,14 @@ def test_a_source_that_does_not_fit(folio, tmp_path, content, words) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_a_source_that_never_ends(folio, tmp_path, kind) -> None:
+    path = tmp_path / "input.txt"
+    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    for how in (f"--source={path}", f"--data_dir={tmp_path}"):
+        assert_refused(folio("prepare", "shakespeare_char", how), f"{path} is {kind}, not a file")
+
+
 @pytest.mark.parametrize(("name", "hint"), [("shakespear_char", "did you mean"), ("", "there are"), ("xyz", "stdlib")])
 def test_a_data_set_that_nobody_knows(folio, tmp_path, monkeypatch, name, hint) -> None:
     monkeypatch.chdir(tmp_path)

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
+from conftest import SMALL, SPELLINGS, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
 from torch.nn import functional as F
 
 from folio import pretrained
 from folio.tokenizer import Bytes, Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
 
 Run = Callable[..., Outcome]
 HERE = ["--device=cpu", "--dtype=float32", "--matmul_precision=highest"]
@@ -84,6 +86,36 @@ def test_bits_are_per_byte_of_text(folio: Run, gpt2: Tokenizer, tmp_path: Path, 
     (found,) = kept(out)
     assert (found["tokens"], found["bytes"]) == (len(ids), size)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * len(ids) / size / math.log(2))
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_bits_are_per_byte_whatever_the_spelling(
+    folio: Run, spelling: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """Where no id has bytes of its own: those of the documents as the library decodes each of them."""
+    fast = tokenizers.Tokenizer.from_file(str(spelling(name)))
+    texts = [text.strip() for text in STORY.read_text(encoding="utf-8").split("\n\n")][:9]
+    texts[1:2] = [texts[1] + " 渡し船 🚢 left" if name == "fallback" else texts[1]]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    data, out = tmp_path / "data", tmp_path / "out"
+    sources = sorted(str(path) for path in tmp_path.glob("*.txt"))
+    argv = [*sources, f"--tokenizer={spelling(name)}", f"--data_dir={data}", "--val_documents=6"]
+    assert folio("prepare", *argv).code == 0
+    assert folio("train", *SMALL, "--max_iters=1", f"--data_dir={data}", f"--out_dir={out}").code == 0
+    assert folio("eval", f"--out_dir={out}", *HERE).code == 0
+    (found,) = kept(out)
+    each = [fast.encode(text, add_special_tokens=False).ids for text in texts[:6]]
+    decoded = [fast.decode(ids) for ids in each]
+    if name == "wordpiece":  # which has no end of text: documents run on
+        decoded = [" ".join(decoded)]
+    elif name == "fallback":
+        assert decoded == texts[:6]
+    size = len("".join(decoded).encode()) - len(fast.decode(each[0][:1]).encode())
+    assert found["bytes"] == size
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / size / math.log(2))
+    alone = sum(len(fast.decode([i]).encode()) for ids in each for i in ids) - len(fast.decode(each[0][:1]).encode())
+    assert alone < 0.95 * size  # what was summed
 
 
 def test_the_data_of_the_run_or_other(folio: Run, trained: Path, story: Path, tmp_path: Path) -> None:

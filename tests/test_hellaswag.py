@@ -6,6 +6,9 @@ import ast
 import hashlib
 import json
 import os
+import random
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +211,16 @@ BROKEN: dict[str, tuple[object, str]] = {
     "label 4": (GOOD | {"label": 4}, "label is 4"),
     "label -1": (GOOD | {"label": "-1"}, "label is '-1'"),
     "label true": (GOOD | {"label": True}, "label is True"),
+    "label 2.0": (GOOD | {"label": 2.0}, "label is 2.0"),
+    "a label that is long": (GOOD | {"label": "2" * 10**6}, f"label is '{'2' * 39}: must"),
+    "a label that is a list": (GOOD | {"label": [2]}, "label is a list"),
+    "a label that is deep": (json.dumps(GOOD).replace(" 2}", "[" * 900 + "]" * 900 + "}"), "label is a list"),
+    "deep": ("[" * 100_000, "nested too deeply"),
+    "beyond float": (json.dumps(GOOD)[:-1] + ', "ind": 1e999}', "1e999"),
+    "beyond int": (json.dumps(GOOD)[:-1] + f', "ind": {"9" * 5000}}}', "digits"),
+    "five endings": (GOOD | {"endings": ["a"] * 5}, "four texts"),
+    "endings that are one text": (GOOD | {"endings": "abcd"}, "four texts"),
+    "a line that is too long": ('{"ctx": "' + "a" * (1 << 24), "longer than 16,777,216 bytes"),
     "test split": (GOOD | {"label": ""}, "validation split"),
     "no label": ({k: v for k, v in GOOD.items() if k != "label"}, "'label'"),
     "no endings": ({k: v for k, v in GOOD.items() if k != "endings"}, "'endings'"),
@@ -241,6 +254,18 @@ def test_marks_alone(tmp_path) -> None:
     path = written(tmp_path / "items.jsonl", GOOD | {"endings": ["[step]", "b", "c", "d"]})
     with pytest.raises(ValueError, match=f"{path}:1: .*marks"):
         hellaswag.read(path, "harness")
+
+
+def test_marks_are_left_out_in_linear_time() -> None:
+    """As re.sub(r"\\[.*?\\]", "") leaves them out, whose time grows with the square of what has no end."""
+    chance = random.Random(5)
+    for _ in range(2000):
+        text = "x" + "".join(chance.choices(["[", "]", "a", "\n", "[b]", " "], k=12)) + "x"
+        assert hellaswag._clean(text) == re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+    for text in ("[" * 10**6, "[\n" * 10**6, "]" * 10**6, "[" * 10**6 + "]x", "a]" + "[" * 10**6, "[]" * 10**6 + "["):
+        begun = time.process_time()
+        hellaswag._clean(text)
+        assert time.process_time() - begun < 5, text[:9]
 
 
 def test_no_items(tmp_path) -> None:
@@ -292,7 +317,13 @@ def test_the_nearest_file_is_taken(elsewhere) -> None:
     assert hellaswag.locate(__file__) == Path(__file__)
 
 
-@pytest.mark.parametrize("name", ["no/such.jsonl", "."])
-def test_no_such_file(elsewhere, name) -> None:
-    with pytest.raises(FileNotFoundError, match=f"^{name}: there is no such file"):
-        hellaswag.locate(name)
+def test_no_such_file(elsewhere) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^no/such.jsonl: there is no such file"):
+        hellaswag.locate("no/such.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device"])
+def test_what_never_ends(elsewhere, kind) -> None:
+    {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda p: os.symlink("/dev/zero", p)}[kind]("items.jsonl")
+    with pytest.raises(ValueError, match=f"^items.jsonl is {kind}, not a file"):
+        hellaswag.locate("items.jsonl")

@@ -284,6 +284,52 @@ def test_shakespeare_is_nanogpts(folio: Folio, shared_data: Path, tmp_path: Path
             assert (out / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+@pytest.mark.parametrize("end", ["\r\n", "\r", "mixed", "mark"])
+def test_line_ends_are_read_as_nanogpt_reads_them(folio: Folio, tmp_path: Path, name: str, end: str) -> None:
+    """The ids of nanoGPT's prepare.py, which opens a text in Python's text mode: in that a mark is a character."""
+    text, path = STORY.read_text(encoding="utf-8"), tmp_path / "input.txt"
+    if end == "mixed":
+        text = "".join(
+            line + next_end for line, next_end in zip(text.split("\n"), itertools.cycle(["\r\n", "\r", "\n"]))
+        )
+    path.write_bytes(
+        ("\ufeff" + text if end == "mark" else text if end == "mixed" else text.replace("\n", end)).encode()
+    )
+    with path.open(encoding="utf-8") as file:
+        data = file.read()
+    made(folio("prepare", name, f"--source={path}", f"--data_dir={tmp_path / 'out'}"))
+    if name == "shakespeare_char":
+        chars = sorted(set(data))
+        assert json.loads((tmp_path / "out" / "meta.json").read_text())["vocab_size"] == len(chars)
+        ids = [chars.index(c) for c in data]
+        expected = {"train": ids[: int(len(data) * 0.9)], "val": ids[int(len(data) * 0.9) :]}
+    else:
+        halves = {"train": data[: int(len(data) * 0.9)], "val": data[int(len(data) * 0.9) :]}
+        expected = {split: encoded([half], "after")[0][:-1].tolist() for split, half in halves.items()}
+    assert {k: np.frombuffer(v, np.uint16).tolist() for k, v in arrays(tmp_path / "out").items()} == expected
+
+
+@pytest.mark.parametrize("text", ["plain\ntext " * 40, "two\r\nlines " * 40, "\ufeff" + "with a mark " * 40])
+def test_what_was_prepared_byte_by_byte(folio: Folio, tmp_path: Path, text: str) -> None:
+    """A data set of a version that kept every line end and mark is still finished where the text has none."""
+    source, out = tmp_path / "a.txt", tmp_path / "out"
+    source.write_bytes(text.encode())
+    argv = ["prepare", source, "--tokenizer=bytes", f"--data_dir={out}"]
+    made(folio(*argv))
+    meta = json.loads((out / "meta.json").read_text())
+    del meta["made"]["source"]["line_ends"]
+    (out / "meta.json").write_text(json.dumps(meta))
+    if text.startswith("plain"):
+        assert "nothing to do" in made(folio(*argv))
+    else:
+        refused(folio(*argv), out, "source.line_ends: None", "--overwrite")
+        made(folio(*argv, "--overwrite"))
+        assert b"".join(arrays(out)[split] for split in ("train", "val")).decode("utf-16-le") == source.read_text(
+            encoding="utf-8-sig"
+        )
+
+
 @pytest.mark.parametrize("eot", ["after", "before"])
 def test_every_document_is_tiktokens(folio: Folio, articles: list[str], tmp_path: Path, eot: str) -> None:
     """One after another, with an end-of-text each; one that the text itself names stays text."""
@@ -595,6 +641,64 @@ def test_damaged_after_a_kill(dying: Dying, articles: list[str], tmp_path: Path)
     shutil.rmtree(work)
     assert dying(0, *argv, tmp_path / "out")[0] == ENDED
     assert tree(tmp_path / "out") == tree(tmp_path / "new")
+
+
+def damaged(path: Path, how: str) -> None:
+    """A file of JSON, no longer what was written."""
+    content = path.read_bytes()
+    if how == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+        return
+    digit = next(i for i in range(content.index(b'"tokens"'), len(content)) if content[i : i + 1] in b"2345678")
+    path.write_bytes(
+        {
+            "empty": b"",
+            "cut": content[:-40],
+            "list": b"[1, 2]",
+            "object": b"{}",
+            "deep": b"[" * 100_000,
+            "bit": content[:digit] + bytes([content[digit] ^ 1]) + content[digit + 1 :],
+        }[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "list", "object", "deep", "bit", "pipe"])
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_damaged_state(folio: Folio, dying: Dying, articles: list[str], tmp_path: Path, how: str, part: bool) -> None:
+    """What a killed process committed, and is no longer that, is refused with a remedy that is one."""
+    argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
+    flags = ["--shard_of=0/2"] if part else []
+    work = tmp_path / "out" / UNFINISHED / ("part-0-of-2" if part else "")
+    assert dying(20, *argv, tmp_path / "out", *flags)[0] == DIED
+    assert committed(work)[0] > 0
+    damaged(work / "state.json", how)
+    refused(folio(*argv, tmp_path / "out", *flags), work / "state.json", "is damaged", f"remove {work} to begin again")
+    shutil.rmtree(work)
+    made(folio(*argv, tmp_path / "out", *flags))
+
+
+@pytest.mark.parametrize("name", ["ids", "lengths", "blocks"])
+def test_a_part_that_was_cut_short(folio: Folio, articles: list[str], tmp_path: Path, name: str) -> None:
+    argv = ["prepare", write(tmp_path / "source", "files", articles), "--workers=1", f"--data_dir={tmp_path / 'out'}"]
+    made(folio(*argv, "--shard_of=0/2"))
+    part = tmp_path / "out" / UNFINISHED / "part-0-of-2"
+    os.truncate(part / name, (part / name).stat().st_size - 8)
+    refused(folio(*argv, "--shard_of=1/2"), part / name, "is damaged", f"remove {part} ")
+    assert (part.with_name("part-1-of-2") / "ids").stat().st_size > 0  # which is not lost with it
+    shutil.rmtree(part)
+    made(folio(*argv, "--shard_of=0/2"))
+    made(folio("data", "info", tmp_path / "out", "--verify"))
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "list", "object", "deep", "pipe"])
+def test_a_damaged_meta_file(folio: Folio, tmp_path: Path, how: str) -> None:
+    argv = ["prepare", STORY, "--tokenizer=bytes", f"--data_dir={tmp_path}"]
+    made(folio(*argv))
+    damaged(tmp_path / "meta.json", how)
+    refused(folio(*argv), tmp_path / "meta.json", "damaged", "--overwrite")
+    made(folio(*argv, "--overwrite"))
+    assert "nothing to do" in made(folio(*argv))
 
 
 REAL: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, what stands before its name

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Outcome
+from conftest import SMALL, STORY, Outcome, assert_refused
 from torch import Tensor
 
 from folio import cli, rng
 from folio.commands import train
+from folio.datasets.prepare import prepare
+from folio.datasets.recipes import named_by_user
 from folio.model import GPT, GPTConfig
-from folio.sampling import draws, generate, pick, stream
+from folio.sampling import draws, encode_prompt, generate, pick, stream
+from folio.tokenizer import from_json
 
 LINE = "-" * 15
 
@@ -213,6 +219,28 @@ def test_a_prompt_from_a_file(folio: Callable[..., Outcome], trained: Path, tmp_
     assert text.startswith("The river was slow that morning")
     assert len(text) == 31 + 5
     assert sampled(folio(*argv, "--temperature=0", "--seed=9")) == [text]  # nothing is drawn
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "mark"])
+def test_a_prompt_is_read_as_a_text_is_prepared(trained: Path, tmp_path: Path, end: str, mark: str) -> None:
+    """The ids of the same file, whatever its line ends; a byte order mark is no character of either."""
+    lines = STORY.read_text(encoding="utf-8").splitlines()[:20]
+    path, data = tmp_path / "a.txt", tmp_path / "data"
+    path.write_bytes((mark + end.join(lines)).encode())
+    prepare(named_by_user([str(path)], "a", tokenizer="char"), data)
+    spec = json.loads((data / "meta.json").read_text())["tokenizer"]
+    text, ids = encode_prompt("start", f"FILE:{path}", from_json(spec), GPTConfig(vocab_size=99))
+    assert text == "\n".join(lines)
+    prepared = [np.fromfile(data / f"{split}.bin", np.uint16) for split in ("train", "val")]
+    assert ids == np.concatenate(prepared).tolist()
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
+def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], trained: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "prompt"
+    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    assert_refused(folio("sample", f"--out_dir={trained}", f"--start=FILE:{path}"), f"{path} is {kind}, not a file")
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, STORY
+from conftest import ROOT, STORY, python
 
-from folio.datasets import sources
+from folio.datasets import sources, workers
 from folio.datasets.sources import Block, Files, Hub, Source, Texts, find
-from folio.datasets.workers import Tokenise, Work, documents
+from folio.datasets.workers import Flaw, Tokenise, Work, documents, place
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -39,6 +41,7 @@ DOCS = [
     "\n",
     "no line end, and\u2028others",
 ]
+AS_TEXT = [io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8").read() for text in DOCS]  # of a text file
 WORK = Work({"kind": "bytes"}, "none")
 
 
@@ -170,13 +173,13 @@ def assert_cut_and_joined(source: Source, texts: list[str], parts: Sequence[int]
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_gives_the_librarys_ids(folio, corpus, tok, tmp_path, kind) -> None:
     KINDS[kind](corpus)
-    out = tmp_path / "out"
+    out, texts = tmp_path / "out", AS_TEXT if kind in ("txt", "md") else DOCS
     code, _, err = folio("prepare", corpus, f"--tokenizer={tok}", f"--data_dir={out}", "--val_documents=1")
     assert (code, err) == (0, "")
-    assert ids(out, "val") == expected(tok, DOCS[:1])
-    assert ids(out) == expected(tok, DOCS[1:])
+    assert ids(out, "val") == expected(tok, texts[:1])
+    assert ids(out) == expected(tok, texts[1:])
     meta = json.loads((out / "meta.json").read_text())
-    assert meta["text_bytes"] == sum(len(text.encode()) for text in DOCS)
+    assert meta["text_bytes"] == sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.parametrize("block", [7, 100, 1000])
@@ -184,7 +187,23 @@ def test_every_kind_of_file_gives_the_librarys_ids(folio, corpus, tok, tmp_path,
 def test_documents_do_not_depend_on_the_blocks(corpus, monkeypatch, kind, block) -> None:
     KINDS[kind](corpus)
     monkeypatch.setattr(sources, "BLOCK", block)
-    assert_cut_and_joined(Files(*find([str(corpus)])), DOCS)
+    assert_cut_and_joined(Files(*find([str(corpus)])), AS_TEXT if kind in ("txt", "md") else DOCS)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\n\r\n", "\n\r", "\r\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "mark"])
+def test_a_text_is_read_as_python_reads_it(corpus, monkeypatch, end, mark) -> None:
+    """However it is cut: a line end is never torn, and a byte order mark is text but at the beginning."""
+    for n, words in enumerate((["渡し船"], ["a", "ship", "left."], ["a ship", "and\ufeff two", "渡し船は朝、出た。"])):
+        text = mark + end.join(words * 30)
+        (corpus / f"{n}.txt").write_bytes(text.encode())
+    expected = [path.read_text(encoding="utf-8-sig") for path in sorted(corpus.iterdir())]
+    for block in range(1, 40):
+        monkeypatch.setattr(sources, "BLOCK", block)
+        assert read(Files(*find([str(corpus)])).blocks()) == expected
+        for n, text in enumerate(expected):
+            one = Files(*find([str(corpus / f"{n}.txt")]), val_fraction=block / 40)
+            assert "".join(read(one.blocks())) == text, (block, n)
 
 
 def test_large_row_groups_are_read_in_pieces(corpus, monkeypatch) -> None:
@@ -253,6 +272,16 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text(name)
     Path("link.txt").symlink_to("c/a.txt")
     Path("empty").mkdir()
+    Path("odd").mkdir()
+    for end in ("csv", "tsv", "txt.gz", "json"):
+        Path(f"odd/a.{end}").write_text("text")
+    os.mkfifo("pipe.txt")
+    Path("only").mkdir()
+    os.mkfifo("only/pipe.txt")
+    Path("zero.jsonl").symlink_to("/dev/zero")
+    Path("gone.txt").symlink_to("nowhere.txt")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket.txt")
 
 
 @pytest.mark.parametrize("names", NAMED)
@@ -261,11 +290,94 @@ def test_folders_globs_and_files(named, capsys, names) -> None:
     paths, _ = find(names.split())
     assert [p.relative_to(Path.cwd()).as_posix() for p in paths] == NAMED[names]
     said = capsys.readouterr().out
-    assert ("c: files of other kinds that are left out: 2" in said) == ("c" in names.split())
+    assert ("c: files of other kinds that are left out: 2 (1 .log, 1 .pdf)\n" in said) == ("c" in names.split())
+
+
+def test_folders_behind_links(named, capsys) -> None:
+    """Each is read once, under the name of its own place if it has one below; no loop and no parent is followed."""
+    Path("far/deep").mkdir(parents=True)
+    Path("far/far.txt").write_text("far")
+    Path("far/deep/deep.md").write_text("deep")
+    Path("c/1-inside").symlink_to("b")
+    Path("c/2-far").symlink_to(Path("far").resolve())
+    Path("c/3-deep").symlink_to("../far/deep")
+    Path("c/loop").symlink_to(".")
+    Path("c/up").symlink_to("..")
+    Path("far/back").symlink_to("../c")
+    Path("c/endless").symlink_to("endless")
+    paths, names = find(["c"])
+    assert names == ("2-far/deep/deep.md", "2-far/far.txt", "a.txt", "b/1.jsonl", "b/2.md", "c.parquet")
+    assert [p.read_text() for p in paths[:2]] == ["deep", "far"]
+    assert "left out: 3 (1 .log, 1 .pdf, 1 link that leads nowhere)" in capsys.readouterr().out
+    Path("to-c").symlink_to("c")
+    assert find(["to-c"])[0] == find(["c"])[0]
+
+
+def test_what_is_left_out_of_a_folder_is_told(named, capsys) -> None:
+    for name in ("x.csv", "y.CSV", "z.txt.gz", "README", "a.json"):
+        Path("c", name).write_text("x")
+    Path("c/gone.txt").symlink_to("nowhere.txt")
+    Path("c/zero.txt").symlink_to("/dev/zero")
+    os.mkfifo("c/pipe.txt")
+    find(["c"])
+    told = capsys.readouterr().out
+    assert told.startswith("c: files of other kinds that are left out: 10 (2 pipe, socket or device, ")
+    for kind in ("1 .csv", "1 .CSV", "1 .txt.gz", "1 .json", "1 link that leads nowhere"):
+        assert kind in told
+
+
+SPELT = ["A.TXT", "b.Md", "c.JSONL", "d.ndjson", "e.NDJSON.GZ", "f.ndjson.zst", "g.json.gz", "h.Json.Zst", "i.PARQUET"]
+
+
+def test_names_in_capitals_and_other_names_of_json_lines(folio, corpus, tok, tmp_path) -> None:
+    texts = [f"This is the text of {name}." for name in SPELT]
+    for name, text in zip(SPELT, texts, strict=True):
+        end = name.lower()
+        if end.endswith(".parquet"):
+            table(corpus / name, [text], 1)
+            continue
+        raw = text.encode() if end.endswith((".txt", ".md")) else lines([text])
+        pack = {"gz": gzip.compress, "st": zstandard.compress}.get(end[-2:], bytes)
+        (corpus / name).write_bytes(pack(raw))
+    out = tmp_path / "out"
+    assert folio("prepare", corpus, f"--tokenizer={tok}", f"--data_dir={out}", "--val_documents=1").code == 0
+    assert ids(out, "val") + ids(out) == expected(tok, texts)
+
+
+def test_names_that_are_not_utf8(folio, tok, tmp_path, monkeypatch) -> None:
+    """Of the folder and of its files, in Latin-1: prepared like any other; a flaw in one is a line."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(os.fsdecode(b"caf\xe9"))
+    folder.mkdir()
+    for n, text in enumerate(GOOD):
+        (folder / os.fsdecode(b"%d-\xe9.txt" % n)).write_text(text)
+    (folder / os.fsdecode(b"\xe9.pdf")).write_text("")
+    code, out, err = folio("prepare", folder, f"--tokenizer={tok}", "--val_documents=1")
+    assert (code, err) == (0, "")
+    assert "caf\ufffd: files of other kinds that are left out: 1 (1 .pdf)" in out
+    assert ids(Path("data/caf"), "val") + ids(Path("data/caf")) == expected(tok, GOOD)
+    (folder / os.fsdecode(b"x-\xe9.jsonl")).write_bytes(b"{")
+    code, _, err = folio("prepare", folder, f"--tokenizer={tok}", "--data_dir=out", "--workers=2")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert ".jsonl:1: not JSON" in err
+    assert not Path("out").exists()
+    code, _, err = folio("tokenizer", "train", folder, "--vocab_size=300", "--out=t.json", "--on_error=skip")
+    assert (code, err) == (0, "")
 
 
 NOT_THERE = {
     "c/notes.pdf": ["c/notes.pdf", ".jsonl.zst", ".parquet"],
+    "odd/a.csv": ["odd/a.csv", "pandas.read_csv", "to_json"],
+    "odd/a.tsv": ["odd/a.tsv", "sep='\\t'"],
+    "odd/a.txt.gz": ["odd/a.txt.gz", "unpack it"],
+    "odd/a.json": ["odd/a.json", "jq"],
+    "odd": ["none of its 4 files (1 .csv, 1 .json, 1 .tsv, 1 .txt.gz) is", "pandas"],
+    "odd/*.gz": ["none of its 1 files (1 .txt.gz) is", "unpack it"],
+    "only": ["none of its 1 files (1 pipe, socket or device) is", ".txt"],
+    "pipe.txt": ["pipe.txt is a pipe"],
+    "zero.jsonl": ["zero.jsonl is a device"],
+    "socket.txt": ["socket.txt is a socket"],
+    "gone.txt": ["gone.txt: no such file"],
     "empty": ["empty", ".txt"],
     "c/*.md": ["c/*.md", "no such file"],
     "c/b/*.log": ["c/b/*.log", ".txt"],
@@ -362,6 +474,105 @@ def test_a_document_that_cannot_be_taken(folio, corpus, tok, tmp_path, name) -> 
     assert next(iter(skipped)).startswith(reason)
     assert f"; documents that could not be taken: 1 (1 with {reason}" in out
     assert ids(tmp_path / "out", "val") + ids(tmp_path / "out") == expected(tok, [*good, *GOOD])
+
+
+MISSING: dict[str, tuple[Any, str]] = {
+    "content": ({"content": "x", "id": 7}, ": the keys there are 'content', 'id': --text_key names another"),
+    "many keys": ({f"key {n}": n for n in range(99)}, "'key 7' …: --text_key names another"),
+    "a huge key": ({"k" * 10**6: 1}, f"'{'k' * 40}': --text_key names another"),
+    "an odd key": ({"\n\x1b[31m": 1}, "'\\n\\x1b[31m': --text_key names another"),
+    "no key": ({}, "'text' (--on_error=skip"),
+    "a list": (["text"], ": the line is no object but a list"),
+    "a text": ("text", ": the line is no object but a text"),
+    "a number": (3.5, ": the line is no object but a number"),
+    "null": ({"text": None}, " but null"),
+    "true": ({"text": True}, " but true or false"),
+    "an object": ({"text": {}}, " but an object"),
+    "texts": ({"text": ["a", "b"]}, " but a list"),
+}
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_a_text_that_is_not_where_it_is_looked_for(folio, corpus, tmp_path, case) -> None:
+    """The line says what is there instead; left out, all are counted as one kind."""
+    value, words = MISSING[case]
+    (corpus / "a.jsonl").write_text(f"{json.dumps(value)}\n" * 3)
+    argv = ("prepare", corpus, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}")
+    code, _, err = folio(*argv)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "a.jsonl:1: no text under the key 'text'" in err
+    assert words in err
+    assert len(err) < 1000
+    assert "3 (3 with no text under the key 'text')" in folio(*argv, "--on_error=skip").err
+
+
+UTF16 = {"a.txt": "some text", "a.md": "\n" * 9, "large.txt": "words " * 10**6, "a.jsonl": lines(GOOD).decode()}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", UTF16)
+def test_utf16_is_named(folio, corpus, tmp_path, name, encoding) -> None:
+    """As some editors and shells write it; with the way to UTF-8."""
+    (corpus / name).write_bytes(f"\ufeff{UTF16[name]}".encode(encoding))
+    code, _, err = folio("prepare", corpus / name, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert f"{name}:1: not UTF-8 but UTF-16: iconv -f UTF-16 -t UTF-8" in err
+
+
+def test_json_lines_with_marks_and_other_line_ends(folio, corpus, tok, tmp_path) -> None:
+    """Each line may begin with a mark, as where files were put together; a text in JSON keeps its own line ends."""
+    mark = "\ufeff".encode()
+    (corpus / "a.jsonl").write_bytes(mark + lines(DOCS[:3], end="\r\n") + mark + lines(DOCS[3:]))
+    out = tmp_path / "out"
+    assert folio("prepare", corpus, f"--tokenizer={tok}", f"--data_dir={out}", "--val_documents=1").code == 0
+    assert ids(out, "val") + ids(out) == expected(tok, DOCS)
+
+
+@pytest.mark.parametrize("block", [7, 1000, 2**22])
+@pytest.mark.parametrize("end", JSONL)
+def test_a_line_that_is_too_long(corpus, monkeypatch, end, block) -> None:
+    """Is a flaw like any other, whatever the block; a line of just the length is a document."""
+    for module in (sources, workers):
+        monkeypatch.setattr(module, "LONGEST_LINE", 3000)
+    monkeypatch.setattr(sources, "BLOCK", block)
+    long = "x" * (3000 - len(lines([""])) + 1)
+    whole = lines([long])
+    assert len(whole) == 3001  # with its end
+    for rest in (b"\n" + A, b"\n", b""):
+        (corpus / f"a{end}").write_bytes(JSONL[end](A + whole + b"\n" + b"y" * 9000 + rest))
+        spans = [span for block in Files(*find([str(corpus)])).blocks() for span in block.spans]
+        found = [(place(span, i), text) for span in spans for i, text in documents(span, WORK)]
+        flaws = [(where, text) for where, text in found if isinstance(text, Flaw)]
+        assert flaws == [(f"{corpus / 'a'}{end}:4", Flaw("a line of more than 3,000 bytes"))]
+        assert [text for _, text in found if isinstance(text, str)] == [GOOD[0], long, *[GOOD[0]] * (len(rest) > 1)]
+
+
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31,) * 2); from folio import cli; cli.main()"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", JSONL)
+def test_bombs(corpus, tmp_path, end) -> None:
+    """A gigabyte of one line in a small file: one line, within bounded memory and time."""
+    path = corpus / f"a{end}"
+    if end == ".jsonl":
+        path.touch()
+        os.truncate(path, 2**30)
+    else:
+        path.write_bytes(JSONL[end](bytes(2**27)) * 8)
+    argv = ["prepare", path, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}", "--workers=1"]
+    done = python("-c", LIMITED, *argv, "--on_error=skip", OPENBLAS_NUM_THREADS="1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr[-3000:]
+    assert "a line of more than 134,217,728 bytes" in done.stderr
+
+
+def test_a_text_without_a_place_to_cut_is_searched_once(corpus, monkeypatch) -> None:
+    """However many blocks it has."""
+    monkeypatch.setattr(sources, "BLOCK", 10)
+    (corpus / "a.txt").write_text("渡" * 10**6)
+    begun = time.process_time()
+    assert len(list(Files(*find([str(corpus)])).blocks())) == 1
+    assert time.process_time() - begun < 5
 
 
 @pytest.mark.parametrize("block", [7, 100, 1000, 2**22])

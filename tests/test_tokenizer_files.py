@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import regex
-from conftest import SMALL, STORY
+from conftest import SMALL, SPELLINGS, STORY
 
 from folio import tokenizer
 from folio.datasets import sources
 from folio.datasets.workers import cut
+from folio.files import decode_text
 from folio.tokenizer import END_OF_TEXT, Bytes, Characters, TokenizersFile, named
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -129,6 +131,81 @@ def test_a_stream_is_the_text_of_its_ids(fast) -> None:
         assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids) == fast.decode(ids)
 
 
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_windows_have_the_bytes_of_the_whole(spelling, name) -> None:
+    """Cut at any id, also within a character, a text has as many bytes in its windows as in one piece."""
+    ours = named(str(spelling(name)))
+    text = " ".join(STORY.read_text(encoding="utf-8").split())[:1500] + (" 渡し船 🚢 é" if name == "fallback" else "")
+    ids = ours.encode(text)
+    whole = tokenizer.text_size(ours, ids)
+    assert whole == len(ours._fast.decode(ids.tolist()).encode())
+    if name != "wordpiece":  # which puts spaces around hyphens
+        assert whole == len(text.encode())
+    for width in (1, 2, 3, 7, 100):
+        rows = [ids[start : start + width + 1] for start in range(0, len(ids) - 1, width)]
+        parts = [tokenizer.text_size(ours, row) - tokenizer.text_size(ours, row[:1]) for row in rows]
+        assert sum(parts) == whole - tokenizer.text_size(ours, ids[:1])
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_any_ids_are_the_librarys_text(spelling, name) -> None:
+    """Words torn apart, special tokens, and one at a time as they are sampled."""
+    ours, chance = named(str(spelling(name))), random.Random(name)
+    lone = [i for i in range(ours.size) if ours._fast.id_to_token(i) in ours._lone]
+    for count in (1, 2, 9, 80):
+        ids = chance.choices([i for i in range(ours.size) if i not in lone[128:]], k=count)
+        assert tokenizer.decode(ours, ids) == ours._fast.decode(ids, skip_special_tokens=False)
+        assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids)
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
+    """Special tokens, ids that no token has, and the space before a document, which only the tokenizer put there."""
+    ours = named(str(spelling(name)))
+    first, second = (ours.encode(text).tolist() for text in ("the ferry left", "and the ship"))
+    padding = [ours.size, ours.size + 999, max(ours.special)]
+    between = [] if ours.eot is None else [ours.eot]
+    ids = np.array([*between, *first, *padding, *between, *second, *between, *between])
+    sizes = [len("the ferry left"), len("and the ship") + (not between)]
+    assert tokenizer.text_size(ours, ids) == sum(sizes)
+    assert tokenizer.text_size(ours, ids[:0]) == 0
+    assert tokenizer.text_size(ours, ids[:1]) == len(ours.bytes(first[:1])) * (not between)
+
+
+def test_parts_of_characters_are_bytes(spelling) -> None:
+    """Those of a vocabulary that falls back to bytes as well; as many documents as there are may be cut there."""
+    ours = named(str(spelling("fallback")))
+    ids = ours.encode("a 渡 b\0c 🚢").tolist()
+    byte = ids[ids.index(ours._fast.token_to_id("<0xE6>"))]
+    assert ours.bytes([byte]) == b"\xe6"
+    assert ours.bytes(ids).decode() == "a 渡 b\0c 🚢"
+    for place in range(1, len(ids)):
+        assert len(ours.bytes(ids[:place])) <= len(ours.bytes(ids))
+    assert "".join(tokenizer.stream(ours, ids)) == "a 渡 b\0c 🚢"
+    assert tokenizer.decode(ours, [byte]) == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "gpt2"])
+def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
+    """Some encodings leave ids out, which a padded model may still draw."""
+    import tiktoken
+
+    own = tiktoken.get_encoding("gpt2")
+    sparse = tiktoken.Encoding(
+        "sparse",
+        pat_str=own._pat_str,
+        mergeable_ranks=own._mergeable_ranks,
+        special_tokens={"<|endoftext|>": 50_300, "<|more|>": 50_400},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: sparse)
+    ours = tokenizer.Tiktoken(name)
+    ids = [*ours.encode("The ferry – 渡").tolist(), 50_256, 50_299, 50_399]
+    assert ours.bytes(ids).decode() == "The ferry – 渡"
+    assert tokenizer.text_size(ours, np.array([*ids, 50_300, 50_401, 10**9, 50_400, *ids])) == 2 * len(
+        "The ferry – 渡".encode()
+    )
+
+
 def test_a_word_that_the_vocabulary_lacks() -> None:
     """With no token for the unknown it is an error that a user can read."""
     fast = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}))
@@ -139,9 +216,21 @@ def test_a_word_that_the_vocabulary_lacks() -> None:
         ours.encode("a c")
 
 
+def test_a_pattern_that_takes_too_long() -> None:
+    """The library panics, which is no Exception; it is a line of ours."""
+    fast = words()
+    fast.pre_tokenizer = pre.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode it: .*retry-limit"):
+        TokenizersFile(fast.to_str()).encode("a" * 50 + "!")
+
+
 NAMES = {
+    "deep.json": ["deep.json", "recursion limit"],
+    "large.json": ["large.json", "300,000,000 bytes, more than"],
+    "pipe.json": ["pipe.json", "a pipe, not a file"],
+    "zero.json": ["zero.json", "a device, not a file"],
     "nowhere.json": ["nowhere.json", "No such file", "folio tokenizer train"],
-    "folder.json": ["folder.json", "directory"],
+    "folder.json": ["folder.json", "a folder, not a file"],
     "empty.json": ["empty.json", "not a file of the tokenizers library"],
     "other.json": ["other.json", "not a file of the tokenizers library"],
     "binary.json": ["binary.json"],
@@ -156,6 +245,11 @@ def test_a_tokenizer_that_is_none(folio, tmp_path, monkeypatch, name) -> None:
     Path("folder.json").mkdir()
     for other, content in {"empty.json": b"", "other.json": b'{"vocab": 3}', "binary.json": b"\xff\xfe"}.items():
         Path(other).write_bytes(content)
+    Path("deep.json").write_text('{"model": ' + '{"a":' * 10**5)
+    Path("large.json").touch()
+    os.truncate("large.json", 300_000_000)
+    os.mkfifo("pipe.json")
+    Path("zero.json").symlink_to("/dev/zero")
     code, _, err = folio("prepare", STORY, f"--tokenizer={name}", "--data_dir=out")
     assert (code, err.count("\n")) == (2, 1), err
     assert all(word in err for word in NAMES[name]), err
@@ -190,6 +284,16 @@ def test_prepare_train_and_sample(folio, tok, tmp_path) -> None:
     assert (code, err) == (0, "")
     assert said.count("The ferry") == 2
     assert len(said) > 2 * len("The ferry") + 20
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_a_vocabulary_is_learnt_from_texts_as_they_are_prepared(folio, tmp_path, end) -> None:
+    """With any line ends, and a byte order mark or none, the same merges."""
+    for name, text in (("a", STORY.read_text(encoding="utf-8")), ("b", "\ufeff" + STORY.read_text(encoding="utf-8"))):
+        (tmp_path / f"{name}.txt").write_bytes(text.replace("\n", "\n" if name == "a" else end).encode())
+        argv = ("tokenizer", "train", tmp_path / f"{name}.txt", "--vocab_size=400", f"--out={tmp_path / name}.json")
+        assert folio(*argv).code == 0
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
 # Characters
@@ -246,18 +350,22 @@ def cuts(text: str) -> list[int]:
 
 
 def assert_divisible(encode: Callable[[str], list[Any]], text: str) -> None:
-    """In two pieces, cut anywhere, and in as many as can be, a text has the tokens of the whole."""
-    raw, whole, places = text.encode(), encode(text), cuts(text)
+    """In two pieces, cut anywhere, and in as many as can be, a file of text has the tokens of the whole."""
+    raw, places = text.encode(), cuts(text)
+    whole = encode(decode_text(raw))
     for place in places:
-        assert encode(raw[:place].decode()) + encode(raw[place:].decode()) == whole, raw[place - 20 : place + 20]
-    pieces = [raw[a:b].decode() for a, b in itertools.pairwise([0, *places, len(raw)])]
+        first, second = decode_text(raw[:place]), decode_text(raw[place:])
+        assert encode(first) + encode(second) == whole, raw[place - 20 : place + 20]
+    pieces = [decode_text(raw[a:b]) for a, b in itertools.pairwise([0, *places, len(raw)])]
     assert [token for piece in pieces for token in encode(piece)] == whole
 
 
 def test_texts_are_cut_often_enough() -> None:
     """At most words, and at lines where there are no spaces."""
     assert len(cuts(TEXTS["prose"])) > 250
-    assert len(TEXTS["no spaces"].partition("\n")[0].encode()) + 1 in cuts(TEXTS["no spaces"])
+    for end in ("\n", "\r\n", "\r"):
+        text = TEXTS["no spaces"].replace("\n", end)
+        assert len(text.partition(end)[0].encode()) + len(end) in cuts(text)
     assert cuts("渡し船" * 200) == []
 
 

@@ -13,7 +13,7 @@ import tyro
 
 from folio.config import knob
 from folio.datasets.sources import Files, find
-from folio.datasets.workers import Flaw, Work, documents, place
+from folio.datasets.workers import Flaw, Work, documents, refusal
 from folio.tokenizer import END_OF_TEXT
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -74,4 +74,4 @@ def _texts(source: Files, options: Options) -> Iterator[str]:
                 if isinstance(text, str):
                     yield text
                 elif options.on_error == "stop":
-                    raise ValueError(f"{place(span, i)}: {text.what} (--on_error=skip leaves such documents out)")
+                    raise refusal(span, i, text)

@@ -30,10 +30,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from folio.datasets.sources import BLOCK, Block, Source
+from folio.datasets.sources import BLOCK, Block, Files, Source
 from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
-from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move
-from folio.files import write_json
+from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move, read_state, save_state
+from folio.files import read_json
 from folio.token_files import META, SPLITS, UNFINISHED
 from folio.tokenizer import Characters, Tokenizer, stored
 
@@ -93,8 +93,8 @@ def prepare(
     """
     described = recipe.describe()
     work = folder / UNFINISHED
-    if _finished(folder, described, overwrite):
-        if "meta" in _committed(work):  # of a process that was killed when all was in its place
+    if _finished(folder, recipe, described, overwrite):
+        if "meta" in read_state(work):  # of a process that was killed when all was in its place
             with contextlib.suppress(_InUseError), _lock(work):
                 _remove(work)
         return
@@ -114,15 +114,15 @@ def prepare(
         print(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
 
 
-def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
+def _finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
     """Whether there is nothing to do. Raises ValueError where something else is there."""
     if overwrite:
         return False
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = read_json(folder / META)
         made = dict(meta["made"])
-        names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
-        counts = {split: value["tokens"] for split, value in meta["splits"].items()}
+        names = [str(f["name"]) for split in meta["splits"].values() for f in split["files"]]
+        counts = {split: int(meta["splits"][split]["tokens"]) for split in SPLITS}
     except FileNotFoundError:
         if (folder / UNFINISHED / STATE).exists():
             return False
@@ -131,9 +131,9 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
                 f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
             ) from None
         return False
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / META} cannot be read ({error}): --overwrite makes the data set anew") from None
-    _refuse_difference(f"{folder} was made", made, described)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
+    _refuse_difference(f"{folder} was made", made, described, recipe.source)
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
@@ -141,11 +141,14 @@ def _finished(folder: Path, described: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], source: Source) -> None:
     was, now = _flat(old), _flat(new)
-    changed = [f"{k}: {was.get(k)} → {now.get(k)}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    changed = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if changed == ["source.line_ends"] and isinstance(source, Files) and source.reads_as_before():
+        return
     if changed:
-        raise ValueError(f"{what} otherwise ({'; '.join(changed)}): --overwrite makes it anew")
+        told = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
+        raise ValueError(f"{what} otherwise ({told}): --overwrite makes it anew")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -154,16 +157,8 @@ def _flat(tree: Any, name: str = "") -> dict[str, Any]:
     return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
 
 
-def _committed(work: Path) -> dict[str, Any]:
-    """The state that an earlier process left, or nothing."""
-    try:
-        return dict(json.loads((work / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
-
-
 def _complete(part: Path, described: dict[str, Any]) -> bool:
-    state = _committed(part)
+    state = read_state(part)
     return "complete" in state and _same(state, described)
 
 
@@ -232,11 +227,13 @@ class _Job:
         with _lock(work):
             state = self._state(work)
             gone = parts and not all(_complete(path, self.described) for path in parts)
-            if "meta" not in state and (gone or _finished(folder, self.described, self.overwrite)):
+            if "meta" not in state and (gone or _finished(folder, self.recipe, self.described, self.overwrite)):
                 return  # while this process waited for its turn
             if "meta" not in state:
                 if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
                     state = {"made": self.described, "block": BLOCK, "parts": shared}
+                if parts:
+                    save_state(work, state)  # without one the folder is removed where this fails, and all parts with it
                 tokenizer = self._tokenizer(work, state)
                 writer = Writer(work, self.recipe.layout, stored(tokenizer.size), self.recipe.given_splits, state)
                 results = Parts(parts, stored(tokenizer.size)).results if parts else self._tokenised(tokenizer)
@@ -250,7 +247,7 @@ class _Job:
                 state["meta"] = self._meta(writer, tokenizer, files)
                 state["place"] = "" if writer.place == work else writer.place.name
                 state["replaces"] = sorted(listed(folder))
-                write_json(work / STATE, state)
+                save_state(work, state)
             meta = state["meta"]
             names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
             move(work / state["place"], names, meta, folder, state["replaces"])
@@ -271,9 +268,9 @@ class _Job:
 
     def _state(self, work: Path) -> dict[str, Any]:
         """What an earlier process committed, if it was after the same."""
-        state = _committed(work)
+        state = read_state(work)
         if state and not self.overwrite:
-            _refuse_difference(f"{work} was begun", state["made"], self.described)
+            _refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
         if not _same(state, self.described):
             (work / STATE).unlink(missing_ok=True)
             state = {"made": self.described, "block": BLOCK}
@@ -290,7 +287,7 @@ class _Job:
                 for _, characters in alphabets:
                     found.update(characters)
             state["alphabet"] = "".join(sorted(found))
-            write_json(work / STATE, state)
+            save_state(work, state)
         return Characters(state["alphabet"])
 
     def _tokenised(self, tokenizer: Tokenizer, part: tuple[int, int] = (0, 1)) -> Results:

@@ -18,7 +18,7 @@ from folio.config import DATA_SETS
 from folio.datasets.prepare import Recipe
 from folio.datasets.sources import Files, Hub, Source, Texts, find
 from folio.datasets.writer import Layout
-from folio.files import download
+from folio.files import decode_text, download, read_text
 from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -31,7 +31,10 @@ _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 def shakespeare_char(folder: Path, source: str) -> Recipe:
-    """Tiny Shakespeare, or any UTF-8 text, by characters: the files of nanoGPT's recipe, byte by byte."""
+    """Tiny Shakespeare, or any UTF-8 text, by characters: the files of nanoGPT's recipe, byte by byte.
+
+    A text is read in Python's text mode, as there: every line end becomes \\n, a byte order mark is a character.
+    """
     text = _shakespeare(folder, source)
     characters = "".join(sorted(set(text)))
     print(f"length of dataset in characters: {len(text):,}")
@@ -154,9 +157,9 @@ def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenize
 
 def _sources(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-        if _NOT_SOURCES.isdisjoint(path.relative_to(root).parts):
+        if _NOT_SOURCES.isdisjoint(path.relative_to(root).parts) and path.is_file():
             try:
-                yield path.read_bytes().decode("utf-8")
+                yield decode_text(path.read_bytes())
             except UnicodeDecodeError:
                 continue
 
@@ -167,8 +170,6 @@ def _shakespeare(folder: Path, source: str) -> str:
     if not source and not path.exists():
         download(SHAKESPEARE, SHAKESPEARE_SHA256, path, "give it as --source FILE")
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_text(path)
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}: give a file that can be read as --source") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None

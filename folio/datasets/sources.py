@@ -6,20 +6,25 @@ another, hold the blocks of the whole in their order.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
 import io
 import json
+import os
 import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from folio.datasets.workers import Span, Spans, cut
+from folio.datasets.workers import LONGEST_LINE, Span, Spans, cut
+from folio.files import other_encoding, require_file
 from folio.token_files import Split
+from folio.tokenizer import printable
 
 BLOCK = 4 * 2**20  # bytes of text that a worker takes at once
 _HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
@@ -115,9 +120,24 @@ class Files:
         digest = hashlib.sha256()
         for path, name in zip(self.paths, self.names, strict=True):
             stat = path.stat()
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        share = {"val_fraction": self.val_fraction} if self.single else {}
-        return {"files": len(self.paths), "bytes": self.size, "names_sizes_times": digest.hexdigest()[:16], **share}
+            digest.update(os.fsencode(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
+        described = {"files": len(self.paths), "bytes": self.size, "names_sizes_times": digest.hexdigest()[:16]}
+        described |= {"val_fraction": self.val_fraction} if self.single else {}
+        return described | ({"line_ends": "as \\n"} if any(self._texts()) else {})
+
+    def reads_as_before(self) -> bool:
+        """Whether line ends and byte order marks as they are, which is how texts were once read, make no difference."""
+        for path in self._texts():
+            with path.open("rb") as file:
+                start = True
+                while raw := file.read(2**20):
+                    if b"\r" in raw or (start and raw.startswith(codecs.BOM_UTF8)):
+                        return False
+                    start = False
+        return True
+
+    def _texts(self) -> Iterator[Path]:
+        return (path for path in self.paths if kind_of(path) == "text")
 
     def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
         """Position: [number of the file, spans of it that are done]."""
@@ -157,11 +177,12 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         yield Piece(Span(name, "text", 0, size), 0, size)
         return
     if wrong := _invalid(path):
-        yield Piece(Span(f"{name}:{wrong}", "flaw", held="not UTF-8"), 0, size)
+        line, what = wrong
+        yield Piece(Span(f"{name}:{line}", "flaw", held=what), 0, size)
         return
     with path.open("rb") as file:
         val = _divided(file, int(size * (1 - source.val_fraction)), size) if source.single else size
-        ends = [cut(file, at, size) for at in range(BLOCK, size, BLOCK)] if source.divisible else []
+        ends = _ends(file, size) if source.divisible else []
     marks = sorted({0, val, size, *ends})
     for start, stop in pairwise(marks):
         begins, ends_here = start in (0, val), stop in (val, size)
@@ -170,16 +191,27 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         yield Piece(span, start, stop - start, split)
 
 
+def _ends(file: BinaryIO, size: int) -> list[int]:
+    """The first places after each block at which a text can be cut."""
+    ends = [0]
+    while (at := (ends[-1] // BLOCK + 1) * BLOCK) < size:  # what was searched already is not searched again
+        ends.append(cut(file, at, size))
+    return ends
+
+
 def _divided(file: BinaryIO, at: int, size: int) -> int:
     """Where a text is cut for validation: between tokens, or where there is no such place between characters."""
     if (place := cut(file, at, size)) < size:
         return place
-    file.seek(at)
-    return at + next((i for i, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    file.seek(max(at - 1, 0))
+    before, raw = (file.read(1) if at else b""), file.read(4)
+    if before == b"\r" and raw.startswith(b"\n"):
+        return at + 1
+    return at + next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), 0)
 
 
-def _invalid(path: Path) -> int | None:
-    """The line on which a file is no longer UTF-8."""
+def _invalid(path: Path) -> tuple[int, str] | None:
+    """The line on which a file is no longer UTF-8, and what is said of that."""
     line = 1
     with path.open("rb") as file:
         while raw := file.readline(2**24):
@@ -187,7 +219,7 @@ def _invalid(path: Path) -> int | None:
                 raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 if error.reason != "unexpected end of data" or len(raw) < 2**24:
-                    return line
+                    return line, f"not UTF-8{other_encoding(raw) if line == 1 else ''}"
                 file.seek(error.start - len(raw), io.SEEK_CUR)
             line += raw.endswith(b"\n")
     return None
@@ -202,33 +234,40 @@ def _plain_lines(source: Files, path: Path) -> Iterator[Piece]:
 
 def _packed_lines(source: Files, path: Path) -> Iterator[Piece]:
     """Compressed files cannot be read from the middle: they are unpacked here."""
-    number, told, lines, held = 1, 0, list[bytes](), 0
+    number, told, held = 1, 0, bytearray()
 
     def piece() -> Piece:
         nonlocal number, told, held
-        made = Piece(Span(str(path), "lines", number, held=b"".join(lines)), 0, packed.tell() - told)
-        number, told, held = number + len(lines), packed.tell(), 0
-        lines.clear()
+        made = Piece(Span(str(path), "lines", number, held=bytes(held)), 0, packed.tell() - told)
+        number, told, held = number + held.count(b"\n"), packed.tell(), bytearray()
         return made
 
     with path.open("rb") as packed:
         try:
-            for line in _unpack(path, packed):
-                lines.append(line)
-                held += len(line)
-                if held >= BLOCK:
+            for line in _lines(_unpack(path, packed)):
+                held += line
+                if len(held) >= BLOCK:
                     yield piece()
-            if lines:
+            if held:
                 yield piece()
         except (OSError, EOFError, zlib.error, _zstd_error()) as error:
-            if lines:
+            if held:
                 yield piece()
-            kind = "gzip" if path.suffix == ".gz" else "zstandard"
+            kind = "gzip" if path.suffix.lower() == ".gz" else "zstandard"
             yield Piece(Span(f"{path}:{number}", "flaw", held=f"corrupt {kind} from here on ({error})"), 0, 0)
 
 
-def _unpack(path: Path, packed: BinaryIO) -> Iterator[bytes]:
-    raw: Any = gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else _Frames(packed)
+def _lines(unpacked: BinaryIO) -> Iterator[bytes]:
+    """Each line with its end; of one that is too long, no more than tells so."""
+    while line := unpacked.readline(LONGEST_LINE + 1):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = unpacked.readline(2**20)
+        yield line if rest is line or not rest else line + b"\n"
+
+
+def _unpack(path: Path, packed: BinaryIO) -> BinaryIO:
+    raw: Any = gzip.GzipFile(fileobj=packed) if path.suffix.lower() == ".gz" else _Frames(packed)
     return io.BufferedReader(raw, 2**20)
 
 
@@ -248,7 +287,9 @@ class _Frames(io.RawIOBase):
     def readinto(self, into: Any) -> int:
         while not self._ready:
             over = self._frame is None or self._frame.eof
-            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(2**16)
+            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(
+                2**10
+            )  # which can hold 32 MiB
             if not raw and over:
                 return 0
             if not raw:
@@ -309,52 +350,106 @@ _PIECES: dict[str, Callable[[Files, Path], Iterator[Piece]]] = {
     "packed": _packed_lines,
     "parquet": _parquet,
 }
+_PACKED = ("", ".gz", ".zst")
+_TABLE = (
+    "python -c \"import pandas; pandas.read_csv('FILE', sep={}).to_json('FILE.jsonl', orient='records', lines=True)\" "
+    "makes JSON lines of it"
+)
 _KINDS = {
     ".txt": "text",
     ".md": "text",
-    ".jsonl": "lines",
-    ".jsonl.gz": "packed",
-    ".jsonl.zst": "packed",
+    **{f"{end}{packed}": "packed" if packed else "lines" for end in (".jsonl", ".ndjson") for packed in _PACKED},
+    ".json.gz": "packed",
+    ".json.zst": "packed",
     ".parquet": "parquet",
+}
+_REMEDIES = {  # for files of other kinds, by the end of their name
+    ".json": "jq -c '.[]' FILE.json > FILE.jsonl makes JSON lines of a list",
+    ".csv": _TABLE.format("','"),
+    ".tsv": _TABLE.format("'\\t'"),
+    **dict.fromkeys((".gz", ".zst", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z"), "unpack it first"),
 }
 
 
 def kind_of(path: Path) -> str | None:
-    """How a file is read, by the end of its name; None for files of no known kind."""
-    return next((kind for end, kind in _KINDS.items() if path.name.endswith(end)), None)
+    """How a file is read, by the end of its name in small letters or capitals; None for files of no known kind."""
+    return next((kind for end, kind in _KINDS.items() if path.name.lower().endswith(end)), None)
 
 
 def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Files, folders (all that lies below) and globs → the files that can be read, and their relative names.
 
+    A file that several names or links lead to is taken once. What is left out is told.
+
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a file of no known kind, or none of one in a folder.
+        ValueError: a pipe or device, a file of no known kind, or none of one in a folder.
+        OSError: a folder that cannot be read.
     """
     found: dict[Path, str] = {}
-    known = ", ".join(_KINDS)
     for name in named:
         path = Path(name)
-        if path.is_file():
-            if kind_of(path) is None:
-                raise ValueError(f"{path}: not a file of text that is known: {known}")
-            found.setdefault(path.resolve(), path.name)
-            continue
         if path.is_dir():
-            below = {p: p.relative_to(path) for p in path.rglob("*") if p.is_file()}
-            here = {p: r.as_posix() for p, r in below.items() if not any(part.startswith(".") for part in r.parts)}
+            here = {p: p.relative_to(path).as_posix() for p in _below(path)}
+        elif path.exists():
+            if kind_of(require_file(path)) is None:
+                raise ValueError(f"{path}: not a file of text that is known: {', '.join(_KINDS)}{_remedy([path])}")
+            here = {path: path.name}
         else:
-            here = {p: p.name for p in map(Path, sorted(glob.glob(name, recursive=True))) if p.is_file()}
-            if not here:
+            here = {p: p.name for p in map(Path, sorted(glob.glob(name, recursive=True))) if not p.is_dir()}
+            if not any(p.exists() for p in here):
                 raise FileNotFoundError(f"{name}: no such file or folder, and no glob that finds one")
-        taken = {p: relative for p, relative in here.items() if kind_of(p)}
+        taken = sorted((p for p in here if kind_of(p) and p.is_file()), key=Path.as_posix)
+        others = [p for p in here if not (kind_of(p) and p.is_file())]
         if not taken:
-            raise ValueError(f"{name}: none of its {len(here)} files is of a kind that is known: {known}")
-        if len(taken) < len(here):
-            print(f"{name}: files of other kinds that are left out: {len(here) - len(taken)}")
-        for p in sorted(taken, key=Path.as_posix):
-            found.setdefault(p.resolve(), taken[p])
+            has = f" ({_counted(others)})" if others else ""
+            known = f"of a kind that is known: {', '.join(_KINDS)}{_remedy(others)}"
+            raise ValueError(f"{name}: none of its {len(here)} files{has} is {known}")
+        if others:
+            print(printable(f"{name}: files of other kinds that are left out: {len(others)} ({_counted(others)})"))
+        for p in taken:
+            found.setdefault(p.resolve(), here[p])
     return tuple(found), tuple(found.values())
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """All that is no folder below one, hidden names left out; links to folders are followed last, each folder once."""
+    seen = {(at.stat().st_dev, at.stat().st_ino) for at in root.resolve().parents}  # which a link may lead back to
+    folders, links = deque([root]), deque[Path]()
+    while folders or links:
+        folder = folders.popleft() if folders else links.popleft()
+        which = folder.stat().st_dev, folder.stat().st_ino
+        if which in seen:
+            continue
+        seen.add(which)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            else:
+                yield path
+
+
+def _counted(paths: Sequence[Path]) -> str:
+    """How many there are of each kind, for a reader."""
+    kinds = Counter(sorted(map(_ending, paths))).most_common()
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds[:8]) + (", …" if len(kinds) > 8 else "")
+
+
+def _ending(path: Path) -> str:
+    if not path.is_file():
+        return "pipe, socket or device" if path.exists() else "link that leads nowhere"
+    return (
+        "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
+        or "without an end"
+    )
+
+
+def _remedy(paths: Sequence[Path]) -> str:
+    """What can be done about files of other kinds, where that is known."""
+    ends = (path.suffix.lower() for path in paths)
+    return next((f"; {end}: {_REMEDIES[end]}" for end in ends if end in _REMEDIES), "")
 
 
 # The datasets library

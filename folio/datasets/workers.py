@@ -15,11 +15,14 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from folio.files import decode_text, other_encoding
 from folio.tokenizer import Ids, Tokenizer, from_json, stored
 
+LONGEST_LINE = 2**27  # bytes: a line that is longer is no document but a mistake, or an attack
+
 # No token of GPT-2's, cl100k's or o200k's patterns reaches over a space that follows something else, nor over
-# a single line end that something else follows; and none of them looks further ahead.
-_BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|\n(?=[^\s/]))|[ぁ-ゖァ-ヺ㐀-鿿](?=[、。，！？；：」])")
+# a single line end that something else follows; and none of them looks further ahead. Every line end becomes \n.
+_BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|(?:\r?\n|\r)(?=[^\s/]))|[ぁ-ゖァ-ヺ㐀-鿿](?=[、。，！？；：」])")
 
 
 class Span(NamedTuple):
@@ -44,9 +47,10 @@ Spans = tuple[Span, ...]
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a document that cannot be taken."""
+    """What is wrong with a document that cannot be taken, by which it is counted, and more about this one."""
 
     what: str
+    more: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Tokenise:
                         text = Flaw("half of a surrogate pair")
                 if isinstance(text, Flaw):
                     if not self.work.skip:
-                        raise ValueError(f"{place(span, i)}: {text.what} (--on_error=skip leaves such documents out)")
+                        raise refusal(span, i, text)
                     skipped[text.what] += 1
                     continue
                 pieces += before, ids, after
@@ -128,9 +132,11 @@ def _text(span: Span, key: str) -> Numbered:
         file.seek(span.start)
         raw = file.read(span.stop - span.start)
     try:
-        yield 1, raw.decode("utf-8")
+        text = decode_text(raw)
     except UnicodeDecodeError as error:
-        yield raw[: error.start].count(b"\n") + 1, Flaw("not UTF-8")
+        yield raw[: error.start].count(b"\n") + 1, Flaw("not UTF-8", other_encoding(raw))
+        return
+    yield 1, text if span.start else text.removeprefix("\ufeff")
 
 
 def _lines(span: Span, key: str) -> Numbered:
@@ -142,23 +148,49 @@ def _lines(span: Span, key: str) -> Numbered:
 
 
 def _own_lines(span: Span) -> bytes:
+    """The lines that begin within a span; of one that is too long, no more than tells so."""
     with open(span.path, "rb") as file:
         if span.start:
             file.seek(span.start - 1)
-            file.readline()
+            if not file.readline(span.stop - span.start + 1).endswith(b"\n"):
+                return b""  # all of it is the middle of a line
         raw = file.read(max(0, span.stop - file.tell()))
-        return raw + file.readline() if raw and not raw.endswith(b"\n") else raw
+        return raw + file.readline(LONGEST_LINE) if raw and not raw.endswith(b"\n") else raw
 
 
 def _value(line: bytes, key: str) -> str | Flaw:
+    if len(line) > LONGEST_LINE:
+        return Flaw(f"a line of more than {LONGEST_LINE:,} bytes")
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        return Flaw("not UTF-8")
+        return Flaw("not UTF-8", other_encoding(line))
     except (ValueError, RecursionError):
-        return Flaw("not JSON")
-    text = record.get(key) if isinstance(record, dict) else None
-    return text if isinstance(text, str) else Flaw(f"no text under the key {key!r}")
+        return Flaw("not JSON", ": each line must be an object of its own")
+    if isinstance(record, dict) and key in record:
+        return _typed(record[key], key)
+    if not isinstance(record, dict):
+        more = f": the line is no object but {_KINDS.get(type(record), 'a number')}"
+    else:
+        names = ", ".join(repr(name[:40]) for name in list(record)[:8]) + (" …" if len(record) > 8 else "")
+        more = f": the keys there are {names}: --text_key names another" if record else ""
+    return Flaw(f"no text under the key {key!r}", more)
+
+
+def _typed(value: Any, key: str) -> str | Flaw:
+    if isinstance(value, str):
+        return value
+    return Flaw(f"no text under the key {key!r}", f" but {_KINDS.get(type(value), 'a number')}")
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bytes: "bytes",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def _parquet(span: Span, key: str) -> Numbered:
@@ -176,7 +208,7 @@ def _parquet(span: Span, key: str) -> Numbered:
 
 def _texts(span: Span, key: str) -> Numbered:
     for i, text in enumerate(span.held):
-        yield i, text if isinstance(text, str) else Flaw(f"no text under the key {key!r}")
+        yield i, _typed(text, key)
 
 
 def _flaw(span: Span, key: str) -> Numbered:
@@ -207,6 +239,11 @@ def cut(file: BinaryIO, at: int, size: int) -> int:
         if at + length >= size:
             return size
         length *= 2
+
+
+def refusal(span: Span, i: int, flaw: Flaw) -> ValueError:
+    """What is said of the i-th line or document of a span where it ends the work."""
+    return ValueError(f"{place(span, i)}: {flaw.what}{flaw.more} (--on_error=skip leaves such documents out)")
 
 
 def place(span: Span, i: int) -> str:

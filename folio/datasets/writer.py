@@ -7,6 +7,7 @@ process wrote beyond.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -20,11 +21,12 @@ import numpy as np
 
 from folio.datasets.sources import Block
 from folio.datasets.workers import Tokenised
-from folio.files import sha256, write_json
+from folio.files import read_json, sha256, write_json
 from folio.token_files import META, SPLITS, Eot, Split
 from folio.tokenizer import Ids
 
 STATE = "state.json"
+_SUM = "sha256"  # the key of the state's own
 _NPY_HEADER = 128  # bytes, whatever the number of tokens
 
 
@@ -128,6 +130,34 @@ class Stream:
             os.fsync(self._file.fileno())
 
 
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Commits what a later process goes on from, with a sum that tells whether it is what was written."""
+    write_json(folder / STATE, {**state, _SUM: _sum(state)})
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What an earlier process committed in a folder, or nothing.
+
+    Raises:
+        ValueError: it is damaged; says how to begin again.
+    """
+    path = folder / STATE
+    try:
+        state = read_json(path, most=1 << 32)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {folder} to begin again") from None
+    whole = isinstance(state, dict) and {"made", "block"} <= state.keys()
+    if not whole or state.pop(_SUM, None) not in (None, _sum(state)):  # the first versions wrote none
+        raise ValueError(f"{path} is damaged: remove {folder} to begin again")
+    return dict(state)
+
+
+def _sum(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 class _Counted:
     """What was taken so far, and how it is committed. ``state`` is what an earlier process committed here."""
 
@@ -147,7 +177,7 @@ class _Counted:
     def save(self, **more: Any) -> None:
         names = ("documents", "text_bytes", "disk_bytes", "skipped")
         self.state |= {name: getattr(self, name) for name in names} | more
-        write_json(self.folder / STATE, self.state)
+        save_state(self.folder, self.state)
 
 
 class Writer(_Counted):
@@ -288,9 +318,12 @@ class Parts:
         for number, folder in enumerate(self.folders):
             if number < first:
                 continue
+            for name, size in read_state(folder)["sizes"].items():
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{folder / name} is damaged: remove {folder} to make that part again")
             rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
             skip = rows[: done if number == first else 0].sum(axis=0)
-            skipped = Counter[str](json.loads((folder / STATE).read_text(encoding="utf-8"))["skipped"])
+            skipped = Counter[str](read_state(folder)["skipped"])
             with (folder / "ids").open("rb") as ids, (folder / "lengths").open("rb") as lengths:
                 ids.seek(int(skip[0]) * self.dtype.itemsize if len(rows) else 0)
                 lengths.seek(int(skip[1]) * 8 if len(rows) else 0)
@@ -322,7 +355,7 @@ def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replace
 def listed(folder: Path) -> set[str]:
     """The files of the data set that is there, if one is."""
     try:
-        splits = json.loads((folder / META).read_text(encoding="utf-8"))["splits"]
+        splits = read_json(folder / META)["splits"]
         return {Path(f["name"]).name for split in splits.values() for f in split["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from folio.files import parse_json, read_json, require_file
+from folio.files import parse_json, read_json, read_text, require_file
 
 
 def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
@@ -64,3 +64,26 @@ def test_what_never_ends_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_text("1")
     assert read_json(tmp_path / "link") == 1
+
+
+@pytest.mark.parametrize("text", ["a\r\nb\rc\n\r\r\nd\u2028e\x85f\x0c", "\ufeffa\r", "\r\n", ""])
+def test_text_is_read_as_open_reads_it(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(text.encode())
+    with path.open(encoding="utf-8") as file:
+        assert read_text(path) == file.read()
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"caf\xe9", "not UTF-8 text at byte 3$"),
+        ("\ufeffx".encode("utf-16-le"), "UTF-16: iconv"),
+        (b"a" * 11, "11 bytes"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(content: bytes, word: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=word) as refusal:
+        read_text(tmp_path / "file", most=10)
+    assert str(tmp_path / "file") in str(refusal.value)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from folio import processes
 from folio.config import Processes, System
+from folio.console import say
 from folio.flops import peak
 from folio.model import GPT, within_documents
 
@@ -451,7 +452,8 @@ class Runtime:
         told = processes.told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
 
         def give_up() -> None:
-            print(told, end="\n" * bool(told), file=sys.stderr, flush=True)
+            if told:
+                say(told, sys.stderr)
             os._exit(1)
 
         self._writer.shutdown()

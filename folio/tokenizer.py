@@ -297,11 +297,6 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     return tokenizer.bytes(ids).decode("utf-8", errors="replace")
 
 
-def printable(text: str) -> str:
-    """Text with control characters but line ends and tabs replaced, so that a terminal only shows it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
     """Text as it comes, one id after another, whole characters only; ``after``: ids that go before, as context."""
     if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:

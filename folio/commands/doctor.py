@@ -32,6 +32,7 @@ from rich.text import Text
 
 from folio import __version__
 from folio.config import DATA_SETS, System
+from folio.console import printable
 from folio.flops import peak
 from folio.runtime import Runtime
 from folio.token_files import CLONE, SPLITS, UNFINISHED, open_folder
@@ -133,10 +134,10 @@ def _show(rows: list[Row]) -> None:
     title = max(len(row.what) for row in rows)
     indent = len("lacks") + title + 4
     for row in rows:
-        finding = " ".join(row.finding.split())
+        finding = " ".join(printable(row.finding).split())
         room = max(width - indent, 24) if width else len(finding) + 1
         lines = textwrap.wrap(finding, room, break_long_words=False, break_on_hyphens=False)
-        lines += [f"$ {row.mend}"] * bool(row.mend)
+        lines += [f"$ {printable(row.mend)}"] * bool(row.mend)
         text = f"\n{'':{indent}}".join(lines)
         console.print(Text.assemble((f"{row.mark:5}", _STYLES[row.mark]), f"  {row.what:{title}}  {text}"))
     count = {mark: sum(row.mark == mark for row in rows) for mark in _STYLES}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from rich.console import Console
 from rich.progress import track
 
 from folio import files, hellaswag, pretrained
@@ -25,6 +26,7 @@ from folio.config import (
     hellaswag_style_knob,
     knob,
 )
+from folio.console import accompanying, show
 from folio.log import hellaswag_line, to_json
 from folio.runtime import Runtime
 from folio.token_files import Split
@@ -65,7 +67,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    print(run(options)[1])
+    show(run(options)[1])
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
@@ -122,7 +124,8 @@ def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[s
     questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
-    watch = partial(track, description="HellaSwag", transient=True, disable=not sys.stdout.isatty())
+    console = Console(file=accompanying(sys.stdout))
+    watch = partial(track, description="HellaSwag", transient=True, console=console, disable=not console.is_terminal)
     found = hellaswag.evaluate(model, questions, runtime, track=watch)
     return found, "\n".join(filter(None, [questions.note, hellaswag_line(found)]))
 

@@ -13,6 +13,7 @@ import tyro
 
 from folio import flops
 from folio.config import Data, Optimizer, Processes, System, accumulated, knob, override
+from folio.console import show
 from folio.memory import Memory, Step, needed, sent
 from folio.model import GPT, GPTConfig
 from folio.runtime import DTYPES, Runtime
@@ -67,8 +68,8 @@ def main(options: Options) -> None:
     step = step_of(options, device)
     memory = needed(options.model, step)
     for title, text in _report(options, device, step, memory, data):
-        print(f"{title:9}{text}")
-    print(
+        show(f"{title:9}{text}")
+    show(
         "\nCounted in eager mode, and without what the device's driver, the allocator and the network take for "
         f"themselves.\n{_verdict(options, device, memory.total)}"
     )

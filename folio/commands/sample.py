@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from folio import pretrained, tokenizer
+from folio import pretrained
 from folio.config import Sampling, Source, System
+from folio.console import put
 from folio.model import GPT
 from folio.runtime import Runtime, compiled
 from folio.sampling import continuations, samples
@@ -27,8 +27,7 @@ class Options:
 def main(options: Options) -> None:
     with _opened(options) as (model, vocabulary):
         for text in samples(model, vocabulary, options.sampling, options.system.seed):
-            sys.stdout.write(tokenizer.printable(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+            put(text)
 
 
 def texts(options: Options) -> list[str]:

@@ -18,6 +18,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from folio.console import say
 from folio.datasets.workers import Span, Spans, cut
 from folio.token_files import Split
 
@@ -351,7 +352,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         if not taken:
             raise ValueError(f"{name}: none of its {len(here)} files is of a kind that is known: {known}")
         if len(taken) < len(here):
-            print(f"{name}: files of other kinds that are left out: {len(here) - len(taken)}")
+            say(f"{name}: files of other kinds that are left out: {len(here) - len(taken)}")
         for p in sorted(taken, key=Path.as_posix):
             found.setdefault(p.resolve(), taken[p])
     return tuple(found), tuple(found.values())

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -238,11 +238,16 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, cut ones."""
+def rewind(path: Path, step: int, owed: Collection[str] = ()) -> None:
+    """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, cut ones.
+
+    So do measurements of this step that the checkpoint says are ``owed``.
+    """
     if not path.exists():
         return
-    kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] not in AGAIN)]
+    kept = [
+        r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] not in (*AGAIN, *owed))
+    ]
     files.write(path, "".join(f"{to_json(r)}\n" for r in kept).encode())
 
 

@@ -177,6 +177,10 @@ class Runtime:
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
         processes.GROUPS.append(self._control)
+        self._hosts = dist.group.WORLD  # for numbers that are on no device
+        if backend != "gloo":
+            self._hosts = dist.new_group(backend="gloo", timeout=patience)
+            processes.GROUPS.append(self._hosts)
         dist.barrier(self._control)  # from here on nobody needs the store, which may go with rank 0
 
     def differences(self, before: dict[str, Any]) -> list[str]:
@@ -308,6 +312,14 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def total(self, number: float) -> float:
+        """The sum of a number over all ranks; the device goes on meanwhile."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._hosts)
+        return tensor.item()
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, which alone calls it, on every rank; so is what it raises.

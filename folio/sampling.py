@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ def stream(
     top_p: float | None = None,
     uniform: Tensor | None = None,
     vocab_size: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Iterator[Tensor]:
     """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
 
     ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
     come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
-    takes the likeliest token.
+    takes the likeliest token. ``track`` sees the new tokens' numbers go by, as ``rich.progress.track`` does.
 
     Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
     ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
@@ -49,7 +50,7 @@ def stream(
     block_size = model.config.block_size
     cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
     fresh = idx
-    for i in range(max_new_tokens):
+    for i in track(range(max_new_tokens)):
         cached = idx.size(1) <= block_size
         x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
         logits = model.lm_head(x[:, -1])[:, :vocab_size]
@@ -106,14 +107,29 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     yield f"\n{LINE}\n"
 
 
-def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int, first: int = 0) -> list[str]:
-    """The text of each sample, from number ``first`` on, with its prompt."""
+def continuations(
+    model: GPT,
+    tokens: Tokenizer,
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[str]:
+    """The text of each sample, from number ``first`` on, with its prompt; ``track`` as in ``stream``."""
     prompt, ids = encode_prompt("start", o.start, tokens, model.config)
-    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first)), dim=1).tolist()
+    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first, track)), dim=1).tolist()
     return [prompt + "".join(tokenizer.stream(tokens, row, ids)) for row in rows]
 
 
-def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int, first: int = 0) -> Iterator[Tensor]:
+def _drawn(
+    model: GPT,
+    tokens: Tokenizer,
+    ids: list[int],
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Iterator[Tensor]:
     return stream(
         model,
         torch.tensor(ids, device=next(model.parameters()).device).expand(o.num_samples, -1),
@@ -123,6 +139,7 @@ def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int
         o.top_p,
         draws(seed, o.num_samples, o.max_new_tokens, first),
         tokens.size,
+        track,
     )
 
 

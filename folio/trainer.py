@@ -9,13 +9,13 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +37,11 @@ from folio.tokens import Tokens
 from folio.trackers import TENSORBOARD, Record
 from folio.validation import evaluate
 
-EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
+_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
+EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
 ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons at which everything is measured once more
-_WISHES = {"SIGTERM": 1e8, "SIGINT": 1e4, "max_minutes": 1.0}  # summed over the ranks, the largest tells
+# summed over the ranks, the largest tells
+_WISHES = {"SIGTERM": 1e16, "SIGHUP": 1e12, "SIGUSR1": 1e8, "SIGINT": 1e4, "max_minutes": 1.0}
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 _OWN = (  # knobs of a machine or a moment
     "out_dir",
@@ -52,6 +54,7 @@ _OWN = (  # knobs of a machine or a moment
 )
 _NUMBERS = itertools.count()  # of the runs that this process builds
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
+T = TypeVar("T")
 Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
 
 
@@ -89,8 +92,10 @@ class Run:
     work: list[Work] = field(default_factory=list)
     begun: int = 0  # the step this process began at
     until: float = math.inf  # when max_minutes are over
-    stop: str = ""  # why the loop ends: one of ENDS, "SIGINT" or "SIGTERM"
+    stop: str = ""  # why the loop ends: one of ENDS or EXIT
     signal: str = ""  # that this rank received
+    owed: set[str] = field(default_factory=set)  # measurements of this step that a signal ended
+    late: bool = False  # some that an earlier process owed were made here
     pending: Figures | None = None  # of the last step, read one step late
     speed: float = math.nan  # tokens per second, without the work between updates
     started: float = field(default_factory=time.perf_counter)  # when this process began, less former seconds
@@ -189,6 +194,8 @@ def do_what_is_due(run: Run) -> None:
         for record in work(run) if due(run) else ():
             run.log.write(record)
         run.stop = run.stop or finished(run)
+    if not run.stop:
+        run.owed.clear()
     run.aside += time.perf_counter() - began
 
 
@@ -203,7 +210,7 @@ def settle(run: Run) -> None:
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
         raise _not_finite(run, f"the {what} of step {step}")
-    run.stop = next((name for name, mark in _WISHES.items() if received >= mark), "")
+    run.stop = _largest(received)
     if step % run.config.logging.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
         run.lap, run.aside = (step + 1, at), 0.0
@@ -221,6 +228,11 @@ def settle(run: Run) -> None:
                 "seconds": at - run.started,
             }
         )
+
+
+def _largest(wishes: float) -> str:
+    """Of the wishes that the ranks summed up, the one that counts; "" where there is none."""
+    return next((name for name, mark in _WISHES.items() if wishes >= mark), "")
 
 
 def _not_finite(run: Run, what: str) -> FloatingPointError:
@@ -295,18 +307,24 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
 
 @contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step, with a checkpoint; a second SIGINT ends it at once."""
+    """A signal ends the run after the step, with a checkpoint; a second SIGINT ends it at once.
+
+    Those are SIGINT, SIGTERM, SIGHUP (a connection that is lost) and SIGUSR1 (Slurm's warning). One that the caller
+    has ignored, as nohup does SIGHUP, stays ignored; but a shell ignores SIGINT for every job in the background.
+    """
 
     def receive(number: int, frame: Any) -> None:
         if run.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.signal = signal.Signals(number).name
-        run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
+        with suppress(RuntimeError):  # in the middle of another line
+            run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, receive) for s in heard}
     try:
         yield
     finally:
@@ -317,15 +335,49 @@ def signals(run: Run) -> Iterator[None]:
 # The work between updates
 
 
-def every(interval: int, first: int = 0) -> Callable[[Run], bool]:
-    """Due from step ``first`` on at multiples of ``interval``, and at the end."""
+def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]], first: int = 0) -> Work:
+    """Due from step ``first`` on at multiples of ``interval``, and at the end.
+
+    A signal ends it. Then the checkpoint says that it is owed, and the run that resumes there makes it first.
+    """
 
     def due(run: Run) -> bool:
         step = run.state.step
-        fresh = run.begun == 0 or step != run.begun  # a resumed run has done it where it begins
-        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS)
+        fresh = run.begun == 0 or step != run.begun or kind in run.owed  # else an earlier process has done it
+        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS or bool(finished(run)))
 
-    return due
+    def work(run: Run) -> list[Record]:
+        owed = kind in run.owed
+        run.owed.add(kind)
+        if run.stop in EXIT:
+            return []
+        try:
+            records = measure(run)
+        except _GivenUpError:
+            return []
+        run.owed.discard(kind)
+        run.late |= owed
+        return records
+
+    return due, work
+
+
+class _GivenUpError(Exception):
+    """A signal ended a measurement, on all ranks, after as many of its parts."""
+
+
+def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """Parts of a measurement as they go by, shown at the bar; all ranks take as many, and a signal to any ends it."""
+
+    def track(parts: Sequence[T]) -> Iterator[T]:
+        for number, part in enumerate(parts, 1):
+            if name := _largest(run.runtime.total(_WISHES.get(run.signal, 0.0))):
+                run.stop = name
+                raise _GivenUpError
+            run.log.busy(f"{what} {number} of {len(parts)}")
+            yield part
+
+    return track
 
 
 def validate(run: Run) -> list[Record]:
@@ -334,7 +386,8 @@ def validate(run: Run) -> list[Record]:
     windows = run.config.evaluation.eval_iters * size
 
     def loss_over(split: Split, count: int) -> float:
-        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime)
+        watch = watched(run, "evaluating, batch")
+        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime, watch)
 
     train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
     val_loss = loss_over("val", windows)
@@ -362,7 +415,7 @@ def validate(run: Run) -> list[Record]:
 
 def answer(run: Run, questions: hellaswag.Questions) -> list[Record]:
     """How much of HellaSwag the model gets right."""
-    found = hellaswag.evaluate(run.model, questions, run.runtime)
+    found = hellaswag.evaluate(run.model, questions, run.runtime, track=watched(run, "HellaSwag, batch"))
     return [{"kind": "hellaswag", "step": run.state.step, **found, "tokens": run.state.tokens}]
 
 
@@ -370,7 +423,8 @@ def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
     """What the model makes of a prompt, on each rank, from the same draws each time."""
     runtime, seed = run.runtime, run.config.system.seed
     first = runtime.rank * how.num_samples
-    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first)))
+    watch = watched(run, "sampling, token")
+    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first, watch)))
     return [
         {"kind": "sample", "step": run.state.step, "number": number, "text": text}
         for number, text in enumerate(itertools.chain(*texts))
@@ -394,7 +448,7 @@ def checkpoint_due(run: Run) -> bool:
     if interval == "auto":
         interval = config.evaluation.eval_interval
     best = run.state.best is not None and run.state.best["step"] == step
-    return step > run.begun and (step % interval == 0 or best or bool(run.stop))
+    return (step > run.begun or run.late) and (step % interval == 0 or best or bool(run.stop))
 
 
 def save(run: Run) -> tuple[()]:
@@ -418,6 +472,7 @@ def save(run: Run) -> tuple[()]:
         "tokenizer": run.tokens.tokenizer(),
         "data": run.tokens.fingerprint(),
         "row": run.tokens.block_size,
+        "owed": sorted(run.owed),
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,
     }
@@ -560,7 +615,7 @@ def build(config: TrainConfig) -> Run:
 def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
     """What is measured between updates: the loss, HellaSwag, samples."""
     o, shape = run.config.evaluation, run.model.config
-    yield every(o.eval_interval), validate
+    yield measurement("eval", o.eval_interval, validate)
     if o.eval_only or not (o.hellaswag_interval or o.sample_interval):
         return
     tokenizer = from_json(run.tokens.tokenizer())
@@ -568,7 +623,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
         asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
         questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
         lines += filter(None, [questions.note])
-        yield every(o.hellaswag_interval), partial(answer, questions=questions)
+        yield measurement("hellaswag", o.hellaswag_interval, partial(answer, questions=questions))
     if o.sample_interval:
         _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
         room = o.sample_tokens - len(prompt)
@@ -577,7 +632,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
                 f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
             )
         how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
-        yield every(o.sample_interval, first=1), partial(write, tokenizer=tokenizer, how=how)
+        yield measurement("sample", o.sample_interval, partial(write, tokenizer=tokenizer, how=how), first=1)
 
 
 def finish(run: Run) -> None:
@@ -585,7 +640,7 @@ def finish(run: Run) -> None:
     state, max_iters = run.state, run.config.optimizer.max_iters
     try:
         knobs = {"max_iters": max_iters, "patience": run.config.optimizer.patience}
-        if run.stop in knobs and run.begun == state.step > 0:
+        if run.stop in knobs and run.begun == state.step > 0 and not run.late:
             reached = f"{'of' if run.stop == 'max_iters' else 'and'} {run.stop}={knobs[run.stop]}"
             run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
         elif run.stop:
@@ -710,8 +765,8 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
     try:
-        run.state = State.of(state)
-    except ValueError as error:
+        run.state, run.owed = State.of(state), set(state.get("owed", ()))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
@@ -741,7 +796,7 @@ def _take_folder(run: Run, number: int, resumed: bool) -> None:
         if resumed and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
         if resumed:
-            rewind(out_dir / METRICS, run.begun)
+            rewind(out_dir / METRICS, run.begun, run.owed)
         else:
             _move_aside(out_dir, [LOG_TXT] if run.config.logging.log_txt else [])
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))

@@ -40,8 +40,8 @@ from folio.validation import evaluate
 _SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
 EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
 ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons at which everything is measured once more
-# summed over the ranks, the largest tells
-_WISHES = {"SIGTERM": 1e16, "SIGHUP": 1e12, "SIGUSR1": 1e8, "SIGINT": 1e4, "max_minutes": 1.0}
+# summed over the ranks, of which there are fewer than 2¹⁴, the largest tells; float32 has powers of two exactly
+_WISHES = {"SIGTERM": 2.0**56, "SIGHUP": 2.0**42, "SIGUSR1": 2.0**28, "SIGINT": 2.0**14, "max_minutes": 1.0}
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 _OWN = (  # knobs of a machine or a moment
     "out_dir",

@@ -374,6 +374,19 @@ class Runtime:
                     "same knobs, data and out_dir"
                 )
 
+    def not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
+        """The first weight, or moment of AdamW as ``<parameter>/<slot>``, that holds NaN or infinity on any rank."""
+        self._reshard()
+        tensors = dict(model.named_parameters())
+        for name, p in model.named_parameters():
+            tensors |= {f"{name}/{slot}": t for slot, t in optimizer.state.get(p, {}).items() if t.dim()}
+        marks = self.reduce(torch.stack([(~_is_finite(here(t))).float() for t in tensors.values()]))
+        return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
+
+    def remedy(self) -> str:
+        """What may help against what is not finite, after a colon; empty where this arithmetic is not to blame."""
+        return "" if self.dtype == torch.float32 else f": {self.resolved['dtype']} may overflow, try --dtype=float32"
+
     def _reshard(self) -> None:
         """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
         if hasattr(self._objective, "reshard"):
@@ -498,6 +511,18 @@ def _whole(tensor: Tensor) -> Tensor:
 def here(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor of floats."""
+    return bool(_is_finite(tensor))
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # as a process's share of a short parameter
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = tensor.aminmax()
+    return low.isfinite() & high.isfinite()
 
 
 def _hash(tensor: Tensor) -> Tensor:

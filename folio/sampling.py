@@ -43,6 +43,9 @@ def stream(
     Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
     ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
     cached is of use and each new token costs ``block_size`` tokens' work.
+
+    Raises:
+        FloatingPointError: the logits are not finite, so that nothing can be drawn.
     """
     if uniform is None:
         uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
@@ -54,6 +57,8 @@ def stream(
         cached = idx.size(1) <= block_size
         x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
         logits = model.lm_head(x[:, -1])[:, :vocab_size]
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)
         idx = torch.cat([idx, fresh], dim=1)
         yield fresh
@@ -67,12 +72,13 @@ def pick(
     ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
     al., "The Curious Case of Neural Text Degeneration", 2020).
     """
-    if temperature == 0:
+    if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or so little that nothing can be divided by it
         return logits.argmax(-1, keepdim=True)
     device = logits.device
     if torch.are_deterministic_algorithms_enabled():  # which refuse a cumulative sum on CUDA
         logits, uniform = logits.cpu(), uniform.cpu()
-    logits = logits.to(uniform.dtype) / temperature
+    logits = logits.to(uniform.dtype)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, also where others overflow
     if top_k is not None and top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

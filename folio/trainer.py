@@ -130,7 +130,8 @@ def fit(run: Run) -> str:
         FloatingPointError: the loss is not finite; weights and checkpoints stay as they were before.
     """
     if run.config.evaluation.eval_only:
-        run.log.write(*validate(run))
+        (_, measure), *_ = run.work  # the loss
+        run.log.write(*measure(run))
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
     with signals(run), batches(run) as steps:
@@ -209,7 +210,7 @@ def settle(run: Run) -> None:
     # float16 overflows now and then, which its scaler takes care of
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        raise _not_finite(run, f"the {what} of step {step}")
+        raise _not_finite(run, f"the {what} of step {step} is not finite")
     run.stop = _largest(received)
     if step % run.config.logging.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
@@ -238,7 +239,7 @@ def _largest(wishes: float) -> str:
 def _not_finite(run: Run, what: str) -> FloatingPointError:
     kept = checkpoint.steps(run.out_dir)
     return FloatingPointError(
-        f"{what} is not finite, training stopped there: lower --learning_rate, "
+        f"{what}, training stopped there: lower --learning_rate, "
         + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
     )
 
@@ -355,6 +356,8 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
             records = measure(run)
         except _GivenUpError:
             return []
+        except FloatingPointError as error:
+            raise _not_finite(run, f"{error} at step {run.state.step}") from None
         run.owed.discard(kind)
         run.late |= owed
         return records
@@ -391,8 +394,6 @@ def validate(run: Run) -> list[Record]:
 
     train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
     val_loss = loss_over("val", windows)
-    if not math.isfinite(train_loss + val_loss):
-        raise _not_finite(run, f"the loss at the evaluation of step {state.step}")
     state.train_loss, state.val_loss = train_loss, val_loss
     if state.step > 0:
         if state.best is None or val_loss < state.best["loss"]:
@@ -455,8 +456,13 @@ def save(run: Run) -> tuple[()]:
     """A checkpoint of this step; then ``best.json``; then older ones may go.
 
     Training may go on while it is written, from a copy on the CPU; there is one such copy at a time.
+
+    Raises:
+        FloatingPointError: the last update made something that is not finite, and nothing is saved.
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
+    if name := runtime.not_finite(run.model, run.optimizer):
+        raise _not_finite(run, f"{name} is not finite after {step} steps")
     run.log.sync()
     runtime.written()
     meanwhile = output.async_checkpoint
@@ -762,6 +768,8 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
 
     checkpoint.load_weights(run.model, cropped(found.weights()))
     checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
+    if name := run.runtime.not_finite(run.model, run.optimizer):
+        raise found.not_finite(name)
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -32,6 +33,9 @@ def evaluate(
     The ranks take batches in turn, and the mean is weighted by tokens. The last batches are filled up with
     targets of −1, so that every rank runs as many batches, all of one shape. ``track`` sees the batches go by, as
     ``rich.progress.track`` does; what it raises ends the evaluation.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     starts = tokens.spread(split, windows)
     exact = torch.float32 if runtime.device.type == "mps" else torch.float64
@@ -50,7 +54,9 @@ def evaluate(
     finally:
         model.train()
     nats, counted = runtime.reduce(total).tolist()
-    return nats / counted
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the {split} loss is not finite")
+    return float(nats / counted)
 
 
 def text_size(tokens: Tokens, split: Split, windows: int) -> tuple[int, int]:

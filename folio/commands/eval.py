@@ -83,6 +83,8 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
             kind = "eval" if o.what == "loss" else o.what
             runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
         return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
     finally:
         runtime.close()
 

@@ -46,5 +46,7 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
         if runtime.compile:
             model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
         yield model, vocabulary
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
     finally:
         runtime.close()

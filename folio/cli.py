@@ -85,6 +85,8 @@ def _told(error: Exception) -> tuple[int, str]:
         code, line = 1, str(error)
     elif isinstance(error, (ValueError, OSError)):
         code, line = 2, _describe(error)
+    elif shortage := _shortage(error):
+        code, line = 2, shortage
     else:
         code, line = 1, traceback.format_exc().rstrip()
     if "RANK" in os.environ and package != "torch":
@@ -92,6 +94,15 @@ def _told(error: Exception) -> tuple[int, str]:
 
         line = told_by_the_first(line, error)
     return code, line
+
+
+def _shortage(error: Exception) -> str:
+    """The line about memory that ran out; "" where it did not."""
+    if isinstance(error, MemoryError) or "torch" in sys.modules:
+        from folio import shortage
+
+        return shortage.line(error) if shortage.is_shortage(error) else ""
+    return ""
 
 
 def _main(command: str | None, argv: list[str]) -> int:

@@ -15,14 +15,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, trackers
+from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, shortage, trackers
 from folio.checkpoint import State
-from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, accumulated, check, flat, override
+from folio.config import (
+    COMMAND_LINE,
+    OF_THE_CALL,
+    Data,
+    Processes,
+    Sampling,
+    TrainConfig,
+    accumulated,
+    check,
+    flat,
+    override,
+)
 from folio.flops import flops_per_token, mfu
 from folio.log import LOG_TXT, METRICS, PICTURE, Log, rewind
 from folio.model import GPT, GPTConfig
@@ -36,6 +47,9 @@ from folio.tokenizer import Tokenizer, from_json
 from folio.tokens import Tokens
 from folio.trackers import TENSORBOARD, Record
 from folio.validation import evaluate
+
+if TYPE_CHECKING:
+    from folio import memory
 
 _SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
 EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
@@ -134,7 +148,8 @@ def fit(run: Run) -> str:
         run.log.write(*measure(run))
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
-    with signals(run), batches(run) as steps:
+    advice = partial(_what_fits, run.config, run.model.config, runtime)
+    with shortage.explained("training", advice), signals(run), batches(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
         run.lap = (state.step, time.perf_counter())
         while True:
@@ -569,13 +584,15 @@ def build(config: TrainConfig) -> Run:
         lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
-    if source:
-        model = source.model(shape.dropout)
-        model.crop_block_size(shape.block_size)
-        model.grow_vocab_size(vocab_size)
-        lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
-    else:
-        model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
+    _check_size(shape)
+    with shortage.explained("building the model", partial(_least, shape)):
+        if source:
+            model = source.model(shape.dropout)
+            model.crop_block_size(shape.block_size)
+            model.grow_vocab_size(vocab_size)
+            lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
+        else:
+            model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
     tokens_per_step = data.gradient_accumulation_steps * data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
@@ -614,8 +631,67 @@ def build(config: TrainConfig) -> Run:
         _introduce(run, lines)
     except BaseException:
         runtime.close()
-        raise
+        with shortage.explained("building the run", partial(_what_fits, config, shape, runtime)):
+            raise
     return run
+
+
+def step_of_a_device(
+    data: Data, several: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
+) -> memory.Step:
+    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    from folio.memory import Step
+
+    share = micro_batches(data, 0, world)
+    recompute = several.activation_checkpointing == "block"
+    most = max(rows for _, rows, _ in share)
+    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context)
+
+
+_SMALLER = "lower --block_size, --n_layer or --n_embd"
+
+
+def _what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
+    """What a step needs by the arithmetic of ``folio plan``, and which options need less."""
+    from folio import memory
+
+    def total(way: dict[str, Any]) -> int:
+        changed = override(config, way)
+        data, several = changed.data, changed.processes
+        shards = runtime.world if several.parallel == "fsdp" else runtime.shards
+        gpu, context = runtime.device.type != "cpu", data.row(shape.block_size)
+        step = step_of_a_device(data, several, context, runtime.dtype, gpu, runtime.world, shards)
+        return memory.needed(shape, step).total
+
+    need, room = total({}), shortage.room(runtime.device)
+    limit = room if need > room else 0.75 * need
+    sharded = runtime.world > 1 and runtime.dtype != torch.float16
+    ways = memory.remedies(config.data, sharded, lambda way: total(way) <= limit)
+    remedy = f"{'what fits:' if need > room else 'less needs'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
+    return (
+        f"by folio plan's count a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
+        f"without what torch itself takes; {remedy}"
+    )
+
+
+def _check_size(shape: GPTConfig) -> None:
+    """Raises ValueError for weights that this machine cannot hold: the system might kill the process without a word."""
+    with shortage.explained("building the model", lambda: _SMALLER):
+        if 4 * _count(shape) > shortage.machine():
+            raise ValueError(f"out of memory while building the model: {_least(shape)}")
+
+
+def _count(shape: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(shape).get_num_params(False)
+
+
+def _least(shape: GPTConfig) -> str:
+    count = _count(shape)
+    return (
+        f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
+        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer or --n_embd"
+    )
 
 
 def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:

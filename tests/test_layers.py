@@ -12,7 +12,7 @@ from conftest import ROOT
 
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops", "console"},  # "" is folio/__init__.py
-    {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log"},
+    {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log", "shortage"},
     {
         "validation",
         "scoring",

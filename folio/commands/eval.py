@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from folio import files, hellaswag, pretrained
+from folio import files, hellaswag, pretrained, shortage
 from folio.checkpoint import EVALUATIONS, Checkpoint
 from folio.config import (
     Data,
@@ -78,7 +78,8 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     chosen = pretrained.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
-        found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
+        with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):
+            found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
             runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
@@ -87,6 +88,15 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
         raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
     finally:
         runtime.close()
+
+
+def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
+    weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
+    remedy = "lower --batch_size" if o.what == "loss" else "another device has more, perhaps: --device"
+    return (
+        f"the weights take {weights / 1e9:,.2f} of the {shortage.room(runtime.device) / 1e9:,.2f} GB on "
+        f"{runtime.device}: {remedy}"
+    )
 
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:

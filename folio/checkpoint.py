@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from folio import __version__, files
 from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
-from folio.runtime import laid_out_as
+from folio.runtime import is_finite, laid_out_as
 from folio.token_files import GPT2, GPT2_SIZES
 from folio.tokenizer import Tokenizer, from_json
 
@@ -116,6 +116,13 @@ class Checkpoint:
         if wanted:
             raise ValueError(f"{self.path}: {min(wanted)} is not among its weights")
 
+    def not_finite(self, name: str) -> ValueError:
+        """What is said of a checkpoint of which a tensor holds NaN or infinity."""
+        mine = self.path.parent.name == "checkpoints"
+        earlier = [step for step in steps(self.path.parent.parent) if step < self.step] if mine else []
+        remedy = f": take --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
+        return ValueError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
+
     def _stored(self) -> Tensors:
         return read(self.path / MODEL)
 
@@ -127,13 +134,20 @@ class Checkpoint:
         return model_config(self.path, self.state["model"])
 
     def model(self, dropout: float | None = None) -> GPT:
-        """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``."""
+        """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``.
+
+        Raises:
+            ValueError: as ``weights``; a weight is not finite; the model does not fit into memory.
+        """
         config = self.config()
         try:
             model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
         except RuntimeError:
             raise ValueError(f"{self.path}: a model of its shape does not fit into memory") from None
         load_weights(model, self.weights())
+        for name, p in model.named_parameters():
+            if not is_finite(p):
+                raise self.not_finite(name)
         return model
 
     @property

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args
 
+from folio import console
+
 COMMANDS = {
     "prepare": "turn text into token files",
     "data": "look into token files",
@@ -41,7 +43,8 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     A script at the root names its command, and what stands before the arguments that were typed.
     """
     line = ""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    console.open_streams()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {console.printable(str(message))}\n"
     silent: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
@@ -49,17 +52,20 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     try:
         with silent:
             code = _main(command, [*first, *sys.argv[1:]])
+        console.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
-        code = 141
+        code = 141  # nobody reads the rest
+        console.silence(sys.stdout)
     except KeyboardInterrupt:
-        code = 130
+        code, line = 130, "interrupted" * (os.environ.get("RANK", "0") == "0")
     except Exception as error:
         code, line = _told(error)
     if line:
         name = Path(sys.argv[0]).name
         sign = "" if line.startswith("Traceback") else f"{'folio' if name == '__main__.py' else name}: "
-        print(sign + line, file=sys.stderr, flush=True)
+        console.say(sign + line, sys.stderr)
+    with contextlib.suppress(OSError, ValueError):
+        console.flush()
     if processes := sys.modules.get("folio.processes"):
         processes.leave(code)
     sys.exit(code)
@@ -79,6 +85,8 @@ def _told(error: Exception) -> tuple[int, str]:
         code, line = 1, str(error)
     elif isinstance(error, (ValueError, OSError)):
         code, line = 2, _describe(error)
+    elif shortage := _shortage(error):
+        code, line = 2, shortage
     else:
         code, line = 1, traceback.format_exc().rstrip()
     if "RANK" in os.environ and package != "torch":
@@ -88,16 +96,25 @@ def _told(error: Exception) -> tuple[int, str]:
     return code, line
 
 
+def _shortage(error: Exception) -> str:
+    """The line about memory that ran out; "" where it did not."""
+    if isinstance(error, MemoryError) or "torch" in sys.modules:
+        from folio import shortage
+
+        return shortage.line(error) if shortage.is_shortage(error) else ""
+    return ""
+
+
 def _main(command: str | None, argv: list[str]) -> int:
     script = f"{command}.py" if command else ""
     if command is None:
         if not argv or argv[0] in ("-h", "--help"):
-            print(_overview())
+            console.show(_overview())
             return 0
         if argv[0] == "--version":
             from folio import __version__
 
-            print(__version__)
+            console.show(__version__)
             return 0
         command, argv = argv[0], argv[1:]
         if command not in COMMANDS:
@@ -107,7 +124,10 @@ def _main(command: str | None, argv: list[str]) -> int:
             )
     module = module_of(command)
     argv = [*getattr(module, "FIRST", []), *argv]
-    options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
+    try:
+        options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
+    except SystemExit:  # after --help
+        return 0
     return int(module.main(options) or 0)
 
 
@@ -194,12 +214,12 @@ def _is_switch(kind: Any, waiting: list[str]) -> bool:
 def _one_line(box: str) -> str:
     """The message of tyro's error box, without the box and the help below it."""
     words: list[str] = []
-    for line in box.splitlines():
+    for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯─ ")
-        if line.startswith("│") and not text:
-            break
-        if line.startswith("│"):
+        if text.strip("-"):  # on a console that is not UTF-8, dashes part the box
             words.append(text)
+        elif words:
+            break
     return " ".join(words) or box.strip()
 
 
@@ -216,5 +236,6 @@ def _overview() -> str:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return line.replace("\n", "\\n")
     return " ".join(str(error).split())

@@ -84,7 +84,7 @@ class Evaluation:
     hellaswag_interval: int = knob(0, "steps between HellaSwag evaluations; 0: none", min=0)
     hellaswag_style: HellaSwagStyle = hellaswag_style_knob()
     hellaswag_data: str = hellaswag_data_knob()
-    hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042; the run waits for them, a signal too", min=0)
+    hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042; the run waits for them", min=0)
     sample_interval: int = knob(0, "steps between samples; 0: none", min=0)
     sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from")
     sample_count: int = knob(4, "samples at a time, of each process", min=1)
@@ -368,6 +368,8 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
         ("above", operator.gt, "above"),
         ("below", operator.lt, "below"),
     ]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be a finite number")
     for rule, holds, words in rules:
         if rule in bounds and not holds(value, bounds[rule]):
             raise ValueError(f"{name}={value}: must be {words} {bounds[rule]}")

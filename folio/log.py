@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.progress import (
 )
 
 from folio import files
-from folio.tokenizer import printable
+from folio.console import accompanying, printable, say
 from folio.trackers import Identity, Record, Trackers
 
 METRICS = "metrics.jsonl"
@@ -45,7 +46,7 @@ class Log:
         self._files: list[_File] = []
         self._trackers = Trackers()
         self._progress: Progress | None = None
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(file=accompanying(sys.stdout), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:
@@ -93,9 +94,9 @@ class Log:
         if not self.main:
             return
         if self._progress:
-            self._progress.console.print(line, markup=False, emoji=False)
+            self._progress.console.print(printable(line), markup=False, emoji=False)
         else:
-            print(line, flush=True)
+            say(line)
 
     def start(self, step: int, tokens_per_step: int) -> None:
         """Begins the progress bar, on a terminal."""
@@ -113,6 +114,11 @@ class Log:
             self._progress = Progress(*columns, console=self._console, transient=True)
             self._task = self._progress.add_task("", total=self.total, completed=step, figures="")
             self._progress.start()
+
+    def busy(self, what: str) -> None:
+        """Shows at the progress bar what is done between steps, such as ``evaluating, batch 37 of 400``."""
+        if self._progress:
+            self._progress.update(self._task, figures=what)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar."""
@@ -142,7 +148,7 @@ class Log:
             case {"kind": "hellaswag", "step": step}:
                 return f"step {step}: {hellaswag_line(record)}"
             case {"kind": "sample", "step": step, "number": number, "text": text}:
-                return f"step {step}: sample {number}: " + printable(text).replace("\n", "\n  ")
+                return f"step {step}: sample {number}: " + text.replace("\n", "\n  ")
         return ""
 
     def sync(self) -> None:
@@ -232,11 +238,16 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, cut ones."""
+def rewind(path: Path, step: int, owed: Collection[str] = ()) -> None:
+    """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, cut ones.
+
+    So do measurements of this step that the checkpoint says are ``owed``.
+    """
     if not path.exists():
         return
-    kept = [r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] not in AGAIN)]
+    kept = [
+        r for r in read_metrics(path) if r["step"] < step or (r["step"] == step and r["kind"] not in (*AGAIN, *owed))
+    ]
     files.write(path, "".join(f"{to_json(r)}\n" for r in kept).encode())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from folio import model as architecture
+from folio.config import Data
 from folio.model import GPT, GPTConfig, Mask
 from folio.runtime import Objective, recompute_blocks
 
+NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
 FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two means
 
 
@@ -96,6 +98,30 @@ def sent(shape: GPTConfig, step: Step) -> int:
     within = (gathered + FLOAT32 * count) * (step.shards - 1) / step.shards
     across = 2 * FLOAT32 * count / step.shards * (replicas - 1) / replicas
     return round(within + across)
+
+
+def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) -> str:
+    """Options that make it fit and leave the rows of a step as they are; "" where there are none.
+
+    Each way alone, else the first of several together; ``sharded``: several devices may share the model.
+    """
+    size, steps = data.batch_size, data.gradient_accumulation_steps
+    batches = [
+        {"batch_size": b, "gradient_accumulation_steps": steps * size // b} for b in range(size, 0, -1) if size % b == 0
+    ]
+    block = {"activation_checkpointing": "block"}
+    shared = [{"parallel": "fsdp"}] if sharded else []
+
+    def first(others: dict[str, Any]) -> list[dict[str, Any]]:
+        ways = [others | batch for batch in batches]
+        return [next(filter(fits, ways))] if fits(ways[-1]) else []
+
+    alone = [*first({}), *filter(fits, [block, *shared])]
+    together = [block, *shared, *(block | way for way in shared)]
+    found = alone or next(filter(None, map(first, together)), [])
+    told = {"gradient_accumulation_steps"} if data.total_batch_size else set()  # which follow from it
+    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in told) for way in found]
+    return ", or ".join(ways)
 
 
 def _counts(shape: GPTConfig) -> tuple[int, int]:

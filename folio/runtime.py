@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from folio import processes
 from folio.config import Processes, System
+from folio.console import say
 from folio.flops import peak
 from folio.model import GPT, within_documents
 
@@ -176,6 +177,10 @@ class Runtime:
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
         processes.GROUPS.append(self._control)
+        self._hosts = dist.group.WORLD  # for numbers that are on no device
+        if backend != "gloo":
+            self._hosts = dist.new_group(backend="gloo", timeout=patience)
+            processes.GROUPS.append(self._hosts)
         dist.barrier(self._control)  # from here on nobody needs the store, which may go with rank 0
 
     def differences(self, before: dict[str, Any]) -> list[str]:
@@ -308,6 +313,14 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def total(self, number: float) -> float:
+        """The sum of a number over all ranks; the device goes on meanwhile."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._hosts)
+        return tensor.item()
+
     def broadcast(self, make: Callable[[], T]) -> T:
         """What ``make`` returns on rank 0, which alone calls it, on every rank; so is what it raises.
 
@@ -360,6 +373,19 @@ class Runtime:
                     f"{what} is {every[0][what]} on rank 0 and {other[what]} on rank {rank}: all processes need the "
                     "same knobs, data and out_dir"
                 )
+
+    def not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
+        """The first weight, or moment of AdamW as ``<parameter>/<slot>``, that holds NaN or infinity on any rank."""
+        self._reshard()
+        tensors = dict(model.named_parameters())
+        for name, p in model.named_parameters():
+            tensors |= {f"{name}/{slot}": t for slot, t in optimizer.state.get(p, {}).items() if t.dim()}
+        marks = self.reduce(torch.stack([(~_is_finite(here(t))).float() for t in tensors.values()]))
+        return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
+
+    def remedy(self) -> str:
+        """What may help against what is not finite, after a colon; empty where this arithmetic is not to blame."""
+        return "" if self.dtype == torch.float32 else f": {self.resolved['dtype']} may overflow, try --dtype=float32"
 
     def _reshard(self) -> None:
         """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
@@ -451,7 +477,8 @@ class Runtime:
         told = processes.told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
 
         def give_up() -> None:
-            print(told, end="\n" * bool(told), file=sys.stderr, flush=True)
+            if told:
+                say(told, sys.stderr)
             os._exit(1)
 
         self._writer.shutdown()
@@ -484,6 +511,18 @@ def _whole(tensor: Tensor) -> Tensor:
 def here(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor of floats."""
+    return bool(_is_finite(tensor))
+
+
+def _is_finite(tensor: Tensor) -> Tensor:
+    if not tensor.numel():  # as a process's share of a short parameter
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    low, high = tensor.aminmax()
+    return low.isfinite() & high.isfinite()
 
 
 def _hash(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,20 @@ def stream(
     top_p: float | None = None,
     uniform: Tensor | None = None,
     vocab_size: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Iterator[Tensor]:
     """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
 
     ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
     come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
-    takes the likeliest token.
+    takes the likeliest token. ``track`` sees the new tokens' numbers go by, as ``rich.progress.track`` does.
 
     Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
     ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
     cached is of use and each new token costs ``block_size`` tokens' work.
+
+    Raises:
+        FloatingPointError: the logits are not finite, so that nothing can be drawn.
     """
     if uniform is None:
         uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
@@ -50,10 +54,12 @@ def stream(
     block_size = model.config.block_size
     cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
     fresh = idx
-    for i in range(max_new_tokens):
+    for i in track(range(max_new_tokens)):
         cached = idx.size(1) <= block_size
         x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
         logits = model.lm_head(x[:, -1])[:, :vocab_size]
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)
         idx = torch.cat([idx, fresh], dim=1)
         yield fresh
@@ -67,12 +73,13 @@ def pick(
     ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
     al., "The Curious Case of Neural Text Degeneration", 2020).
     """
-    if temperature == 0:
+    if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or so little that nothing can be divided by it
         return logits.argmax(-1, keepdim=True)
     device = logits.device
     if torch.are_deterministic_algorithms_enabled():  # which refuse a cumulative sum on CUDA
         logits, uniform = logits.cpu(), uniform.cpu()
-    logits = logits.to(uniform.dtype) / temperature
+    logits = logits.to(uniform.dtype)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, also where others overflow
     if top_k is not None and top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -107,14 +114,29 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
     yield f"\n{LINE}\n"
 
 
-def continuations(model: GPT, tokens: Tokenizer, o: Sampling, seed: int, first: int = 0) -> list[str]:
-    """The text of each sample, from number ``first`` on, with its prompt."""
+def continuations(
+    model: GPT,
+    tokens: Tokenizer,
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[str]:
+    """The text of each sample, from number ``first`` on, with its prompt; ``track`` as in ``stream``."""
     prompt, ids = encode_prompt("start", o.start, tokens, model.config)
-    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first)), dim=1).tolist()
+    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first, track)), dim=1).tolist()
     return [prompt + "".join(tokenizer.stream(tokens, row, ids)) for row in rows]
 
 
-def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int, first: int = 0) -> Iterator[Tensor]:
+def _drawn(
+    model: GPT,
+    tokens: Tokenizer,
+    ids: list[int],
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Iterator[Tensor]:
     return stream(
         model,
         torch.tensor(ids, device=next(model.parameters()).device).expand(o.num_samples, -1),
@@ -124,6 +146,7 @@ def _drawn(model: GPT, tokens: Tokenizer, ids: list[int], o: Sampling, seed: int
         o.top_p,
         draws(seed, o.num_samples, o.max_new_tokens, first),
         tokens.size,
+        track,
     )
 
 

@@ -66,6 +66,9 @@ def score(
     other, and each takes up the positions after the context. Rows of about one length share a batch; the ranks
     take batches in turn, and which queries a batch holds does not depend on their number. Logits are computed
     only where the continuations are predicted. ``track`` sees the batches go by, as ``rich.progress.track`` does.
+
+    Raises:
+        FloatingPointError: the logits are not finite, so that nothing is likelier than anything else.
     """
     batches = _batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS))
     first = np.cumsum([0, *(len(q.continuations) for q in queries)])
@@ -86,6 +89,8 @@ def score(
 
     runtime.infer(run)
     nats, missed = runtime.reduce(totals.to(runtime.device)).cpu().double().numpy()
+    if not np.isfinite(nats).all():
+        raise FloatingPointError("the model's logits are not finite")
     return Scores(nats, missed == 0)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from folio import tokenizer
 from folio.config import Sampling, TrainConfig
+from folio.console import say
 from folio.log import PICTURE
 from folio.plot import draw
 from folio.sampling import LINE, continuations
@@ -24,9 +24,9 @@ def show(config: TrainConfig, how: Sampling) -> Run:
         picture = run.out_dir / PICTURE
         try:
             draw([run.out_dir], picture)
-            print(f"The losses over the steps: {picture}")
+            say(f"The losses over the steps: {picture}")
         except ModuleNotFoundError as error:
-            print(f"No picture, since the package {error.name!r} is missing: pip install {error.name}, then folio plot")
+            say(f"No picture, since the package {error.name!r} is missing: pip install {error.name}, then folio plot")
     return run
 
 
@@ -35,4 +35,4 @@ def _write(run: Run, how: Sampling) -> None:
     texts = run.runtime.infer(lambda: continuations(run.model, vocabulary, how, seed))
     who = f"The model after {run.state.step:,} steps" if run.state.step else "The untrained model"
     for text in texts:
-        run.log.say(f"\n{who} writes:\n\n{tokenizer.printable(text)}\n{LINE}\n")
+        run.log.say(f"\n{who} writes:\n\n{text}\n{LINE}\n")

@@ -379,11 +379,6 @@ def text_size(tokenizer: Tokenizer, ids: Ids) -> int:
     return sum(len(tokenizer.bytes(document[here].tolist())) for document, here in documents)
 
 
-def printable(text: str) -> str:
-    """Text with control characters but line ends and tabs replaced, so that a terminal only shows it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
     """Text as it comes, one id after another, whole characters only; ``after``: ids that go before, as context."""
     if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:

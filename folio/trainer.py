@@ -9,20 +9,31 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, trackers
+from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, shortage, trackers
 from folio.checkpoint import State
-from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, accumulated, check, flat, override
+from folio.config import (
+    COMMAND_LINE,
+    OF_THE_CALL,
+    Data,
+    Processes,
+    Sampling,
+    TrainConfig,
+    accumulated,
+    check,
+    flat,
+    override,
+)
 from folio.flops import flops_per_token, mfu
 from folio.log import LOG_TXT, METRICS, PICTURE, Log, rewind
 from folio.model import GPT, GPTConfig
@@ -37,9 +48,14 @@ from folio.tokens import Tokens
 from folio.trackers import TENSORBOARD, Record
 from folio.validation import evaluate
 
-EXIT = {"SIGINT": 130, "SIGTERM": 143}  # stop reason → exit code of the process, else 0
+if TYPE_CHECKING:
+    from folio import memory
+
+_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
+EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
 ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons at which everything is measured once more
-_WISHES = {"SIGTERM": 1e8, "SIGINT": 1e4, "max_minutes": 1.0}  # summed over the ranks, the largest tells
+# summed over the ranks, of which there are fewer than 2¹⁴, the largest tells; float32 has powers of two exactly
+_WISHES = {"SIGTERM": 2.0**56, "SIGHUP": 2.0**42, "SIGUSR1": 2.0**28, "SIGINT": 2.0**14, "max_minutes": 1.0}
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 _OWN = (  # knobs of a machine or a moment
     "out_dir",
@@ -52,6 +68,7 @@ _OWN = (  # knobs of a machine or a moment
 )
 _NUMBERS = itertools.count()  # of the runs that this process builds
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
+T = TypeVar("T")
 Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
 
 
@@ -90,8 +107,10 @@ class Run:
     work: list[Work] = field(default_factory=list)
     begun: int = 0  # the step this process began at
     until: float = math.inf  # when max_minutes are over
-    stop: str = ""  # why the loop ends: one of ENDS, "SIGINT" or "SIGTERM"
+    stop: str = ""  # why the loop ends: one of ENDS or EXIT
     signal: str = ""  # that this rank received
+    owed: set[str] = field(default_factory=set)  # measurements of this step that a signal ended
+    late: bool = False  # some that an earlier process owed were made here
     pending: Figures | None = None  # of the last step, read one step late
     speed: float = math.nan  # tokens per second, without the work between updates
     started: float = field(default_factory=time.perf_counter)  # when this process began, less former seconds
@@ -135,10 +154,12 @@ def fit(run: Run) -> str:
         FloatingPointError: the loss is not finite; weights and checkpoints stay as they were before.
     """
     if run.config.evaluation.eval_only:
-        run.log.write(*validate(run))
+        (_, measure), *_ = run.work  # the loss
+        run.log.write(*measure(run))
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
-    with signals(run), batches(run) as steps:
+    advice = partial(_what_fits, run.config, run.model.config, runtime)
+    with shortage.explained("training", advice), signals(run), batches(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
         run.lap = (state.step, time.perf_counter())
         while True:
@@ -199,6 +220,8 @@ def do_what_is_due(run: Run) -> None:
         for record in work(run) if due(run) else ():
             run.log.write(record)
         run.stop = run.stop or finished(run)
+    if not run.stop:
+        run.owed.clear()
     run.aside += time.perf_counter() - began
 
 
@@ -212,8 +235,8 @@ def settle(run: Run) -> None:
     # float16 overflows now and then, which its scaler takes care of
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        raise _not_finite(run, f"the {what} of step {step}")
-    run.stop = next((name for name, mark in _WISHES.items() if received >= mark), "")
+        raise _not_finite(run, f"the {what} of step {step} is not finite")
+    run.stop = _largest(received)
     if step % run.config.logging.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
         run.lap, run.aside = (step + 1, at), 0.0
@@ -233,10 +256,15 @@ def settle(run: Run) -> None:
         )
 
 
+def _largest(wishes: float) -> str:
+    """Of the wishes that the ranks summed up, the one that counts; "" where there is none."""
+    return next((name for name, mark in _WISHES.items() if wishes >= mark), "")
+
+
 def _not_finite(run: Run, what: str) -> FloatingPointError:
     kept = checkpoint.steps(run.out_dir)
     return FloatingPointError(
-        f"{what} is not finite, training stopped there: lower --learning_rate, "
+        f"{what}, training stopped there: lower --learning_rate, "
         + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
     )
 
@@ -305,18 +333,24 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
 
 @contextmanager
 def signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step, with a checkpoint; a second SIGINT ends it at once."""
+    """A signal ends the run after the step, with a checkpoint; a second SIGINT ends it at once.
+
+    Those are SIGINT, SIGTERM, SIGHUP (a connection that is lost) and SIGUSR1 (Slurm's warning). One that the caller
+    has ignored, as nohup does SIGHUP, stays ignored; but a shell ignores SIGINT for every job in the background.
+    """
 
     def receive(number: int, frame: Any) -> None:
         if run.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.signal = signal.Signals(number).name
-        run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
+        with suppress(RuntimeError):  # in the middle of another line
+            run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, receive) for s in heard}
     try:
         yield
     finally:
@@ -327,15 +361,51 @@ def signals(run: Run) -> Iterator[None]:
 # The work between updates
 
 
-def every(interval: int, first: int = 0) -> Callable[[Run], bool]:
-    """Due from step ``first`` on at multiples of ``interval``, and at the end."""
+def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]], first: int = 0) -> Work:
+    """Due from step ``first`` on at multiples of ``interval``, and at the end.
+
+    A signal ends it. Then the checkpoint says that it is owed, and the run that resumes there makes it first.
+    """
 
     def due(run: Run) -> bool:
         step = run.state.step
-        fresh = run.begun == 0 or step != run.begun  # a resumed run has done it where it begins
-        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS)
+        fresh = run.begun == 0 or step != run.begun or kind in run.owed  # else an earlier process has done it
+        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS or bool(finished(run)))
 
-    return due
+    def work(run: Run) -> list[Record]:
+        owed = kind in run.owed
+        run.owed.add(kind)
+        if run.stop in EXIT:
+            return []
+        try:
+            records = measure(run)
+        except _GivenUpError:
+            return []
+        except FloatingPointError as error:
+            raise _not_finite(run, f"{error} at step {run.state.step}") from None
+        run.owed.discard(kind)
+        run.late |= owed
+        return records
+
+    return due, work
+
+
+class _GivenUpError(Exception):
+    """A signal ended a measurement, on all ranks, after as many of its parts."""
+
+
+def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """Parts of a measurement as they go by, shown at the bar; all ranks take as many, and a signal to any ends it."""
+
+    def track(parts: Sequence[T]) -> Iterator[T]:
+        for number, part in enumerate(parts, 1):
+            if name := _largest(run.runtime.total(_WISHES.get(run.signal, 0.0))):
+                run.stop = name
+                raise _GivenUpError
+            run.log.busy(f"{what} {number} of {len(parts)}")
+            yield part
+
+    return track
 
 
 def validate(run: Run) -> list[Record]:
@@ -344,12 +414,11 @@ def validate(run: Run) -> list[Record]:
     windows = run.config.evaluation.eval_iters * size
 
     def loss_over(split: Split, count: int) -> float:
-        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime)
+        watch = watched(run, "evaluating, batch")
+        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime, watch)
 
     train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
     val_loss = loss_over("val", windows)
-    if not math.isfinite(train_loss + val_loss):
-        raise _not_finite(run, f"the loss at the evaluation of step {state.step}")
     state.train_loss, state.val_loss = train_loss, val_loss
     if state.step > 0:
         if state.best is None or val_loss < state.best["loss"]:
@@ -372,7 +441,7 @@ def validate(run: Run) -> list[Record]:
 
 def answer(run: Run, questions: hellaswag.Questions) -> list[Record]:
     """How much of HellaSwag the model gets right."""
-    found = hellaswag.evaluate(run.model, questions, run.runtime)
+    found = hellaswag.evaluate(run.model, questions, run.runtime, track=watched(run, "HellaSwag, batch"))
     return [{"kind": "hellaswag", "step": run.state.step, **found, "tokens": run.state.tokens}]
 
 
@@ -380,7 +449,8 @@ def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
     """What the model makes of a prompt, on each rank, from the same draws each time."""
     runtime, seed = run.runtime, run.config.system.seed
     first = runtime.rank * how.num_samples
-    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first)))
+    watch = watched(run, "sampling, token")
+    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first, watch)))
     return [
         {"kind": "sample", "step": run.state.step, "number": number, "text": text}
         for number, text in enumerate(itertools.chain(*texts))
@@ -404,15 +474,20 @@ def checkpoint_due(run: Run) -> bool:
     if interval == "auto":
         interval = config.evaluation.eval_interval
     best = run.state.best is not None and run.state.best["step"] == step
-    return step > run.begun and (step % interval == 0 or best or bool(run.stop))
+    return (step > run.begun or run.late) and (step % interval == 0 or best or bool(run.stop))
 
 
 def save(run: Run) -> tuple[()]:
     """A checkpoint of this step; then ``best.json``; then older ones may go.
 
     Training may go on while it is written, from a copy on the CPU; there is one such copy at a time.
+
+    Raises:
+        FloatingPointError: the last update made something that is not finite, and nothing is saved.
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
+    if name := runtime.not_finite(run.model, run.optimizer):
+        raise _not_finite(run, f"{name} is not finite after {step} steps")
     run.log.sync()
     runtime.written()
     meanwhile = output.async_checkpoint
@@ -428,6 +503,7 @@ def save(run: Run) -> tuple[()]:
         "tokenizer": run.tokenizer,
         "data": run.tokens.fingerprint(),
         "row": run.tokens.block_size,
+        "owed": sorted(run.owed),
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,
     }
@@ -517,13 +593,15 @@ def build(config: TrainConfig) -> Run:
     spec = _tokenizer_of(tokens, former.found if former else source, former is not None, lines)
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
-    if source:
-        model = source.model(shape.dropout)
-        model.crop_block_size(shape.block_size)
-        model.grow_vocab_size(vocab_size)
-        lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
-    else:
-        model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
+    _check_size(shape)
+    with shortage.explained("building the model", partial(_least, shape)):
+        if source:
+            model = source.model(shape.dropout)
+            model.crop_block_size(shape.block_size)
+            model.grow_vocab_size(vocab_size)
+            lines.append(f"weights of {source.path}" + (f", step {source.step}" if source.step else ""))
+        else:
+            model = GPT.empty(shape) if former else GPT(shape, lambda name: rng.generator(config.system.seed, name))
     tokens_per_step = data.gradient_accumulation_steps * data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
@@ -562,14 +640,73 @@ def build(config: TrainConfig) -> Run:
         _introduce(run, lines)
     except BaseException:
         runtime.close()
-        raise
+        with shortage.explained("building the run", partial(_what_fits, config, shape, runtime)):
+            raise
     return run
+
+
+def step_of_a_device(
+    data: Data, several: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
+) -> memory.Step:
+    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    from folio.memory import Step
+
+    share = micro_batches(data, 0, world)
+    recompute = several.activation_checkpointing == "block"
+    most = max(rows for _, rows, _ in share)
+    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context)
+
+
+_SMALLER = "lower --block_size, --n_layer or --n_embd"
+
+
+def _what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
+    """What a step needs by the arithmetic of ``folio plan``, and which options need less."""
+    from folio import memory
+
+    def total(way: dict[str, Any]) -> int:
+        changed = override(config, way)
+        data, several = changed.data, changed.processes
+        shards = runtime.world if several.parallel == "fsdp" else runtime.shards
+        gpu, context = runtime.device.type != "cpu", data.row(shape.block_size)
+        step = step_of_a_device(data, several, context, runtime.dtype, gpu, runtime.world, shards)
+        return memory.needed(shape, step).total
+
+    need, room = total({}), shortage.room(runtime.device)
+    limit = room if need > room else 0.75 * need
+    sharded = runtime.world > 1 and runtime.dtype != torch.float16
+    ways = memory.remedies(config.data, sharded, lambda way: total(way) <= limit)
+    remedy = f"{'what fits:' if need > room else 'less needs'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
+    return (
+        f"by folio plan's count a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
+        f"without what torch itself takes; {remedy}"
+    )
+
+
+def _check_size(shape: GPTConfig) -> None:
+    """Raises ValueError for weights that this machine cannot hold: the system might kill the process without a word."""
+    with shortage.explained("building the model", lambda: _SMALLER):
+        if 4 * _count(shape) > shortage.machine():
+            raise ValueError(f"out of memory while building the model: {_least(shape)}")
+
+
+def _count(shape: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(shape).get_num_params(False)
+
+
+def _least(shape: GPTConfig) -> str:
+    count = _count(shape)
+    return (
+        f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
+        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer or --n_embd"
+    )
 
 
 def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
     """What is measured between updates: the loss, HellaSwag, samples."""
     o, shape = run.config.evaluation, run.model.config
-    yield every(o.eval_interval), validate
+    yield measurement("eval", o.eval_interval, validate)
     if o.eval_only or not (o.hellaswag_interval or o.sample_interval):
         return
     tokenizer = run.vocabulary()
@@ -577,7 +714,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
         asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
         questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
         lines += filter(None, [questions.note])
-        yield every(o.hellaswag_interval), partial(answer, questions=questions)
+        yield measurement("hellaswag", o.hellaswag_interval, partial(answer, questions=questions))
     if o.sample_interval:
         _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
         room = o.sample_tokens - len(prompt)
@@ -586,7 +723,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
                 f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
             )
         how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
-        yield every(o.sample_interval, first=1), partial(write, tokenizer=tokenizer, how=how)
+        yield measurement("sample", o.sample_interval, partial(write, tokenizer=tokenizer, how=how), first=1)
 
 
 def finish(run: Run) -> None:
@@ -594,7 +731,7 @@ def finish(run: Run) -> None:
     state, max_iters = run.state, run.config.optimizer.max_iters
     try:
         knobs = {"max_iters": max_iters, "patience": run.config.optimizer.patience}
-        if run.stop in knobs and run.begun == state.step > 0:
+        if run.stop in knobs and run.begun == state.step > 0 and not run.late:
             reached = f"{'of' if run.stop == 'max_iters' else 'and'} {run.stop}={knobs[run.stop]}"
             run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
         elif run.stop:
@@ -739,11 +876,13 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
 
     checkpoint.load_weights(run.model, cropped(found.weights()))
     checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
+    if name := run.runtime.not_finite(run.model, run.optimizer):
+        raise found.not_finite(name)
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
     try:
-        run.state = State.of(state)
-    except ValueError as error:
+        run.state, run.owed = State.of(state), set(state.get("owed", ()))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
@@ -773,7 +912,7 @@ def _take_folder(run: Run, number: int, resumed: bool) -> None:
         if resumed and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
         if resumed:
-            rewind(out_dir / METRICS, run.begun)
+            rewind(out_dir / METRICS, run.begun, run.owed)
         else:
             _move_aside(out_dir, [LOG_TXT] if run.config.logging.log_txt else [])
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))

@@ -22,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, closed_port, server
 
-from folio import cli
+from folio import cli, shortage
 from folio.commands import doctor
 from folio.commands.doctor import Row
 from folio.token_files import SPLITS, UNFINISHED, open_folder
@@ -256,7 +256,7 @@ def test_a_gpu_is_named_with_its_memory(look) -> None:
 def test_what_a_container_may_use(tmp_path, content, limit) -> None:
     if content:
         (tmp_path / "memory.max").write_text(content)
-    assert doctor._limit(tmp_path / "memory.max") == limit
+    assert shortage.container(tmp_path / "memory.max") == limit
 
 
 # Packages

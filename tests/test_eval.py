@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from conftest import SMALL, SPELLINGS, STORY, Outcome, Spawn, assert_refused, to
 from torch.nn import functional as F
 
 from folio import pretrained
+from folio.model import GPT
 from folio.tokenizer import Bytes, Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -238,3 +241,20 @@ def test_items_that_the_vocabulary_cannot_spell(folio: Run, trained: Path, tmp_p
     assert_refused(
         folio("eval", "hellaswag", f"--out_dir={trained}", f"--data={path}", *HERE), "item 1", "'Ç'", "bytes or words"
     )
+
+
+@pytest.mark.parametrize("argv", [["eval"], ["eval", "hellaswag"], ["sample"], ["train", "--eval_only"]], ids=" ".join)
+def test_an_interrupt_is_one_line(
+    folio: Run, trained: Path, items: Path, story: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    """Ctrl-C while the model computes."""
+    before, kill = tree(trained), signal.SIGINT
+    monkeypatch.setattr(GPT, "hidden", lambda *_, **__: os.kill(os.getpid(), kill))
+    more = {"hellaswag": [f"--data={items}"], "--eval_only": [f"--data_dir={story}", "--init_from=resume"]}
+    handler = signal.signal(kill, signal.default_int_handler)
+    try:
+        outcome = folio(*argv, *more.get(argv[-1], []), *HERE, f"--out_dir={trained}")
+    finally:
+        signal.signal(kill, handler)
+    assert_refused(outcome, "interrupted", code=130)
+    assert tree(trained) == before

@@ -51,7 +51,7 @@ def written(out: Path, *records: Record, log_txt: Any = True, epoch: int = 1) ->
         (evaluation(250), "step 250: train loss 3.2500, val loss 3.5000"),
         (hellaswag(250), "step 250: HellaSwag acc_norm 0.2955 (2967/10042), acc 0.2859, completion"),
         (sample(250, "Hello,\n\tworld"), "step 250: sample 1: Hello,\n  \tworld"),
-        (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \ufffd[2Jgone\ufffd\ufffd"),
+        (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \\x1b[2Jgone\\r\\x07"),
     ],
 )
 def test_lines(record: Record, line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,8 +25,9 @@ from conftest import (
     tree,
 )
 
-from folio import checkpoint
-from folio.log import read_metrics
+from folio import checkpoint, scoring
+from folio.log import Log, read_metrics
+from folio.runtime import Runtime
 
 Run = Callable[..., Outcome]
 
@@ -90,6 +93,107 @@ def test_a_run_that_goes_on_measures_the_same(folio: Run, argv: list[str], tmp_p
     assert (again / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
     steps = [line.split()[0] for line in (whole / "log.txt").read_text().splitlines() if " hella " in line]
     assert steps == ["0", "4", "8", "12", "16", "20"]
+
+
+GIVEN_UP = {  # what the bar says when the signal comes, at which of such moments, and its step
+    "the first loss": ("evaluating", 1, 0),
+    "an evaluation": ("evaluating, batch 1 of 2", 4, 5),
+    "answers": ("HellaSwag, batch 1 of", 3, 8),
+    "a sample": ("sampling, token 3 of 5", 2, 6),
+    "the last evaluation": ("evaluating", 9, 10),
+    "the last answers": ("HellaSwag, batch 2 of", 4, 10),
+    "the last sample": ("sampling", 16, 10),
+}
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, signal.Signals], None]:
+    """Sends this process a signal, once the bar has said this so often."""
+    busy = Log.busy
+
+    def after(says: str, times: int, number: signal.Signals) -> None:
+        left = itertools.count(times, -1)
+
+        def said(self: Log, what: str) -> None:
+            busy(self, what)
+            if what.startswith(says) and next(left) == 1:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Log, "busy", said)
+
+    return after
+
+
+@pytest.mark.parametrize("moment", GIVEN_UP)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_measurement(
+    folio: Run,
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signalled: Any,
+    moment: str,
+    number: signal.Signals,
+) -> None:
+    """It is given up and its step saved; the run that goes on makes it first, and is one that nothing happened to."""
+    says, times, step = GIVEN_UP[moment]
+    monkeypatch.setitem(scoring._TOKENS, "cpu", 64)  # in several batches
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = [*argv, *WATCH, "--log_txt=True", "--init_from=auto"]
+    assert folio("train", *flags, f"--out_dir={whole}").code == 0
+    signalled(says, times, number)
+    outcome = folio("train", *flags, f"--out_dir={out}")
+    assert outcome.code == 128 + number, outcome
+    assert f"\nstep {step} of 10 ({number.name})" in outcome.out
+    assert checkpoint.steps(out)[-1:] == ([step] if step else [])
+    signalled(says, 1, signal.SIGTERM)  # again, in the same measurement if it is owed
+    assert folio("train", *flags, f"--out_dir={out}").code == 143
+    signalled("", -1, signal.SIGTERM)
+    assert folio("train", *flags, f"--out_dir={out}").code == 0
+    assert timeless(out) == timeless(whole)
+    last = "checkpoints/step-00000010"
+    for name in ("log.txt", "best.json", f"{last}/model.safetensors", f"{last}/optimizer.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    states = [json.loads((folder / last / "state.json").read_text()) for folder in (out, whole)]
+    assert states[0] | {"run": "", "seconds": 0} == states[1] | {"run": "", "seconds": 0}
+    before = timeless(out)
+    assert "nothing to do: step 10" in folio("train", *flags, f"--out_dir={out}").out
+    assert timeless(out) == before
+
+
+def test_a_signal_before_a_measurement(
+    folio: Run, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the step that leads to it: it is not begun, and owed all the same."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    flags = [*argv, *WATCH, "--init_from=auto"]
+    assert folio("train", *flags, f"--out_dir={whole}").code == 0
+    update, steps = Runtime.update, itertools.count(1)
+
+    def signal_in_step_five(self: Runtime, *args: Any) -> None:
+        update(self, *args)
+        if next(steps) == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Runtime, "update", signal_in_step_five)
+    assert folio("train", *flags, f"--out_dir={out}").code == 128 + signal.SIGUSR1
+    assert [r["step"] for r in lines(out, "eval")] == [0]
+    assert folio("train", *flags, f"--out_dir={out}").code == 0
+    assert_same_bits(out, whole)
+
+
+def test_an_owed_measurement_that_is_not_due_any_more(
+    folio: Run, argv: list[str], tmp_path: Path, signalled: Any
+) -> None:
+    """As of a run that goes on with another interval: it is not made, and not owed at later steps."""
+    out = tmp_path / "out"
+    signalled("evaluating, batch 1 of 2", 4, signal.SIGTERM)
+    assert folio("train", *argv, f"--out_dir={out}").code == 143
+    signalled("", -1, signal.SIGTERM)
+    flags = ["--init_from=resume", "--eval_interval=7", "--checkpoint_interval=7", f"--out_dir={out}"]
+    assert folio("train", *argv, *flags).code == 0
+    assert [r["step"] for r in lines(out, "eval")] == [0, 7, 10]
+    assert checkpoint.choose(out, "latest").state["owed"] == []
 
 
 @pytest.mark.slow

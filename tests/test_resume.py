@@ -80,7 +80,10 @@ def test_killed_within_a_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
+)
 def test_signals_save_first(
     spawn: Spawn,
     undisturbed: Callable[[str], Path],
@@ -104,6 +107,37 @@ def test_signals_save_first(
     for name in ("model.safetensors", "optimizer.safetensors"):
         a, b = (checkpoint.folder(folder, 230) / name for folder in (out, undisturbed("alone")))
         assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_hangup_that_nohup_ignores(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    child = spawn(*alone(out, story), before=["nohup"])
+    child.wait_until(reached(out, 20))
+    child.kill([child.process.pid], signal.SIGHUP)
+    assert "step 230 of 230" in to_its_end(child)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["alone", "first rank", "last rank"])
+def test_a_signal_in_a_long_evaluation(spawn: Spawn, story: Path, tmp_path: Path, who: str) -> None:
+    """Of any rank: all give it up at once, and save the step; the evaluation is made where the run goes on."""
+    out = tmp_path / "out"
+    flags = ["--eval_interval=6", "--log_interval=1", "--n_embd=256", "--n_layer=4", "--batch_size=1"]
+    argv = [*(alone(out, story) if who == "alone" else group(out, story)), *flags]
+    to_its_end(spawn(*argv, "--max_iters=6", "--eval_iters=1", threads=1))
+    child = spawn(*argv, "--max_iters=12", "--eval_iters=9999", threads=1)
+    child.wait_until(reached(out, 11))
+    time.sleep(0.3)  # into the evaluation at the end
+    ranks = [child.process.pid] if who == "alone" else sorted(child.family()[1:])
+    began = time.monotonic()
+    child.kill([ranks[-1 if who == "last rank" else 0]], signal.SIGTERM)
+    assert child.end(60) == (143 if who == "alone" else 1), child.output()
+    assert time.monotonic() - began < 20
+    assert "step 12 of 12 (SIGTERM)" in child.output()
+    assert checkpoint.choose(out, "latest").state["owed"] == ["eval"]
+    assert "step 12: train loss" in to_its_end(spawn(*argv, "--max_iters=12", "--eval_iters=1", threads=1))
+    assert checkpoint.choose(out, "latest").state["owed"] == []
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 
 from folio import rng
 from folio.config import Data, Processes, System, knob
+from folio.console import show
 from folio.flops import flops_per_token, mfu
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
@@ -63,14 +64,14 @@ def main(options: Options) -> None:
             runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
             return nats.item() / counted.item()  # waits for the device
 
-        print(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {context} tokens a step")
-        print(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
+        show(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {context} tokens a step")
+        show(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
         if options.profile:
             _steps(step, WARM_UP, "burn-in")
             profiler = Profiler(optimizer, runtime.device, Path("bench_log"))
             runtime.broadcast(profiler.start)
             _steps(step, PROFILED, "step")
-            print(runtime.broadcast(profiler.finish))
+            show(runtime.broadcast(profiler.finish))
             return
         _steps(step, BURN_IN, "burn-in")
         times = _steps(step, STEPS, "step")
@@ -78,7 +79,7 @@ def main(options: Options) -> None:
         runtime.close()
     each = sum(times) / len(times)
     share = mfu(model, tokens_per_step / each, runtime.device, runtime.dtype, context=context)
-    print(
+    show(
         f"time per iteration: {each * 1000:.2f}ms (fastest {min(times) * 1000:.2f}ms of {len(times)}), "
         f"{tokens_per_step / each:,.0f} tokens/s, {flops / each / 1e12:.2f} TFLOP/s, MFU: {share * 100:.2f}%"
     )
@@ -91,5 +92,5 @@ def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyp
         start = time.perf_counter()
         value = step()
         times.append(time.perf_counter() - start)
-        print(f"{name} {len(times)}/{count} loss: {value:.4f}", flush=True)
+        show(f"{name} {len(times)}/{count} loss: {value:.4f}")
     return times

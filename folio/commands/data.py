@@ -11,6 +11,7 @@ import tyro
 
 from folio import tokenizer
 from folio.config import knob
+from folio.console import show
 from folio.files import sha256
 from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
 
@@ -32,10 +33,10 @@ def main(options: Options) -> int:
     folder = open_folder(Path(options.folder))
     damaged = [file for split in SPLITS for file in _damaged(folder, split)] if options.verify else []
     for line in _lines(folder):
-        print(line)
+        show(line)
     if options.verify:
-        print(f"checksums   {_verdict(folder, damaged)}")
-    print(f"begins with {_sample(folder)}")
+        show(f"checksums   {_verdict(folder, damaged)}")
+    show(f"begins with {_sample(folder)}")
     return 1 if damaged else 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from folio.config import Sampling
 from folio.config import TrainConfig as Options
+from folio.console import say
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import known
 from folio.showcase import show
@@ -25,10 +26,10 @@ def main(options: Options) -> int:
     run = show(options, Sampling(start="def ", num_samples=1, max_new_tokens=300))
     if stop := EXIT.get(run.stop):
         return stop
-    print("\nWhat next?")
+    say("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
-    print(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
-    print(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
-    print(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
-    print(f"  {folio} --help")
+    say(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
+    say(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
+    say(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
+    say(f"  {folio} --help")
     return 0

@@ -30,8 +30,9 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from folio import __version__
+from folio import __version__, shortage
 from folio.config import DATA_SETS, System
+from folio.console import printable
 from folio.flops import peak
 from folio.runtime import Runtime
 from folio.token_files import CLONE, SPLITS, UNFINISHED, open_folder
@@ -133,10 +134,10 @@ def _show(rows: list[Row]) -> None:
     title = max(len(row.what) for row in rows)
     indent = len("lacks") + title + 4
     for row in rows:
-        finding = " ".join(row.finding.split())
+        finding = " ".join(printable(row.finding).split())
         room = max(width - indent, 24) if width else len(finding) + 1
         lines = textwrap.wrap(finding, room, break_long_words=False, break_on_hyphens=False)
-        lines += [f"$ {row.mend}"] * bool(row.mend)
+        lines += [f"$ {printable(row.mend)}"] * bool(row.mend)
         text = f"\n{'':{indent}}".join(lines)
         console.print(Text.assemble((f"{row.mark:5}", _STYLES[row.mark]), f"  {row.what:{title}}  {text}"))
     count = {mark: sum(row.mark == mark for row in rows) for mark in _STYLES}
@@ -246,7 +247,7 @@ def _compiler(device: torch.device, compiled: bool) -> Row:
 
 
 def _memory() -> Iterator[Row]:
-    total = available = min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _limit())
+    total = available = shortage.machine()
     about = Path("/proc/meminfo")
     if about.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", about.read_text(), re.MULTILINE)):
         available = min(total, 1024 * int(found[1]))
@@ -256,14 +257,6 @@ def _memory() -> Iterator[Row]:
     else:
         means = f"{_gb(_STATE)} is what training GPT-2 124M takes, activations not counted"
         yield Row("note", "memory", f"{finding}: {means}", _command("-m folio plan --gpu=cpu"))
-
-
-def _limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
-    """Bytes that a container may use."""
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):  # none, or "max"
-        return float("inf")
 
 
 def _disk() -> Iterator[Row]:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from rich.console import Console
 from rich.progress import track
 
-from folio import files, hellaswag, pretrained
+from folio import files, hellaswag, pretrained, shortage
 from folio.checkpoint import EVALUATIONS, Checkpoint
 from folio.config import (
     Data,
@@ -25,6 +26,7 @@ from folio.config import (
     hellaswag_style_knob,
     knob,
 )
+from folio.console import accompanying, show
 from folio.log import hellaswag_line, to_json
 from folio.runtime import Runtime
 from folio.token_files import Split
@@ -65,7 +67,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    print(run(options)[1])
+    show(run(options)[1])
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
@@ -76,13 +78,25 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     chosen = pretrained.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
-        found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
+        with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):
+            found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
             runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
         return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
     finally:
         runtime.close()
+
+
+def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
+    weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
+    remedy = "lower --batch_size" if o.what == "loss" else "another device has more, perhaps: --device"
+    return (
+        f"the weights take {weights / 1e9:,.2f} of the {shortage.room(runtime.device) / 1e9:,.2f} GB on "
+        f"{runtime.device}: {remedy}"
+    )
 
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
@@ -129,7 +143,8 @@ def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[s
     questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
-    watch = partial(track, description="HellaSwag", transient=True, disable=not sys.stdout.isatty())
+    console = Console(file=accompanying(sys.stdout))
+    watch = partial(track, description="HellaSwag", transient=True, console=console, disable=not console.is_terminal)
     found = hellaswag.evaluate(model, questions, runtime, track=watch)
     return found, "\n".join(filter(None, [questions.note, hellaswag_line(found)]))
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from folio import gguf_file, pretrained
 from folio.config import knob, out_dir_knob
+from folio.console import say
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,6 @@ def main(options: Options) -> None:
         gguf_file.export(found, to, options.dtype)
     else:
         pretrained.export(found, to, options.dtype, options.push_to_hub)
-    print(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
+    say(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
     if options.push_to_hub:
-        print(f"pushed to {pretrained.push(to, options.push_to_hub)}")
+        say(f"pushed to {pretrained.push(to, options.push_to_hub)}")

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from folio import checkpoint, files, pretrained
 from folio.config import knob
+from folio.console import say
 from folio.model import AUTO
 
 
@@ -45,7 +46,7 @@ def main(options: Options) -> None:
         checkpoint.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
             files.write_json(out_dir / checkpoint.BEST, state["best"])
-    print(
+    say(
         f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
     )
 

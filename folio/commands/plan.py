@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import tyro
 
-from folio import flops
+from folio import flops, shortage
 from folio.config import Data, Optimizer, Processes, System, accumulated, knob, override
-from folio.memory import Memory, Step, needed, sent
+from folio.console import show
+from folio.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
 from folio.model import GPT, GPTConfig
 from folio.runtime import DTYPES, Runtime
 from folio.tokens import Tokens
-from folio.trainer import micro_batches, vocab_size_of
+from folio.trainer import step_of_a_device, vocab_size_of
 
 _KINDS = {
     "weights": "weights",
@@ -67,8 +67,8 @@ def main(options: Options) -> None:
     step = step_of(options, device)
     memory = needed(options.model, step)
     for title, text in _report(options, device, step, memory, data):
-        print(f"{title:9}{text}")
-    print(
+        show(f"{title:9}{text}")
+    show(
         "\nCounted in eager mode, and without what the device's driver, the allocator and the network take for "
         f"themselves.\n{_verdict(options, device, memory.total)}"
     )
@@ -95,7 +95,7 @@ def device_of(options: Options) -> Device:
         runtime = Runtime(replace(options.system, device="cpu"))
         runtime.close()
         peak = flops.peak(runtime.device, runtime.dtype)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = shortage.machine()
         found = Device("CPU", runtime.dtype, memory / options.gpus, peak and peak / options.gpus)
     else:
         names = {plain(name): name for name in flops.GPUS}
@@ -131,17 +131,10 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
 
 def step_of(options: Options, device: Device) -> Step:
     """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
-    share = micro_batches(options.data, 0, options.gpus)
-    return Step(
-        rows=max(rows for _, rows, _ in share),
-        micro_steps=len(share),
-        dtype=device.dtype,
-        gpu=device.name != "CPU",
-        recompute=options.processes.activation_checkpointing == "block",
-        documents=options.data.document_mask,
-        world=options.gpus,
-        shards={"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel],
-        context=options.data.row(options.model.block_size),
+    shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
+    context = options.data.row(options.model.block_size)
+    return step_of_a_device(
+        options.data, options.processes, context, device.dtype, device.name != "CPU", options.gpus, shards
     )
 
 
@@ -216,27 +209,6 @@ def _verdict(options: Options, device: Device, total: int) -> str:
         changed = override(options, way)
         return needed(changed.model, step_of(changed, device)).total <= device.memory
 
-    found = _remedies(options, device, fits)
-    told = {"gradient_accumulation_steps"} if options.data.total_batch_size else set()  # which follow from it
-    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in told) for way in found]
-    return f"does not fit: {of}; " + (
-        f"what fits: {', or '.join(ways)}" if ways else "no smaller batch, recomputation or sharding makes it fit"
-    )
-
-
-def _remedies(options: Options, device: Device, fits: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """Knobs that make it fit and leave the rows of a step as they are: each way alone, else the first of several."""
-    size, steps = options.data.batch_size, options.data.gradient_accumulation_steps
-    batches = [
-        {"batch_size": b, "gradient_accumulation_steps": steps * size // b} for b in range(size, 0, -1) if size % b == 0
-    ]
-    block = {"activation_checkpointing": "block"}
-    shared = [{"parallel": "fsdp"}] if options.gpus > 1 and device.dtype != torch.float16 else []
-
-    def first(others: dict[str, Any]) -> list[dict[str, Any]]:
-        ways = [others | batch for batch in batches]
-        return [next(filter(fits, ways))] if fits(ways[-1]) else []
-
-    alone = [*first({}), *filter(fits, [block, *shared])]
-    together = [block, *shared, *(block | way for way in shared)]
-    return alone or next(filter(None, map(first, together)), [])
+    sharded = options.gpus > 1 and device.dtype != torch.float16
+    ways = remedies(options.data, sharded, fits)
+    return f"does not fit: {of}; {f'what fits: {ways}' if ways else NOTHING_FITS}"

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from folio.config import knob
+from folio.console import say
 from folio.log import PICTURE
 from folio.plot import draw
 
@@ -29,4 +30,4 @@ def main(options: Options) -> None:
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     picture = Path(options.output) if options.output else out_dirs[0] / PICTURE
     draw(out_dirs, picture)
-    print(f"wrote {picture}")
+    say(f"wrote {picture}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from folio.config import knob, out_dir_knob
+from folio.console import say
 from folio.report import report
 
 
@@ -28,4 +29,4 @@ def main(options: Options) -> None:
     if page.suffix not in (".html", ".htm"):
         raise ValueError(f"{page}: its suffix must be .html")
     report(out_dir, page)
-    print(f"wrote {page}")
+    say(f"wrote {page}")

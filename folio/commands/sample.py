@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from folio import pretrained, tokenizer
+from folio import pretrained, shortage
 from folio.config import Sampling, Source, System
-from folio.model import GPT
+from folio.console import put
+from folio.model import GPT, GPTConfig
 from folio.runtime import Runtime, compiled
 from folio.sampling import continuations, samples
 from folio.tokenizer import Tokenizer
@@ -27,8 +27,7 @@ class Options:
 def main(options: Options) -> None:
     with _opened(options) as (model, vocabulary):
         for text in samples(model, vocabulary, options.sampling, options.system.seed):
-            sys.stdout.write(tokenizer.printable(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
+            put(text)
 
 
 def texts(options: Options) -> list[str]:
@@ -43,9 +42,20 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
     vocabulary = chosen.tokenizer()
     runtime = Runtime(options.system)
     try:
-        model = chosen.model().to(runtime.device, runtime.dtype).eval()
-        if runtime.compile:
-            model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
-        yield model, vocabulary
+        with shortage.explained("sampling", lambda: _needs(chosen.config(), options.sampling, runtime)):
+            model = chosen.model().to(runtime.device, runtime.dtype).eval()
+            if runtime.compile:
+                model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
+            yield model, vocabulary
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
     finally:
         runtime.close()
+
+
+def _needs(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
+    cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * runtime.dtype.itemsize
+    return (
+        f"{how.num_samples} samples keep up to {cached * shape.block_size / 1e9:,.2f} GB of keys and values, of the "
+        f"{shortage.room(runtime.device) / 1e9:,.2f} GB on {runtime.device}: lower --num_samples or --max_new_tokens"
+    )

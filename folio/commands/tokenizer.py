@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from folio.config import knob
+from folio.console import say
 from folio.datasets.sources import Files, find
 from folio.datasets.workers import Flaw, Work, documents, refusal
 from folio.tokenizer import END_OF_TEXT
@@ -55,13 +56,13 @@ def main(options: Options) -> None:
     )
     fast.train_from_iterator(_texts(source, options), trainer)
     if (size := fast.get_vocab_size()) < options.vocab_size:
-        print(f"the text has no more than {size:,} tokens to learn")
+        say(f"the text has no more than {size:,} tokens to learn")
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished")
     unfinished.write_text(fast.to_str(pretty=True), encoding="utf-8")  # fast.save raises no OSError
     unfinished.replace(out)
-    print(f"wrote {out}: {size:,} tokens")
+    say(f"wrote {out}: {size:,} tokens")
 
 
 def _texts(source: Files, options: Options) -> Iterator[str]:

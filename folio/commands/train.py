@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from folio.config import COMMAND_LINE, override, read_file
 from folio.config import TrainConfig as Options
+from folio.console import say
 from folio.tokens import find
 from folio.trainer import EXIT, build, finish, fit
 
@@ -39,6 +40,6 @@ def _beside_fineweb(options: Options) -> Options:
         folder = find(replace(options.data, dataset="fineweb_edu"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{missing}; or python -m folio prepare fineweb_edu, for build-nanogpt's") from None
-    print(f"{folder.path} is here and data/openwebtext is not: config/{_FINEWEB}.py it is")
+    say(f"{folder.path} is here and data/openwebtext is not: config/{_FINEWEB}.py it is")
     values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in typed}
     return replace(override(options, values), sources={**dict.fromkeys(values, _FINEWEB), **typed})

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
@@ -30,6 +31,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from folio.console import accompanying, say
 from folio.datasets.sources import BLOCK, Block, Files, Source
 from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
 from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move, read_state, save_state
@@ -106,12 +108,12 @@ def prepare(
     parts = [work / f"part-{i}-of-{part[1]}" for i in range(part[1])]
     if missing := [i for i, path in enumerate(parts) if not _complete(path, described)]:
         few = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-        print(f"part {part[0]} of {part[1]} is complete; not yet: {few}")
+        say(f"part {part[0]} of {part[1]} is complete; not yet: {few}")
         return
     try:
         job.whole(folder, work, parts)
     except _InUseError:
-        print(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
+        say(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
 
 
 def _finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
@@ -137,7 +139,7 @@ def _finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
-    print(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
+    say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
 
 
@@ -202,7 +204,7 @@ def _lock(work: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            print("stopped: the same command goes on from here")
+            say("stopped: the same command goes on from here")
             raise
         except OSError as error:
             raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
@@ -253,8 +255,8 @@ class _Job:
             move(work / state["place"], names, meta, folder, state["replaces"])
             _remove(work)
         for split in SPLITS:
-            print(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
-        print(f"wrote {folder}{_count(meta['skipped'])}")
+            say(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
+        say(f"wrote {folder}{_count(meta['skipped'])}")
 
     def part(self, work: Path, part: tuple[int, int]) -> None:
         """Prepares one part, unless it is complete."""
@@ -322,7 +324,7 @@ class _Job:
     def _write(self, writer: Writer | PartWriter, results: Results) -> None:
         position, committed = writer.state.get("position"), time.perf_counter()
         if position is not None:
-            print(f"going on after {writer.tokens:,} tokens of {writer.documents:,} documents")
+            say(f"going on after {writer.tokens:,} tokens of {writer.documents:,} documents")
         with _progress(self.recipe.source.size, writer) as show, contextlib.closing(results(position)) as found:
             for block, result in found:
                 writer.add(result, block)
@@ -370,7 +372,7 @@ def _progress(total: int | None, writer: Writer | PartWriter) -> Iterator[Callab
     """Tokens, MB of text a second and time left: a bar on a terminal, else a line now and then."""
     began, text, disk = time.perf_counter(), writer.text_bytes, writer.disk_bytes
     said = began
-    console = Console()
+    console = Console(file=accompanying(sys.stdout))
     bar = Progress(
         TextColumn("{task.fields[figures]}"),
         BarColumn(bar_width=24),
@@ -392,7 +394,7 @@ def _progress(total: int | None, writer: Writer | PartWriter) -> Iterator[Callab
             said = now
             read = writer.disk_bytes - disk
             left = f", {(total - writer.disk_bytes) * (now - began) / read:,.0f} s left" if total and read else ""
-            print(f"{writer.tokens:,} tokens, {speed:.1f} MB/s{left}", flush=True)
+            say(f"{writer.tokens:,} tokens, {speed:.1f} MB/s{left}")
 
     with bar:
         yield show

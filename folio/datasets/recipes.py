@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from folio.config import DATA_SETS
+from folio.console import say
 from folio.datasets.prepare import Recipe
 from folio.datasets.sources import Files, Hub, Source, Texts, find
 from folio.datasets.writer import Layout
@@ -37,9 +38,9 @@ def shakespeare_char(folder: Path, source: str) -> Recipe:
     """
     text = _shakespeare(folder, source)
     characters = "".join(sorted(set(text)))
-    print(f"length of dataset in characters: {len(text):,}")
-    print(f"all the unique characters: {characters}")
-    print(f"vocab size: {len(characters):,}")
+    say(f"length of dataset in characters: {len(text):,}")
+    say(f"all the unique characters: {characters}")
+    say(f"vocab size: {len(characters):,}")
     return _cut(folder, "shakespeare_char", text, Characters(characters))
 
 
@@ -54,7 +55,7 @@ def stdlib(folder: Path, source: str) -> Recipe:
     files = list(_sources(root))
     if not files:
         raise ValueError(f"{root} holds no Python sources: give a folder that does as --source")
-    print(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
+    say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
     train = "".join(text for i, text in enumerate(files) if i % 10 != 9)
     made = {"dataset": "stdlib", "python": platform.python_version()}
     return _of_texts(folder, made, train, "".join(files[9::10]), Bytes())

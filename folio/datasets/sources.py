@@ -21,10 +21,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from folio.console import say
 from folio.datasets.workers import LONGEST_LINE, Span, Spans, cut
 from folio.files import other_encoding, require_file
 from folio.token_files import Split
-from folio.tokenizer import printable
 
 BLOCK = 4 * 2**20  # bytes of text that a worker takes at once
 _HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
@@ -406,7 +406,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             known = f"of a kind that is known: {', '.join(_KINDS)}{_remedy(others)}"
             raise ValueError(f"{name}: none of its {len(here)} files{has} is {known}")
         if others:
-            print(printable(f"{name}: files of other kinds that are left out: {len(others)} ({_counted(others)})"))
+            say(f"{name}: files of other kinds that are left out: {len(others)} ({_counted(others)})")
         for p in taken:
             found.setdefault(p.resolve(), here[p])
     return tuple(found), tuple(found.values())

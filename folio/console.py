@@ -1,0 +1,136 @@
+"""All that is printed goes through here: nothing in it steers a terminal, and no character stops a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import unicodedata
+import warnings
+import weakref
+from typing import Any
+
+_STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line and paragraph ends
+_KEPT = "\n\t\u200c\u200d"  # the last two join letters and emoji
+_LOST: weakref.WeakSet[Any] = weakref.WeakSet()  # streams that failed
+
+
+def printable(text: str) -> str:
+    """The text with control characters, but for line ends and tabs, as escapes such as ``\\x1b``."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    return c not in _KEPT and not c.isprintable() and unicodedata.category(c) in _STEERS
+
+
+def say(text: str = "", stream: Any = None) -> None:
+    """A line beside the work, on standard output or another stream. If that fails, it is given up with one warning."""
+    _accompany(f"{printable(text)}\n", sys.stdout if stream is None else stream)
+
+
+def show(text: str = "") -> None:
+    """A line of a command's result, on standard output. Raises OSError where that cannot be written."""
+    put(f"{printable(text)}\n")
+
+
+def put(text: str) -> None:
+    """A command's result as it is; on a terminal, control characters are escaped.
+
+    Raises:
+        BrokenPipeError: nobody reads it. OSError: it cannot be written.
+    """
+    stream = sys.stdout
+    if stream is None:
+        return
+    try:
+        _write(printable(text) if stream.isatty() else text, stream)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"standard output cannot be written: {error.strerror or error}") from None
+
+
+def accompanying(stream: Any) -> Any:
+    """The stream as a file for progress bars, which is given up as ``say`` gives it up."""
+    return _Accompanying(stream)
+
+
+class _Accompanying(io.TextIOBase):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream not in _LOST and bool(self._stream.isatty())
+
+    def write(self, text: str) -> int:
+        _accompany(text, self._stream)
+        return len(text)
+
+
+def _accompany(text: str, stream: Any) -> None:
+    if stream is None or stream in _LOST:
+        return
+    try:
+        _write(text, stream)
+    except (OSError, ValueError) as error:  # a ValueError where the stream was closed
+        _LOST.add(stream)
+        silence(stream)
+        name = str(getattr(stream, "name", "the console")).strip("<>")
+        reason = getattr(error, "strerror", None) or error
+        warnings.warn(f"{name} cannot be written ({reason}): going on without it", stacklevel=3)
+
+
+def _write(text: str, stream: Any) -> None:
+    """What the stream's encoding lacks is escaped."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def silence(stream: Any) -> None:
+    """What is still to be written there is dropped, so that no error comes of it when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, stream.fileno())
+        finally:
+            os.close(nowhere)
+
+
+def open_streams() -> None:
+    """Makes the standard streams ones that can be written, whatever the caller closed and whatever its encoding.
+
+    A stream that is closed becomes the null device: else the next file that is opened would take its number, and hold
+    what C code prints there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush() -> None:
+    """Raises OSError where standard output cannot be written; an error of either stream comes once."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        silence(sys.stdout)
+        raise
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()

@@ -1,0 +1,96 @@
+"""Memory that runs out: how it is known, how much there is, and the line that is said instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+if sys.platform != "win32":
+    import resource
+
+_WORDS = (  # of errors that have no class of their own: of torch's CPU and MPS, C++, cuBLAS, threads, shapes beyond 2⁶³
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "std::bad_alloc",
+    "can't start new thread",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Storage size calculation overflowed",
+    "Cannot allocate memory",
+)
+_TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or the machine, for Python, numpy or torch."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS))
+
+
+def line(error: BaseException, doing: str = "", advice: str = "") -> str:
+    """What is said of it: while ``doing`` what, how much was asked for, and what helps."""
+    asked, (reason, *_) = _TRIED.search(str(error)), str(error).splitlines() or [""]
+    size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were asked for" if asked else reason[:80]
+    return (
+        f"out of memory{f' while {doing}' if doing else ''}{f' ({size})' if size else ''}"
+        f"{f': {advice}' if advice else ''}"
+    )
+
+
+@contextmanager
+def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Memory that runs out inside becomes one line.
+
+    Raises:
+        ValueError: that line, with the ``advice``, which is asked for once the memory is free again.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_shortage(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what took the memory
+        try:
+            helps = advice()
+        except (MemoryError, RuntimeError):
+            helps = "folio plan says what a run needs, and what would fit"
+        raise ValueError(line(error, doing, helps)) from None
+
+
+def room(device: torch.device) -> float:
+    """Bytes that this process could have on the device: other processes' share of a GPU is left out.
+
+    On a CPU it is the memory of the machine, the container or ``ulimit -v``, whichever is least.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return machine()
+
+
+def machine() -> float:
+    """Bytes of memory that this process may use at most."""
+    sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), container()]
+    if sys.platform != "win32" and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        sizes.append(float(limit))
+    return min(sizes)
+
+
+def container(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes that a container may use."""
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):  # none, or "max"
+        return float("inf")

@@ -330,7 +330,7 @@ def vocabulary(found: Checkpoint) -> Tokenizer | None:
     spec, size = found.state["tokenizer"], found.config().vocab_size
     assert isinstance(size, int)
     assumed = spec == GPT2 and size < GPT2_SIZES.start  # where files of tokens say nothing
-    if spec is None or assumed or spec.get("kind") == "datatrove":
+    if spec is None or assumed or spec.get("kind") in ("datatrove", "ids"):
         return None
     tokenizer = found.tokenizer()
     if tokenizer.size > size:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 Ids = NDArray[np.integer[Any]]
+IDS_ONLY = {"kind": "ids"}  # in place of a tokenizer: how many ids there are is known, and not what they mean
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -284,6 +285,11 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
             return Tiktoken(name)
         case {"kind": "tokenizers", "file": dict(file)}:
             return TokenizersFile(json.dumps(file))
+        case {"kind": "ids"}:
+            raise ValueError(
+                "nothing says what the token ids mean: the meta.pkl of the data holds no character for each, so there "
+                "is no text of them"
+            )
     raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 

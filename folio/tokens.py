@@ -380,7 +380,7 @@ def find(config: Data, name: str = "") -> Folder:
         places = [folder / n for n in names for folder in (Path("data"), CLONE / "data", Path())]
     for place in places:
         if holds_tokens(place) if place.is_dir() else glob.glob(str(place)):
-            return open_folder(place)
+            return open_folder(place, config.token_dtype)
     missing = places[0] / "train.bin"
     if (places[0] / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{places[0]} is not finished: run the same folio prepare again to go on")

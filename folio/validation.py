@@ -50,6 +50,8 @@ def text_size(tokens: Tokens, split: Split, windows: int) -> tuple[int, int]:
         here = np.bincount(targets[targets >= 0])
         counts = np.pad(counts, (0, max(0, len(here) - len(counts))))
         counts[: len(here)] += here
+    if tokens.tokenizer()["kind"] in ("ids", "datatrove"):  # nothing here says what text they stand for
+        return int(counts.sum()), 0
     tokenizer = from_json(tokens.tokenizer())
     sizes = np.array([len(tokenizer.bytes([i])) if i < tokenizer.size else 0 for i in range(len(counts))])
     if tokenizer.eot is not None:

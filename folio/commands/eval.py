@@ -42,6 +42,7 @@ _OF = {  # what a knob is for, where not for all
     **dict.fromkeys(_DATA, ("loss",)),
 }
 _PLACES = {"dataset", "data_dir", "data_mixture"}
+_OF_PLACES = {"token_dtype"}  # what holds for the run's data alone
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
-    typed = o.sources.keys() | (_PLACES if _PLACES & o.sources.keys() else set())
+    typed = o.sources.keys() | (_PLACES | _OF_PLACES if _PLACES & o.sources.keys() else set())
     data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
     model = chosen.model(dropout=0.0)
     tokens = Tokens.open(data, model.config.block_size, o.system.seed)

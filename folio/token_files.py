@@ -114,11 +114,13 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
             which are meant. Both name the file and the remedy.
     """
     if path.is_dir() and os.path.lexists(path / META):
-        return _own(path, token_dtype)
+        return _as_said(_own(path), token_dtype)
     if (path / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{path}: its preparation is not finished: {_AGAIN} to go on")
     paths, note = _data_set(path) if path.is_dir() else _found_by_glob(path)
     where = path if path.is_dir() else paths[0].parent
+    if os.path.lexists(where / META) and (own := _chosen_of(_own(where), paths)):
+        return replace(_as_said(own, token_dtype), path=path, note=note)
     vocab_size, tokenizer = read_meta_pkl(pickled) if os.path.lexists(pickled := where / META_PKL) else (None, None)
     files = [_open(p, token_dtype) for p in paths]
     if token_dtype == "auto":
@@ -127,14 +129,6 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
     splits = _divided(path, files)
     if paths[0].suffix == ".ds":
         return _of_datatrove(path, splits, paths, note)
-    if os.path.lexists(where / META):  # a glob of a data set's own files: what it says of them holds
-        own = _own(where, token_dtype)
-        listed = {file.path: file for found in own.splits.values() for file in found}
-        if all(p in listed for p in paths):
-            return replace(own, path=path, splits={s: tuple(listed[f.path] for f in splits[s]) for s in SPLITS})
-        if some := [p for p in paths if p in listed]:
-            odd = next(p for p in paths if p not in listed)
-            raise ValueError(f"{odd} is not in {where / META}, as {some[0].name} is: name the folder, or other files")
     if vocab_size is None:
         return Folder(path, splits, note=note)
     if tokenizer == IDS_ONLY:
@@ -273,25 +267,24 @@ def _incomplete(folder: Path, named: list[Path], files: list[Path]) -> Exception
 
 
 def _missing(path: Path, split: Split, given: Path) -> FileNotFoundError:
-    missing = path / f"{split}.bin" if given.name in NANOGPT else f"{path}: {split}"
+    missing = given.with_name(f"{split}.bin") if given.name in NANOGPT else f"{path}: {split}"
     return FileNotFoundError(f"{missing} is missing: {_AGAIN}, or name a file …_{split}_000000{given.suffix}")
 
 
 def _refuse_twins(family: list[Path]) -> None:
-    """Raises ValueError where two files of a split bear the same number, or only one of them bears one."""
+    """Raises ValueError where two files of a split bear the same number, or one of several bears none."""
     seen: dict[tuple[Split | None, int | None], Path] = {}
+    first: dict[Split | None, Path] = {}
     for path in family:
-        name = _name(path)
-        twin = seen.get((name.split, name.number)) or next(
-            (other for (split, number), other in seen.items() if split == name.split and None in (number, name.number)),
-            None,
-        )
+        split, _, number, _ = _name(path)
+        twin = seen.get((split, number)) or seen.get((split, None)) or (first.get(split) if number is None else None)
         if twin:
             raise ValueError(
                 f"{twin} and {path.name} cannot both be shards of one data set, by their numbers: remove one of them, "
                 "or name those that are meant with a glob as --data_dir"
             )
-        seen[name.split, name.number] = path
+        seen[split, number] = path
+        first.setdefault(split, path)
 
 
 def _missing_numbers(files: list[Path]) -> str:
@@ -582,8 +575,31 @@ def _described(dtype: np.dtype[Any]) -> str:
 # Meta files
 
 
-def _own(path: Path, token_dtype: TokenDtype) -> Folder:
-    """A folder with ``meta.json``: exactly the files that it lists, as long as it says."""
+def _as_said(own: Folder, token_dtype: TokenDtype) -> Folder:
+    """The folder, unless another type is asked for than its meta file says; then raises ValueError."""
+    meta, dtype = own.path / META, own.meta["dtype"]
+    if token_dtype not in ("auto", dtype):
+        raise ValueError(f"token_dtype={token_dtype}: {meta} says that its files hold {dtype}: leave that to it")
+    return own
+
+
+def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
+    """The part of a data set that a glob finds, None where it finds other files alone; raises ValueError for both."""
+    wanted = set(paths)
+    splits = {split: tuple(file for file in own.splits[split] if file.path in wanted) for split in SPLITS}
+    found = {file.path for files in splits.values() for file in files}
+    if not found:
+        return None
+    if odd := next((p for p in paths if p not in found), None):
+        raise ValueError(f"{odd} is not in {own.path / META}, as {min(found).name} is: name the folder, or other files")
+    for split in SPLITS:
+        if not splits[split]:
+            raise _missing(own.path, split, paths[-1])
+    return replace(own, splits=splits)
+
+
+def _own(path: Path) -> Folder:
+    """A folder with ``meta.json``: exactly the files that it lists, as long as it says; a note names any others."""
     meta = path / META
     try:
         raw = read_json(meta)
@@ -602,13 +618,13 @@ def _own(path: Path, token_dtype: TokenDtype) -> Folder:
         raise FileNotFoundError(f"{meta} is a link to a file that is not there: {_AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{meta}: not a meta file of this program: {error}; {_AGAIN}") from None
-    if token_dtype not in ("auto", dtype):
-        raise ValueError(f"token_dtype={token_dtype}: {meta} says that its files hold {dtype}: leave that to it")
     splits = {
         split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
         for split in SPLITS
     }
-    return Folder(path, splits, vocab_size, tokenizer, eot, raw)
+    own = [file.path for files in splits.values() for file in files]
+    note = _line(path, _left_alone(_token_files(f"{glob.escape(str(path))}/*"), own))
+    return Folder(path, splits, vocab_size, tokenizer, eot, raw, note)
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[str, int, str]:

@@ -129,7 +129,7 @@ def test_nanogpts_meta_file(tmp_path: Path, place: str) -> None:
 def test_this_programs_meta_file(shards: Path, place: str) -> None:
     """A glob that takes all shards or some of them knows their tokenizer too."""
     folder = open_folder(shards / place)
-    assert (folder.vocab_size, folder.tokenizer) == (256, {"kind": "bytes"})
+    assert (folder.vocab_size, folder.tokenizer, folder.note) == (256, {"kind": "bytes"}, "")
     assert len(folder.splits["train"]) == (2 if "[" in place else 4)
     text = b"".join(
         bytes(file.map()[:].astype(np.uint8)) for split in ("train", "val") for file in folder.splits[split]
@@ -485,9 +485,30 @@ def test_a_glob_of_listed_and_other_files(shards: Path, tmp_path: Path) -> None:
     """meta.json says of some of them what they are, and of others nothing."""
     folder = shutil.copytree(shards, tmp_path / "data")
     npy(folder / "story_train_mask.npy", IDS)
-    assert open_folder(folder).tokenizer == {"kind": "bytes"}
+    found = open_folder(folder)
+    assert (found.tokenizer, len(found.splits["train"])) == ({"kind": "bytes"}, 4)
+    assert "left alone: story_train_mask.npy" in found.note
     with pytest.raises(ValueError, match=r"story_train_mask\.npy is not in .*meta\.json"):
         open_folder(folder / "*.npy")
+
+
+def test_a_glob_of_a_wide_data_set(shards: Path, tmp_path: Path) -> None:
+    """Its meta.json says the type, so that nothing is guessed; and what else there is to say."""
+    folder = shutil.copytree(shards, tmp_path / "data")
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val"):
+        for file in meta["splits"][split]["files"]:
+            path = folder / file["name"]
+            np.load(path).astype(np.uint32).tofile(path.with_suffix(".bin"))
+            path.unlink()
+            file["name"] = path.with_suffix(".bin").name
+    (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "uint32"}))
+    for place in (folder, folder / "*.bin", folder / "*_00000[012].bin"):
+        found = open_folder(place, "uint32")
+        assert found == open_folder(place)
+        assert (found.tokenizer, found.splits["train"][0].dtype) == ({"kind": "bytes"}, np.uint32)
+    with pytest.raises(FileNotFoundError, match=r"val is missing"):
+        open_folder(folder / "*train*")
 
 
 def test_training_names_what_it_leaves_alone(folio: Callable[..., Outcome], tmp_path: Path) -> None:

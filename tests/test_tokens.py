@@ -274,9 +274,9 @@ def test_rows_that_cannot_be_shared(steps: int, size: int, world: int, message: 
 
 @pytest.fixture
 def few_files() -> Iterator[int]:
-    """This process may open twenty files more than it has open."""
+    """This process may open some twenty files more than it has open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = max(map(int, os.listdir("/proc/self/fd"))) + 20
+    limit = len(os.listdir("/proc/self/fd")) + 20  # their numbers must be below it, and the lowest are taken
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     yield limit
     resource.setrlimit(resource.RLIMIT_NOFILE, before)

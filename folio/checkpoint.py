@@ -25,7 +25,7 @@ from folio.config import OF_THE_CALL, model_config
 from folio.model import GPT, GPTConfig
 from folio.runtime import is_finite, laid_out_as
 from folio.token_files import GPT2, GPT2_SIZES
-from folio.tokenizer import Tokenizer, from_json
+from folio.tokenizer import IDS_ONLY, Tokenizer, from_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, BEST, EVALUATIONS = "config.json", "best.json", "evaluations.jsonl"
@@ -158,7 +158,8 @@ class Checkpoint:
         """
         spec: dict[str, Any] | None = self.state["tokenizer"]
         size = self.config().vocab_size
-        return None if spec == GPT2 and size != "auto" and size < GPT2_SIZES.start else spec
+        assumed = spec == GPT2 and size != "auto" and size < GPT2_SIZES.start
+        return None if assumed or spec == IDS_ONLY else spec
 
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where its vocabulary is not known."""

@@ -26,6 +26,7 @@ from folio.model import AUTO, GPTConfig
 T = TypeVar("T")
 COMMAND_LINE = "the command line"
 HellaSwagStyle = Literal["completion", "harness"]
+TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
 OF_THE_CALL = ("out_dir", "init_from", "eval_only", "max_minutes", "profile")  # knobs that a run does not keep
 MICRO_STEPS = 1_000_000  # of a step, at most
 EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # knobs that say the same
@@ -52,6 +53,10 @@ def hellaswag_style_knob() -> Any:
 
 def hellaswag_data_knob() -> Any:
     return knob("", "file of HellaSwag items; default: data/hellaswag/hellaswag_val.jsonl, downloaded if need be")
+
+
+def token_dtype_knob() -> Any:
+    return knob("auto", "type of the ids in .bin files that have no header; auto: uint16, as nanoGPT's")
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Data:
 
     dataset: str = knob("openwebtext", "data/<dataset>, under the working folder, else beside train.py; or a folder")
     data_dir: str = knob("", "folder or glob of the token files; wins over dataset")
+    token_dtype: TokenDtype = token_dtype_knob()
     data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3")
     batch_size: int = knob(12, "rows in a micro batch", min=1)
     window: int = knob(0, "tokens of a row, at most block_size; 0: block_size", min=0)

@@ -327,10 +327,9 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
 
 def vocabulary(found: Checkpoint) -> Tokenizer | None:
     """The model's tokenizer, None where it is not known; raises ValueError where the model has too few ids for it."""
-    spec, size = found.state["tokenizer"], found.config().vocab_size
+    spec, size = found.tokenizer_spec, found.config().vocab_size
     assert isinstance(size, int)
-    assumed = spec == GPT2 and size < GPT2_SIZES.start  # where files of tokens say nothing
-    if spec is None or assumed or spec.get("kind") == "datatrove":
+    if spec is None or spec.get("kind") == "datatrove":
         return None
     tokenizer = found.tokenizer()
     if tokenizer.size > size:

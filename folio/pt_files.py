@@ -23,7 +23,7 @@ from folio import checkpoint
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
 from folio.model import GPTConfig
-from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, characters, open_folder
+from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
 
 NANOGPT = "ckpt.pt"
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
@@ -221,9 +221,10 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
     A data set that this program prepared under that name serves as well.
     """
     for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if dataset)):
-        if (pickled := folder / "meta.pkl").is_file():
-            if len(found := characters(pickled)) == config.vocab_size:
-                return {"kind": "characters", "characters": found}
+        if (pickled := folder / META_PKL).is_file():
+            size, found = read_meta_pkl(pickled)
+            if size == config.vocab_size:
+                return found
         elif (folder / META).is_file():
             with contextlib.suppress(ValueError, OSError):  # whatever is wrong with the data, this is about the model
                 data = open_folder(folder)

@@ -3,18 +3,23 @@
 Nothing is loaded: each file is a memmap. Known are this program's own folders (``meta.json``), nanoGPT's
 ``train.bin`` and ``val.bin`` with or without ``meta.pkl``, ``.npy`` shards (build-nanogpt, GPT-from-scratch),
 ``.bin`` shards with the header of llm.c and modded-nanogpt, and datatrove's ``.ds``.
+
+A folder holds one data set: nanoGPT's two files where both are there, else the one family of files whose names differ
+in nothing but the split and a number. Other files are left alone, and named in ``Folder.note``. A glob means every
+file that it finds.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import io
-import json
-import pickle
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any, Literal, NamedTuple
@@ -22,8 +27,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from folio.files import sha256
-from folio.tokenizer import from_json
+from folio import pickles
+from folio.config import TokenDtype
+from folio.files import read_json, require_file, sha256
+from folio.tokenizer import IDS_ONLY, from_json
 
 Split = Literal["train", "val"]
 Array = NDArray[np.integer[Any]]
@@ -31,7 +38,8 @@ Eot = Literal["before", "after", "none"]
 
 CLONE = Path(__file__).resolve().parent.parent
 SPLITS: tuple[Split, ...] = ("train", "val")
-META = "meta.json"
+META, META_PKL = "meta.json", "meta.pkl"
+NANOGPT = ("train.bin", "val.bin")
 UNFINISHED = ".preparing"  # the folder inside a data set's in which it is made
 GPT2 = {"kind": "tiktoken", "name": "gpt2"}
 GPT2_SIZES = range(50257, 50305)  # its token ids, and those that vocabularies are padded to for speed
@@ -41,11 +49,27 @@ _NAMED = {
     split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
     for split, words in (("train", "train|training"), ("val", "val|valid|validation"))
 }
-_HEADERS: dict[int, np.dtype[Any]] = {
-    20240520: np.dtype("<u2"),
-    20240801: np.dtype("<u4"),
-}  # llm.c's magic numbers: dev/data/data_common.py
+_NUMBER = re.compile(
+    r"[-_. ]?(?<![^\W_])(\d+)(?:[-_. ]of[-_. ](\d+))?(?![^\W_])"
+)  # stands alone, as 000001 and 3-of-10
+_HEADERS: dict[int, tuple[np.dtype[Any], tuple[int, ...]]] = {
+    20240520: (np.dtype("<u2"), (1,)),
+    20240801: (np.dtype("<u4"), (1, 7)),
+}  # llm.c's magic numbers, types and versions: dev/data/data_common.py
 _HEADER = 256 * 4  # bytes
+_NPY_HEADER = 1 << 14  # bytes, more than numpy itself reads of one
+_LINE = 4096  # characters
+_BARE = np.dtype("<u2")  # what nanoGPT writes
+_LOOKS = (2**12, 2**20)  # values of 16 bits at which a file without a header is looked at, first few and then more
+_FEWEST, _FEWEST_BYTES = 16, 2**11  # of which something can be told, of their zeros and of their frequencies
+_OPTIONS = {"|u1": "uint8", "<u4": "uint32", "<i4": "int32", "<i8": "int64"}
+_DATES = range(20240101, 20241232)  # the magic numbers of llm.c's other files, such as models
+_OTHERS = {
+    b"\x93NUMPY": "a .npy file",
+    b"PK\x03\x04": "a zip file",
+    b"\x1f\x8b\x08": "a gzip file",
+    b"LITPKDS": "lit-gpt's",
+}
 
 
 class TokenFile(NamedTuple):
@@ -58,7 +82,7 @@ class TokenFile(NamedTuple):
     sha256: str | None = None
 
     def map(self) -> Array:
-        """The ids (n), read as they are needed."""
+        """The ids (n), read as they are needed; as long as it is there, the process has a file open."""
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
 
 
@@ -82,61 +106,66 @@ class Folder:
         return digest.hexdigest()
 
 
-def open_folder(path: Path) -> Folder:
-    """The data set in a folder, or that a glob finds.
+def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
+    """The data set in a folder, or that a glob finds; ``token_dtype``: what ``.bin`` files without a header hold.
 
     Raises:
-        FileNotFoundError: there is none; ValueError: its files do not fit together or are damaged. Both name the
-            file and the remedy.
+        FileNotFoundError: there is none; ValueError: its files do not fit together or are damaged, or it is not clear
+            which are meant. Both name the file and the remedy.
     """
-    if path.is_dir() and (path / META).is_file():
-        return _own(path)
+    if path.is_dir() and os.path.lexists(path / META):
+        return _as_said(_own(path), token_dtype)
     if (path / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{path}: its preparation is not finished: {_AGAIN} to go on")
-    paths = _token_files(path)
-    files = [_FORMATS[p.suffix](p) for p in paths]
+    paths, note = _data_set(path) if path.is_dir() else _found_by_glob(path)
+    where = path if path.is_dir() else paths[0].parent
+    if os.path.lexists(where / META) and (own := _chosen_of(_own(where), paths)):
+        return replace(_as_said(own, token_dtype), path=path, note=note)
+    vocab_size, tokenizer = read_meta_pkl(pickled) if os.path.lexists(pickled := where / META_PKL) else (None, None)
+    files = [_open(p, token_dtype) for p in paths]
+    if token_dtype == "auto":
+        _refuse_other_types(files, vocab_size)
     _refuse_mixture(files)
     splits = _divided(path, files)
     if paths[0].suffix == ".ds":
-        return _of_datatrove(path, splits, paths)
-    where = path if path.is_dir() else paths[0].parent
-    if (where / META).is_file():  # a glob of a data set's own files: what it says of them holds
-        own = _own(where)
-        listed = {file.path: file for found in own.splits.values() for file in found}
-        if all(p in listed for p in paths):
-            return replace(own, path=path, splits={s: tuple(listed[f.path] for f in splits[s]) for s in SPLITS})
-    if (pickled := where / "meta.pkl").is_file():
-        vocabulary = characters(pickled)
-        return Folder(path, splits, len(vocabulary), {"kind": "characters", "characters": vocabulary}, "none")
-    return Folder(path, splits)
+        return _of_datatrove(path, splits, paths, note)
+    if vocab_size is None:
+        return Folder(path, splits, note=note)
+    if tokenizer == IDS_ONLY:
+        note = _line(path, note, f"{META_PKL} says how many token ids there are, and not what they mean")
+    return Folder(path, splits, vocab_size, tokenizer, "none", note=note)
 
 
-def _token_files(path: Path) -> list[Path]:
-    """Those of one format in a folder, or that a glob finds, in the order of their names."""
-    pattern = str(Path(glob.escape(str(path)), "*")) if path.is_dir() else str(path)
-    files = [p for p in map(Path, sorted(glob.glob(pattern))) if p.suffix in _FORMATS and p.is_file()]
-    if path.is_dir() and not any(map(_split_of, files)):
-        files += [p for split in SPLITS for p in sorted((path / split).glob("*.ds"))]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no token files (.bin, .npy, .ds): prepare it")
-    if len(suffixes := sorted({p.suffix for p in files})) > 1:
-        first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
-        raise ValueError(
-            f"{path} holds {' and '.join(suffixes)} files, {first}: name those of one format with a glob, such as "
-            f"--data_dir='{files[0].parent / '*'}{suffixes[0]}'"
-        )
-    return files
+# Which files
 
 
-def _refuse_mixture(files: list[TokenFile]) -> None:
-    """Raises ValueError where files of one format differ in their type or header."""
-    one = files[0]
-    for other in files[1:]:
-        if other.dtype != one.dtype:
-            raise ValueError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
-        if (other.offset > 0) != (one.offset > 0):
-            bare, headed = sorted((one, other), key=lambda file: file.offset)
-            raise ValueError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
+class _Name(NamedTuple):
+    """What a file's name says: its split, what it shares with the others of its data set, its number of so many."""
+
+    split: Split | None
+    family: str
+    number: int | None
+    of: int | None
+
+
+def _name(path: Path) -> _Name:
+    """``edufineweb_train_000001.npy`` → train, ``edufineweb_*.npy``, 1.
+
+    The number is the last after the split's word, else one at the very beginning; in names without a split the first.
+    """
+    split = _split_of(path)
+    stem = path.stem
+    if split:
+        stem = path.stem if _NAMED[split].search(path.stem) else f"{path.parent.name}/{path.stem}"
+        stem = _NAMED[split].sub("*", stem, count=1)
+    numbers = list(_NUMBER.finditer(stem))
+    after = [n for n in numbers if n.start() > stem.find("*")] if split else numbers[:1]
+    found = after[-1:] or [n for n in numbers if n.start() == 0]
+    if not found:
+        return _Name(split, stem + path.suffix, None, None)
+    (one,) = found
+    stem = f"{stem[: one.start()]}{stem[one.end() :]}"
+    return _Name(split, stem + path.suffix, int(one[1]), int(one[2]) if one[2] else None)
 
 
 def _split_of(path: Path) -> Split | None:
@@ -148,6 +177,162 @@ def _split_of(path: Path) -> Split | None:
         if found:
             return found[0]
     return None
+
+
+def _token_files(pattern: str) -> list[Path]:
+    """All of any format that a glob finds, in the order of their names."""
+    return [p for p in map(Path, sorted(glob.glob(pattern))) if p.suffix in _FORMATS and not p.is_dir()]
+
+
+def _found_by_glob(pattern: Path) -> tuple[list[Path], str]:
+    """The files that a user named, whatever their families; and a note of what that takes together or leaves out."""
+    files = _token_files(str(pattern))
+    if not files:
+        raise FileNotFoundError(f"{pattern} holds no token files (.bin, .npy, .ds): prepare it")
+    if len(suffixes := sorted({p.suffix for p in files})) > 1:
+        first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
+        raise ValueError(
+            f"{pattern} finds {' and '.join(suffixes)} files, {first}: name those of one format, such as "
+            f"--data_dir='{files[0].parent / '*'}{suffixes[0]}'"
+        )
+    named = [p for p in files if _split_of(p)]
+    if not named:
+        return files, ""
+    families = sorted({_name(p).family for p in named})
+    together = f"files of several names are taken together: {_some(families)}" if len(families) > 1 else ""
+    return named, _line(pattern, together, _left_alone(files, named))
+
+
+def _data_set(folder: Path) -> tuple[list[Path], str]:
+    """The files of the one data set in a folder, and a note of what is left alone or missing in their sequence."""
+    here = glob.escape(str(folder))
+    files = _token_files(f"{here}/*")
+    both = [p for p in files if all(_NAMED[split].search(p.name) for split in SPLITS)]
+    named = [p for p in files if p not in both and _split_of(p)]
+    if not named and not both:
+        named = [p for split in SPLITS for p in _token_files(f"{here}/{split}/*.ds")]
+        files += named
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no token files (.bin, .npy, .ds): prepare it")
+    exact = [p for p in named if p.name in NANOGPT]
+    if len(exact) < len(NANOGPT):
+        families = _families(named)
+        candidates = [f for f in families.values() if {_name(p).split for p in f} == set(SPLITS)]
+        if not named and not both:
+            candidates = list(_families([p for p in files if p.suffix == ".ds"]).values())
+        if exact and not any(p in f for p in exact for f in candidates):
+            candidates += [exact] if candidates else []
+        if len(candidates) > 1:
+            raise _ambiguous(folder, candidates)
+        if not candidates:
+            raise _incomplete(folder, named, [*both, *files])
+        exact = candidates[0]
+        _refuse_twins(exact)
+    return exact, _line(folder, _missing_numbers(exact), _left_alone(files, exact))
+
+
+def _families(files: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for p in files:
+        found.setdefault(_name(p).family, []).append(p)
+    return found
+
+
+def _ambiguous(folder: Path, families: list[list[Path]]) -> ValueError:
+    """With a glob that finds the files of one family and no others, where there is one."""
+    names = [p.name for family in families for p in family]
+    example = ""
+    for family in families:
+        own, stem = [p.name for p in family], _name(family[0]).family
+        if pattern := next((p for p in (stem, f"*{stem}") if fnmatch.filter(names, p) == own), None):
+            example = f", such as --data_dir='{glob.escape(str(folder))}/{pattern}'"
+            break
+    return ValueError(
+        f"{folder} holds several data sets ({_some([family[0].name for family in families])}): name the files of "
+        f"one with a glob{example}, or move the others away"
+    )
+
+
+def _incomplete(folder: Path, named: list[Path], files: list[Path]) -> Exception:
+    """Why no files of a folder are both to train on and to validate."""
+    firsts = {split: next((p for p in named if _split_of(p) == split), None) for split in SPLITS}
+    if (train := firsts["train"]) and (val := firsts["val"]):
+        return ValueError(
+            f"{train} and {val.name} are not of one data set, since their names differ in more than the split and a "
+            "number: rename them, or name both with a glob as --data_dir"
+        )
+    if not named:
+        _split_of(files[0])
+    return _missing(folder, "val" if firsts["train"] else "train", (named or files)[-1])
+
+
+def _missing(path: Path, split: Split, given: Path) -> FileNotFoundError:
+    missing = given.with_name(f"{split}.bin") if given.name in NANOGPT else f"{path}: {split}"
+    return FileNotFoundError(f"{missing} is missing: {_AGAIN}, or name a file …_{split}_000000{given.suffix}")
+
+
+def _refuse_twins(family: list[Path]) -> None:
+    """Raises ValueError where two files of a split bear the same number, or one of several bears none."""
+    seen: dict[tuple[Split | None, int | None], Path] = {}
+    first: dict[Split | None, Path] = {}
+    for path in family:
+        split, _, number, _ = _name(path)
+        twin = seen.get((split, number)) or seen.get((split, None)) or (first.get(split) if number is None else None)
+        if twin:
+            raise ValueError(
+                f"{twin} and {path.name} cannot both be shards of one data set, by their numbers: remove one of them, "
+                "or name those that are meant with a glob as --data_dir"
+            )
+        seen[split, number] = path
+        first.setdefault(split, path)
+
+
+def _missing_numbers(files: list[Path]) -> str:
+    """Which shards a sequence lacks: of both splits in one count, as build-nanogpt numbers them, or of each."""
+    names = [name for name in map(_name, files) if name.number is not None]
+    sets = [{name.number for name in names if name.split == split} for split in (*SPLITS, None)]
+    apart = any(name.of for name in names) or bool(sets[0] & sets[1])
+    missing: list[int] = []
+    count = 0
+    for split in (*SPLITS, None) if apart else ("both",):
+        numbers = sorted(name.number or 0 for name in names if split in (name.split, "both"))
+        if not numbers:
+            continue
+        most = max((name.of or 0) for name in names if split in (name.split, "both"))
+        begin = numbers[-1] >= most if most else numbers[0]
+        for before, after in pairwise([begin - 1, *numbers, begin + most if most else numbers[-1] + 1]):
+            count += max(0, after - before - 1)
+            missing += range(before + 1, min(after, before + 4))
+    shards = "shard" if count == 1 else "shards"
+    return f"{count:,} {shards} of the sequence missing: {_some(list(map(str, missing)), count)}" if count else ""
+
+
+def _left_alone(files: list[Path], chosen: list[Path]) -> str:
+    kept = set(chosen)
+    others = [p.name for p in files if p not in kept]
+    return f"not of the data set, and left alone: {_some(others)}" if others else ""
+
+
+def _some(names: Sequence[str], count: int = 0) -> str:
+    more = (count or len(names)) - 3
+    return ", ".join(names[:3]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _line(path: Path, *said: str) -> str:
+    """One line about a data set; those parts that are empty, or said of it already, add nothing."""
+    told = "; ".join(part.removeprefix(f"{path}: ") for part in said if part)
+    return f"{path}: {told}" if told else ""
+
+
+def _refuse_mixture(files: list[TokenFile]) -> None:
+    """Raises ValueError where files of one format differ in their type or header."""
+    one = files[0]
+    for other in files[1:]:
+        if other.dtype != one.dtype:
+            raise ValueError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
+        if (other.offset > 0) != (one.offset > 0):
+            bare, headed = sorted((one, other), key=lambda file: file.offset)
+            raise ValueError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
 
 
 def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile, ...]]:
@@ -163,21 +348,36 @@ def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile,
         }
     for split in SPLITS:
         if not named[split]:
-            given = files[-1].path
-            missing = path / f"{split}.bin" if given.name in ("train.bin", "val.bin") else f"{path}: {split}"
-            raise FileNotFoundError(f"{missing} is missing: {_AGAIN}, or name a file …_{split}_000000{given.suffix}")
+            raise _missing(path, split, files[-1].path)
     return named
 
 
 def _last_documents(file: TokenFile) -> int:
     """Tokens of the whole documents in about the last tenth of a datatrove file, ten million at most."""
-    ends = np.fromfile(file.path.with_name(file.path.name + ".index"), dtype="<u8").astype(np.int64)
+    index = file.path.with_name(file.path.name + ".index")
+    ends = np.memmap(index, "<u8", "r")
+    if (ends[1:] < ends[:-1]).any():
+        raise ValueError(f"{index}: a document in it ends before the one that it follows: {_AGAIN}")
     wanted = file.tokens - min(max(1, file.tokens // 10), 10_000_000)
-    near = ends[(ends >= 2 * wanted - file.tokens) & (ends < file.tokens)]  # no more than twice what is wanted
+    least = max(0, 2 * wanted - file.tokens)  # no more than twice what is wanted
+    near = ends[np.searchsorted(ends, least) : np.searchsorted(ends, file.tokens)].astype(np.int64)
     return file.tokens - (int(near[np.abs(near - wanted).argmin()]) if len(near) else wanted)
 
 
 # Formats
+
+
+def _open(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:
+    """Any file by its suffix. Raises ValueError where it is none, and where it says another type than is asked for."""
+    try:
+        require_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is a link to a file that is not there: {_AGAIN}") from None
+    bare = np.dtype("uint16" if token_dtype == "auto" else token_dtype).newbyteorder("<")
+    file = _bin(path, bare) if path.suffix == ".bin" else _FORMATS[path.suffix](path)
+    if token_dtype != "auto" and file.dtype != bare:
+        raise ValueError(f"token_dtype={token_dtype}: {path} says itself that it holds {file.dtype}: leave that to it")
+    return file
 
 
 def _raw(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
@@ -187,42 +387,57 @@ def _raw(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
     if size % dtype.itemsize:
         raise ValueError(
             f"{path}: {size} bytes are not whole {dtype} tokens: it is cut short or of another type; {_AGAIN}"
+            + (", or say the type with --token_dtype" if not offset else "")
         )
     return TokenFile(path, dtype, offset, size // dtype.itemsize)
 
 
-def _bin(path: Path) -> TokenFile:
-    """Bare uint16 as nanoGPT's, or 256 int32 before the ids: magic number, version, count."""
-    head = np.fromfile(path, dtype="<i4", count=3)
-    if len(head) < 3 or int(head[0]) not in _HEADERS:
-        return _raw(path, np.dtype("<u2"))
+def _bin(path: Path, bare: np.dtype[Any] = _BARE) -> TokenFile:
+    """Ids alone as in nanoGPT's, or 256 int32 before them: magic number, version, count."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    if other := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
+        raise ValueError(f"{path} is {other}, and holds no token ids as a .bin file does: {_AGAIN}")
+    magic, version, count = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
+    if magic not in _HEADERS:
+        if magic in _DATES:
+            raise ValueError(f"{path}: its header, {magic}, is that of another file of llm.c's, which holds no tokens")
+        return _raw(path, bare)
     if path.stat().st_size < _HEADER:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {_AGAIN}")
-    file = _raw(path, _HEADERS[int(head[0])], _HEADER)
-    if file.tokens != int(head[2]):
+    dtype, versions = _HEADERS[magic]
+    if version not in versions:
         raise ValueError(
-            f"{path}: {file.tokens:,} tokens, but its header says {int(head[2]):,}: it is cut short; {_AGAIN}"
+            f"{path}: its header, {magic}, is of version {version}, and only {' and '.join(map(str, versions))} can "
+            f"be read: {_AGAIN}"
         )
-    return file
+    found = _raw(path, dtype, _HEADER)
+    _same_count(path, found.tokens, count)
+    return found
+
+
+def _same_count(path: Path, tokens: int, said: int) -> None:
+    if tokens != said:
+        why = "is cut short" if tokens < said else "holds more than that"
+        raise ValueError(f"{path}: {tokens:,} tokens, but its header says {said:,}: it {why}; {_AGAIN}")
 
 
 def _npy(path: Path) -> TokenFile:
     try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-            offset = file.tell()
-    except (ValueError, OSError, SyntaxError, TokenError) as error:
-        raise ValueError(f"{path}: not a .npy file ({str(error).splitlines()[0]}): {_AGAIN}") from None
+        with path.open("rb") as whole:
+            file = io.BytesIO(whole.read(_NPY_HEADER))
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        offset = file.tell()
+    except (ValueError, OSError, SyntaxError, TokenError, TypeError, RecursionError, MemoryError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
+        raise ValueError(f"{path}: not a .npy file ({reason}): {_AGAIN}") from None
     if len(shape) != 1 or dtype.kind not in "ui":
         raise ValueError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids; {_AGAIN}")
-    if path.stat().st_size != offset + shape[0] * dtype.itemsize:
-        held = (path.stat().st_size - offset) // dtype.itemsize
-        raise ValueError(f"{path}: {held:,} tokens, but its header says {shape[0]:,}: it is cut short; {_AGAIN}")
-    if not shape[0]:
-        raise ValueError(f"{path} is empty: {_AGAIN}")
-    return TokenFile(path, dtype, offset, shape[0])
+    found = _raw(path, dtype, offset)
+    _same_count(path, found.tokens, shape[0])
+    return found
 
 
 def _datatrove(path: Path) -> TokenFile:
@@ -230,6 +445,8 @@ def _datatrove(path: Path) -> TokenFile:
     index = path.with_name(path.name + ".index")
     if not index.is_file() or index.stat().st_size < 8:
         raise FileNotFoundError(f"{index} is missing: datatrove writes it with save_index=True")
+    if index.stat().st_size % 8:
+        raise ValueError(f"{index}: {index.stat().st_size} bytes are not whole numbers of 8: it is cut short; {_AGAIN}")
     with index.open("rb") as file:
         file.seek(-8, io.SEEK_END)
         tokens = int.from_bytes(file.read(8), "little")
@@ -245,12 +462,12 @@ def _datatrove(path: Path) -> TokenFile:
 _FORMATS: dict[str, Callable[[Path], TokenFile]] = {".bin": _bin, ".npy": _npy, ".ds": _datatrove}
 
 
-def _of_datatrove(path: Path, splits: dict[Split, tuple[TokenFile, ...]], files: list[Path]) -> Folder:
-    named = any(map(_split_of, files))
-    note = f"{path}: the last {splits['val'][0].tokens:,} tokens of {files[-1].name} are for validation"
+def _of_datatrove(path: Path, splits: dict[Split, tuple[TokenFile, ...]], files: list[Path], note: str) -> Folder:
+    if not any(map(_split_of, files)):
+        note = _line(path, f"the last {splits['val'][0].tokens:,} tokens of {files[-1].name} are for validation", note)
     tokenizer = _datatrove_tokenizer(files[0])
     size = from_json(tokenizer).size if tokenizer and tokenizer["kind"] == "tokenizers" else None
-    return Folder(path, splits, size, tokenizer, note="" if named else note)
+    return Folder(path, splits, size, tokenizer, note=note)
 
 
 def _datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
@@ -259,50 +476,174 @@ def _datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
     if name in ("", "gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
         return None
     if Path(name).is_file():
-        return {"kind": "tokenizers", "file": json.loads(Path(name).read_text(encoding="utf-8"))}
+        return {"kind": "tokenizers", "file": read_json(Path(name))}
     return {"kind": "datatrove", "name": name}
 
 
 def _datatrove_says(path: Path) -> tuple[str, str]:
     """Name of the tokenizer and bytes of a token, from the first line of ``.metadata``; empty where it is missing."""
     metadata = path.with_name(path.name + ".metadata")
-    first = next(iter(metadata.read_text(encoding="utf-8").splitlines()), "") if metadata.is_file() else ""
+    if not os.path.lexists(metadata):
+        return "", ""
+    with require_file(metadata).open(encoding="utf-8", errors="replace") as file:
+        first = file.readline(_LINE).rstrip("\n")
     name, _, width = first.rpartition("|")
     return name, width
+
+
+# The type of files that do not say it
+
+
+def _refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:
+    """Raises ValueError where files without a header are not nanoGPT's uint16, by the first million of their values."""
+    bare = [file for file in files if file.path.suffix == ".bin" and not file.offset]
+    if not bare:
+        return
+    if vocab_size and vocab_size > 2**16:
+        raise ValueError(
+            f"{bare[0].path}: {META_PKL} says {vocab_size:,} token ids, for which nanoGPT's uint16 is too narrow: say "
+            "the type with --token_dtype, such as --token_dtype=uint32"
+        )
+    seen = [_type_seen(file.path, vocab_size) for file in bare]
+    odd = next((i for i, dtype in enumerate(seen) if dtype != _BARE), None)
+    if odd is None:
+        return
+    dtype, path = seen[odd], bare[odd].path
+    if len(set(seen)) > 1:
+        other = next(i for i, found in enumerate(seen) if found != dtype)
+        said = f"and {bare[other].path.name} {_described(seen[other])}: write them again as one type"
+    elif (name := _OPTIONS.get(dtype.str)) is None:
+        fit, option = ("<u2", "makes") if dtype.itemsize == 2 else ("<u4", "and --token_dtype=uint32 make")
+        said = f"which is not read: np.fromfile(FILE, {dtype.str!r}).astype({fit!r}).tofile(FILE) {option} it fit"
+    else:
+        said = f"and not uint16 as nanoGPT's: say so with --token_dtype={name}"
+    raise ValueError(
+        f"{path} seems to hold {_described(dtype)}, {said}; --token_dtype=uint16 reads it as uint16 all the same"
+    )
+
+
+def _type_seen(path: Path, vocab_size: int | None) -> np.dtype[Any]:
+    """uint16, unless a look at the beginning, and then at more of it, shows the ids of another type."""
+    found = _BARE
+    for count in _LOOKS:
+        found = _looks_like(np.fromfile(path, "u1", 2 * count), vocab_size)
+        if found == _BARE:
+            break
+    return found
+
+
+def _looks_like(content: NDArray[np.uint8], vocab_size: int | None) -> np.dtype[Any]:
+    """The type of the ids in these bytes.
+
+    Wider types have every second or fourth 16 bits zero, or small where the vocabulary is above 65,536. Ids of all
+    types are whole numbers in the vocabulary, where its size is known, which read as another type they are not.
+    """
+    ids = content[: len(content) // 8 * 8].view("<u2")
+    if len(ids) < _FEWEST or ids.min() == ids.max():
+        return _BARE
+    for name in ("<i8", "<i4", "<f8", "<f4", ">i8", ">i4"):
+        wide = ids.view(name)
+        if not _are_ids(wide, vocab_size) or np.count_nonzero(wide) < _FEWEST // 2:
+            continue
+        if (np.abs(wide) < 2**16).all() or (np.abs(wide) % 2**16).max() >= 2**15:
+            return np.dtype(name if wide.min() < 0 else name.replace("i4", "u4"))
+    limit = vocab_size or GPT2_SIZES.stop
+    swapped = ids.byteswap()
+    if swapped.max() < 2**8 or (swapped.max() < limit <= ids.max() and (vocab_size or len(ids) > _FEWEST_BYTES)):
+        return np.dtype(">u2")
+    fits = not vocab_size or content.max() < vocab_size <= ids.max()
+    told = len(content) >= _FEWEST_BYTES or (len(content) >= 8 * _FEWEST and content.max() < 2**7)
+    return np.dtype("u1") if fits and told and _alike(content[::2], content[1::2]) else _BARE
+
+
+def _are_ids(values: NDArray[Any], vocab_size: int | None) -> bool:
+    with np.errstate(invalid="ignore"):
+        return bool((values < (vocab_size or 2**20)).all() and (values > -(2**15)).all() and not (values % 1).any())
+
+
+def _alike(even: NDArray[np.uint8], odd: NDArray[np.uint8]) -> bool:
+    """Whether both halves of 16 bits are the same kind of bytes, as in text: not all as likely, and seldom zero."""
+    first, second = (np.bincount(half, minlength=256) / len(half) for half in (even, odd))
+    differing = np.abs(first - second).sum() / 2
+    return bool(differing < 0.2 + 3 / len(odd) ** 0.5 and second.max() > 4 / 256 and second[0] < 3 / 4)
+
+
+def _described(dtype: np.dtype[Any]) -> str:
+    return f"{dtype.name}{' in big-endian order' if dtype.str.startswith('>') else ''}"
 
 
 # Meta files
 
 
+def _as_said(own: Folder, token_dtype: TokenDtype) -> Folder:
+    """The folder, unless another type is asked for than its meta file says; then raises ValueError."""
+    meta, dtype = own.path / META, own.meta["dtype"]
+    if token_dtype not in ("auto", dtype):
+        raise ValueError(f"token_dtype={token_dtype}: {meta} says that its files hold {dtype}: leave that to it")
+    return own
+
+
+def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
+    """The part of a data set that a glob finds, None where it finds other files alone; raises ValueError for both."""
+    wanted = set(paths)
+    splits = {split: tuple(file for file in own.splits[split] if file.path in wanted) for split in SPLITS}
+    found = {file.path for files in splits.values() for file in files}
+    if not found:
+        return None
+    if odd := next((p for p in paths if p not in found), None):
+        raise ValueError(f"{odd} is not in {own.path / META}, as {min(found).name} is: name the folder, or other files")
+    for split in SPLITS:
+        if not splits[split]:
+            raise _missing(own.path, split, paths[-1])
+    return replace(own, splits=splits)
+
+
 def _own(path: Path) -> Folder:
-    """A folder with ``meta.json``: exactly the files that it lists, as long as it says."""
+    """A folder with ``meta.json``: exactly the files that it lists, as long as it says; a note names any others."""
     meta = path / META
     try:
-        raw = json.loads(meta.read_text(encoding="utf-8"))
-        dtype, vocab_size, eot = raw["dtype"], int(raw["vocab_size"]), raw["eot"]
+        raw = read_json(meta)
+        dtype, eot = raw["dtype"], raw["eot"]
         if set(raw["splits"]) != set(SPLITS) or dtype not in ("uint16", "uint32"):
             raise ValueError("its splits or dtype are unknown")
-        if vocab_size < 1 or eot not in ("before", "after", "none"):
-            raise ValueError(f"vocab_size={vocab_size}, eot={eot}")
-        listed = {
-            split: [(str(f["name"]), int(f["tokens"]), str(f["sha256"])) for f in raw["splits"][split]["files"]]
-            for split in SPLITS
-        }
+        vocab_size = whole(raw["vocab_size"], "vocab_size", 1, np.iinfo(dtype).max + 1)
+        if eot not in ("before", "after", "none"):
+            raise ValueError(f"eot={str(eot)[:20]}")
+        listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
         if not all(listed.values()) or any(Path(name).name != name for files in listed.values() for name, *_ in files):
             raise ValueError("its splits list no files, or files elsewhere")
         tokenizer = dict(raw["tokenizer"])
+        _check_counts(raw)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{meta} is a link to a file that is not there: {_AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{meta}: not a meta file of this program: {error}; {_AGAIN}") from None
     splits = {
         split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
         for split in SPLITS
     }
-    return Folder(path, splits, vocab_size, tokenizer, eot, raw)
+    own = [file.path for files in splits.values() for file in files]
+    note = _line(path, _left_alone(_token_files(f"{glob.escape(str(path))}/*"), own))
+    return Folder(path, splits, vocab_size, tokenizer, eot, raw, note)
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[str, int, str]:
+    return str(entry["name"]), whole(entry["tokens"], "tokens", 0), str(entry["sha256"])
+
+
+def _check_counts(raw: Mapping[str, Any]) -> None:
+    """Of what is only told: raises ValueError where it is not what is told."""
+    whole(raw.get("text_bytes") or 0, "text_bytes", 0)
+    for reason, count in dict(raw.get("skipped") or {}).items():
+        whole(count, f"skipped {reason}", 0)
+    for split in SPLITS:
+        whole(raw["splits"][split].get("documents") or 0, "documents", 0)
 
 
 def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> TokenFile:
-    if not path.is_file():
+    if not os.path.lexists(path) or path.is_dir():
         raise FileNotFoundError(f"{path} is missing: {_AGAIN}")
+    require_file(path)
     file = _npy(path) if path.suffix == ".npy" else _raw(path, dtype)
     if file.tokens != tokens or file.dtype != dtype:
         raise ValueError(f"{path}: {file.tokens:,} tokens, but its {META} says {tokens:,}: {_AGAIN}")
@@ -313,34 +654,52 @@ def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> Token
     return file._replace(sha256=digest)
 
 
-def characters(path: Path) -> str:
-    """The vocabulary of nanoGPT's ``meta.pkl``, as one text; nothing in the file is run.
+def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
+    """What nanoGPT's ``meta.pkl`` says: how many token ids there are, and the tokenizer; nothing in the file is run.
+
+    The tokenizer is of characters where ``itos`` gives one for each id, else ``IDS_ONLY``: training needs the size
+    alone.
 
     Raises:
-        ValueError: the file asks for more than dicts, lists, text and numbers, or holds something else.
+        ValueError: it holds more than plain values, or no size; FileNotFoundError: it is a link to nothing.
     """
     raw = _read_pickle(path)
     try:
-        itos = raw["itos"]
-        found = [itos[i] for i in range(int(raw["vocab_size"]))]
-        if not all(isinstance(c, str) and len(c) == 1 for c in found):
-            raise ValueError("its itos holds more than characters")
-        return "".join(found)
+        size = raw["vocab_size"]
+        vocab_size = whole(size[0] if isinstance(size, list) and len(size) == 1 else size, "vocab_size", 1, 2**32)
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not nanoGPT's meta.pkl ({error}): {_AGAIN}") from None
+        reason = f"it has no {error}" if isinstance(error, LookupError) else error
+        raise ValueError(f"{path}: not nanoGPT's meta.pkl ({reason}): {_AGAIN}") from None
+    itos = raw.get("itos")
+    characters = []
+    if isinstance(itos, (dict, list)) and len(itos) >= vocab_size:
+        found = (itos.get(i) if isinstance(itos, dict) else itos[i] for i in range(vocab_size))
+        characters = [c for c in found if isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff"]
+    if len(set(characters)) < vocab_size:
+        return vocab_size, IDS_ONLY
+    return vocab_size, {"kind": "characters", "characters": "".join(characters)}
 
 
-class _NothingImported(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which would run code")
+def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
+    """A count out of a file, where a float may stand for it. Raises ValueError where it is none, or out of bounds."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        told = f"{value:,}" if type(value) is int and value.bit_length() < 128 else str(type(value).__name__)
+        raise ValueError(f"{name}={told} is not a whole number from {least} to {most:,}")
+    return value
 
 
 def _read_pickle(path: Path) -> Any:
-    """A pickle of dicts, lists, text and numbers; nothing it names is imported or called."""
+    """Plain values; nothing that the pickle names is imported or called."""
     try:
-        return _NothingImported(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # damaged pickles raise anything
-        raise ValueError(f"{path}: refused: {error}; {_AGAIN}") from None
+        if (size := require_file(path).stat().st_size) > pickles.MOST_BYTES:
+            raise ValueError(f"it has {size:,} bytes, more than the {pickles.MOST_BYTES:,} that such a file can have")
+        return pickles.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is a link to a file that is not there: {_AGAIN}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: refused: {str(error).removeprefix(f'{path} ')}; {_AGAIN}") from None
 
 
 def _ends(data: Array, count: int = 2**15) -> str:

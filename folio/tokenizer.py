@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.integer[Any]]
 _LARGEST_FILE = 1 << 28  # bytes
+IDS_ONLY = {"kind": "ids"}  # in place of a tokenizer: how many ids there are is known, and not what they mean
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
@@ -312,6 +313,11 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
             return Tiktoken(name)
         case {"kind": "tokenizers", "file": dict(file)}:
             return TokenizersFile(json.dumps(file))
+        case {"kind": "ids"}:
+            raise ValueError(
+                "nothing says what the token ids mean: the meta.pkl of the data holds no character for each, so there "
+                "is no text of them"
+            )
     raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
@@ -339,7 +345,8 @@ def difference(ids_of: dict[str, Any], known_to: dict[str, Any]) -> str:
     try:
         mine, theirs = _tokens(from_json(ids_of)), _tokens(from_json(known_to))
     except (ValueError, OSError):  # a tokenizer that this program cannot make, or whose tables are not here
-        return kinds
+        named = {ids_of.get("kind"), known_to.get("kind")}
+        return "" if named == {"datatrove", "tokenizers"} else kinds  # a name and a file may well be the same
     for i, token in enumerate(mine):
         if i >= len(theirs):
             return f"{kinds}, which ends before id {i}"

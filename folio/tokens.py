@@ -1,7 +1,7 @@
 """From token files to the rows of a step.
 
 1. ``Tokens.open`` finds the files of a data set, or of each in a mixture, and refuses what does not fit.
-2. Each file is a memmap; nothing is read before it is needed.
+2. Each file becomes a memmap when it is read from, and the last used ones stay; nothing is read before it is needed.
 3. ``rows(split, first, count)`` cuts the rows ``first`` … of an endless order out of them: a pure function of
    the seed and the row's number, whatever the step, the rank or the number of ranks.
 
@@ -12,6 +12,9 @@ file. The files' formats are in ``folio.token_files``.
 from __future__ import annotations
 
 import glob
+import resource
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,24 +25,47 @@ from numpy.typing import NDArray
 
 from folio import rng
 from folio.config import DATA_SETS, Data
-from folio.token_files import CLONE, GPT2, GPT2_SIZES, SPLITS, UNFINISHED, Array, Folder, Split, open_folder
-from folio.tokenizer import difference, from_json
+from folio.token_files import CLONE, GPT2, GPT2_SIZES, SPLITS, UNFINISHED, Array, Folder, Split, TokenFile, open_folder
+from folio.tokenizer import IDS_ONLY, difference, from_json
 
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
 
 MIXED = 1024  # rows in which a mixture holds its proportions
 _ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # names that other programs give a data set
+_MAPPED = 4096  # files at most, as the system limits maps as well
 _SEARCHED = 2**20  # tokens of a foreign file in which its end-of-text token is looked for
+
+
+class Maps:
+    """The files that were read last, mapped: each map keeps a file open, of which a process may have few."""
+
+    def __init__(self) -> None:
+        self._arrays: OrderedDict[TokenFile, Array] = OrderedDict()
+        self._lock = threading.Lock()  # rows are read ahead while an evaluation reads as well
+
+    def __getitem__(self, file: TokenFile) -> Array:
+        with self._lock:
+            array = self._arrays.pop(file, None)
+            if array is None:
+                while len(self._arrays) >= self._most():
+                    self._arrays.popitem(last=False)
+                array = file.map()
+            self._arrays[file] = array
+            return array
+
+    def _most(self) -> int:
+        """A quarter of the files that the process may open."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return _MAPPED if limit == resource.RLIM_INFINITY else max(1, min(_MAPPED, limit // 4))
 
 
 class Shards:
     """One split of one data set: its files as one range of positions, and the order in which they are read."""
 
-    def __init__(self, folder: Folder, split: Split, block_size: int, sampling: Order, seed: int) -> None:
-        self.files = folder.splits[split]
+    def __init__(self, folder: Folder, split: Split, block_size: int, sampling: Order, seed: int, maps: Maps) -> None:
+        self.files, self.maps = folder.splits[split], maps
         self.split, self.block_size, self.sampling, self.seed = split, block_size, sampling, seed
-        self.arrays = [file.map() for file in self.files]
         self.sizes = np.array([file.tokens for file in self.files], dtype=np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes  # position of each file's first token
         if self.sizes.max() <= block_size:
@@ -124,7 +150,7 @@ class Shards:
         out = np.full((len(positions), width), -1, dtype=np.int64)
         shards = np.searchsorted(self.starts, positions, side="right") - 1
         for shard in np.unique(shards):
-            data = self.arrays[shard]
+            data = self.maps[self.files[shard]]
             here = np.flatnonzero(shards == shard)
             local = positions[here] - self.starts[shard]
             inside = local <= len(data) - width
@@ -139,9 +165,9 @@ class Shards:
     def _checked(self, shard: int, ids: Array, vocab_size: int | None) -> Array:
         if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
+            remedy = "prepare the data again" if wrong < 0 else "set --vocab_size above it, or prepare the data again"
             raise ValueError(
-                f"{self.files[shard].path}: token id {wrong} is outside the vocabulary of {vocab_size}: "
-                f"set --vocab_size above it, or prepare the data again"
+                f"{self.files[shard].path}: token id {wrong} is outside the vocabulary of {vocab_size}: {remedy}"
             )
         return ids
 
@@ -181,7 +207,8 @@ class Tokens:
         self.seed, self.batch_size, self.world = seed, batch_size, 1
         self.vocab_size: int | None = None
         self.documents: Documents | None = None  # where attention is to stay within them
-        self._splits = {s: [Shards(f, s, block_size, sampling, seed) for f in folders] for s in SPLITS}
+        maps = Maps()
+        self._splits = {s: [Shards(f, s, block_size, sampling, seed, maps) for f in folders] for s in SPLITS}
         self._shares = _largest_remainders(weights, MIXED)
 
     @classmethod
@@ -219,15 +246,17 @@ class Tokens:
         return None if None in sizes else max(size for size in sizes if size is not None)
 
     def tokenizer(self) -> dict[str, Any] | None:
-        """The tokenizer as JSON; GPT-2's where the files do not say it and have its size, as nanoGPT assumes."""
-        size = self.vocab_size or self.known_vocab_size
-        return self.folders[0].tokenizer or (GPT2 if size is None or size in GPT2_SIZES else None)
+        """The tokenizer as JSON; not said, it is GPT-2's where its size fits, as nanoGPT assumes, else None."""
+        said, size = self.folders[0].tokenizer, self.vocab_size or self.known_vocab_size
+        if said == IDS_ONLY:
+            return None
+        return said or (GPT2 if size is None or size in GPT2_SIZES else None)
 
     def tokenizer_for(self, model: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
         """The tokenizer of these ids for a model that learned those of ``model``, and why they mean something else to
         it, or "". Files that do not say it are taken to be of the model's."""
         said = self.folders[0].tokenizer
-        if model is None or said is None:
+        if model is None or said in (None, IDS_ONLY):
             return model or self.tokenizer(), ""
         why = difference(said, model)
         return (said, why) if why else (model, "")
@@ -304,12 +333,12 @@ class Tokens:
             ValueError: the token is not known, or not in the files.
         """
         found: list[tuple[Documents, str]] = []
-        for number, folder in enumerate(self.folders):
+        for folder in self.folders:
             token = _eot_of(folder) if eot == "auto" else eot
             if folder.eot in ("before", "after") and token == _eot_of(folder):
                 found.append((Documents(token, folder.eot == "before"), f"{folder.path}'s meta file"))
                 continue
-            heads = [shards[number].arrays[0][:_SEARCHED] for shards in self._splits.values()]
+            heads = [folder.splits[split][0].map()[:_SEARCHED] for split in SPLITS]
             if not any((head == token).any() for head in heads):
                 raise ValueError(
                     f"{folder.path}: no token {token} near the beginning of its files, so that documents cannot be "
@@ -386,7 +415,7 @@ def find(config: Data, name: str = "") -> Folder:
         places = [folder / n for n in names for folder in (Path("data"), CLONE / "data", Path())]
     for place in places:
         if holds_tokens(place) if place.is_dir() else glob.glob(str(place)):
-            return open_folder(place)
+            return open_folder(place, config.token_dtype)
     missing = places[0] / "train.bin"
     if (places[0] / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{places[0]} is not finished: run the same folio prepare again to go on")

@@ -63,9 +63,9 @@ def evaluate(
 def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
     """The targets that ``evaluate`` counts, and the bytes of text that they add to what stands before them.
 
-    ``spec`` is the tokenizer as JSON; without one the bytes are 0.
+    ``spec`` is the tokenizer as JSON; without one, or with one that only datatrove can make, the bytes are 0.
     """
-    spoken = tokenizer.from_json(spec) if spec else None
+    spoken = tokenizer.from_json(spec) if spec and spec["kind"] != "datatrove" else None
     counted = size = 0
     starts = tokens.spread(split, windows)
     for first in range(0, len(starts), _WINDOWS):

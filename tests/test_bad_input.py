@@ -205,19 +205,44 @@ def test_a_pickle_that_would_run_code(folio, data, tmp_path, protocol) -> None:
     [
         5,
         {"itos": {0: "a"}},
-        {"vocab_size": 2},
-        {"vocab_size": 2, "itos": {0: "a"}},
-        {"vocab_size": 2, "itos": ["a"]},
         {"vocab_size": "many", "itos": {0: "a"}},
-        {"vocab_size": 1, "itos": {0: 7}},
+        {"vocab_size": None},
+        {"vocab_size": True},
+        {"vocab_size": 0},
+        {"vocab_size": 10**12},
+        {"vocab_size": 1e12},
+        {"vocab_size": 64.5},
+        {"vocab_size": np.array([65, 66])},
+        {"vocab_size": [[65]]},
     ],
     ids=str,
 )
 def test_a_pickle_that_is_not_nanogpts(folio, data, tmp_path, meta) -> None:
+    """Of another kind, or with no number of token ids that can be."""
     _without_meta(data)
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     outcome = folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}")
     assert_refused(outcome, data / "meta.pkl", "not nanoGPT's meta.pkl")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"Nr\xff\xff\xff\xff.",
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
+        b"})" + b"2\x86" * 60 + b"Ns.",
+        b"\x80\x04.",
+        b"]" * 99_999,
+    ],
+    ids=["34 GB of memo", "a terabyte", "doubled tuples", "nothing", "deep"],
+)
+def test_a_pickle_that_asks_for_much(folio, data, tmp_path, content) -> None:
+    """A few bytes that would fill memory, or be hashed for ever."""
+    _without_meta(data)
+    (data / "meta.pkl").write_bytes(content)
+    assert_refused(folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}"), data / "meta.pkl")
+    assert_refused(folio("data", "info", data), data / "meta.pkl")
     assert not (tmp_path / "new").exists()
 
 

@@ -72,7 +72,9 @@ def test_ids_that_differ_are_named(gpt2: Tiktoken, tok: Path) -> None:
     assert "bytes, not gpt2 of tiktoken: id 0 is '\\x00', not '!'" in difference(Bytes().to_json(), gpt2.to_json())
     assert difference(file, gpt2.to_json()).startswith("a BPE file of the tokenizers library, not gpt2 of tiktoken")
     # of a tokenizer that is known by its name alone, no id can be compared
-    assert difference({"kind": "datatrove", "name": "acme/bpe"}, gpt2.to_json()) == "acme/bpe, not gpt2 of tiktoken"
+    acme = {"kind": "datatrove", "name": "acme/bpe"}
+    assert difference(acme, gpt2.to_json()) == "acme/bpe, not gpt2 of tiktoken"
+    assert difference(acme, file) == ""  # whose name is not known
 
 
 def test_words_that_differ_by_a_space_alone_are_not_the_same() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,3 +267,34 @@ def test_rows_that_cannot_be_shared(steps: int, size: int, world: int, message: 
     """The error names the nearest world and the nearest number of rows that fit."""
     with pytest.raises(ValueError, match=message):
         micro_batches(Data(gradient_accumulation_steps=steps, batch_size=size), 0, world)
+
+
+# Many files
+
+
+@pytest.fixture
+def few_files() -> Iterator[int]:
+    """This process may open some twenty files more than it has open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/proc/self/fd")) + 20  # their numbers must be below it, and the lowest are taken
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
+@pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
+def test_more_shards_than_the_process_may_open(tmp_path: Path, few_files: int, sampling: Sampling) -> None:
+    """Rows of all of them, in any order and again, are those that are read where all may be open."""
+    for i in range(200):
+        np.save(tmp_path / f"{'train' if i else 'val'}_{i:06d}.npy", np.arange(100 * i, 100 * i + 99, dtype=np.uint16))
+    found = Tokens.open(Data(data_dir=str(tmp_path), sampling=sampling), 8, 1337)
+    found.vocab_size = 20_000
+    rows = [found.rows("train", first, 500) for first in (0, 500, 0)]
+    assert np.array_equal(rows[0], rows[2])
+    assert len(np.unique(np.concatenate(rows) // 100)) > (50 if sampling == "sequential" else 190)
+    assert_consecutive(np.concatenate(rows), 8)
+    everything = found.windows("train", found.spread("train", 0))
+    assert len(np.unique(everything[everything >= 0])) == 199 * 99
+    assert len(found.fingerprint()["train"]) == 32
+    assert len(os.listdir("/proc/self/fd")) < few_files

@@ -10,10 +10,11 @@ import numpy as np
 import tyro
 
 from folio import tokenizer
-from folio.config import knob
+from folio.config import TokenDtype, knob, token_dtype_knob
 from folio.console import show
 from folio.files import sha256
 from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
+from folio.tokenizer import IDS_ONLY
 
 _SAMPLE = 64  # tokens
 
@@ -26,11 +27,12 @@ class Options:
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
         MISSING, "a data set's folder, or a glob of its files"
     )
+    token_dtype: TokenDtype = token_dtype_knob()
     verify: bool = knob(False, "hash every file, and compare with the meta file")
 
 
 def main(options: Options) -> int:
-    folder = open_folder(Path(options.folder))
+    folder = open_folder(Path(options.folder), options.token_dtype)
     damaged = [file for split in SPLITS for file in _damaged(folder, split)] if options.verify else []
     for line in _lines(folder):
         show(line)
@@ -44,7 +46,7 @@ def _lines(folder: Folder) -> list[str]:
     spec, dtype = folder.tokenizer or GPT2, folder.splits["train"][0].dtype
     said = "" if folder.tokenizer else ", as is assumed where no meta file says it"
     size = f"{folder.vocab_size:,} ids" if folder.vocab_size else "not said"
-    name = spec.get("name") or spec["kind"]
+    name = "not said" if spec == IDS_ONLY else spec.get("name") or spec["kind"]
     lines = [folder.note or f"{folder.path}", f"tokenizer   {name}{said}", f"vocabulary  {size}, {dtype}"]
     separator = {"before": "before each document", "after": "after each document", "none": "none"}
     lines.append(f"end-of-text {separator.get(str(folder.eot), 'not said')}")

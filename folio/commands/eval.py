@@ -44,6 +44,7 @@ _OF = {  # what a knob is for, where not for all
     **dict.fromkeys(_DATA, ("loss",)),
 }
 _PLACES = {"dataset", "data_dir", "data_mixture"}
+_OF_PLACES = {"token_dtype"}  # what holds for the run's data alone
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
-    typed = o.sources.keys() | (_PLACES if _PLACES & o.sources.keys() else set())
+    typed = o.sources.keys() | (_PLACES | _OF_PLACES if _PLACES & o.sources.keys() else set())
     data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
     model = chosen.model(dropout=0.0)
     tokens = Tokens.open(data, model.config.block_size, o.system.seed)
@@ -129,14 +130,13 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
         "tokens": counted,
         "bytes": size,
     }
-    return found, (
-        f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, "
-        + (
-            f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
-            if spec
-            else f"no bits per byte, since nothing says what the ids mean: {counted:,} tokens of {tokens.name}"
-        )
+    text = (
+        f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
+        if size
+        else f"no bits per byte, since nothing says what the ids mean: {counted:,} tokens of {tokens.name}"
     )
+    line = f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, {text}"
+    return found, "\n".join([*(folder.note for folder in tokens.folders if folder.note), line])
 
 
 def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
+    {"", "rng", "files", "config", "assignments", "model", "optim", "flops"},  # "" is folio/__init__.py
     {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log"},
     {
         "validation",

@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from folio import tokenizer
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.files import sha256
 from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
 
@@ -23,7 +23,7 @@ class Options:
 
     action: tyro.conf.Positional[Literal["info"]] = knob(MISSING, "what they hold")
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
-        MISSING, "a data set's folder, or a glob of its files"
+        MISSING, "a data set's folder, or a glob of its files", path=ITSELF
     )
     verify: bool = knob(False, "hash every file, and compare with the meta file")
 

@@ -137,7 +137,11 @@ NO_CONFIGS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "YAML": ("config.yaml", lambda path: path.write_text("n_layer: 2"), [".py, .toml or .json"]),
     "a TOML table": ("config.toml", lambda path: path.write_text("[model]\nn_layer = 2"), ["'model' is a table"]),
     "a JSON table": ("config.json", lambda path: path.write_text('{"model": {"n_layer": 2}}'), ["'model' is a table"]),
-    "twice": ("config.toml", lambda path: path.write_text("n_layer = 2\nn_layer = 3"), ["not a valid toml", "overwrite"]),
+    "twice": (
+        "config.toml",
+        lambda path: path.write_text("n_layer = 2\nn_layer = 3"),
+        ["not a valid toml", "overwrite"],
+    ),
     "deep JSON": ("config.json", lambda path: path.write_text("[" * 60_000), ["nested too deeply"]),
     "deep TOML": ("config.toml", lambda path: path.write_text("a = " + "[" * 60_000), ["nested too deeply"]),
     "an endless number": ("config.json", lambda path: path.write_text('{"dropout": 1e999}'), ["not a finite number"]),
@@ -333,6 +337,8 @@ def test_a_download_that_fails(folio, tmp_path, monkeypatch, source, words) -> N
 
 WISHES = {
     "--checkpoint=999": ["'999'", "best, latest and 5, 10"],
+    "--checkpoint=\u00b2": ["'\u00b2'", "best, latest and 5, 10"],
+    f"--checkpoint={'9' * 5000}": ["'999", "best, latest and 5, 10"],
     "--checkpoint=newest": ["'newest'", "best, latest and 5, 10"],
     "--out_dir=nowhere": ["nowhere", "train"],
     "--init_from=no/such/folder": ["no/such/folder: there is no such"],

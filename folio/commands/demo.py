@@ -28,7 +28,7 @@ def main(options: Options) -> int:
     print("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
     print(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
-    print(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
+    print(f"  {folio} train --init_from=resume --out_dir={run.out_dir} --max_iters={2 * options.optimizer.max_iters}")
     print(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
     print(f"  {folio} --help")
     return 0

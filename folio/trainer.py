@@ -593,9 +593,9 @@ def finish(run: Run) -> None:
             in_vain = counted(state.evaluations_without_improvement, "evaluation")
             run.log.say(f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that")
         elif run.stop:
-            further = f"; to resume: folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}"
+            further = f", folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}"
             further += f" --patience={2 * patience}" if run.stop == "patience" else ""
-            why = "" if run.stop == "max_iters" else f" ({run.stop}){further if state.step else ''}"
+            why = "" if run.stop == "max_iters" else f" ({run.stop}){f'{further} goes on' if state.step else ''}"
             best = (
                 f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
                 if state.best

@@ -146,7 +146,7 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
     assert checkpoint.steps(out)[-1] == 6
     how = f"folio train --init_from=resume --out_dir={out} --patience=4"
-    assert f"step 6 of 10 (patience); to resume: {how}; best" in outcome.out
+    assert f"step 6 of 10 (patience), {how} goes on; best" in outcome.out
     before = timeless(out)
     outcome = folio("train", *flags, "--init_from=resume")
     assert "nothing to do: no better loss in 2 evaluations: raise --patience=2 above that" in outcome.out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import secrets
 import shlex
 import signal
@@ -26,6 +27,7 @@ from folio.checkpoint import State
 from folio.config import COMMAND_LINE, OF_THE_CALL, Data, Sampling, TrainConfig, accumulated, check, flat, override
 from folio.flops import flops_per_token, mfu
 from folio.log import LOG_TXT, METRICS, PICTURE, Log, counted, rewind
+from folio.memory import FLOAT32
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
@@ -509,6 +511,7 @@ def build(config: TrainConfig) -> Run:
         lines.append(f"the token ids of {tokens.name} mean other characters than those that the model knows")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
+    _require_room(shape)
     if source:
         model = source.model(shape.dropout)
         model.crop_block_size(shape.block_size)
@@ -688,6 +691,19 @@ def _shape_of(given: GPTConfig, config: TrainConfig, former: _Former | None, lin
         else:
             lines.append(f"{name}={theirs} from the checkpoint, not {mine} from {source}")
     return replace(given, **chosen)
+
+
+def _require_room(shape: GPTConfig) -> None:
+    """Raises ValueError where the weights alone are more than the machine's memory, before any is allocated."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in GPT(shape).parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if FLOAT32 * count > there:
+        raise ValueError(
+            f"the model's {count:,} weights take {FLOAT32 * count / 1e9:,.0f} GB, and this machine has "
+            f"{there / 1e9:,.0f}: lower --n_layer={shape.n_layer}, --n_embd={shape.n_embd}, "
+            f"--vocab_size={shape.vocab_size} or --block_size={shape.block_size}"
+        )
 
 
 def vocab_size_of(tokens: Tokens) -> tuple[int, str]:

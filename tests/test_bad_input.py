@@ -59,6 +59,8 @@ KNOBS = {
     "--batch_size=1e12": ["batch_size=1000000000000", "at most 1000000"],
     "--vocab_size=1e12": ["vocab_size=1000000000000", "at most 100000000"],
     "--n_embd=1e12": ["n_embd=1000000000000", "at most 100000"],
+    "--n_embd=1e5 --n_layer=1e3": ["weights take 480,", "lower --n_layer=1000, --n_embd=100000"],
+    "--vocab_size=1e8 --n_embd=1e5": ["weights take 40,", "--vocab_size=100000000"],
     "--n_layer=1e300": ["n_layer=2**63 or more", "at most 1000"],
     "--block_size=1e12": ["block_size=1000000000000", "at most"],
     "--max_iters=1e30": ["max_iters=2**63 or more", "below"],

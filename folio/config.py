@@ -606,7 +606,8 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
             return found
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
-    raise ValueError(f"{path}: {name} = {shown}: must be {_wanted(kind)}")
+    given = f"--{name}={shown}" if path == COMMAND_LINE else f"{path}: {name} = {shown}"
+    raise ValueError(f"{given}: must be {_wanted(kind)}")
 
 
 def typed_text(name: str, text: str, options: type) -> Any:

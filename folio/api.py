@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
-from folio.config import COMMAND_LINE, EITHER, TrainConfig, check, flat, override, read_file, typed
+from folio.config import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
 from folio.trainer import EXIT, Run, build, finish, fit
 
 T = TypeVar("T")
@@ -91,6 +91,7 @@ def evaluate(what: str = "loss", **knobs: Any) -> dict[str, Any]:
 def _options(options: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
     """Files, then what was given by keyword, held to the types and bounds that the command line holds it to."""
     sources = dict(getattr(options, "sources", {}))
+    names: dict[str, Any] = {}  # what a .py file finds assigned
     for item in config:
         if isinstance(item, TrainConfig):
             usual = flat(TrainConfig())
@@ -98,14 +99,17 @@ def _options(options: T, caller: str, given: Mapping[str, Any], *config: str | o
             if item.data.total_batch_size:
                 named.pop("gradient_accumulation_steps", None)  # which follows from it
             options, sources = item, named | item.sources  # type: ignore[assignment]
+            names = flat(item)
         else:
-            values = read_file(os.fspath(item), type(options))
+            values = read_file(os.fspath(item), type(options), names=names)
+            names |= values
             options = override(options, values)
             sources = _later(sources, values, os.fspath(item))
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
     options = override(options, {name: typed(caller, name, value, type(options)) for name, value in plain.items()})
     if hasattr(options, "sources"):
         options = replace(options, sources=_later(sources, given, COMMAND_LINE))  # type: ignore[type-var]
+    options = at_home(options)
     check(options)
     return options
 

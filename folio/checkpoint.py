@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,8 +226,8 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
 
 def steps(out_dir: Path) -> list[int]:
     """The steps that have a checkpoint, in order; not verified."""
-    found = (out_dir / "checkpoints").glob("step-*")
-    return sorted(int(p.name[5:]) for p in found if p.is_dir() and p.name[5:].isdigit())
+    there = [p for p in (out_dir / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
+    return sorted(step for p in there if p == folder(out_dir, step := int(p.name[5:])) and p.is_dir())
 
 
 def verify(path: Path, run_id: str | None = None) -> dict[str, Any]:
@@ -316,7 +317,7 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
     elif which == "latest":
         step = have[-1]
     else:
-        step = int(which) if which.isdigit() else -1
+        step = int(which) if re.fullmatch("[0-9]{1,18}", which) else -1
         if step not in have:
             raise FileNotFoundError(
                 f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"

@@ -149,6 +149,7 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
 
     flags: dict[str, str] = {}
     values: dict[str, Any] = {}
+    names: dict[str, Any] = {}  # what a .py file finds assigned
     sources: dict[str, str] = {}
     rest: list[str] = []
     waiting = list(argv)
@@ -170,12 +171,14 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
                 if not waiting:
                     raise ValueError(f"--{name} needs a value: --{name}=…")
                 value = waiting.pop(0)
-            flags[name] = value
+            names[name] = config.typed_text(name, value, options)
+            flags[name] = str(names[name])
             sources.pop(name, None)
             sources[name] = config.COMMAND_LINE
         elif files and not token.startswith("-"):
-            read = config.read_file(token, options, ignore=config.TrainConfig)
+            read = config.read_file(token, options, ignore=config.TrainConfig, names=names)
             values.update(read)
+            names.update(read)
             for name in read:
                 flags.pop(name, None)
                 sources.pop(name, None)  # so that they stand in the order in which they were given
@@ -201,13 +204,14 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
         raise
     if hasattr(parsed, "sources"):
         parsed.sources.update(sources)
+    parsed = config.at_home(parsed)
     config.check(parsed)
     return parsed
 
 
 def _is_switch(kind: Any, waiting: list[str]) -> bool:
     """Whether a flag without a value stands for True: one of a bool, with no value after it."""
-    words = {"True", "False", *(word for choice in get_args(kind) for word in get_args(choice))}
+    words = {"True", "False", "1", "0", *(word for choice in get_args(kind) for word in get_args(choice))}
     return (kind is bool or bool in get_args(kind)) and words.isdisjoint(waiting[:1])
 
 

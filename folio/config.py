@@ -1,26 +1,28 @@
 """The knobs, each once, in groups by what they are about; and how files and flags become one frozen object.
 
-A knob's metadata holds its help and bounds. Files are read, never run: a ``.py`` file is evaluated from its
-syntax tree by ``_Evaluator``, which knows arithmetic and little else.
+A knob's metadata holds its help, its bounds, and whether it names a place. Files are read, never run
+(``folio.assignments``).
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import json
 import math
 import operator
-import time
+import os
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
+from folio import assignments
+from folio.files import parse_json, require_file
 from folio.model import AUTO, GPTConfig
 
 T = TypeVar("T")
@@ -29,19 +31,91 @@ HellaSwagStyle = Literal["completion", "harness"]
 TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
 OF_THE_CALL = ("out_dir", "init_from", "eval_only", "max_minutes", "profile")  # knobs that a run does not keep
 MICRO_STEPS = 1_000_000  # of a step, at most
+LONGEST = 1 << 16  # characters of a config file, at most
+ITSELF, EACH, AFTER_FILE = (
+    "itself",
+    "each",
+    "FILE:",
+)  # where a path stands: all of a value, between commas, behind FILE:
 EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # knobs that say the same
+_ELSEWHERE = {  # what other trainers call a knob → ours
+    theirs: ours
+    for ours, names in {
+        "learning_rate": "lr max_lr base_lr peak_lr lr_max",
+        "min_lr": "lr_min final_lr end_lr eta_min",
+        "weight_decay": "wd",
+        "beta1": "adam_beta1",
+        "beta2": "adam_beta2",
+        "grad_clip": "max_grad_norm clip_grad clip_grad_norm grad_clip_norm gradient_clip_val gradient_clipping clip",
+        "warmup_iters": "warmup_steps num_warmup_steps lr_warmup_steps warmup_iterations",
+        "warmup_iters, which counts steps": "warmup_ratio warmup_frac warmup_fraction",
+        "lr_decay_iters": "decay_steps lr_decay_steps decay_iters",
+        "max_iters": "max_steps num_steps n_steps steps total_steps train_steps training_steps max_train_steps "
+        "num_training_steps iters iterations num_iterations max_iterations train_iters",
+        "max_iters, which counts steps": "epochs num_epochs n_epochs max_epochs num_train_epochs max_tokens",
+        "max_minutes": "max_time time_limit",
+        "patience": "early_stopping_patience early_stopping",
+        "batch_size": "bs batch train_batch_size per_device_train_batch_size per_device_batch_size device_batch_size "
+        "micro_batch_size microbatch_size mbs n_batches",
+        "total_batch_size, which counts tokens": "global_batch_size gbs effective_batch_size",
+        "gradient_accumulation_steps": "grad_accum grad_accum_steps gradient_accumulation grad_acc_steps grad_acc "
+        "accumulate_grad_batches accumulation_steps accum_steps",
+        "block_size": "context_length context_size context ctx_len n_ctx n_positions max_position_embeddings seq_len "
+        "seq_length sequence_length max_seq_len max_seq_length max_sequence_length",
+        "n_layer": "num_layers n_layers num_hidden_layers layers depth",
+        "n_head": "num_heads n_heads num_attention_heads heads",
+        "n_embd": "d_model model_dim hidden_size hidden_dim emb_dim embed_dim embedding_dim n_embed width dim",
+        "vocab_size": "padded_vocab_size n_vocab vocab",
+        "dropout": "drop_rate dropout_rate dropout_prob attn_pdrop resid_pdrop embd_pdrop",
+        "activation": "activation_function hidden_act",
+        "tie_weights": "tie_word_embeddings weight_tying",
+        "out_dir": "output_dir save_dir checkpoint_dir ckpt_dir log_dir logdir run_dir default_root_dir output_path",
+        "init_from": "model model_name model_name_or_path pretrained from_pretrained load load_from ckpt_path",
+        "init_from, such as --init_from=resume": "resume resume_from resume_from_checkpoint",
+        "checkpoint_interval": "save_steps save_every save_interval save_freq checkpoint_every ckpt_interval",
+        "keep_checkpoints": "save_total_limit max_checkpoints",
+        "eval_interval": "eval_steps eval_every eval_freq val_every val_interval val_loss_every val_check_interval",
+        "eval_iters": "eval_batches val_batches val_steps limit_val_batches",
+        "log_interval": "logging_steps log_every log_every_n_steps log_freq print_every",
+        "sample_interval": "sample_every generate_every",
+        "track": "report_to logger",
+        "wandb_log": "wandb use_wandb",
+        "wandb_project": "project",
+        "wandb_run_name": "run_name wandb_name",
+        "data_dir": "data data_path data_root dataset_dir dataset_path train_data train_file train_path input_bin",
+        "dataset": "dataset_name",
+        "seed": "random_seed manual_seed",
+        "dtype, such as --dtype=bfloat16": "bf16 fp16 amp precision mixed_precision torch_dtype",
+        "compile": "torch_compile",
+        "device": "accelerator cuda",
+        "parallel": "strategy fsdp",
+        "activation_checkpointing": "gradient_checkpointing",
+        "start": "prompt",
+        "num_samples": "n_samples num_return_sequences",
+        "max_new_tokens": "num_tokens n_tokens new_tokens max_tokens length",
+        "temperature": "temp",
+        "workers": "num_workers num_proc n_proc",
+        "text_key": "text_column text_field",
+        "val_fraction": "val_split val_size test_size",
+    }.items()
+    for theirs in names.split()
+}
 PRESETS = Path(__file__).parent / "presets"
 DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
 
-def knob(default: Any, help: str, **bounds: float) -> Any:
-    """A field with its help and bounds (``min`` ≤ value ≤ ``max``, value > ``above``, value < ``below``)."""
-    return field(default=default, metadata={"help": help, **bounds})
+def knob(default: Any, help: str, **more: Any) -> Any:
+    """A field with its help and what holds for its values.
+
+    Those are its bounds (``min`` ≤ value ≤ ``max``, value > ``above``, value < ``below``), where in it a ``path``
+    stands (ITSELF, EACH or AFTER_FILE), and which value None stands for, if neither auto nor an empty default.
+    """
+    return field(default=default, metadata={"help": help, **more})
 
 
 def out_dir_knob() -> Any:
     """The one knob that commands share outside a group."""
-    return knob("out", "folder of the run")
+    return knob("out", "folder of the run", path=ITSELF)
 
 
 def hellaswag_style_knob() -> Any:
@@ -52,7 +126,9 @@ def hellaswag_style_knob() -> Any:
 
 
 def hellaswag_data_knob() -> Any:
-    return knob("", "file of HellaSwag items; default: data/hellaswag/hellaswag_val.jsonl, downloaded if need be")
+    return knob(
+        "", "file of HellaSwag items; default: data/hellaswag/hellaswag_val.jsonl, downloaded if need be", path=ITSELF
+    )
 
 
 def token_dtype_knob() -> Any:
@@ -68,6 +144,7 @@ class Output:
         "scratch",
         "scratch | resume | auto (resume if there is something) | gpt2 … gpt2-xl | an out_dir, .pt file, Hugging Face "
         "folder or name",
+        path=ITSELF,
     )
     always_save_checkpoint: bool = knob(True, "False: keep the best checkpoint and the latest only")
     checkpoint_interval: int | AUTO = knob("auto", "steps between checkpoints; auto: every evaluation", min=1)
@@ -91,9 +168,9 @@ class Evaluation:
     hellaswag_data: str = hellaswag_data_knob()
     hellaswag_limit: int = knob(0, "items, from the first; 0: all 10,042; the run waits for them", min=0)
     sample_interval: int = knob(0, "steps between samples; 0: none", min=0)
-    sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from")
-    sample_count: int = knob(4, "samples at a time, of each process", min=1)
-    sample_tokens: int = knob(32, "tokens of a sample, those of the prompt included", min=1)
+    sample_prompt: str = knob("Hello, I'm a language model,", "what samples go on from", path=AFTER_FILE)
+    sample_count: int = knob(4, "samples at a time, of each process", min=1, max=10_000)
+    sample_tokens: int = knob(32, "tokens of a sample, those of the prompt included", min=1, max=1_000_000)
     sample_top_k: int = knob(50, "draw from the k likeliest tokens; 0: from all", min=0)
 
 
@@ -109,7 +186,7 @@ class Logging:
     track: str = knob("", "send the records to tensorboard, wandb or trackio, or several: a,b")
     wandb_log: bool = knob(False, "log to Weights & Biases; the same as --track=wandb")
     wandb_project: str = knob("owt", "project there, and with trackio")
-    wandb_run_name: str = knob("gpt2", "name of the run there")
+    wandb_run_name: str = knob("gpt2", "name of the run there; empty: one that it makes up", none="")
     profile: int = knob(0, "steps to profile, after two, and what is due between them: time and memory; 0: none", min=0)
 
 
@@ -117,11 +194,13 @@ class Logging:
 class Data:
     """What is read, and in which order."""
 
-    dataset: str = knob("openwebtext", "data/<dataset>, under the working folder, else beside train.py; or a folder")
-    data_dir: str = knob("", "folder or glob of the token files; wins over dataset")
+    dataset: str = knob(
+        "openwebtext", "data/<dataset>, under the working folder, else beside train.py; or a folder", path=ITSELF
+    )
+    data_dir: str = knob("", "folder or glob of the token files; wins over dataset", path=ITSELF)
     token_dtype: TokenDtype = token_dtype_knob()
-    data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3")
-    batch_size: int = knob(12, "rows in a micro batch", min=1)
+    data_mixture: str = knob("", "several data sets by weight instead, such as a=0.7,b=0.3", path=EACH)
+    batch_size: int = knob(12, "rows in a micro batch", min=1, max=MICRO_STEPS)
     window: int = knob(0, "tokens of a row, at most block_size; 0: block_size", min=0)
     gradient_accumulation_steps: int = knob(40, "micro steps a step, over all ranks together", min=1, max=MICRO_STEPS)
     total_batch_size: int = knob(
@@ -170,6 +249,7 @@ class Source:
     init_from: str = knob(
         "resume",
         "resume (the model in out_dir) | gpt2 … gpt2-xl | another out_dir, .pt file, Hugging Face folder or name",
+        path=ITSELF,
     )
     checkpoint: str = knob("best", "best | latest | a step")
 
@@ -178,9 +258,9 @@ class Source:
 class Sampling:
     """What to continue, and how."""
 
-    start: str = knob("\n", "prompt, or FILE:name of a file that holds it")
-    num_samples: int = knob(10, "samples to draw", min=1)
-    max_new_tokens: int = knob(500, "tokens in each, after the prompt", min=1)
+    start: str = knob("\n", "prompt, or FILE:name of a file that holds it", path=AFTER_FILE)
+    num_samples: int = knob(10, "samples to draw", min=1, max=10_000)
+    max_new_tokens: int = knob(500, "tokens in each, after the prompt", min=1, max=1_000_000)
     temperature: float = knob(0.8, "below 1 bolder, above 1 wilder; 0: the likeliest token always", min=0)
     top_k: int = knob(200, "draw from the k likeliest tokens; 0: from all", min=0)
     top_p: float = knob(1.0, "draw from the fewest tokens that reach this probability", above=0, max=1)
@@ -347,15 +427,15 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     Raises:
         ValueError: a field that is not known, or whose value is not possible; names the file.
     """
-    for f in fields(GPTConfig):
-        value = typed(path, f.name, values.get(f.name, f.default), TrainConfig)
-        try:
-            _check_bounds(f.name, value, f.metadata)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
         raise ValueError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
-    config = GPTConfig(**values)
+    shape = {f.name: typed(path, f.name, values.get(f.name, f.default), TrainConfig) for f in fields(GPTConfig)}
+    try:
+        for f in fields(GPTConfig):
+            _check_bounds(f.name, shape[f.name], f.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = GPTConfig(**shape)
     if config.vocab_size == "auto":
         raise ValueError(f"{path}: vocab_size = 'auto': must be a number")
     try:
@@ -374,55 +454,112 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
         ("above", operator.gt, "above"),
         ("below", operator.lt, "below"),
     ]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}={value}: must be a finite number")
+    huge = isinstance(value, int) and abs(value) >= 2**63
+    shown = f"{'-' * (value < 0)}2**63 or more" if huge else value
     for rule, holds, words in rules:
         if rule in bounds and not holds(value, bounds[rule]):
-            raise ValueError(f"{name}={value}: must be {words} {bounds[rule]}")
+            raise ValueError(f"{name}={shown}: must be {words} {bounds[rule]}")
+    if huge or not math.isfinite(value):
+        raise ValueError(f"{name}={shown}: must be {'below 2**63' if huge else 'a finite number'}")
 
 
 def unknown(name: str, options: type) -> str:
     """One line about a knob that does not exist, with the one that was probably meant."""
-    close = difflib.get_close_matches(name, knobs(options), n=1)
-    return f"unknown knob {name!r}" + (f": did you mean {close[0]!r}?" if close else ": --help lists them")
+    return f"unknown knob {name!r}: {meant(name, options) or '--help lists them'}"
+
+
+def meant(name: str, options: type) -> str:
+    """A hint at the knob that another program calls so, or that has nearly this name; "" where there is none."""
+    known, plain = knobs(options), name.lower().replace("-", "_")
+    ours, comma, note = _ELSEWHERE.get(plain, "").partition(",")
+    if ours in known:
+        return f"did you mean {ours!r}{comma}{note}?"
+    close = difflib.get_close_matches(plain, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 # Files
 
 
-def read_file(name: str, options: type, *, ignore: type | None = None) -> dict[str, Any]:
-    """The knobs that a file or preset sets, checked against their types; nothing in it is executed.
+def read_file(
+    name: str, options: type, *, ignore: type | None = None, names: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The knobs that a file or preset sets, held to their types; nothing in it is executed.
 
-    Knobs of ``ignore`` that ``options`` lacks are passed over, so that ``sample`` takes a training preset.
+    Knobs of ``ignore`` that ``options`` lacks are passed over, so that ``sample`` takes a training preset. ``names``
+    are those that files and flags before this one have set; its own are added. A name of a .py file that is no knob
+    is a helper, with a warning where nothing in the file uses it.
 
     Raises:
         FileNotFoundError: no such file or preset.
         ValueError: names the file, the line and the remedy.
     """
     path = find_file(name)
+    text, suffix = _text(path), path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        raise ValueError(f"{path}: a config file is .py, .toml or .json")
+    lines: dict[str, int] = {}
+    if suffix in (".toml", ".json"):
+        values = _table(path, text, tomllib.loads if suffix == ".toml" else parse_json)
+    else:
+        before = {**defaults(TrainConfig), **defaults(options), **(names or {})}
+        values, lines, used = assignments.read(path, text, before)
+        if names is not None:
+            names |= values
+        values = {k: v for k, v in values.items() if not _is_helper(path, k, used, options, ignore)}
+    return {
+        k: typed(f"{path}:{lines[k]}" if k in lines else path, k, v, options)
+        for k, v in values.items()
+        if not _passed_over(k, options, ignore)
+    }
+
+
+def _text(path: Path) -> str:
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            text = file.read(LONGEST + 1)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
+    if len(text) > LONGEST:
+        raise ValueError(f"{path} has more than {LONGEST:,} characters: that is no config file")
+    return text
+
+
+def _table(path: Path, text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a .toml or .json file holds at its top level."""
     try:
-        text = path.read_text(encoding="utf-8")
-        match path.suffix:
-            case ".toml":
-                values = tomllib.loads(text)
-            case ".json":
-                values = json.loads(text)
-            case _:
-                values = _Evaluator(path, text, {**defaults(TrainConfig), **defaults(options)}).values()
-    except RecursionError:
-        raise ValueError(f"{path}: it is nested too deep to be a config file") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a valid {path.suffix[1:]} file: {error}") from None
+        values = parse(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: not a valid {path.suffix[1:]} file: {reason}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold knobs and their values at its top level")
-    return {k: typed(path, k, v, options) for k, v in values.items() if not _passed_over(k, options, ignore)}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {name!r} is a table: write what it holds at the top level, without tables")
+    return values
+
+
+def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: type | None) -> bool:
+    """Whether a name that a .py file assigns is no knob; says so if the file has no use for it either."""
+    if name in knobs(options) or _passed_over(name, options, ignore):
+        return False
+    if name not in used and not name.startswith("_"):
+        hint = meant(name, options)
+        reason = f" ({hint})" if hint else ""
+        warnings.warn(f"{path}: {name} is no knob{reason}, and nothing in the file uses it", stacklevel=2)
+    return True
 
 
 def find_file(name: str) -> Path:
-    """A path as it is, else a preset by its name, ``train_`` left out or not."""
-    path = Path(name)
-    if path.is_file():
-        return path
+    """A path as it is, else a preset by its name, ``train_`` left out or not.
+
+    Raises:
+        FileNotFoundError: there is neither. ValueError: a pipe or a device.
+    """
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if path.exists() and not path.is_dir():
+        return require_file(path)
     for preset in (name, f"train_{name}"):
         if name.isidentifier() and (PRESETS / f"{preset}.py").is_file():
             return PRESETS / f"{preset}.py"
@@ -451,140 +588,110 @@ def _default_group(options: type, group: str) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
+# Values
+
+
 def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
-    """The value of a knob that a file sets, if it is of the knob's type; raises ValueError that names the file."""
+    """A value as the knob's type has it, taken as nanoGPT takes it.
+
+    A whole float is an int, an int a float, 0 and 1 are no and yes; None leaves open what a knob may leave open.
+
+    Raises:
+        ValueError: it is none of the knob's type, or there is no such knob; names the file.
+    """
     known = knobs(options)
     if name not in known:
         raise ValueError(f"{path}: {unknown(name, options)}")
-    kind = known[name].type
-    for choice in get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,):
-        if get_origin(choice) is Literal and value in get_args(choice):
-            return value
-        if choice is float and type(value) is int:
-            return float(value)
-        if choice in (int, float, bool, str) and type(value) is choice:
-            return value
-    raise ValueError(f"{path}: {name} = {value!r}: must be {_wanted(kind)}")
+    kind, metadata = known[name].type, known[name].field.metadata
+    choices = _choices(kind)
+    if value is None:
+        open_to = "auto" if AUTO in choices else "" if known[name].field.default == "" else None
+        value = metadata.get("none", open_to)
+    for choice in choices:
+        if (found := _as(choice, value)) is not MISSING:
+            return found
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
+    given = f"--{name}={shown}" if path == COMMAND_LINE else f"{path}: {name} = {shown}"
+    raise ValueError(f"{given}: must be {_wanted(kind)}")
+
+
+def typed_text(name: str, text: str, options: type) -> Any:
+    """The value of a knob that is given as text, read as nanoGPT reads it: a Python literal, else the text itself.
+
+    Raises:
+        ValueError: as ``typed``.
+    """
+    kind = knobs(options)[name].type
+    if get_origin(kind) is tuple:
+        return text
+    value = _literal(text)
+    return typed(COMMAND_LINE, name, text if all(_as(c, value) is MISSING for c in _choices(kind)) else value, options)
+
+
+def _literal(text: str) -> Any:
+    if len(text) > LONGEST:
+        return text
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        for read in (ast.literal_eval, int, float):
+            try:
+                return read(text)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                pass
+    return text
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """The value as one of this type, or MISSING."""
+    number = type(value) in (int, float)
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else MISSING
+    if kind is bool and (type(value) is bool or (number and value in (0, 1))):
+        return bool(value)
+    if kind is int and number and (type(value) is int or value.is_integer()):
+        return int(value)
+    if kind is float and number and (type(value) is float or abs(value) < 2.0**1023):
+        return float(value)
+    return value if kind is str and type(value) is str else MISSING
 
 
 def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
+    if kind is bool:
+        return "True or False"
     return " or ".join(map(_wanted, get_args(kind))) if get_args(kind) else str(kind.__name__)
 
 
-_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-    ast.Not: operator.not_,
-}
-_CALLS: dict[str, Callable[..., Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "min": min,
-    "max": max,
-    "round": round,
-}
+# Places
 
 
-class _Evaluator:
-    """Assignments of constants and arithmetic, evaluated by us from the syntax tree."""
+def at_home(options: T) -> T:
+    """The same options, with the user's home folder for each ``~`` that begins a place.
 
-    def __init__(self, path: Path, text: str, names: dict[str, Any]) -> None:
-        self.path, self.text, self.names = path, text, dict(names)
-        self.time = False
-
-    def values(self) -> dict[str, Any]:
-        try:
-            body = ast.parse(self.text).body
-        except (SyntaxError, ValueError, MemoryError) as error:  # MemoryError: nested too deep
-            raise ValueError(f"{self.path}: not Python: {error or 'nested too deep'}") from None
-        assigned: dict[str, Any] = {}
-        for statement in body:
-            for target, value in self._assignments(statement):
-                assigned[target] = self.names[target] = value
-        return {k: v for k, v in assigned.items() if not k.startswith("_")}
-
-    def _assignments(self, node: ast.stmt) -> Iterator[tuple[str, Any]]:
-        match node:
-            case ast.Assign(targets=targets, value=value) if all(isinstance(t, ast.Name) for t in targets):
-                for target in targets:
-                    yield target.id, self._value(value)  # type: ignore[attr-defined]
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
-                yield name, self._value(value)
-            case ast.Expr(value=ast.Constant()):  # a docstring
-                pass
-            case ast.Import(names=[ast.alias(name="time", asname=None)]):
-                self.time = True
-            case _:
-                raise self._refused(node)
-
-    def _value(self, node: ast.expr) -> Any:
-        try:
-            return self._evaluate(node)
-        except (ArithmeticError, TypeError, ValueError) as error:
-            if str(error).startswith(str(self.path)):
-                raise
-            raise ValueError(f"{self.path}:{node.lineno}: {ast.unparse(node)}: {error}") from None
-
-    def _evaluate(self, node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=bool() | int() | float() | str() as value):
-                return value
-            case ast.Name(id=name) if name in self.names:
-                return self.names[name]
-            case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
-                return _UNARY[type(op)](self._evaluate(operand))
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-                a, b = self._evaluate(left), self._evaluate(right)
-                if isinstance(op, ast.Pow) and not (isinstance(b, (int, float)) and abs(b) <= 64):
-                    raise ValueError("an exponent above 64")
-                if isinstance(op, (ast.Mult, ast.Mod)) and (isinstance(a, str) or isinstance(b, str)):
-                    raise ValueError("text is neither multiplied nor formatted with %; an f-string does that")
-                result = _BINARY[type(op)](a, b)
-                if isinstance(result, int) and result.bit_length() > 1024:
-                    raise ValueError("a number above 2**1024")
-                if isinstance(result, str) and len(result) > 4096:
-                    raise ValueError("text of more than 4096 characters")
-                return result
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-                return _CALLS[name](*map(self._evaluate, args))
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="time"), attr="time"), args=[], keywords=[]) if (
-                self.time
-            ):
-                return time.time()
-            case ast.JoinedStr(values=parts):
-                return "".join(self._text(part) for part in parts)
-            case _:
-                raise self._refused(node)
-
-    def _text(self, node: ast.expr) -> str:
-        if isinstance(node, ast.FormattedValue):
-            if node.conversion != -1:
-                raise self._refused(node)
-            spec = self._evaluate(node.format_spec) if node.format_spec else ""
-            if any(int(digits) > 64 for digits in _numbers(spec)):
-                raise ValueError("a width above 64")
-            return format(self._evaluate(node.value), spec)
-        return str(self._evaluate(node))
-
-    def _refused(self, node: ast.AST) -> ValueError:
-        code = ast.unparse(node).splitlines()[0]
-        return ValueError(
-            f"{self.path}:{getattr(node, 'lineno', 1)}: {code!r} is not read: a config file holds assignments "
-            "of constants, arithmetic and names set above, and is never run"
-        )
+    Raises:
+        ValueError: there is no such user.
+    """
+    values = flat(options)
+    places = {name: where for name, k in knobs(type(options)).items() if (where := k.field.metadata.get("path"))}
+    return override(options, {name: _expanded(name, values[name], where) for name, where in places.items()})
 
 
-def _numbers(text: str) -> list[str]:
-    return "".join(c if c.isdigit() else " " for c in text).split()
+def _expanded(name: str, value: Any, where: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_expanded(name, part, where) for part in value)
+    if where == EACH:
+        return ",".join(_expanded(name, part, ITSELF) for part in value.split(","))
+    before = where if where == AFTER_FILE else ""
+    if not value.removeprefix(before).lstrip(" ").startswith("~") or not value.startswith(before):
+        return value
+    place = os.path.expanduser(value.removeprefix(before).lstrip(" "))
+    if place.startswith("~"):
+        user = place.partition("/")[0]
+        raise ValueError(f"{name}={value}: {user} has no home folder here: write the whole path, or ./{place}")
+    return before + place

@@ -86,8 +86,11 @@ class Log:
         config: dict[str, Any],
     ) -> None:
         """From here on records go to these trackers as well; one warning for each that cannot, now or later."""
-        if self.main:
-            self._trackers.open(names, Identity(out_dir, project, name, run_id, step, config))
+        if not self.main or not names:
+            return
+        before = read_metrics(out_dir / METRICS) if step else []
+        measured = [r for r in before if r["step"] == step and r["kind"] not in AGAIN]
+        self._trackers.open(names, Identity(out_dir, project, name, run_id, step, config, measured))
 
     def say(self, line: str) -> None:
         """A line for the reader alone."""
@@ -155,6 +158,11 @@ class Log:
         """Everything written so far survives a loss of power."""
         for file in self._files:
             file.sync()
+
+
+def counted(count: int, thing: str) -> str:
+    """``"1 thread"``, ``"2 threads"``, ``"2 processes"``."""
+    return f"{count:,} {thing}{('es' if thing.endswith('s') else 's') * (count != 1)}"
 
 
 def hellaswag_line(record: Record) -> str:

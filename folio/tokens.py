@@ -422,8 +422,8 @@ def find(config: Data, name: str = "") -> Folder:
     if not config.data_dir and dataset in DATA_SETS:
         raise FileNotFoundError(f"{missing} is missing: python -m folio prepare {dataset}")
     raise FileNotFoundError(
-        f"{missing} is missing, and no other token file is there: python -m folio prepare FILE_OR_FOLDER --name "
-        f"{places[0].name} makes them of your text, python -m folio prepare shakespeare_char of a known one"
+        f"{missing} is missing, and no other token file is there: python -m folio prepare FILE_OR_FOLDER "
+        f"--data_dir {places[0]} makes them of your text, python -m folio prepare shakespeare_char of a known one"
     )
 
 

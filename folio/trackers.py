@@ -32,7 +32,10 @@ _NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # what nanoGPT sends to W
 
 
 class Identity(NamedTuple):
-    """The run that is followed. A tracker that knows ``run_id`` continues there, from ``step``."""
+    """The run that is followed. A tracker that knows ``run_id`` continues there, from ``step``.
+
+    ``measured`` are the records of that step that a resumed run has and does not make again.
+    """
 
     out_dir: Path
     project: str
@@ -40,6 +43,7 @@ class Identity(NamedTuple):
     run_id: str
     step: int
     config: dict[str, Any]
+    measured: Sequence[Record] = ()
 
 
 class Tracker(Protocol):
@@ -65,9 +69,11 @@ class TensorBoard:
     def __init__(self, run: Identity) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # hides what a former process wrote beyond this step; what it measured at this step stays
-        self._writer: Any = SummaryWriter(str(run.out_dir / TENSORBOARD), purge_step=run.step + 1)
+        # hides what a former process wrote from this step on, of which some is not written again
+        self._writer: Any = SummaryWriter(str(run.out_dir / TENSORBOARD), purge_step=run.step)
         self._writer.add_text("config", _verbatim(json.dumps(run.config, indent=1)), run.step)
+        for record in run.measured:
+            self.write(record)
 
     def write(self, record: Record) -> None:
         for name, value in figures(record).items():
@@ -92,7 +98,7 @@ class WandB:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # for ever, by default
         self._html: Any = wandb.Html
         self._run: Any = wandb.init(
-            project=run.project, name=run.name, id=run.run_id, resume="allow", config=run.config
+            project=run.project, name=run.name or None, id=run.run_id, resume="allow", config=run.config
         )
         self._run.define_metric("*", step_metric="step")
 
@@ -114,7 +120,7 @@ class Trackio:
         import trackio
 
         self._trackio: Any = trackio
-        name = f"{run.name}-{run.run_id}"
+        name = f"{run.name}-{run.run_id}" if run.name else run.run_id
         trackio.init(project=run.project, name=name, resume="allow", config=run.config, embed=False)
 
     def write(self, record: Record) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import secrets
+import shlex
 import signal
 import threading
 import time
@@ -35,7 +36,7 @@ from folio.config import (
     override,
 )
 from folio.flops import flops_per_token, mfu
-from folio.log import LOG_TXT, METRICS, PICTURE, Log, rewind
+from folio.log import LOG_TXT, METRICS, PICTURE, Log, counted, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
@@ -286,12 +287,12 @@ def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int
     if steps % world == 0:
         return [(m * size, size, m) for m in range(rank, steps, world)]
     if rows % world:
-        worlds = [w for w in range(1, rows + 1) if rows % w == 0]
-        near_world = min(worlds, key=lambda w: (abs(w - world), w))
+        below = next(w for w in range(world, 0, -1) if rows % w == 0)
+        near_world = next((w for w in range(world, 2 * world - below) if rows % w == 0), below)
         near_rows = max(1, round(rows / world)) * world
         raise ValueError(
-            f"gradient_accumulation_steps × batch_size = {steps} × {size} = {rows} rows cannot be shared by "
-            f"{world} processes: {near_world} processes or {near_rows} rows would fit"
+            f"gradient_accumulation_steps × batch_size = {steps} × {size} = {counted(rows, 'row')} cannot be shared by "
+            f"{counted(world, 'process')}: {counted(near_world, 'process')} or {counted(near_rows, 'row')} would fit"
         )
     share = rows // world
     starts = range(rank * share, (rank + 1) * share, size)
@@ -617,7 +618,9 @@ def build(config: TrainConfig) -> Run:
         if data.gradient_accumulation_steps % runtime.world == 0:
             tokens.world = runtime.world
         else:
-            lines.append(f"{runtime.world} processes do not divide the micro steps: dropout masks differ from one's")
+            lines.append(
+                f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"
+            )
         loss = runtime.wrap(model, (largest, tokens.block_size))
         o = config.optimizer
         optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
@@ -699,7 +702,8 @@ def _least(shape: GPTConfig) -> str:
     count = _count(shape)
     return (
         f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
-        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer or --n_embd"
+        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
+        f"--n_embd={shape.n_embd}, --vocab_size={shape.vocab_size} or --block_size={shape.block_size}"
     )
 
 
@@ -728,16 +732,17 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
 
 def finish(run: Run) -> None:
     """Says how it went, where it did, and gives everything back; belongs on every path."""
-    state, max_iters = run.state, run.config.optimizer.max_iters
+    state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
     try:
-        knobs = {"max_iters": max_iters, "patience": run.config.optimizer.patience}
-        if run.stop in knobs and run.begun == state.step > 0 and not run.late:
-            reached = f"{'of' if run.stop == 'max_iters' else 'and'} {run.stop}={knobs[run.stop]}"
-            run.log.say(f"nothing to do: step {state.step} {reached}; a larger --{run.stop} goes on")
+        if run.stop == "max_iters" and run.begun == state.step > 0 and not run.late:
+            run.log.say(f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that")
+        elif run.stop == "patience" and run.begun == state.step > 0 and not run.late:
+            in_vain = counted(state.evaluations_without_improvement, "evaluation")
+            run.log.say(f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that")
         elif run.stop:
-            further = f", folio train --init_from=resume --out_dir={run.out_dir}"
-            further += " and a larger --patience go on" if run.stop == "patience" else " goes on"
-            why = "" if run.stop == "max_iters" else f" ({run.stop}){further if state.step else ''}"
+            further = f", folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}"
+            further += f" --patience={2 * patience}" if run.stop == "patience" else ""
+            why = "" if run.stop == "max_iters" else f" ({run.stop}){f'{further} goes on' if state.step else ''}"
             best = (
                 f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
                 if state.best
@@ -754,6 +759,11 @@ class _Former(NamedTuple):
 
     id: str
     found: checkpoint.Checkpoint
+
+
+def has_run(out_dir: Path) -> bool:
+    """Whether there is a run that ``init_from=resume`` or ``auto`` would go on with."""
+    return bool(checkpoint.steps(out_dir)) or (out_dir / NANOGPT).is_file()
 
 
 def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
@@ -794,7 +804,7 @@ def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> Tr
         values[name] = value
     merged = override(config, values)
     o = merged.optimizer
-    longer = o.max_iters > asked.get("max_iters", o.max_iters)
+    longer = o.max_iters > max(asked.get("max_iters", o.max_iters), o.lr_decay_iters)
     if longer and o.decay_lr and not o.restart_interval and o.lr_decay_iters == asked.get("lr_decay_iters"):
         lines.append(
             f"max_iters grew from {asked['max_iters']} to {o.max_iters}: beyond lr_decay_iters={o.lr_decay_iters} "
@@ -953,8 +963,8 @@ def _introduce(run: Run, lines: list[str]) -> None:
     say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
     say(
         f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, float32 products "
-        f"{resolved['matmul_precision']}, {resolved['threads']} threads, "
-        f"{resolved['world']} processes{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
+        f"{resolved['matmul_precision']}, {counted(resolved['threads'], 'thread')}, "
+        f"{counted(resolved['world'], 'process')}{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
     )
     if not config.evaluation.eval_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}

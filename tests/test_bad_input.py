@@ -8,7 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -56,11 +56,28 @@ KNOBS = {
     "--compile=maybe": ["compile", "'maybe'", "auto"],
     "--sampling=sorted": ["sampling", "'sorted'", "sequential"],
     "--batch_size=0": ["batch_size=0", "at least 1"],
+    "--batch_size=1e12": ["batch_size=1000000000000", "at most 1000000"],
+    "--vocab_size=1e12": ["vocab_size=1000000000000", "at most 100000000"],
+    "--n_embd=1e12": ["n_embd=1000000000000", "at most 100000"],
+    "--n_embd=1e5 --n_layer=1e3": ["weights take 480,", "lower --n_layer=1000, --n_embd=100000"],
+    "--vocab_size=1e8 --n_embd=1e5": ["weights take 40,", "--vocab_size=100000000"],
+    "--n_layer=1e300": ["n_layer=2**63 or more", "at most 1000"],
+    "--block_size=1e12": ["block_size=1000000000000", "at most"],
+    "--max_iters=1e30": ["max_iters=2**63 or more", "below"],
+    "--sample_tokens=1e12": ["sample_tokens=1000000000000", "at most"],
+    "--grad_clip=1e999": ["grad_clip=inf", "finite"],
+    "--max_iters=2.5": ["max_iters", "2.5", "int"],
+    "--compile=2": ["compile", "2", "True or False"],
     "--dropout=1": ["dropout=1", "below 1"],
     "--beta2=1.5": ["beta2=1.5", "below 1"],
     "--learning_rate=nan": ["learning_rate=nan", "at least 0"],
     "--max_iters=-1": ["max_iters=-1", "at least 0"],
-    "--n_embd=10 --n_head=3": ["n_embd=10", "n_head=3", "choose n_embd=9"],
+    "--n_embd=10 --n_head=3": ["n_embd=10", "n_head=3", "choose n_head=2 or 5, or n_embd=9"],
+    "--lr=3": ["'lr'", "did you mean 'learning_rate'?"],
+    "--epochs=3": ["'epochs'", "did you mean 'max_iters', which counts steps?"],
+    "--max_steps 3": ["'max_steps'", "did you mean 'max_iters'?"],
+    "--per-device-train-batch-size=3": ["did you mean 'batch_size'?"],
+    "--resume": ["did you mean 'init_from', such as --init_from=resume?"],
     "--min_lr=1 --learning_rate=0.1": ["min_lr=1", "learning_rate=0.1", "--decay_lr=False"],
     "--device=nonsense": ["device=nonsense", "must be auto, cpu, cuda"],
     "--block_size=100000": ["train.bin", "block_size + 1 = 100001", "lower --block_size"],
@@ -95,8 +112,9 @@ def test_a_device_that_is_not_there(folio, story, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("n_layr = 3", ["config.py", "n_layr", "did you mean 'n_layer'"]),
-        ("n_layer = 'three'", ["config.py", "n_layer", "'three'", "int"]),
+        ("n_layer = 'three'", ["config.py:1", "n_layer", "'three'", "int"]),
+        ("n_layer = 1e12", ["n_layer=1000000000000", "at most 1000"]),
+        ("learning_rate = 1e999", ["learning_rate=inf", "finite"]),
         ("n_layer = 0", ["n_layer=0", "at least 1"]),
         ("import os\nos.system('touch mark')", ["config.py:1", "import os", "never run"]),
         ("n_layer = __import__('os').system('touch mark')", ["config.py:1", "__import__", "never run"]),
@@ -111,6 +129,41 @@ def test_a_config_file_that_does_not_fit(folio, story, tmp_path, monkeypatch, te
     before = tree(tmp_path)
     assert_refused(folio("train", *SMALL, f"--data_dir={story}", "config.py"), *words)
     assert tree(tmp_path) == before
+
+
+NO_CONFIGS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
+    "a pipe": ("config.py", os.mkfifo, ["a pipe"]),
+    "a device": ("config.toml", lambda path: path.symlink_to("/dev/zero"), ["a device"]),
+    "megabytes": ("config.py", lambda path: path.write_text("n_layer = 2\n" * 1_000_000), ["more than 65,536"]),
+    "UTF-16": ("config.py", lambda path: path.write_text("n_layer = 2", encoding="utf-16"), ["UTF-8"]),
+    "YAML": ("config.yaml", lambda path: path.write_text("n_layer: 2"), [".py, .toml or .json"]),
+    "a TOML table": ("config.toml", lambda path: path.write_text("[model]\nn_layer = 2"), ["'model' is a table"]),
+    "a JSON table": ("config.json", lambda path: path.write_text('{"model": {"n_layer": 2}}'), ["'model' is a table"]),
+    "twice": (
+        "config.toml",
+        lambda path: path.write_text("n_layer = 2\nn_layer = 3"),
+        ["not a valid toml", "overwrite"],
+    ),
+    "deep JSON": ("config.json", lambda path: path.write_text("[" * 60_000), ["nested too deeply"]),
+    "deep TOML": ("config.toml", lambda path: path.write_text("a = " + "[" * 60_000), ["nested too deeply"]),
+    "an endless number": ("config.json", lambda path: path.write_text('{"dropout": 1e999}'), ["not a finite number"]),
+    "an endless TOML number": ("config.toml", lambda path: path.write_text("dropout = 1e999"), ["dropout=inf"]),
+    "many digits": ("config.json", lambda path: path.write_text(f'{{"n_layer": {"9" * 9000}}}'), ["not a valid json"]),
+    "many TOML digits": ("config.toml", lambda path: path.write_text(f"n_layer = {'9' * 9000}"), ["not a valid toml"]),
+    "a long value": ("config.toml", lambda path: path.write_text(f"n_layer = '{'9' * 9000}'"), ["n_layer = '999", "…"]),
+}
+
+
+@pytest.mark.parametrize("what", NO_CONFIGS)
+def test_what_is_no_config_file(folio, story, tmp_path, monkeypatch, what) -> None:
+    """Refused at once, and by name."""
+    name, make, words = NO_CONFIGS[what]
+    monkeypatch.chdir(tmp_path)
+    make(Path(name))
+    outcome = folio("train", *SMALL, f"--data_dir={story}", name)
+    assert_refused(outcome, *words)
+    assert len(outcome.err) < 400
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 # Token files
@@ -319,6 +372,8 @@ def test_a_download_that_fails(folio, tmp_path, monkeypatch, source, words) -> N
 
 WISHES = {
     "--checkpoint=999": ["'999'", "best, latest and 5, 10"],
+    "--checkpoint=\u00b2": ["'\u00b2'", "best, latest and 5, 10"],
+    f"--checkpoint={'9' * 5000}": ["'999", "best, latest and 5, 10"],
     "--checkpoint=newest": ["'newest'", "best, latest and 5, 10"],
     "--out_dir=nowhere": ["nowhere", "train"],
     "--init_from=no/such/folder": ["no/such/folder: there is no such"],

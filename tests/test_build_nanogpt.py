@@ -174,6 +174,22 @@ def test_typed_flags_win(folio: Folio, beside: Path) -> None:
     assert not (beside / "mine" / "log.txt").exists()
 
 
+@pytest.mark.parametrize("begin", ["auto", "resume"])
+def test_bare_train_goes_on_where_it_was(folio: Folio, beside: Path, begin: str) -> None:
+    """In log/, the preset's folder, and with the preset's settings."""
+    assert folio("train", *shlex.split(f"{DOOR} --total_batch_size=64 --max_iters=1")).code == 0
+    outcome = folio("train", f"--init_from={begin}", "--max_iters=2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert checkpoint.steps(beside / "log") == [1, 2]
+    assert not (beside / "out").exists()
+
+
+def test_nothing_to_resume_is_what_is_said(folio: Folio, beside: Path) -> None:
+    (beside / "edu_fineweb10B").unlink()
+    assert_refused(folio("train", "--init_from=resume"), "nothing to resume in out")
+    assert tree(beside) == {}
+
+
 def test_openwebtext_goes_before(folio: Folio, beside: Path) -> None:
     """As nanoGPT trains, into its folder."""
     shutil.copytree(beside / "edu_fineweb10B", beside / "data" / "openwebtext")

@@ -151,6 +151,15 @@ def test_an_unfinished_folder_never_counts(tmp_path: Path) -> None:
     shutil.copytree(save(tmp_path, 5), folder / ".step-00000009.unfinished")
     shutil.copytree(folder / "step-00000005", folder / "step-00000007.damaged")
     (folder / "step-00000008").write_text("a file")
+    for name in (
+        "step-\u00b2",
+        "step-\u0665\u0665\u0665\u0665\u0665\u0665\u0665\u0665",
+        "step-5",
+        "step-000000005",
+        "step-",
+    ):
+        (folder / name).mkdir()
+    (folder / f"step-{'9' * 200}").mkdir()
     assert checkpoint.steps(tmp_path) == [5]
     assert checkpoint.choose(tmp_path, "latest").step == 5
     assert checkpoint.steps(tmp_path / "nowhere") == []

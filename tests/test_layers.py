@@ -11,7 +11,18 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"", "rng", "files", "pickles", "config", "model", "optim", "flops", "console"},  # "" is folio/__init__.py
+    {
+        "",
+        "rng",
+        "files",
+        "pickles",
+        "config",
+        "assignments",
+        "model",
+        "optim",
+        "flops",
+        "console",
+    },  # "" is folio/__init__.py
     {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log", "shortage"},
     {
         "validation",

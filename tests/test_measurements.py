@@ -249,11 +249,11 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert [r["step"] for r in lines(out, "eval")] == [0, 2, 4, 6]
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
     assert checkpoint.steps(out)[-1] == 6
-    how = f"folio train --init_from=resume --out_dir={out} and a larger --patience go on"
-    assert f"step 6 of 10 (patience), {how}" in outcome.out
+    how = f"folio train --init_from=resume --out_dir={out} --patience=4"
+    assert f"step 6 of 10 (patience), {how} goes on; best" in outcome.out
     before = timeless(out)
     outcome = folio("train", *flags, "--init_from=resume")
-    assert "nothing to do: step 6 and patience=2; a larger --patience goes on" in outcome.out
+    assert "nothing to do: no better loss in 2 evaluations: raise --patience=2 above that" in outcome.out
     assert timeless(out) == before
     assert folio("train", *flags, "--init_from=resume", "--patience=3").code == 0
     assert checkpoint.steps(out)[-1] == 8

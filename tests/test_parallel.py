@@ -232,7 +232,7 @@ def test_ranks_see_what_one_process_sees(run: Train, ranks: int, parallel: str) 
     assert several.losses() == pytest.approx(one.losses(), abs=1e-5)
     assert several.norms() == pytest.approx(one.norms(), rel=1e-4)
     assert max(one.norms()) > 2 * 0.5
-    assert f"1 threads, {ranks} processes, {parallel}" in several.said
+    assert f"1 thread, {ranks} processes, {parallel}" in several.said
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_ranks_share_a_micro_step(run: Train) -> None:
     one, two = run(1, *flags), run(2, *flags)
     assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
     assert two.norms() == pytest.approx(one.norms(), rel=1e-4)
-    line = "2 processes do not divide the micro steps: dropout masks differ from one's"
+    line = "2 processes do not divide the micro steps: dropout masks are not those of one process"
     assert (line in two.said, line in one.said) == (True, False)
 
 
@@ -267,7 +267,7 @@ def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
     )
     (done,) = torchrun(2, "train.py", *SMALL, *flags)
     assert done.returncode != 0
-    assert done.stderr.count("5 rows cannot be shared by 2 processes: 1 processes or 4 rows would fit") == 1
+    assert done.stderr.count("5 rows cannot be shared by 2 processes: 1 process or 4 rows would fit") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -259,7 +259,7 @@ def test_one_micro_step_on_two_ranks() -> None:
     ("steps", "size", "world", "message"),
     [
         (5, 2, 3, "5 × 2 = 10 rows cannot be shared by 3 processes: 2 processes or 9 rows would fit"),
-        (1, 1, 2, "1 × 1 = 1 rows cannot be shared by 2 processes: 1 processes or 2 rows would fit"),
+        (1, 1, 2, "1 × 1 = 1 row cannot be shared by 2 processes: 1 process or 2 rows would fit"),
         (40, 12, 7, "40 × 12 = 480 rows cannot be shared by 7 processes: 6 processes or 483 rows would fit"),
     ],
 )

@@ -63,17 +63,17 @@ def verbatim(markdown: str) -> str:
 
 
 def tensorboard(out: Path) -> Seen:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    found = EventAccumulator(str(out / "tensorboard"))
+    found = EventAccumulator(str(out / "tensorboard"))  # what its pages show
     found.Reload()
-    points: dict[str, list[tuple[int, Any]]] = {
-        name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]
-    }
+    points: dict[str, list[tuple[int, Any]]] = {}
     for name in found.Tags()["tensors"]:
-        texts = [(e.step, make_ndarray(e.tensor_proto).item().decode()) for e in found.Tensors(name)]
-        points[name.removesuffix("/text_summary")] = [(step, verbatim(text)) for step, text in texts]
+        values = [(e.step, make_ndarray(e.tensor_proto).reshape(-1)[0]) for e in found.Tensors(name)]
+        if name.endswith("/text_summary"):
+            values = [(step, verbatim(text.decode())) for step, text in values]
+        points[name.removesuffix("/text_summary")] = values
     return Seen(points, json.loads(points.pop("config")[-1][1]))
 
 
@@ -225,13 +225,32 @@ def test_what_is_sent(name: str, out: Path) -> None:
 def test_a_resumed_run_goes_on_in_the_same(name: str, out: Path) -> None:
     """Killed at 7 after a checkpoint at 5, where it was evaluated: that stays, and 5 to 7 are written again."""
     again = [(step, 20.0 - step / 8) for step in (5, 6, 7)]
-    written(follow(out, name), [{**EVALUATIONS[1], "step": 5}, *LINES])
+    measured = [{**record, "step": 5} for record in FIRST if record["kind"] in ("hellaswag", "sample")]
+    written(follow(out, name), [{**EVALUATIONS[1], "step": 5}, *measured, *LINES])
     written(follow(out, name, step=5), [line(*point) for point in again])
     points, config = READ[name](out)
-    shown = LOSSES[:6] if name == "tensorboard" else LOSSES  # the others hide nothing
+    shown = LOSSES[:5] if name == "tensorboard" else LOSSES  # the others hide nothing
     assert points["batch/loss"] == shown + again
     assert points["val/loss"] == [(5, 3.25)]
+    assert points["hellaswag/acc"] == [(5, 0.25)]
+    assert points["sample/1"] == [(5, TEXT)]
     assert {key: config[key] for key in CONFIG} == CONFIG
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_without_a_name_gets_one(name: str, out: Path) -> None:
+    """As nanoGPT's ``wandb_run_name = None``."""
+    log = Log(True, total=10)
+    log.open(out)
+    log.follow([name], out, project=out.name, name="", run_id="abc123", step=0, config=CONFIG)
+    written(log, LINES)
+    if name == "wandb":
+        (run,) = wandb_records(out, "run")
+        assert run.run_id == "abc123"
+    else:
+        from trackio import Api
+
+        assert [run.name for run in Api().runs(out.name)] == ["abc123"]
 
 
 def test_wandb_gets_nanogpts_keys(out: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, STORY, Outcome, python
 from safetensors.torch import load_file
 
-from folio import checkpoint, flops
+from folio import api, checkpoint, flops
 from folio.log import read_metrics
 
 Folio = Callable[..., Outcome]
@@ -305,6 +305,28 @@ def test_auto_starts_or_resumes(train: Train) -> None:
     assert checkpoint.steps(out) == [5, 10]
 
 
+@pytest.mark.parametrize("begin", ["auto", "resume"])
+@pytest.mark.parametrize("how", ["flag", "file", "call"])
+def test_a_run_that_is_there_knows_its_data(
+    folio: Folio, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str, how: str
+) -> None:
+    """Though no data is named, OpenWebText is not there and build-nanogpt's shards are."""
+    out = train("out", "--max_iters=5")
+    (tmp_path / "edu_fineweb10B").mkdir()
+    (tmp_path / "edu_fineweb10B" / "edufineweb_train_000001.npy").write_bytes(b"")
+    (tmp_path / "own.py").write_text(f"out_dir = {str(out)!r}\ninit_from = {begin!r}\n")
+    monkeypatch.chdir(tmp_path)
+    if how == "call":
+        api.train(out_dir=out, init_from=begin, max_iters=7)
+    else:
+        words = ["own.py"] if how == "file" else [f"--out_dir={out}", f"--init_from={begin}"]
+        outcome = folio("train", *words, "--max_iters=7")
+        assert outcome.code == 0, outcome.err
+        assert "fineweb" not in outcome.out
+    assert records(out, "train", "step") == list(range(7))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.txt", "own.py", "edu_fineweb10B"}
+
+
 def test_resume_needs_a_checkpoint(folio: Folio, story: Path, tmp_path: Path) -> None:
     """One line that says so, and nothing is written."""
     outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--init_from=resume")
@@ -368,12 +390,23 @@ def test_a_longer_run_goes_on_at_min_lr(train: Train) -> None:
     assert updates(out, 13) == {13.0}
 
 
+def test_a_longer_run_within_its_decay_has_nothing_to_say(train: Train) -> None:
+    out = train("out", "--lr_decay_iters=600")
+    train("out", "--init_from=resume", "--max_iters=11")
+    assert not any("grew" in line for line in said(out))
+    assert said(out)[-1].startswith("step 11 of 11")
+
+
+def test_one_of_a_kind_is_singular(train: Train) -> None:
+    assert any(line.endswith(", 1 thread, 1 process") for line in said(train("out", "--max_iters=0")))
+
+
 def test_resuming_a_finished_run(train: Train) -> None:
     """There is nothing to do, and that is what it says; the files stay as they are."""
     out = train("out")
     before = contents(out / "checkpoints"), timeless(out)
     train("out", "--init_from=resume")
-    assert said(out)[-1] == "nothing to do: step 10 of max_iters=10; a larger --max_iters goes on"
+    assert said(out)[-1] == "nothing to do: the run is at step 10: raise --max_iters=10 above that"
     assert (contents(out / "checkpoints"), timeless(out)) == before
 
 

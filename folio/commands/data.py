@@ -10,9 +10,10 @@ import numpy as np
 import tyro
 
 from folio import tokenizer
-from folio.config import TokenDtype, knob, token_dtype_knob
+from folio.config import ITSELF, TokenDtype, knob, token_dtype_knob
 from folio.console import show
 from folio.files import sha256
+from folio.log import counted
 from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
 from folio.tokenizer import IDS_ONLY
 
@@ -25,7 +26,7 @@ class Options:
 
     action: tyro.conf.Positional[Literal["info"]] = knob(MISSING, "what they hold")
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
-        MISSING, "a data set's folder, or a glob of its files"
+        MISSING, "a data set's folder, or a glob of its files", path=ITSELF
     )
     token_dtype: TokenDtype = token_dtype_knob()
     verify: bool = knob(False, "hash every file, and compare with the meta file")
@@ -53,20 +54,16 @@ def _lines(folder: Folder) -> list[str]:
     for split in SPLITS:
         files = folder.splits[split]
         documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
-        counted = f", {documents:,} {_plural('document', documents)}" if documents is not None else ""
+        told = f", {counted(documents, 'document')}" if documents is not None else ""
         named = files[0].path.name if len(files) == 1 else f"{files[0].path.name} … {files[-1].path.name}"
         tokens = sum(file.tokens for file in files)
-        lines.append(f"{split:11} {tokens:,} tokens{counted}, {len(files)} {_plural('file', len(files))}: {named}")
+        lines.append(f"{split:11} {tokens:,} tokens{told}, {counted(len(files), 'file')}: {named}")
     if text_bytes := folder.meta.get("text_bytes"):
         tokens = sum(file.tokens for split in SPLITS for file in folder.splits[split])
         lines.append(f"text        {text_bytes:,} bytes, {tokens / text_bytes:.3f} tokens per byte")
     for reason, count in folder.meta.get("skipped", {}).items():
-        lines.append(f"left out    {count:,} {_plural('document', count)}: {reason}")
+        lines.append(f"left out    {counted(count, 'document')}: {reason}")
     return lines
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def _damaged(folder: Folder, split: Any) -> list[TokenFile]:
@@ -80,7 +77,7 @@ def _verdict(folder: Folder, damaged: list[TokenFile]) -> str:
         return f"{', '.join(f.path.name for f in damaged)} {'is' if len(damaged) == 1 else 'are'} not what {META} says"
     if any(file.sha256 is None for file in files):
         return f"none to compare with: {folder.path} has no {META}"
-    return f"all {len(files)} files are what {META} says"
+    return f"all {counted(len(files), 'file')} are what {META} says"
 
 
 def _sample(folder: Folder) -> str:

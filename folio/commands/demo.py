@@ -29,7 +29,7 @@ def main(options: Options) -> int:
     say("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
     say(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
-    say(f"  {folio} train train_stdlib --init_from=resume --max_iters={2 * options.optimizer.max_iters}")
+    say(f"  {folio} train --init_from=resume --out_dir={run.out_dir} --max_iters={2 * options.optimizer.max_iters}")
     say(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
     say(f"  {folio} --help")
     return 0

@@ -17,6 +17,7 @@ from rich.progress import track
 from folio import files, hellaswag, pretrained, shortage
 from folio.checkpoint import EVALUATIONS, Checkpoint
 from folio.config import (
+    EACH,
     Data,
     HellaSwagStyle,
     Processes,
@@ -58,7 +59,9 @@ class Options:
     eval_iters: int = knob(0, "loss: batches, evenly spaced; 0: every token once", min=0)
     style: HellaSwagStyle = hellaswag_style_knob()
     data: str = hellaswag_data_knob()
-    tasks: str = knob("hellaswag,lambada_openai,arc_easy", "lm_eval: names of its tasks, or files of your own")
+    tasks: str = knob(
+        "hellaswag,lambada_openai,arc_easy", "lm_eval: names of its tasks, or files of your own", path=EACH
+    )
     limit: int = knob(0, "hellaswag, lm_eval: items, from the first; 0: all", min=0)
     source: Source = field(default_factory=Source)
     tokens: Data = field(default_factory=Data)

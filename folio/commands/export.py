@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from folio import gguf_file, pretrained
-from folio.config import knob, out_dir_knob
+from folio.config import ITSELF, knob, out_dir_knob
 from folio.console import say
 
 
@@ -15,7 +15,7 @@ from folio.console import say
 class Options:
     """Hand a model on: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
 
-    to: str = knob(MISSING, "folder to make, or file if it ends in .gguf")
+    to: str = knob(MISSING, "folder to make, or file if it ends in .gguf", path=ITSELF)
     out_dir: str = out_dir_knob()
     checkpoint: str = knob("best", "best | latest | a step")
     dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights; they are trained in float32")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from folio import checkpoint, files, pretrained
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.console import say
 from folio.model import AUTO
 
@@ -23,8 +23,9 @@ class Options:
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = knob(
         MISSING,
         "nanoGPT's ckpt.pt or its out_dir, a .pt of build-nanogpt or GPT-from-scratch, a Hugging Face folder or name",
+        path=ITSELF,
     )
-    to: str = knob(MISSING, "folder to make: an out_dir with one checkpoint")
+    to: str = knob(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
     vocab_size: int | AUTO = knob(
         "auto", "token ids to grow to, such as the next multiple of 64; auto: as it is", min=1
     )

@@ -13,6 +13,7 @@ import tyro
 from folio import flops, shortage
 from folio.config import Data, Optimizer, Processes, System, accumulated, knob, override
 from folio.console import show
+from folio.log import counted
 from folio.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
 from folio.model import GPT, GPTConfig
 from folio.runtime import DTYPES, Runtime
@@ -150,13 +151,13 @@ def _report(
     yield (
         "model",
         f"{_count(model.get_num_params(False))} parameters ({_count(model.get_num_params())} without positions): "
-        f"{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd:,} wide, {shape.block_size:,} tokens of "
-        f"{shape.vocab_size:,}",
+        f"{counted(shape.n_layer, 'layer')}, {counted(shape.n_head, 'head')}, {shape.n_embd:,} wide, "
+        f"{counted(shape.block_size, 'token')} of {shape.vocab_size:,}",
     )
     yield (
         "devices",
         f"{gpus} × {device.name}, {f'{options.processes.parallel}, ' if several else ''}{dtype}; on each "
-        f"{step.micro_steps} micro step{'s' * (step.micro_steps > 1)} of {step.rows} rows",
+        f"{counted(step.micro_steps, 'micro step')} of {counted(step.rows, 'row')}",
     )
 
     yield "memory", "of each device, at the moment of a step when it is most"

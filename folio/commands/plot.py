@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.console import say
 from folio.log import PICTURE
 from folio.plot import draw
@@ -19,10 +19,10 @@ class Options:
     """Draw the losses and HellaSwag accuracies of runs, over their steps and tokens."""
 
     out_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OUT_DIR …]")] = knob(
-        ("out",), "folders of the runs"
+        ("out",), "folders of the runs", path=ITSELF
     )
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder"
+        "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder", path=ITSELF
     )
 
 

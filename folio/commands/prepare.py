@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import KNOWN, known, named_by_user
 from folio.datasets.sources import kind_of
@@ -31,12 +31,16 @@ class Options:
     """Make the token files of a data set. Killed at any point, the same command goes on where it was."""
 
     text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), f"{' | '.join(KNOWN)}, or files, folders and globs of text, JSON lines and parquet, or hf:NAME"
+        (), f"{' | '.join(KNOWN)}, or files, folders and globs of text, JSON lines and parquet, or hf:NAME", path=ITSELF
     )
     name: str = knob("", "name of the data set; default: that of the first source")
-    data_dir: str = knob("", "where to write; default: data/<name>")
-    source: str = knob("", "file or folder to take the text of a known data set from, instead of its usual place")
-    tokenizer: str = knob("", "char | bytes | an encoding of tiktoken (default: gpt2) | FILE.json of tokenizers")
+    data_dir: str = knob("", "where to write; default: data/<name>", path=ITSELF)
+    source: str = knob(
+        "", "file or folder to take the text of a known data set from, instead of its usual place", path=ITSELF
+    )
+    tokenizer: str = knob(
+        "", "char | bytes | an encoding of tiktoken (default: gpt2) | FILE.json of tokenizers", path=ITSELF
+    )
     text_key: str = knob("", "key or column that holds the text; default: text")
     shard_size: int = knob(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
     val_fraction: float = knob(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)

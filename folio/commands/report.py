@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from folio.config import knob, out_dir_knob
+from folio.config import ITSELF, knob, out_dir_knob
 from folio.console import say
 from folio.report import report
 
@@ -19,7 +19,7 @@ class Options:
 
     out_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[OUT_DIR]")] = out_dir_knob()
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "page (.html); default: OUT_DIR/report.html"
+        "", "page (.html); default: OUT_DIR/report.html", path=ITSELF
     )
 
 

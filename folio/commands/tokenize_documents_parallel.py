@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.datasets.prepare import prepare
 from folio.datasets.recipes import FINEWEB_EDU, SHARD_SIZE, sharded
 from folio.token_files import CLONE
@@ -14,10 +14,14 @@ from folio.token_files import CLONE
 class Options:
     """Tokenise the documents of a data set into shards val_000000.npy, train_000001.npy …"""
 
-    local_dir: str = knob("edu_fineweb10B", "folder to write, under data/ beside scripts/ unless it is absolute")
+    local_dir: str = knob(
+        "edu_fineweb10B", "folder to write, under data/ beside scripts/ unless it is absolute", path=ITSELF
+    )
     remote_name: str = knob("sample-10BT", "configuration of the data set")
     shard_size: int = knob(SHARD_SIZE, "tokens in a shard", min=1)
-    dataset_path: str = knob(FINEWEB_EDU, "data set on the hub, or a file or folder of parquet or JSON lines")
+    dataset_path: str = knob(
+        FINEWEB_EDU, "data set on the hub, or a file or folder of parquet or JSON lines", path=ITSELF
+    )
     tokenizer_model: str = knob("gpt2", "encoding of tiktoken")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from folio.config import knob
+from folio.config import ITSELF, knob
 from folio.console import say
 from folio.datasets.sources import Files, find
 from folio.datasets.workers import Flaw, Work, documents, refusal
@@ -27,10 +27,10 @@ class Options:
 
     action: tyro.conf.Positional[Literal["train"]] = knob(MISSING, "learn the merges that the text needs most")
     text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), "files, folders and globs, as folio prepare takes them"
+        (), "files, folders and globs, as folio prepare takes them", path=ITSELF
     )
     vocab_size: int = knob(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
-    out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare")
+    out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
     text_key: str = knob("text", "key or column that holds the text")
     on_error: Literal["stop", "skip"] = knob("stop", "skip: leave out documents that cannot be taken")
 

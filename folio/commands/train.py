@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from folio.config import COMMAND_LINE, override, read_file
 from folio.config import TrainConfig as Options
 from folio.console import say
 from folio.tokens import find
-from folio.trainer import EXIT, build, finish, fit
+from folio.trainer import EXIT, build, finish, fit, has_run
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 _CHOICES = {"dataset", "data_dir", "data_mixture"}
@@ -25,11 +26,12 @@ def main(options: Options) -> int:
 def _beside_fineweb(options: Options) -> Options:
     """As build-nanogpt's train_gpt2.py trains, where neither a file nor data was named and FineWeb-Edu's is there.
 
-    OpenWebText, on which nanoGPT trains then, goes before.
+    OpenWebText, on which nanoGPT trains then, goes before, and so does a run that goes on, which knows its data.
     """
-    typed = options.sources
-    fresh = options.output.init_from in ("scratch", "auto")
-    if not fresh or typed.keys() & _CHOICES or set(typed.values()) - {COMMAND_LINE}:
+    typed, begin = options.sources, options.output.init_from
+    if typed.keys() & _CHOICES or set(typed.values()) - {COMMAND_LINE}:
+        return options
+    if begin not in ("scratch", "auto", "resume") or (begin != "scratch" and has_run(Path(options.output.out_dir))):
         return options
     try:
         find(options.data)
@@ -39,6 +41,8 @@ def _beside_fineweb(options: Options) -> Options:
     try:
         folder = find(replace(options.data, dataset="fineweb_edu"))
     except FileNotFoundError:
+        if begin == "resume":
+            return options
         raise FileNotFoundError(f"{missing}; or python -m folio prepare fineweb_edu, for build-nanogpt's") from None
     say(f"{folder.path} is here and data/openwebtext is not: config/{_FINEWEB}.py it is")
     values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in typed}

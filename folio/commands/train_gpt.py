@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from folio.config import Sampling, TrainConfig, knob, override
+from folio.config import ITSELF, Sampling, TrainConfig, knob, override
 from folio.showcase import show
 from folio.tokens import find
 from folio.trainer import EXIT
@@ -47,7 +47,9 @@ BEFORE_AND_AFTER = Sampling("On a clear day", num_samples=1, max_new_tokens=25, 
 class Options:
     """Train GPT-from-scratch's model, with the flags of its script; folio train --init_from=resume goes on with it."""
 
-    data_root: str = knob("data/edu_fineweb10B", "folder of the shards that tokenize_documents_parallel.py wrote")
+    data_root: str = knob(
+        "data/edu_fineweb10B", "folder of the shards that tokenize_documents_parallel.py wrote", path=ITSELF
+    )
     n_batches: int = knob(16, "rows in a micro batch", min=1)
     n_tokens: int = knob(1024, "tokens of a row, at most context_length", min=1)
     vocab_size: int = knob(50304, "token ids that the model knows", min=1)
@@ -59,7 +61,7 @@ class Options:
     qkv_bias: bool = knob(False, "biases of queries, keys and values")
     monitor: bool = knob(True, "losses, measurements and samples on the console")
     torch_matmul_precision: Literal["highest", "high", "medium"] = knob("high", "of float32 products")
-    log_dir: str = knob("log", "folder of the run")
+    log_dir: str = knob("log", "folder of the run", path=ITSELF)
     n_epochs: int = knob(1, "times to take max_iters steps, learning rate and data from the beginning", min=1)
     warmup_iters: int = knob(715, "steps of linear warm-up", min=0)
     max_iters: int = knob(19073, "steps (updates) of an epoch", min=1)

@@ -1,13 +1,12 @@
 """GPT-2 models of other programs, in and out: OpenAI's weights, Hugging Face folders and the hub, ``.pt`` files.
 
-Weights come from safetensors, one tensor at a time; ``.bin`` and ``.pt`` files by torch's restricted unpickler. No
-code that a folder brings is ever run. transformers only writes: configs and tokenizer files.
+Weights are read one tensor at a time, from safetensors or files of ``torch.save`` (``folio.torch_files``). No code that
+a folder brings is ever run. transformers only writes: configs and tokenizer files.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shutil
 from dataclasses import dataclass, fields, replace
@@ -96,7 +95,7 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
         FileNotFoundError, ValueError: as ``find``.
     """
     if not checkpoint.steps(path):
-        if (path / pt_files.NANOGPT).is_file():
+        if (path / pt_files.NANOGPT).exists():
             return _the_only(pt_files.read(path / pt_files.NANOGPT), which)
         if _weight_files(path):
             return _the_only(hugging_face(path), which)
@@ -156,14 +155,17 @@ def _weight_files(folder: Path) -> list[Path]:
         ValueError: an index that cannot be read, or names files elsewhere.
     """
     for base in _WEIGHTS:
-        if (folder / base).is_file():
+        if (folder / base).exists():
             return [folder / base]
         index = folder / f"{base}.index.json"
-        if index.is_file():
+        if index.exists():
+            raw = files.read_json(index)
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(set(raw["weight_map"].values()))
                 if any(Path(name).name != name for name in names):
                     raise ValueError("it names files elsewhere")
+                if odd := [name for name in names if not name.endswith(Path(base).suffix)]:
+                    raise ValueError(f"it names {odd[0][:80]!r}, which is no {Path(base).suffix} file")
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: not an index of weights: {error}") from None
             return [folder / name for name in names]
@@ -178,16 +180,25 @@ class HuggingFace(Checkpoint):
     """A folder as transformers' ``save_pretrained`` writes it, of a GPT-2 in the language modelling form."""
 
     def _stored(self) -> Tensors:
-        tied = self.config().tie_weights
-        without = self.parameters(bias=True, qkv_bias=True).keys() - self.parameters().keys()
+        left_out = self.parameters(bias=True, qkv_bias=True).keys() - self.parameters().keys()
+        if self.config().tie_weights:
+            left_out |= {"lm_head.weight"}
+
+        def wanted(name: str) -> bool:
+            return not (name.endswith(_BUFFERS) or _our_name(name) in left_out)
+
         for file in _weight_files(self.path):
-            for name, tensor in checkpoint.read(file) if file.suffix == ".safetensors" else pt_files.tensors(file):
-                ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-                if not (ours.endswith(_BUFFERS) or ours in without or (tied and ours == "lm_head.weight")):
-                    yield ours, _turned(ours, tensor)
+            for name, tensor in (
+                checkpoint.read(file, wanted) if file.suffix == ".safetensors" else pt_files.tensors(file, wanted)
+            ):
+                yield _our_name(name), _turned(_our_name(name), tensor)
 
     def slots(self) -> Tensors:
         yield from ()
+
+
+def _our_name(name: str) -> str:
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
 def hugging_face(folder: Path) -> HuggingFace:
@@ -199,13 +210,12 @@ def hugging_face(folder: Path) -> HuggingFace:
     """
     path = folder / "config.json"
     for needed in (path, *(_weight_files(folder) or [folder / _WEIGHTS[0]])):
-        if not needed.is_file():
+        if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: the folder is not a whole model")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kept = dict(raw.get("folio") or {})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a model's config: {error}") from None
+        files.require_file(needed)
+    raw = files.read_json(path)
+    if not isinstance(raw, dict) or not isinstance(kept := raw.get("folio") or {}, dict):
+        raise ValueError(f"{path}: not a model's config: it is no JSON object")
     shape = _shape(path, raw)
     tokenizer = _tokenizer(folder, kept, shape.vocab_size)
     if not kept:
@@ -257,7 +267,7 @@ def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dic
         return spec
     if path.is_file():
         try:
-            return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
+            return {"kind": "tokenizers", "file": dict(files.read_json(path))}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
     return GPT2 if vocab_size in GPT2_SIZES else None

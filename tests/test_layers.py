@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"", "rng", "files", "config", "model", "optim", "flops"},  # "" is folio/__init__.py
-    {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log"},
+    {"", "rng", "files", "config", "model", "optim", "flops", "pickles"},  # "" is folio/__init__.py
+    {"tokens", "token_files", "torch_files", "tokenizer", "processes", "runtime", "trackers", "log"},
     {
         "validation",
         "scoring",

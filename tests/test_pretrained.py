@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,8 @@ def as_on_the_hub(model: Any, folder: Path) -> None:
     only_config(model, folder)
     weights = {name.removeprefix("transformer."): p.detach().clone() for name, p in model.named_parameters()}
     for i in range(model.config.n_layer):
-        size = model.config.n_positions
-        weights[f"h.{i}.attn.bias"] = torch.ones(size, size).tril()[None, None]
+        size, kind = model.config.n_positions, (torch.bool, torch.uint8, torch.float32)[i % 3]
+        weights[f"h.{i}.attn.bias"] = torch.ones(size, size).tril()[None, None].to(kind)
         weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(weights, folder / "model.safetensors")
 
@@ -171,7 +172,17 @@ def in_bfloat16(model: Any, folder: Path) -> None:
     random_gpt2(tie_word_embeddings=model.config.tie_word_embeddings).to(torch.bfloat16).save_pretrained(folder)
 
 
-FORMS = [sharded, by_torch, before_torch_1_6, sharded_by_torch, as_on_the_hub, in_bfloat16]
+def deflated_by_another_program(model: Any, folder: Path) -> None:
+    by_torch(model, folder)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+FORMS = [sharded, by_torch, before_torch_1_6, deflated_by_another_program, sharded_by_torch, as_on_the_hub, in_bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -299,11 +310,40 @@ def index(**weight_map: str) -> Callable[[Path], None]:
     return damage
 
 
+def in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else under the name of a file."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def in_type(dtype: torch.dtype, by_torch: bool = False) -> Callable[[Path], None]:
+    """The matrices in another type."""
+
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights = {name: p.to(dtype) if p.dim() > 1 else p for name, p in weights.items()}
+        if by_torch:
+            (folder / "model.safetensors").unlink()
+            torch.save(weights, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), ["config.json", "not a model's config"]),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), ["config.json cannot be read"]),
     "config no object": (lambda f: (f / "config.json").write_text("[1]"), ["config.json", "not a model's config"]),
-    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "not a model's config"]),
+    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["tiny"]),
     "weights cut": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged"]),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors is damaged"]),
@@ -314,6 +354,46 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no index": (
         lambda f: (index()(f), (f / "model.safetensors.index.json").write_text("[]")),
         ["model.safetensors.index.json: not an index of weights"],
+    ),
+    "an index of itself": (
+        index(a="model.safetensors.index.json"),
+        ["model.safetensors.index.json: not an index of weights", "no .safetensors file"],
+    ),
+    "an index of pickles": (index(a="pytorch_model.bin"), ["not an index of weights", "no .safetensors file"]),
+    "an index of its folder": (index(a=".."), ["not an index of weights"]),
+    "an index of numbers": (index(a=3), ["not an index of weights"]),  # type: ignore[arg-type]
+    "a deep index": (
+        lambda f: (index()(f), (f / "model.safetensors.index.json").write_text("[" * 100_000)),
+        ["model.safetensors.index.json cannot be read: it is nested too deeply"],
+    ),
+    "a deep config": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), ["config.json", "too deeply"]),
+    "a config beyond numbers": (
+        lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 1e999}'),
+        ["config.json", "1e999 is not a finite number"],
+    ),
+    "a config that is a pipe": (in_place("config.json", os.mkfifo), ["config.json is a pipe, not a file"]),
+    "a config without end": (in_place("config.json", zeros), ["config.json is a device, not a file"]),
+    "weights that are a pipe": (in_place("model.safetensors", os.mkfifo), ["model.safetensors is a pipe"]),
+    "weights without end": (in_place("model.safetensors", zeros), ["model.safetensors is a device"]),
+    "an index that is a pipe": (
+        lambda f: (index()(f), in_place("model.safetensors.index.json", os.mkfifo)(f)),
+        ["model.safetensors.index.json is a pipe"],
+    ),
+    "a header without end": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b" " * 100),
+        ["model.safetensors is damaged: its header has"],
+    ),
+    "vocab_size 1e12": (lambda f: configured(f, vocab_size=10**12), ["tiny"]),
+    "vocab_size in floats": (lambda f: configured(f, vocab_size=1e12), ["vocab_size = 1000000000000.0"]),
+    "complex weights": (in_type(torch.complex64), ["tiny", ".weight is of type complex64"]),
+    "integer weights": (in_type(torch.int64), ["tiny", ".weight is of type int64"]),
+    "8-bit weights": (in_type(torch.int8), ["tiny", ".weight is of type int8"]),
+    "float8 weights": (in_type(torch.float8_e4m3fn), ["tiny", ".weight is of type float8_e4m3fn"]),
+    "complex weights by torch": (in_type(torch.complex64, by_torch=True), [".weight is of type complex64"]),
+    "integer weights by torch": (in_type(torch.int32, by_torch=True), [".weight is of type int32"]),
+    "weights and more by torch": (
+        lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": 1}, f / "pytorch_model.bin")),
+        ["pytorch_model.bin: it holds more than weights by name"],
     ),
     "other shape": (lambda f: configured(f, vocab_size=98), ["tiny", "wte.weight", "(97, 16)", "(98, 16)"]),
     "fewer blocks": (lambda f: configured(f, n_layer=1), ["tiny", "transformer.h.1."]),

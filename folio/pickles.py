@@ -1,0 +1,317 @@
+"""Pickles read as plain values, by a machine of our own for pickle's opcodes: nothing is imported, nothing is called.
+
+The format is that of the standard library's ``pickletools``, which parses it here.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePosixPath
+from types import FunctionType
+from typing import IO, Any
+
+MOST = 8 * 2**20  # bytes of a pickle: GPT-2 XL with its optimizer takes a quarter of a million
+_KEYS = 50_000  # of a dict, where they are not text
+_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY", "BYTES")  # opcodes that bring a value with them
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_FORMATS = {  # NumPy's names of numbers, and struct's
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+    "b1": "?",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+}
+
+
+class RefusedError(ValueError):
+    """The pickle names something that is not known, and that would run if it were imported and called."""
+
+
+class Opaque:
+    """An object of a harmless class whose content nobody here looks at."""
+
+
+class Fields(dict[str, Any]):
+    """The fields of an object that is nothing but its fields, such as an ``argparse.Namespace``."""
+
+
+class _Dtype:
+    """A NumPy dtype: ``f8`` and such, and its byte order."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.order = name.lstrip("<>=|"), ">" if name.startswith(">") else "<"
+
+
+def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The value of the pickle at the file's position, which ends up after it.
+
+    ``known``: what stands for a global, by its full name, besides what ``PLAIN`` knows; functions may be called with
+    what the pickle hands them. ``persistent``: the value of a persistent id. Sets become lists, paths text, NumPy's
+    numbers Python's; subclasses of dict become dicts.
+
+    Raises:
+        RefusedError: it names anything else. ValueError: it is damaged, or has keys that are neither text nor numbers.
+    """
+    machine = _Machine({**PLAIN, **known}, persistent)
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            machine.do(opcode.name, argument)
+        return machine.stack.pop()
+    except (LookupError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"no pickle that makes sense ({type(error).__name__})") from None
+
+
+def shown(value: Any) -> str:
+    """A key or a name as a message may have it: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    return str(value)[:80] if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else "something"
+
+
+class _Machine:
+    """The stack, the marks in it, and the memo."""
+
+    def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None) -> None:
+        self.known, self.persistent = known, persistent
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def do(self, name: str, argument: Any) -> None:
+        """One opcode. Raises ValueError, or what a stack without the right values raises."""
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self.above()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[int(argument)] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[int(argument)])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE":
+                stack.append(tuple(self.above()))
+            case "LIST" | "FROZENSET":
+                stack.append(self.above())
+            case "DICT":
+                items = self.above()
+                stack.append(_fill({}, items[::2], items[1::2]))
+            case "APPEND":
+                value = stack.pop()
+                _extend(stack[-1], [value])
+            case "APPENDS" | "ADDITEMS":
+                items = self.above()
+                _extend(stack[-1], items)
+            case "SETITEM":
+                key, value = stack[-2:]
+                del stack[-2:]
+                _fill(stack[-1], [key], [value])
+            case "SETITEMS":
+                items = self.above()
+                _fill(stack[-1], items[::2], items[1::2])
+            case "BINPERSID" if self.persistent:
+                stack.append(self.persistent(stack.pop()))
+            case _ if name.removeprefix("SHORT_").removeprefix("BIN").startswith(_VALUES):
+                stack.append(argument)
+            case _:
+                self.make(name, argument)
+
+    def make(self, name: str, argument: Any) -> None:
+        """The opcodes that name something, or make something of what was named."""
+        stack = self.stack
+        match name:
+            case "GLOBAL":
+                stack.append(self.named(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                module, what = stack[-2:]
+                del stack[-2:]
+                stack.append(self.named(module, what))
+            case "INST":
+                function = self.named(*argument.split(" ", 1))
+                stack.append(_call(function, self.above()))
+            case "OBJ":
+                function, *arguments = self.above()
+                stack.append(_call(function, arguments))
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(_call(stack.pop(), arguments))
+            case "NEWOBJ_EX":
+                arguments, named = stack[-2:]
+                del stack[-2:]
+                stack.append(_call(stack.pop(), arguments, named))
+            case "BUILD":
+                state = stack.pop()
+                _build(stack[-1], state)
+            case _:
+                raise ValueError(f"a pickle with the opcode {name}")
+
+    def above(self) -> list[Any]:
+        """Takes what lies above the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def named(self, module: str, what: str) -> Any:
+        name = f"{_PYTHON_2.get(module, module)}.{what}"
+        if name not in self.known:
+            text = "".join(c if c.isprintable() else "?" for c in name.removeprefix("builtins.")[:100])
+            raise RefusedError(f"it asks for {text}, which would run code")
+        return self.known[name]
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is list:
+        target.extend(items)
+    elif not isinstance(target, Opaque):
+        raise TypeError
+
+
+def _fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
+    """Sets items of a dict; raises ValueError for a key that might take for ever to hash or to find."""
+    if isinstance(target, Opaque):
+        return target
+    if not isinstance(target, dict):
+        raise TypeError
+    for key, value in zip(keys, values, strict=True):
+        flat = key if type(key) is tuple else (key,)
+        if len(flat) > 64 or not all(part is None or isinstance(part, (str, bytes, int, float)) for part in flat):
+            raise ValueError("a key is neither text nor a number")
+        if not isinstance(key, str) and len(target) >= _KEYS:
+            raise ValueError(f"more than {_KEYS:,} keys of one dict are no text")
+        target[key] = value
+    return target
+
+
+def _call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | None = None) -> Any:
+    if not isinstance(function, FunctionType):
+        raise TypeError
+    return function(*arguments, **(named or {}))
+
+
+def _build(made: Any, state: Any) -> None:
+    """Gives an object its state, where that is looked at."""
+    if isinstance(made, Fields):
+        if not isinstance(state, dict):
+            raise TypeError
+        _fill(made, list(state), list(state.values()))
+    elif isinstance(made, _Dtype):
+        made.order = ">" if state[1] == ">" else "<"
+
+
+def _dict(items: Any = ()) -> dict[Any, Any]:
+    pairs = list(items.items()) if isinstance(items, dict) else list(items)
+    return dict(_fill({}, [key for key, _ in pairs], [value for _, value in pairs]))
+
+
+def _list(items: Any = ()) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError
+    return list(items)
+
+
+def _path(*parts: Any) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _text(text: Any = "") -> str:
+    if not isinstance(text, str):
+        raise TypeError
+    return text
+
+
+def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
+    """How protocols 0 to 2 write bytes."""
+    if isinstance(text, str) and encoding in ("latin1", "latin-1"):
+        return text.encode("latin1")
+    if not isinstance(text, bytes):
+        raise TypeError
+    return text
+
+
+def _number(dtype: Any, content: Any = None) -> Any:
+    """One of NumPy's numbers."""
+    if not isinstance(dtype, _Dtype) or dtype.name not in _FORMATS or not isinstance(content, bytes):
+        return Opaque()
+    return struct.unpack(dtype.order + _FORMATS[dtype.name], content)[0]
+
+
+def _dtype(name: Any, *_: Any) -> _Dtype:
+    return _Dtype(_text(name))
+
+
+def opaque(*_: Any, **__: Any) -> Opaque:
+    return Opaque()
+
+
+def fields_of(*arguments: Any) -> Fields:
+    """An object that is nothing but its fields, before it gets them."""
+    if arguments:
+        raise TypeError
+    return Fields()
+
+
+def _reconstructed(function: Any, *_: Any) -> Any:
+    """How protocols 0 and 1 make an object."""
+    return _call(function, ())
+
+
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("builtins.dict", "collections.OrderedDict", "collections.Counter"), _dict),
+    "collections.defaultdict": lambda factory=None, items=(): _dict(items),
+    **dict.fromkeys(("builtins.list", "builtins.set", "builtins.frozenset"), _list),
+    "builtins.tuple": lambda items=(): tuple(_list(items)),
+    **dict.fromkeys(("builtins.str", "torch.torch_version.TorchVersion"), _text),
+    **dict.fromkeys(("builtins.bytes", "_codecs.encode"), _bytes),
+    **{
+        f"pathlib{module}.{pure}{kind}Path": _path
+        for module in ("", "._local")
+        for pure in ("", "Pure")
+        for kind in ("", "Posix", "Windows")
+    },
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), fields_of),
+    "copyreg._reconstructor": _reconstructed,
+    "numpy.dtype": _dtype,
+    **{
+        f"numpy.{core}.multiarray.{what}": function
+        for core in ("core", "_core")
+        for what, function in (("scalar", _number), ("_reconstruct", opaque))
+    },
+    **dict.fromkeys(
+        (
+            *(f"builtins.{name}" for name in ("object", "int", "float", "bool", "complex", "bytearray")),
+            *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+            *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+            *("numpy.ndarray", "numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+        ),
+        opaque,
+    ),
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,19 @@ _FIXED = {  # what GPT-2 is here and elsewhere, but not everywhere
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "position_embedding_type": "absolute",
 }
+_OF_OTHERS = re.compile(  # keys of other architectures, and of weights that are not whole
+    r"rope|rotary|alibi|rms_?norm|norm_type|qk_norm|sliding|window|key_value_heads|multi_query|kv_heads|expert|softcap"
+    r"|parallel_residual|attention_types|quantization|pruned_heads|sparsity"
+)
+_FIELDS = (  # of GPTConfig: what exporters know how to say
+    *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
+    *("bias", "qkv_bias", "activation", "tie_weights"),
+)
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
@@ -240,6 +251,9 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
             raise ValueError(f"{path}: {key} = {raw.get(key)!r}: only GPT-2's {ours!r} can be read")
+    for key, value in raw.items():
+        if value and key not in _FIXED and _OF_OTHERS.search(key):
+            raise ValueError(f"{path}: {key} = {str(value)[:80]!r}: GPT-2 has no such thing, nor has Folio")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
@@ -284,12 +298,13 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
     ``name``, by default as the folder.
 
     Raises:
-        FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed.
+        FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed, or
+            its numbers are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
     from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-    config, tokenizer = found.config(), vocabulary(found)
+    config, tokenizer = expressible(found), vocabulary(found)
     size = tokenizer.size if tokenizer else config.vocab_size
     assert isinstance(size, int)
     eot = tokenizer.eot if tokenizer else None
@@ -316,11 +331,11 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             "asked": _public(found.asked),
         },
     )
+    weights = {
+        name: _turned(name, rounded(found, name, weight, dtype)).contiguous() for name, weight in complete(found, size)
+    }
     with files.appearing(folder) as unfinished:
         unfinished.mkdir()
-        weights = {
-            name: _turned(name, weight).to(getattr(torch, dtype)).contiguous() for name, weight in complete(found, size)
-        }
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         theirs.save_pretrained(unfinished)
         GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)
@@ -333,6 +348,34 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
         # safetensors lets nobody else read
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
         (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
+
+
+def expressible(found: Checkpoint) -> GPTConfig:
+    """The model's config; raises ValueError where it has what GPT-2 has not, in the formats of other programs."""
+    config = found.config()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS.values())
+        if not known and value != default:
+            raise ValueError(f"{found.path}: {f.name}={value!r}: a GPT-2 of other programs cannot have it: no export")
+    return config
+
+
+def rounded(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
+    """A parameter in another type; raises ValueError where one of its numbers is not finite there."""
+    made = weight.to(getattr(torch, dtype))
+    if made.isfinite().all():
+        return made
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: the model is of no use, "
+            "export an earlier checkpoint"
+        )
+    raise ValueError(
+        f"{found.path}: {name} holds {weight.abs().max():g}, beyond {dtype}, which ends at "
+        f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
+    )
 
 
 def vocabulary(found: Checkpoint) -> Tokenizer | None:

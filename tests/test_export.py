@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from conftest import SMALL, STORY, WIDE, Outcome, assert_refused, python, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from folio import checkpoint, cli, files, pretrained
+from folio import checkpoint, cli, files, gguf_file, pretrained
 from folio.checkpoint import State
 from folio.commands import train
 from folio.model import GPT, GPTConfig
@@ -355,6 +355,96 @@ def test_refusals(folio, tmp_path, monkeypatch, argv, words) -> None:
     before = tree(tmp_path)
     assert_refused(folio("export", "--out_dir=out", "--to=hf", *argv), *words)
     assert tree(tmp_path) == before
+
+
+def damaged(out_dir: Path, name: str, value: float) -> Path:
+    """The out_dir, with another number in the middle of a parameter."""
+    found = checkpoint.choose(out_dir)
+    weights = dict(found.weights())
+    weights[name].view(-1)[weights[name].numel() // 2] = value
+    checkpoint.save(out_dir, 7, weights, {}, found.state)
+    return out_dir
+
+
+WTE, LN_F = "transformer.wte.weight", "transformer.ln_f.weight"
+
+
+@pytest.mark.parametrize("to", ["hf", "new/hf", "model.gguf"])
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "words"),
+    [
+        (WTE, float("nan"), "float32", [WTE, "1 numbers", "not finite"]),
+        (LN_F, float("inf"), "bfloat16", [LN_F, "not finite"]),
+        ("transformer.h.1.mlp.c_fc.bias", float("-inf"), "float16", ["h.1.mlp.c_fc.bias", "not finite"]),
+        (WTE, 7e4, "float16", [WTE, "70000", "beyond float16", "65504", "another --dtype"]),
+        (WTE, -7e4, "float16", [WTE, "beyond float16"]),
+        (WTE, 3.4e38, "bfloat16", [WTE, "beyond bfloat16"]),
+    ],
+)
+def test_numbers_that_are_not_finite(folio, tmp_path, to, name, value, dtype, words) -> None:
+    """In the weights, or once they are rounded: the parameter is named, and nothing is written."""
+    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"), name, value)
+    before = tree(tmp_path)
+    argv = ("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to, f"--dtype={dtype}")
+    assert_refused(folio(*argv), tmp_path / "out", *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "model.gguf"])
+def test_numbers_that_just_fit(folio, tmp_path, to) -> None:
+    """The largest of the type; and one that is not finite in a row which is cut off."""
+    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh", vocab_size=300), WTE, 65504.0)
+    found = checkpoint.choose(tmp_path / "out")
+    weights = dict(found.weights())
+    weights[WTE][299] = float("nan")
+    checkpoint.save(tmp_path / "out", 7, weights, {}, found.state)
+    argv = ("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to, "--dtype=float16")
+    assert folio(*argv).code == 0
+
+
+@dataclass(frozen=True)
+class Later(GPTConfig):
+    """What a later version may have."""
+
+    norm: str = "layer"
+    rope_theta: float = 0.0
+    windows: tuple[int, ...] = field(default_factory=tuple)
+
+
+LATER = {
+    "norm='rms'": {"norm": "rms"},
+    "rope_theta=10000.0": {"rope_theta": 1e4},
+    "windows=(8,)": {"windows": (8,)},
+    "activation='relu'": {"activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("to", ["hf", "model.gguf"])
+@pytest.mark.parametrize("what", LATER)
+def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
+    """A field that the exporter does not know is refused by its name where it is not at its default."""
+    found = pretrained.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
+    export = gguf_file.export if to.endswith(".gguf") else pretrained.export
+
+    class Newer(checkpoint.Checkpoint):
+        def config(self) -> GPTConfig:
+            return Later(**{**self.state["model"], **self.asked})
+
+    newer = Newer(found.path, found.state, LATER[what])
+    with pytest.raises(ValueError, match=re.escape(f"{found.path}: {what}: a GPT-2 of other programs cannot have it")):
+        export(newer, tmp_path / to)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    export(replace(newer, asked={}), tmp_path / to)
+    assert (tmp_path / to).exists()
+
+
+def test_every_field_is_exported_or_refused(tmp_path) -> None:
+    """Each of today's fields comes back as it was; one that is added must be thought of here."""
+    shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
+    shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
+    assert shape.keys() == {f.name for f in fields(GPTConfig)}
+    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
+    assert pretrained.find(str(tmp_path / "hf")).config() == GPTConfig(**shape)
 
 
 @contextmanager

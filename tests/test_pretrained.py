@@ -279,6 +279,18 @@ OPTIONS = {
     "scale_attn_weights": (False, None),
     "scale_attn_by_inverse_layer_idx": (True, None),
     "add_cross_attention": (True, None),
+    "reorder_and_upcast_attn": (True,),
+    "is_encoder_decoder": (True,),
+    "position_embedding_type": ("relative_key",),
+    "rope_theta": (10000.0,),
+    "rope_scaling": ({"type": "linear"},),
+    "rotary_dim": (8,),
+    "alibi": (True,),
+    "rms_norm_eps": (1e-6,),
+    "sliding_window": (16,),
+    "num_key_value_heads": (1,),
+    "quantization_config": ({"load_in_8bit": True},),
+    "pruned_heads": ({"0": [1]},),
     "n_embd": (17, None, "16", {}),
     "n_head": (3, 0),
     "n_layer": (0, [2]),
@@ -296,6 +308,13 @@ def test_options_that_gpt2_here_has_not(folio, tiny, option, value) -> None:
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*({option}|{OURS.get(option, option)})"):
         pretrained.find(str(tiny))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), path, value)
+
+
+def test_keys_that_change_nothing(tiny) -> None:
+    """What a config says besides, and other programs' keys at nothing."""
+    more = {"rope_scaling": None, "sliding_window": None, "alibi": False, "pruned_heads": {}, "my_note": "window"}
+    more |= {"n_ctx": 24, "gradient_checkpointing": True, "summary_type": "cls_index", "task_specific_params": {}}
+    assert pretrained.find(str(configured(tiny, **more))).config().vocab_size == 97
 
 
 def cut(file: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from folio import __version__, checkpoint, files, pt_files
+from folio import __version__, checkpoint, files, pt_files, tokenizer_folder
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import Optimizer, Source, TrainConfig, model_config, typed
 from folio.model import GPT, GPTConfig
@@ -52,7 +52,7 @@ _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
 _CARD = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")  # knobs worth a row
-_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
 _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -96,7 +96,8 @@ def find(name: str, which: str = "best") -> Checkpoint:
         return _the_only(pt_files.read(path), which)
     if path.is_file():
         raise ValueError(f"{path}: a model is a folder or a .pt file")
-    return _the_only(hugging_face(_download(name)), which)
+    by_name = GPT2 if name.removeprefix("openai-community/") in OPENAI else None
+    return _the_only(hugging_face(_download(name), by_name), which)
 
 
 def in_folder(path: Path, which: str = "best") -> Checkpoint:
@@ -207,13 +208,21 @@ class HuggingFace(Checkpoint):
     def slots(self) -> Tensors:
         yield from ()
 
+    def tokenizer(self) -> Tokenizer:
+        if self.state["tokenizer"] is None:
+            raise ValueError(
+                f"{self.path}: nothing tells what its {self.config().vocab_size} token ids mean: "
+                f"{tokenizer_folder.lack(self.path)}"
+            )
+        return super().tokenizer()
+
 
 def _our_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def hugging_face(folder: Path) -> HuggingFace:
-    """The model in a folder with ``config.json`` and weights.
+def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
+    """The model in a folder with ``config.json`` and weights; its tokenizer is the ``assumed`` one if it has none.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: it is no GPT-2, or one with what GPT-2 here has not; names the
@@ -228,7 +237,7 @@ def hugging_face(folder: Path) -> HuggingFace:
     if not isinstance(raw, dict) or not isinstance(kept := raw.get("folio") or {}, dict):
         raise ValueError(f"{path}: not a model's config: it is no JSON object")
     shape = _shape(path, raw)
-    tokenizer = _tokenizer(folder, kept, shape.vocab_size)
+    tokenizer = _tokenizer(folder, kept) or assumed
     if not kept:
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
@@ -272,19 +281,13 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     return config
 
 
-def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dict[str, Any] | None:
-    """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
-    path = folder / "tokenizer.json"
+def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
+    """What an export kept, else what the folder's files say."""
     if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
         if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
             raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is none: take that part out")
         return spec
-    if path.is_file():
-        try:
-            return {"kind": "tokenizers", "file": dict(files.read_json(path))}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
-    return GPT2 if vocab_size in GPT2_SIZES else None
+    return tokenizer_folder.read(folder)
 
 
 # Out

@@ -12,7 +12,17 @@ from conftest import ROOT
 
 LAYERS = [
     {"", "rng", "files", "config", "model", "optim", "flops", "pickles"},  # "" is folio/__init__.py
-    {"tokens", "token_files", "torch_files", "tokenizer", "processes", "runtime", "trackers", "log"},
+    {
+        "tokens",
+        "token_files",
+        "torch_files",
+        "tokenizer",
+        "tokenizer_folder",
+        "processes",
+        "runtime",
+        "trackers",
+        "log",
+    },
     {
         "validation",
         "scoring",

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio import checkpoint, pretrained
+from folio import checkpoint, pretrained, tokenizer_folder
 from folio.checkpoint import State
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Tiktoken
 
 transformers = pytest.importorskip("transformers")
+filter_repo_objects = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -525,6 +526,15 @@ def test_names_that_the_hub_is_not_asked_for(folio, tmp_path, monkeypatch, name)
 # The hub's cache
 
 
+def test_what_is_fetched_from_the_hub() -> None:
+    """Every file that a tokenizer is read from, and none of other programs."""
+    wanted = [*tokenizer_folder.FILES, "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    wanted += ["model.safetensors.index.json"]
+    others = ["tf_model.h5", "rust_model.ot", "flax_model.msgpack", "onnx/model.onnx", "pytorch_model.bin", "run.py"]
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=pretrained._FILES)) == wanted
+    assert {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.json", "added_tokens.json"} <= set(wanted)
+
+
 def cached(hub: Path, name: str, **shape: Any) -> None:
     """A model as the hub's library lays it out: its files are links to blobs."""
     repository = hub / f"models--{name.replace('/', '--')}"
@@ -651,18 +661,53 @@ def test_a_shape_that_the_weights_have_not(folio, story, tiny, tmp_path, flag) -
 # Text
 
 
-@pytest.mark.parametrize("kind", ["file", "gpt2"])
+def own_files(fast: Any, folder: Path) -> None:
+    """vocab.json and merges.txt, as they were before tokenizer.json."""
+    spec = json.loads(fast.to_str())["model"]
+    merges = [" ".join(pair) for pair in spec["merges"]]
+    added = {"<|endoftext|>": 50256} if len(spec["vocab"]) >= 50256 else {}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({**spec["vocab"], **added}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", [50257, 50300, 97])
+def test_ids_of_which_nothing_is_known(folio, story, tmp_path, size) -> None:
+    """A folder without a tokenizer is not GPT-2's, whatever its size; it trains, and is imported and exported."""
+    saved(tmp_path / "hf", vocab_size=size)
+    assert pretrained.find(str(tmp_path / "hf")).state["tokenizer"] is None
+    said = folio(*SAMPLE, f"--init_from={tmp_path / 'hf'}")
+    assert_refused(said, tmp_path / "hf", f"nothing tells what its {size} token ids mean", "neither a tokenizer.json")
+    code, said, _ = folio("import", tmp_path / "hf", "--to", tmp_path / "out")
+    assert (code, f"nothing tells what its {size} token ids mean" in said) == (0, True)
+    assert folio("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / "back").code == 0
+    assert not list((tmp_path / "back").glob("*token*"))
+    argv = (*TRAIN, f"--data_dir={story}", f"--out_dir={tmp_path / 'new'}", f"--init_from={tmp_path / 'hf'}")
+    assert folio(*argv, "--max_iters=1").code == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "gpt2", "another language"])
 def test_greedy_text_is_that_of_transformers(folio, tmp_path, monkeypatch, shared_data, kind) -> None:
-    """With the tokenizer.json beside the model, and with GPT-2's where there is none."""
+    """With the tokenizer.json beside the model, with OpenAI's own files, and with those of another language."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     tokenizers = pytest.importorskip("tokenizers")
     if kind == "file":
         path = tmp_path / "hf" / "tokenizer.json"
         assert folio("tokenizer", "train", STORY, "--vocab_size=400", f"--out={path}").code == 0
         fast = tokenizers.Tokenizer.from_file(str(path))
-    else:
+    elif kind == "gpt2":
         fast = Tiktoken("gpt2").fast()
-    theirs = saved(tmp_path / "hf", vocab_size=fast.get_vocab_size(), n_embd=32, n_positions=64)
+        own_files(fast, tmp_path / "hf")
+    else:  # with as many ids as GPT-2's
+        fast = tokenizers.ByteLevelBPETokenizer()
+        fast.train([str(STORY)], vocab_size=700, special_tokens=["<s>"], show_progress=False)
+        own_files(fast, tmp_path / "hf")
+    size = 50257 if kind == "another language" else fast.get_vocab_size()
+    theirs = saved(tmp_path / "hf", vocab_size=size, n_embd=32, n_positions=64)
+    if kind == "another language":
+        with torch.no_grad():  # the others are never the likeliest
+            theirs.lm_head.weight[700:] = 0
+            theirs.save_pretrained(tmp_path / "hf")
     prompt = "The ferry left at dawn"
     ids = fast.encode(prompt).ids
     how = transformers.GenerationConfig(do_sample=False, max_new_tokens=40, pad_token_id=0, use_cache=False)

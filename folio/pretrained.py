@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from folio import __version__, checkpoint, files, pt_files, tokenizer_folder
+from folio import __version__, checkpoint, files, model_card, pt_files, tokenizer_folder
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import Optimizer, Source, TrainConfig, model_config, typed
 from folio.model import GPT, GPTConfig
@@ -51,7 +51,6 @@ _FIELDS = (  # of GPTConfig: what exporters know how to say
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
-_CARD = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")  # knobs worth a row
 _FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
 _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
@@ -242,12 +241,13 @@ def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> Hugging
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
         was, state = model_config(path, kept["model"]), State.of(kept["state"])
+        known = model_card.checked(kept.get("facts", {}))
         told = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
         asked = {name: typed(path, name, value, TrainConfig) for name, value in told.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
     shape = replace(shape, dropout=was.dropout)
-    found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
+    found = HuggingFace(folder, {**checkpoint.state_of_elsewhere(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
     biases = {"bias": was.bias, "qkv_bias": was.qkv_bias}
     if trained <= found.parameters(**biases).keys():
@@ -310,7 +310,7 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
     config, tokenizer = expressible(found), vocabulary(found)
     size = tokenizer.size if tokenizer else config.vocab_size
     assert isinstance(size, int)
-    eot = tokenizer.eot if tokenizer else None
+    eot, asked = tokenizer.eot if tokenizer else None, _public(found.asked)
     theirs = GPT2Config(
         vocab_size=size,
         n_positions=config.block_size,
@@ -331,7 +331,8 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             "model": {**found.state["model"], "vocab_size": size},
             "tokenizer": _kept_tokenizer(found.state["tokenizer"]),
             "state": {f.name: found.state[f.name] for f in fields(State)},
-            "asked": _public(found.asked),
+            "facts": model_card.facts(found),
+            "asked": asked,
         },
     )
     weights = {
@@ -350,7 +351,8 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             ).save_pretrained(unfinished)
         # safetensors lets nobody else read
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-        (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
+        text = model_card.card(found, name or folder.name, size, tokenizer, asked)
+        (unfinished / "README.md").write_text(text, encoding="utf-8")
 
 
 def expressible(found: Checkpoint) -> GPTConfig:
@@ -410,58 +412,14 @@ def _turned(name: str, weight: Tensor) -> Tensor:
     return weight.t() if name.endswith(_TRANSPOSED) else weight
 
 
-def card(found: Checkpoint, name: str, vocab_size: int) -> str:
-    """The model card: what it is, and what its run was."""
-    config, state, asked = replace(found.config(), vocab_size=vocab_size), found.state, _public(found.asked)
-    parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
-    activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
-    biases = "biases" if config.bias else "no biases"
-    head = "head shared with the embedding" if config.tie_weights else "head of its own"
-    facts = {
-        "parameters": f"{parameters:,}",
-        "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
-        f"{config.block_size:,}, vocabulary {config.vocab_size:,}, {activation}, {biases}, {head}",
-        "data": asked.get("dataset"),
-        "steps": f"{state['step']:,}" if state["step"] else None,
-        "tokens seen": f"{state['tokens']:,}" if state["tokens"] else None,
-        "validation loss": f"{state['val_loss']:.4f} nats a token" if state["val_loss"] else None,
-        "training loss": f"{state['train_loss']:.4f} nats a token" if state["train_loss"] else None,
-        "dropout": f"{config.dropout:g}" if config.dropout else None,
-        **{knob.replace("_", " "): f"{asked[knob]:g}" for knob in _CARD if knob in asked},
-    }
-    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items() if value)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, folio]
----
-
-# {name}
-
-A language model of GPT-2's architecture, exported by Folio {__version__}.
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
-```
-"""
-
-
 def _kept_tokenizer(spec: dict[str, Any] | None) -> dict[str, Any] | None:
     return _IN_ITS_FILE if spec and spec["kind"] == "tokenizers" else spec
 
 
 def _public(asked: dict[str, Any]) -> dict[str, Any]:
     """What may be told of a run: no paths, and no data set that was not used."""
-    told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and asked.get("data_dir"))}
+    elsewhere = asked.get("data_dir") or asked.get("data_mixture")
+    told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and elsewhere)}
     return told | ({"dataset": Path(told["dataset"]).name} if told.get("dataset") else {})
 
 

@@ -417,6 +417,7 @@ def save(run: Run) -> tuple[()]:
         "model": asdict(run.model.config),
         "tokenizer": run.tokens.tokenizer(),
         "data": run.tokens.fingerprint(),
+        "sources": run.tokens.sources(),
         "row": run.tokens.block_size,
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,

@@ -22,7 +22,7 @@ from conftest import SMALL, STORY, WIDE, Outcome, assert_refused, python, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from folio import checkpoint, cli, files, gguf_file, pretrained
+from folio import checkpoint, cli, files, gguf_file, model_card, pretrained
 from folio.checkpoint import State
 from folio.commands import train
 from folio.model import GPT, GPTConfig
@@ -300,22 +300,94 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert float(facts["learning rate"]) == 0.0123
     assert "context 16" in facts["shape"]
     assert "no biases" in facts["shape"]
+    assert facts["data"] == f"{story.name} ({(story / 'train.bin').stat().st_size // 2:,} tokens to train on)"
+    assert facts["seed"] == "1337"
+    assert facts["machine"].startswith("cpu, ")
+    assert facts["machine"].endswith(f", float32, 1 process, PyTorch {torch.__version__}")
+    assert (facts["license"], meta["license"]) == ("not known", "unknown")
+    assert "not known" in facts["languages"]
+    assert "## Limits\n\nIt sees no more than 16 tokens" in text
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert '"tale-10"' in program
-    compile(program, "card", "exec")
 
 
-def test_the_card_names_the_data_set(folio, story, tmp_path, monkeypatch) -> None:
-    """The one that was trained on, by its name and not by its place."""
+def card_of(folio, out_dir: Path, to: Path) -> dict[str, str]:
+    assert folio("export", f"--out_dir={out_dir}", "--to", to).code == 0
+    assert not any(str(to.parent) in (to / name).read_text() for name in ("README.md", "config.json"))
+    return dict(re.findall(r"^\| ([A-Za-z ]+) \| (.+) \|$", (to / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_card_names_the_data_that_was_opened(folio, story, tmp_path, monkeypatch) -> None:
+    """By --dataset or --data_dir, a folder or a glob, one or a mixture; and as well where the checkpoint is older."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(story, tmp_path / "data" / "tales")
-    for number, data in enumerate(("--dataset=tales", f"--data_dir={story}", f"--dataset={tmp_path / 'data/tales'}")):
-        assert folio("train", *SMALL, "--max_iters=1", data, f"--out_dir=out{number}").code == 0
-        assert folio("export", f"--out_dir=out{number}", f"--to=hf{number}").code == 0
-        card, config = Path(f"hf{number}/README.md").read_text(), Path(f"hf{number}/config.json").read_text()
-        assert number or "| data | tales |" in card
-        assert "openwebtext" not in card  # which only --dataset's default names
-        assert not any(str(place) in card + config for place in (tmp_path, story))
+    for name in ("tales", "legends"):
+        shutil.copytree(story, tmp_path / "data" / name)
+    ways = {
+        "--dataset=tales": ["tales"],
+        f"--dataset={tmp_path / 'data/tales'}": ["tales"],
+        f"--data_dir={tmp_path / 'data/legends'}": ["legends"],
+        "--data_dir=data/legends/*.bin": ["legends"],
+        "--data_mixture=tales=0.25,legends=0.75": ["tales (", "25% of the rows); legends (", "75% of the rows)"],
+        f"--data_mixture={tmp_path / 'data/tales'}=0.5,legends=0.5": ["tales (", "50%", "legends ("],
+    }
+    for number, (data, names) in enumerate(ways.items()):
+        out = tmp_path / f"out{number}"
+        assert folio("train", *SMALL, "--max_iters=1", data, f"--out_dir={out}").code == 0
+        told = card_of(folio, out, tmp_path / f"hf{number}")["data"]
+        assert all(name in told for name in names)
+        older = checkpoint.choose(out)
+        del older.state["sources"]
+        assert model_card.facts(older)["data"].startswith(names[0].removesuffix(" ("))
+        assert "openwebtext" not in told + model_card.facts(older)["data"]  # which only --dataset's default names
+
+
+def test_the_card_of_a_model_of_which_little_is_known(folio, tmp_path) -> None:
+    """It says so, and invents nothing."""
+    told = card_of(folio, saved(tmp_path / "out", Bytes()), tmp_path / "hf")
+    assert (told["data"], told["seed"], told["machine"]) == ("not known",) * 3
+    assert told["HellaSwag"] == "not measured"
+    assert {"validation loss", "learning rate", "batch size"} & told.keys() == set()
+
+
+def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
+    """HellaSwag as it was measured of this step; all of it after an import as well."""
+    out_dir = Path(shutil.copytree(trained, tmp_path / "out"))
+    record = {"kind": "hellaswag", "style": "completion", "acc": 0.25, "acc_norm": 0.5, "total": 8}
+    lines = [{**record, "step": 5}, {**record, "step": 10, "acc_norm": 0.75}, {**record, "step": 5, "acc_norm": 0.625}]
+    (out_dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert folio("export", f"--out_dir={out_dir}", "--to", tmp_path / "a" / "hf", "--checkpoint=5").code == 0
+    assert folio("import", tmp_path / "a" / "hf", "--to", tmp_path / "back").code == 0
+    shutil.rmtree(out_dir)
+    told = card_of(folio, tmp_path / "back", tmp_path / "b" / "hf")
+    assert told["HellaSwag"] == "acc_norm 0.6250 (5/8), acc 0.2500, completion"
+    assert told["seed"] == "1337"
+    assert tree(tmp_path / "a" / "hf") == tree(tmp_path / "b" / "hf")
+
+
+@pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)
+def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> None:
+    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["folio"]["facts"] = told
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert_refused(folio("import", tmp_path / "hf", "--to", tmp_path / "back"), "config.json", "'folio'")
+
+
+@pytest.mark.parametrize("context", [64, 24, 5, 2, 1])
+@pytest.mark.parametrize(
+    "tokens", [Bytes(), Characters(" abc\n"), Characters("\n渡"), None], ids=["bytes", "abc", "two", "unknown"]
+)
+def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens) -> None:
+    """However short the context and whatever the vocabulary; with ids alone where nothing tells what they mean."""
+    size = tokens.size if tokens else 100
+    out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
+    pretrained.export(pretrained.in_folder(out_dir), tmp_path / 'a "model"')
+    text = (tmp_path / 'a "model"' / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "card", "exec"), {})
+    assert capsys.readouterr().out.strip() or tokens
+    assert ("Once upon a time" in program) == (context >= 32 and isinstance(tokens, Bytes))
 
 
 # Refusals

@@ -33,6 +33,7 @@ LAYERS = [
         "memory",
         "checkpoint",
         "pretrained",
+        "model_card",
         "pt_files",
         "gguf_file",
         "datasets",

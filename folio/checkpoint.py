@@ -117,7 +117,7 @@ class Checkpoint:
         for name, weight in stored:
             if (shape := wanted.pop(name, None)) != weight.shape:
                 model = "has it not, or once only" if shape is None else f"wants {tuple(shape)}"
-                raise ValueError(f"{self.path}: {name} has the shape {tuple(weight.shape)}, its model {model}")
+                raise ValueError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, its model {model}")
             yield name, weight
         if wanted:
             raise ValueError(f"{self.path}: {min(wanted)} is not among its weights")
@@ -160,7 +160,7 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
     for name, tensor in tensors:
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name} is of type {kind}, not of floating-point numbers as a weight is")
+            raise ValueError(f"{path}: {name[:100]} is of type {kind}, not of floating-point numbers as a weight is")
         yield name, tensor
 
 

@@ -259,13 +259,14 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     """Our shape from transformers' ``GPT2Config``; what is missing there has its defaults."""
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
-            raise ValueError(f"{path}: {key} = {raw.get(key)!r}: only GPT-2's {ours!r} can be read")
+            raise ValueError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
     for key, value in raw.items():
         if value and key not in _FIXED and _OF_OTHERS.search(key):
-            raise ValueError(f"{path}: {key} = {str(value)[:80]!r}: GPT-2 has no such thing, nor has Folio")
+            raise ValueError(f"{path}: {key} = {repr(value)[:80]}: GPT-2 has no such thing, nor has Folio")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{path}: activation_function = {activation[:80]!r}: only {known} can be read")
     shape = {
         "block_size": raw.get("n_positions", 1024),
         "vocab_size": raw.get("vocab_size", 50257),
@@ -275,9 +276,12 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
         "activation": _ACTIVATIONS[activation],
         "tie_weights": raw.get("tie_word_embeddings", True),
     }
+    for key, value in shape.items():
+        if len(repr(value)) > 80:
+            raise ValueError(f"{path}: {key} = {repr(value)[:80]} …: no number is that long")
     config = model_config(path, shape)
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
+        raise ValueError(f"{path}: n_inner = {repr(raw['n_inner'])[:80]}: only 4 × n_embd can be read")
     return config
 
 

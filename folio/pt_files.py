@@ -136,7 +136,7 @@ def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     found = {name: tensor for name, tensor in content.items() if isinstance(name, str) and wanted(name)}
     for name, tensor in found.items():
         if reason := unfit(tensor):
-            raise ValueError(f"{path}: {name} is {reason}, not of floating-point numbers as a weight is")
+            raise ValueError(f"{path}: {name[:100]} is {reason}, not of floating-point numbers as a weight is")
     yield from _loaded(path, found)
 
 
@@ -190,7 +190,7 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
     """Our names and the tensors, in the file's order, which is that of the model's parameters."""
     found = {}
     for name, tensor in raw.items():
-        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+        if not isinstance(name, str) or len(name) > 200 or not isinstance(tensor, StoredTensor):
             raise _foreign(path, f"{shown(name)} is no weight")
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
@@ -227,7 +227,7 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
 
     A data set that this program prepared under that name serves as well.
     """
-    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if dataset)):
+    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if 0 < len(dataset) < 200)):
         if (pickled := folder / "meta.pkl").is_file():
             if len(found := characters(pickled)) == config.vocab_size:
                 return {"kind": "characters", "characters": found}

@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -759,9 +760,15 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says what the peak of memory was")
-def test_memory_of_loading(tmp_path) -> None:
+@pytest.mark.parametrize("form", ["safetensors", "ckpt.pt", "legacy ckpt.pt"])
+def test_memory_of_loading(tmp_path, form) -> None:
     """The weights, and little more; of a model in the shape of GPT-2 124M."""
-    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    if form == "safetensors":
+        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    else:
+        model = GPT(GPTConfig())
+        content = {"model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 0}
+        torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=form == "ckpt.pt")
     script = f"""
 import re, torch
 from folio import pretrained

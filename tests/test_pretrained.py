@@ -424,7 +424,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["tiny", "lm_head.weight is not among its weights"],
     ),
     "no tokenizer": (lambda f: None, ["tiny", "what its 97 token ids mean", "tokenizer.json"]),
-    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json", "tokenizers library"]),
+    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json cannot be read"]),
     "tokenizer not one": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tiny", "tokenizers library"]),
 }
 

@@ -11,10 +11,10 @@ import math
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,10 +27,13 @@ from folio.model import GPT, GPTConfig
 from folio.runtime import is_finite, laid_out_as
 from folio.token_files import GPT2, GPT2_SIZES
 from folio.tokenizer import IDS_ONLY, Tokenizer, from_json
+from folio.torch_files import FLOATS, StoredTensor
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, BEST, EVALUATIONS = "config.json", "best.json", "evaluations.jsonl"
+_HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
 Tensors = Iterator[tuple[str, Tensor]]
+Shaped = TypeVar("Shaped", Tensor, StoredTensor)
 
 
 @dataclass
@@ -108,11 +111,15 @@ class Checkpoint:
         Raises:
             ValueError: what is stored is damaged, or not the parameters of ``config``; names the file.
         """
+        return self.fitting(_floating(self.path, self._stored()))
+
+    def fitting(self, stored: Iterable[tuple[str, Shaped]]) -> Iterator[tuple[str, Shaped]]:
+        """Passes on what is stored by name; raises ValueError where it is not the parameters of ``config``."""
         wanted = self.parameters()
-        for name, weight in self._stored():
+        for name, weight in stored:
             if (shape := wanted.pop(name, None)) != weight.shape:
                 model = "has it not, or once only" if shape is None else f"wants {tuple(shape)}"
-                raise ValueError(f"{self.path}: {name} has the shape {tuple(weight.shape)}, its model {model}")
+                raise ValueError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, its model {model}")
             yield name, weight
         if wanted:
             raise ValueError(f"{self.path}: {min(wanted)} is not among its weights")
@@ -128,8 +135,8 @@ class Checkpoint:
         return read(self.path / MODEL)
 
     def slots(self) -> Tensors:
-        """The optimiser's tensors, as ``<parameter>/<slot>``; none where it is not known."""
-        return read(self.path / OPTIMIZER)
+        """The optimizer's tensors, as ``<parameter>/<slot>``; none where it is not known."""
+        return _floating(self.path, read(self.path / OPTIMIZER))
 
     def config(self) -> GPTConfig:
         return model_config(self.path, self.state["model"])
@@ -175,17 +182,31 @@ class Checkpoint:
             raise ValueError(f"{self.path}: {error}") from None
 
 
-def read(path: Path) -> Tensors:
-    """The tensors of a safetensors file, each mapped only while it is looked at, and the largest first.
+def _floating(path: Path, tensors: Tensors) -> Tensors:
+    """Passes tensors on; raises ValueError for one that holds anything but floating-point numbers."""
+    for name, tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name[:100]} is of type {kind}, not of floating-point numbers as a weight is")
+        yield name, tensor
+
+
+def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
+    """The tensors of these names in a safetensors file, each mapped only while it is looked at, the largest first.
 
     So whoever copies them into place needs hardly more memory than they do.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or none.
     """
+    with files.require_file(path).open("rb") as raw:
+        header = int.from_bytes(raw.read(8), "little")
+    if header > _HEADER:
+        raise ValueError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
     try:
         with safe_open(path, "pt") as file:
-            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            names = filter(wanted, file.keys())
+            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
             with safe_open(path, "pt") as file:
                 yield name, file.get_tensor(name)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from folio import files
 from folio.checkpoint import Checkpoint
-from folio.pretrained import complete, vocabulary
+from folio.pretrained import complete, expressible, rounded, vocabulary
 from folio.tokenizer import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
 
 _NO_MERGE = "\u2581 \u2581"  # of no text: llama.cpp wants a list of merges, and the library writes no empty one
@@ -26,7 +28,8 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
     stop at some token: a vocabulary of characters gets an end-of-text after its last.
 
     Raises:
-        FileExistsError: the file is there. ValueError: the tokenizer is unknown, or not byte pairs as GPT-2's.
+        FileExistsError: the file is there. ValueError: the tokenizer is unknown, or not byte pairs as GPT-2's; the
+            model has what GPT-2 has not, or numbers that are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
     import gguf
@@ -34,13 +37,13 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
     tokenizer = vocabulary(found)
     if tokenizer is None:
         raise ValueError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
-    config = found.config()
+    config = expressible(found)
+    tensors = dict(_tensors(found, tokenizer, dtype))
     if config.activation == "gelu":
         warnings.warn(
             "activation=gelu is exact, llama.cpp computes gelu_tanh: its logits will differ a little",
             stacklevel=2,
         )
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     tokens, types, merges = _vocabulary(tokenizer)
     with files.appearing(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
@@ -60,16 +63,8 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
         eot = tokenizer.size if tokenizer.eot is None else tokenizer.eot
         writer.add_bos_token_id(eot)
         writer.add_eos_token_id(eot)
-        for name, weight in complete(found, tokenizer.size):
-            if name in ("transformer.wte.weight", "lm_head.weight") and tokenizer.eot is None:
-                weight = torch.cat([weight, weight.mean(0, keepdim=True)])
-            theirs = names.get_name(name, (".weight", ".bias"))
-            assert theirs
-            kind = "float32" if weight.dim() < 2 or name == "transformer.wpe.weight" else dtype
-            raw = gguf.GGMLQuantizationType[_TYPES[kind][0]]
-            writer.add_tensor(
-                theirs, gguf.quants.quantize(weight.float().contiguous().numpy(), raw).view(_Checked), raw_dtype=raw
-            )
+        for name, (content, kind) in tensors.items():
+            writer.add_tensor(name, content.view(_Checked), raw_dtype=kind)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -83,6 +78,22 @@ class _Checked(np.ndarray[Any, Any]):
 
     def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
         file.write(self.data)
+
+
+def _tensors(found: Checkpoint, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple[str, tuple[NDArray[Any], Any]]]:
+    """By llama.cpp's names, the numbers as they lie in the file and their type."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, found.config().n_layer)
+    for name, weight in complete(found, tokenizer.size):
+        theirs = names.get_name(name, (".weight", ".bias"))
+        assert theirs
+        vector = weight.dim() < 2 or name == "transformer.wpe.weight"
+        rounded(found, name, weight, "float32" if vector else dtype)  # which checks it
+        if name in ("transformer.wte.weight", "lm_head.weight") and tokenizer.eot is None:
+            weight = torch.cat([weight, weight.mean(0, keepdim=True)])
+        kind = gguf.GGMLQuantizationType[_TYPES["float32" if vector else dtype][0]]
+        yield theirs, (gguf.quants.quantize(weight.float().contiguous().numpy(), kind), kind)
 
 
 def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:

@@ -1,329 +1,370 @@
-"""Plain values out of a pickle, with nothing in it run.
+"""Pickles read as plain values, by a machine of our own for pickle's opcodes: nothing is imported, nothing is called.
 
-Python's own unpickler, even where it may import nothing, takes 34 GB for nine bytes (a place in its memo), hashes
-nested tuples without end, and believes every length. So ``loads`` runs the opcodes itself: ``pickletools`` reads them,
-and what they may build is below.
+The format is that of the standard library's ``pickletools``, which parses it here.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
+from types import FunctionType
+from typing import IO, Any
 
 import numpy as np
 
-MOST_BYTES = 1 << 25
+MOST = 8 * 2**20  # bytes of a pickle: GPT-2 XL with its optimizer takes a quarter of a million
 _MOST_OPCODES = 5_000_000
-_MOST_COPIED = 1 << 24  # values, beside as many as the pickle has bytes
+_MOST_COPIED = 1 << 24  # values and bytes that calls may copy, beside as many as the pickle has bytes
+_KEYS = 50_000  # of a dict, where they are not text
+_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY", "BYTES")  # opcodes that bring a value with them
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_NUMBERS_AND_TEXT = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[US]\d{1,9})")  # NumPy's names of their types
 
 
 class RefusedError(ValueError):
-    """The pickle asks for something that is not a plain value, or for more than it can need."""
+    """The pickle names something that is not known, and that would run if it were imported and called."""
 
 
-class Dtype:
-    """Takes the place of ``numpy.dtype``: of numbers, truth values and text alone."""
+class Opaque:
+    """An object of a harmless class whose content nobody here looks at."""
 
-    def __init__(self, code: str, *_: object) -> None:
-        if not re.fullmatch(r"b1|[iu][1248]|f[248]|[US]\d{1,9}", code):
-            raise RefusedError(f"it holds numpy's {code[:20]!r}, which is neither number nor text")
-        self.dtype = np.dtype(code)
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
+class Fields(dict[str, Any]):
+    """The fields of an object that is nothing but its fields, such as an ``argparse.Namespace``."""
 
-    def values(self, content: Any, shape: tuple[int, ...], order: str = "C") -> Any:
-        """The values of an array as nested lists, or the one of a scalar, in Python's own types."""
-        if type(content) not in (bytes, bytearray) or not all(
-            type(n) is int and n.bit_length() < 64 for n in shape[:9]
+
+class _Dtype:
+    """A NumPy dtype of numbers or text, such as ``f8``."""
+
+    def __init__(self, name: str) -> None:
+        self.dtype = np.dtype(name)
+
+    def values(self, content: Any, shape: Any, order: Any = "C") -> Any:
+        """The one value, or the array's as nested lists, in Python's own types."""
+        if (
+            not isinstance(content, (bytes, bytearray))
+            or len(shape) > 8
+            or not all(type(n) is int and 0 <= n < 2**63 for n in shape)
         ):
-            raise TypeError("a numpy value in it has neither bytes nor a shape")
-        if len(shape) > 8 or len(content) != math.prod(shape) * self.dtype.itemsize:
-            raise RefusedError("a numpy value in it is not as long as it says")
+            raise TypeError
+        if len(content) != math.prod(shape) * self.dtype.itemsize:
+            raise ValueError("a NumPy value is not as long as it says")
         if not content:
             return [] if shape else self.dtype.type().item()
+        codes = np.dtype("u4").newbyteorder(self.dtype.byteorder)
+        if self.dtype.kind == "U" and np.frombuffer(content, codes).max(initial=0) > sys.maxunicode:
+            raise ValueError("a NumPy text holds what is no character")
         return np.frombuffer(content, self.dtype).reshape(shape, order="F" if order == "F" else "C").tolist()
 
 
-class Array(list[Any]):
-    """Takes the place of ``numpy.ndarray``: its values, in lists."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, content = state
-        found = dtype.values(content, shape, "F" if fortran else "C")
-        self[:] = found if shape else [found]
+class _Array(list[Any]):
+    """A NumPy array, as nested lists; empty where it holds neither numbers nor text."""
 
 
-class Namespace(dict[str, Any]):
-    """Takes the place of ``argparse.Namespace`` and its like: their fields, as a dict."""
+def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """The value of the pickle at the file's position, which ends up after it.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        _store(self, state.items())
+    ``known``: what stands for a global, by its full name, besides what ``PLAIN`` knows; functions may be called with
+    what the pickle hands them. ``persistent``: the value of a persistent id. Sets become lists, paths text, NumPy's
+    numbers Python's and its arrays lists; subclasses of dict become dicts.
 
-
-def scalar(dtype: Dtype, content: bytes = b"") -> Any:
-    """Takes the place of what numpy pickles a scalar with. Returns Python's number or text."""
-    return dtype.values(content, ())
-
-
-def _from_buffer(content: bytes, dtype: Dtype, shape: tuple[int, ...], order: str) -> Any:
-    return dtype.values(content, shape, order)
-
-
-def _bytes_of(text: str = "", encoding: str = "latin1") -> bytes:
-    """What protocols below 3 write for bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise RefusedError("it asks for _codecs.encode to other than latin1, which would run code")
-    return text.encode("latin-1")
-
-
-def _mapping(entries: Any = ()) -> dict[Any, Any]:
-    made: dict[Any, Any] = {}
-    _store(made, entries.items() if isinstance(entries, dict) else ((key, value) for key, value in entries))
-    return made
-
-
-def _store(mapping: dict[Any, Any], entries: Iterable[tuple[Any, Any]]) -> None:
-    """Leaves out what is under other keys than text and numbers, since to hash a tuple can take for ever."""
-    for key, value in entries:
-        if isinstance(key, (str, bytes, float)) or (isinstance(key, int) and key.bit_length() <= 64):
-            mapping[key] = value
-
-
-def _members(of: list[Any] | None = None) -> list[Any]:
-    if not isinstance(of, (list, type(None))):
-        raise TypeError("it makes a set of what is no list")
-    return list(of or ())
-
-
-def _new(kind: Any, *_: object) -> Any:
-    """``copyreg._reconstructor``, which protocols below 2 make an object with."""
-    if kind is not Namespace:
-        raise RefusedError("it makes an object that is not a plain value")
-    return Namespace()
-
-
-# Whatever else a pickle names is refused. The parts of numpy serve torch's unpickler as well (safe_globals).
-NUMPY: dict[str, Callable[..., Any]] = {
-    "numpy.dtype": Dtype,
-    "numpy.ndarray": Array,
-    **{
-        f"numpy.{core}.{name}": stand_in
-        for core in ("core", "_core")
-        for name, stand_in in (
-            ("multiarray.scalar", scalar),
-            ("multiarray._reconstruct", lambda *_: Array()),
-            ("numeric._frombuffer", _from_buffer),
-        )
-    },
-}
-PLAIN: dict[str, Callable[..., Any] | None] = {
-    **NUMPY,
-    "_codecs.encode": _bytes_of,
-    "builtins.bytes": lambda: b"",
-    "builtins.bytearray": lambda content=b"", encoding="latin1": (
-        _bytes_of(content, encoding) if isinstance(content, str) else bytes(memoryview(content))
-    ),
-    "builtins.set": _members,
-    "builtins.frozenset": _members,
-    "collections.OrderedDict": _mapping,
-    "collections.Counter": _mapping,
-    "collections.defaultdict": lambda *_: {},
-    **{f"builtins.{name}": None for name in ("object", "int", "long", "float", "str", "list", "dict")},  # as arguments
-    "argparse.Namespace": Namespace,
-    "types.SimpleNamespace": Namespace,
-    "copyreg._reconstructor": _new,
-    **{
-        f"pathlib{inner}.{name}": lambda *parts, kind=kind: str(kind(*parts))
-        for inner in ("", "._local")
-        for kind, names in (
-            (PurePosixPath, ("PosixPath", "PurePosixPath")),
-            (PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
-        )
-        for name in names
-    },
-}
+    Raises:
+        RefusedError: it names anything else. ValueError: it is damaged, has keys that are neither text nor numbers, or
+            asks for more than a small file can need.
+    """
+    machine = _Machine({**PLAIN, **known}, persistent)
+    try:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if number >= _MOST_OPCODES:
+                raise ValueError(f"it has more than {_MOST_OPCODES:,} parts")
+            machine.do(opcode.name, argument)
+        return machine.stack.pop()
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"no pickle that makes sense ({type(error).__name__})") from None
 
 
 def loads(content: bytes) -> Any:
-    """The value in a pickle, of Python's plain types.
+    """As ``load``, of a pickle of at most ``MOST`` bytes."""
+    if len(content) > MOST:
+        raise ValueError(f"it has {len(content):,} bytes, more than the {MOST:,} that such a pickle can have")
+    return load(io.BytesIO(content))
 
-    numpy's numbers become Python's, arrays and sets lists, paths text. Entries of a dict under other keys than text
-    and numbers are left out. Time and memory grow with the content alone.
 
-    Raises:
-        ValueError: it is damaged, too long, or names anything but plain values, which would run code.
-    """
-    if len(content) > MOST_BYTES:
-        raise RefusedError(f"it has {len(content):,} bytes, more than the {MOST_BYTES:,} that such a file can have")
-    try:
-        return _Machine(content).run()
-    except RefusedError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"it is damaged, or no pickle ({reason or type(error).__name__})") from None
+def shown(value: Any) -> str:
+    """A key or a name as a message may have it: short, whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    return str(value)[:80] if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else "something"
 
 
 class _Machine:
-    """The stack, the marks in it and the memo, as Python's documentation of ``pickletools`` has them."""
+    """The stack, the marks in it, and the memo."""
 
-    def __init__(self, content: bytes) -> None:
-        self.content = content
+    def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None) -> None:
+        self.known, self.persistent = known, persistent
         self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each mark
+        self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.left = len(content) + _MOST_COPIED  # how much calls may copy, all together
+        self.copied = 0
 
-    def run(self) -> Any:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(self.content)):
-            if number >= _MOST_OPCODES:
-                raise RefusedError(f"it has more than {_MOST_OPCODES:,} parts")
-            if opcode.name == "STOP":
-                return self.stack.pop()
-            if opcode.name in _CONSTANTS:
-                self.stack.append(argument)
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, argument)
-            else:
-                raise RefusedError(f"it asks for {opcode.name}, which is not in a pickle of plain values")
-        raise ValueError("it has no end")
+    def do(self, name: str, argument: Any) -> None:
+        """One opcode. Raises ValueError, or what a stack without the right values raises."""
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "POP":
+                stack.pop()
+            case "POP_MARK":
+                self.above()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[int(argument)] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[int(argument)])
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE":
+                stack.append(tuple(self.above()))
+            case "LIST" | "FROZENSET":
+                stack.append(self.above())
+            case "DICT":
+                items = self.above()
+                stack.append(_fill({}, items[::2], items[1::2]))
+            case "APPEND":
+                value = stack.pop()
+                _extend(stack[-1], [value])
+            case "APPENDS" | "ADDITEMS":
+                items = self.above()
+                _extend(stack[-1], items)
+            case "SETITEM":
+                key, value = stack[-2:]
+                del stack[-2:]
+                _fill(stack[-1], [key], [value])
+            case "SETITEMS":
+                items = self.above()
+                _fill(stack[-1], items[::2], items[1::2])
+            case "BINPERSID" if self.persistent:
+                stack.append(self.persistent(stack.pop()))
+            case _ if name.removeprefix("SHORT_").removeprefix("BIN").startswith(_VALUES):
+                stack.append(argument)
+            case _:
+                self.make(name, argument)
 
-    def mark(self, _: Any) -> None:
-        self.marked.append(self.stack)
-        self.stack = []
+    def make(self, name: str, argument: Any) -> None:
+        """The opcodes that name something, or make something of what was named."""
+        stack = self.stack
+        match name:
+            case "GLOBAL":
+                stack.append(self.named(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                module, what = stack[-2:]
+                del stack[-2:]
+                stack.append(self.named(module, what))
+            case "INST":
+                function = self.named(*argument.split(" ", 1))
+                stack.append(self.call(function, self.above()))
+            case "OBJ":
+                function, *arguments = self.above()
+                stack.append(self.call(function, arguments))
+            case "REDUCE" | "NEWOBJ":
+                arguments = stack.pop()
+                stack.append(self.call(stack.pop(), arguments))
+            case "NEWOBJ_EX":
+                arguments, named = stack[-2:]
+                del stack[-2:]
+                stack.append(self.call(stack.pop(), arguments, named))
+            case "BUILD":
+                state = stack.pop()
+                self.spend(state if isinstance(state, tuple) else (state,))
+                _build(stack[-1], state)
+            case _:
+                raise ValueError(f"a pickle with the opcode {name}")
 
-    def items(self) -> list[Any]:
-        """What lies above the last mark, which is taken away."""
-        found, self.stack = self.stack, self.marked.pop()
-        return found
+    def above(self) -> list[Any]:
+        """Takes what lies above the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def put(self, place: int | None) -> None:
-        self.memo[len(self.memo) if place is None else place] = self.stack[-1]
-
-    def tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise ValueError("its stack is empty")
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def extend(self, members: list[Any]) -> None:
-        if not isinstance(self.stack[-1], list):
-            raise TypeError("it adds members to what has none")
-        self.stack[-1].extend(members)
-
-    def set_items(self, pairs: list[Any]) -> None:
-        if not isinstance(self.stack[-1], dict):
-            raise TypeError("it adds entries to what has none")
-        _store(self.stack[-1], zip(pairs[::2], pairs[1::2], strict=True))
-
-    def find(self, module: str, name: str) -> Any:
-        full = f"{_PYTHON_2.get(module, module)}.{name}"
-        if full not in PLAIN:
-            shown = re.sub(r"[^\w.]", "?", full[:80])
-            raise RefusedError(f"it asks for {shown}, which would run code")
-        return PLAIN[full]
+    def call(self, function: Any, arguments: Any, named: Any = None) -> Any:
+        if not isinstance(arguments, (tuple, list)):
+            raise TypeError
+        self.spend(arguments)
+        return _call(function, arguments, named)
 
     def spend(self, arguments: Sequence[Any]) -> None:
-        """Refuses many calls that copy one long value, which would take more memory than the pickle has bytes."""
-        self.left -= len(arguments)
-        if self.left > 0:
-            self.left -= sum(len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, list, dict, tuple)))
-        if self.left < 0:
-            raise RefusedError("it copies more than it holds")
+        """Raises ValueError where calls copy one long value again and again."""
+        sizes = (len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, list, dict, tuple)))
+        self.copied += len(arguments) + sum(sizes)
+        if self.copied > _MOST_COPIED + MOST:
+            raise ValueError("it copies more than it can hold")
 
-    def call(self, stand_in: Any, arguments: Any) -> None:
-        if not callable(stand_in) or not isinstance(arguments, (tuple, list)):
-            raise TypeError("it calls what is no function")
-        self.spend(arguments)
-        self.push(stand_in(*arguments))
-
-    def build(self, _: Any) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], (Dtype, Array, Namespace)):
-            raise RefusedError("it sets the state of what has none, which would run code")
-        self.spend(state if isinstance(state, tuple) else (state,))
-        self.stack[-1].__setstate__(state)
+    def named(self, module: str, what: str) -> Any:
+        name = f"{_PYTHON_2.get(module, module)}.{what}"
+        if name not in self.known:
+            text = "".join(c if c.isprintable() else "?" for c in name.removeprefix("builtins.")[:100])
+            raise RefusedError(f"it asks for {text}, which would run code")
+        return self.known[name]
 
 
-def _global(machine: _Machine, argument: str) -> Any:
-    module, _, name = argument.partition(" ")
-    return machine.find(module, name)
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is list:
+        target.extend(items)
+    elif not isinstance(target, Opaque):
+        raise TypeError
 
 
-def _stack_global(machine: _Machine, _: Any) -> None:
-    name, module = machine.stack.pop(), machine.stack.pop()
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise TypeError("it names what is no text")
-    machine.push(machine.find(module, name))
+def _fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
+    """Sets items of a dict; raises ValueError for a key that might take for ever to hash or to find."""
+    if isinstance(target, Opaque):
+        return target
+    if not isinstance(target, dict):
+        raise TypeError
+    for key, value in zip(keys, values, strict=True):
+        flat = key if type(key) is tuple else (key,)
+        if len(flat) > 64 or not all(part is None or isinstance(part, (str, bytes, int, float)) for part in flat):
+            raise ValueError("a key is neither text nor a number")
+        if not isinstance(key, str) and len(target) >= _KEYS:
+            raise ValueError(f"more than {_KEYS:,} keys of one dict are no text")
+        target[key] = value
+    return target
 
 
-def _reduce(machine: _Machine, _: Any) -> None:
-    arguments, stand_in = machine.stack.pop(), machine.stack.pop()
-    machine.call(stand_in, arguments)
+def _call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | None = None) -> Any:
+    if not isinstance(function, FunctionType):
+        raise TypeError
+    return function(*arguments, **(named or {}))
 
 
-def _object(machine: _Machine, _: Any) -> None:
-    stand_in, *arguments = machine.items()
-    machine.call(stand_in, arguments)
+def _build(made: Any, state: Any) -> None:
+    """Gives an object its state, where that is looked at."""
+    if isinstance(made, Fields):
+        if not isinstance(state, dict):
+            raise TypeError
+        _fill(made, list(state), list(state.values()))
+    elif isinstance(made, _Dtype) and state[1] in ("<", ">"):
+        made.dtype = made.dtype.newbyteorder(state[1])
+    elif isinstance(made, _Array):
+        _, shape, dtype, fortran, content = state
+        if isinstance(dtype, _Dtype):
+            found = dtype.values(content, shape, "F" if fortran else "C")
+            made[:] = found if shape else [found]
 
 
-def _dict(machine: _Machine, _: Any) -> None:
-    pairs = machine.items()
-    machine.push({})
-    machine.set_items(pairs)
+def _dict(items: Any = ()) -> dict[Any, Any]:
+    pairs = list(items.items()) if isinstance(items, dict) else list(items)
+    return dict(_fill({}, [key for key, _ in pairs], [value for _, value in pairs]))
 
 
-def _two(machine: _Machine) -> list[Any]:
-    value, key = machine.stack.pop(), machine.stack.pop()
-    return [key, value]
+def _list(items: Any = ()) -> list[Any]:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError
+    return list(items)
 
 
-_TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
-_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
-_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
-_CONSTANTS = frozenset((*_TEXTS, *_BYTES, *_NUMBERS))
-_ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
-    "PROTO": lambda m, _: None,
-    "FRAME": lambda m, _: None,
-    "NONE": lambda m, _: m.push(None),
-    "NEWTRUE": lambda m, _: m.push(True),
-    "NEWFALSE": lambda m, _: m.push(False),
-    "MARK": _Machine.mark,
-    "POP": lambda m, _: m.stack.pop() if m.stack else m.items(),
-    "POP_MARK": lambda m, _: m.items(),
-    "DUP": lambda m, _: m.push(m.stack[-1]),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, place: m.push(m.memo[place])),
-    "EMPTY_TUPLE": lambda m, _: m.push(()),
-    "TUPLE": lambda m, _: m.push(tuple(m.items())),
-    "TUPLE1": lambda m, _: m.tuple_of(1),
-    "TUPLE2": lambda m, _: m.tuple_of(2),
-    "TUPLE3": lambda m, _: m.tuple_of(3),
-    "EMPTY_LIST": lambda m, _: m.push([]),
-    "EMPTY_SET": lambda m, _: m.push([]),
-    "LIST": lambda m, _: m.push(m.items()),
-    "FROZENSET": lambda m, _: m.push(m.items()),
-    "APPEND": lambda m, _: m.extend([m.stack.pop()]),
-    "APPENDS": lambda m, _: m.extend(m.items()),
-    "ADDITEMS": lambda m, _: m.extend(m.items()),
-    "EMPTY_DICT": lambda m, _: m.push({}),
-    "DICT": _dict,
-    "SETITEM": lambda m, _: m.set_items(_two(m)),
-    "SETITEMS": lambda m, _: m.set_items(m.items()),
-    "GLOBAL": lambda m, named: m.push(_global(m, named)),
-    "STACK_GLOBAL": _stack_global,
-    "REDUCE": _reduce,
-    "NEWOBJ": _reduce,
-    "INST": lambda m, named: m.call(_global(m, named), m.items()),
-    "OBJ": _object,
-    "BUILD": _Machine.build,
+def _path(*parts: Any) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _text(text: Any = "") -> str:
+    if not isinstance(text, str):
+        raise TypeError
+    return text
+
+
+def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
+    """How protocols 0 to 2 write bytes."""
+    if isinstance(text, str) and encoding in ("latin1", "latin-1"):
+        return text.encode("latin1")
+    if not isinstance(text, bytes):
+        raise TypeError
+    return text
+
+
+def _scalar(dtype: Any, content: Any = b"") -> Any:
+    """One of NumPy's numbers, or its text."""
+    return dtype.values(content, ()) if isinstance(dtype, _Dtype) else Opaque()
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
+    """How protocol 5 writes an array."""
+    return dtype.values(content, shape, order) if isinstance(dtype, _Dtype) else Opaque()
+
+
+def _dtype(name: Any, *_: Any) -> Any:
+    return _Dtype(name) if isinstance(name, str) and _NUMBERS_AND_TEXT.fullmatch(name) else Opaque()
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def opaque(*_: Any, **__: Any) -> Opaque:
+    return Opaque()
+
+
+def fields_of(*arguments: Any) -> Fields:
+    """An object that is nothing but its fields, before it gets them."""
+    if arguments:
+        raise TypeError
+    return Fields()
+
+
+def _reconstructed(function: Any, *_: Any) -> Any:
+    """How protocols 0 and 1 make an object."""
+    return _call(function, ())
+
+
+PLAIN: dict[str, Any] = {
+    **dict.fromkeys(("builtins.dict", "collections.OrderedDict", "collections.Counter"), _dict),
+    "collections.defaultdict": lambda factory=None, items=(): _dict(items),
+    **dict.fromkeys(("builtins.list", "builtins.set", "builtins.frozenset"), _list),
+    "builtins.tuple": lambda items=(): tuple(_list(items)),
+    **dict.fromkeys(("builtins.str", "torch.torch_version.TorchVersion"), _text),
+    **dict.fromkeys(("builtins.bytes", "_codecs.encode"), _bytes),
+    **{
+        f"pathlib{module}.{pure}{kind}Path": _path
+        for module in ("", "._local")
+        for pure in ("", "Pure")
+        for kind in ("", "Posix", "Windows")
+    },
+    **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), fields_of),
+    "copyreg._reconstructor": _reconstructed,
+    "numpy.dtype": _dtype,
+    **{
+        f"numpy.{core}.multiarray.{what}": function
+        for core in ("core", "_core")
+        for what, function in (("scalar", _scalar), ("_reconstruct", _array))
+    },
+    **dict.fromkeys(("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"), _from_buffer),
+    **dict.fromkeys(
+        (
+            *(f"builtins.{name}" for name in ("object", "int", "float", "bool", "complex", "bytearray")),
+            *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+            *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+            "numpy.ndarray",
+        ),
+        opaque,
+    ),
 }

@@ -1,16 +1,15 @@
 """GPT-2 models of other programs, in and out: OpenAI's weights, Hugging Face folders and the hub, ``.pt`` files.
 
-Weights come from safetensors, one tensor at a time; ``.bin`` and ``.pt`` files by torch's restricted unpickler. No
-code that a folder brings is ever run. transformers only writes: configs and tokenizer files.
+Weights are read one tensor at a time, from safetensors or files of ``torch.save`` (``folio.torch_files``). No code that
+a folder brings is ever run. transformers only writes: configs and tokenizer files.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from folio import __version__, checkpoint, files, pt_files
+from folio import __version__, checkpoint, files, model_card, pt_files, tokenizer_folder
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import Optimizer, Source, TrainConfig, model_config, typed
 from folio.model import GPT, GPTConfig
-from folio.token_files import GPT2, GPT2_SIZES
+from folio.token_files import GPT2
 from folio.tokenizer import Tokenizer
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -36,13 +35,23 @@ _FIXED = {  # what GPT-2 is here and elsewhere, but not everywhere
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
     "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "position_embedding_type": "absolute",
 }
+_OF_OTHERS = re.compile(  # keys of other architectures, and of weights that are not whole
+    r"rope|rotary|alibi|rms_?norm|norm_type|qk_norm|sliding|window|key_value_heads|multi_query|kv_heads|expert|softcap"
+    r"|parallel_residual|attention_types|quantization|pruned_heads|sparsity"
+)
+_FIELDS = (  # of GPTConfig: what exporters know how to say
+    *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
+    *("bias", "qkv_bias", "activation", "tie_weights"),
+)
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
-_CARD = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")  # knobs worth a row
-_FILES = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
+_FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
 _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -86,7 +95,8 @@ def find(name: str, which: str = "best") -> Checkpoint:
         return _the_only(pt_files.read(path), which)
     if path.is_file():
         raise ValueError(f"{path}: a model is a folder or a .pt file")
-    return _the_only(hugging_face(_download(name)), which)
+    by_name = GPT2 if name.removeprefix("openai-community/") in OPENAI else None
+    return _the_only(hugging_face(_download(name), by_name), which)
 
 
 def in_folder(path: Path, which: str = "best") -> Checkpoint:
@@ -96,7 +106,7 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
         FileNotFoundError, ValueError: as ``find``.
     """
     if not checkpoint.steps(path):
-        if (path / pt_files.NANOGPT).is_file():
+        if (path / pt_files.NANOGPT).exists():
             return _the_only(pt_files.read(path / pt_files.NANOGPT), which)
         if _weight_files(path):
             return _the_only(hugging_face(path), which)
@@ -156,14 +166,17 @@ def _weight_files(folder: Path) -> list[Path]:
         ValueError: an index that cannot be read, or names files elsewhere.
     """
     for base in _WEIGHTS:
-        if (folder / base).is_file():
+        if (folder / base).exists():
             return [folder / base]
         index = folder / f"{base}.index.json"
-        if index.is_file():
+        if index.exists():
+            raw = files.read_json(index)
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(set(raw["weight_map"].values()))
                 if any(Path(name).name != name for name in names):
                     raise ValueError("it names files elsewhere")
+                if odd := [name for name in names if not name.endswith(Path(base).suffix)]:
+                    raise ValueError(f"it names {odd[0][:80]!r}, which is no {Path(base).suffix} file")
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: not an index of weights: {error}") from None
             return [folder / name for name in names]
@@ -178,20 +191,37 @@ class HuggingFace(Checkpoint):
     """A folder as transformers' ``save_pretrained`` writes it, of a GPT-2 in the language modelling form."""
 
     def _stored(self) -> Tensors:
-        tied = self.config().tie_weights
-        without = self.parameters(bias=True, qkv_bias=True).keys() - self.parameters().keys()
+        left_out = self.parameters(bias=True, qkv_bias=True).keys() - self.parameters().keys()
+        if self.config().tie_weights:
+            left_out |= {"lm_head.weight"}
+
+        def wanted(name: str) -> bool:
+            return not (name.endswith(_BUFFERS) or _our_name(name) in left_out)
+
         for file in _weight_files(self.path):
-            for name, tensor in checkpoint.read(file) if file.suffix == ".safetensors" else pt_files.tensors(file):
-                ours = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-                if not (ours.endswith(_BUFFERS) or ours in without or (tied and ours == "lm_head.weight")):
-                    yield ours, _turned(ours, tensor)
+            for name, tensor in (
+                checkpoint.read(file, wanted) if file.suffix == ".safetensors" else pt_files.tensors(file, wanted)
+            ):
+                yield _our_name(name), _turned(_our_name(name), tensor)
 
     def slots(self) -> Tensors:
         yield from ()
 
+    def tokenizer(self) -> Tokenizer:
+        if self.state["tokenizer"] is None:
+            raise ValueError(
+                f"{self.path}: nothing tells what its {self.config().vocab_size} token ids mean: "
+                f"{tokenizer_folder.lack(self.path)}"
+            )
+        return super().tokenizer()
 
-def hugging_face(folder: Path) -> HuggingFace:
-    """The model in a folder with ``config.json`` and weights.
+
+def _our_name(name: str) -> str:
+    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+
+
+def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
+    """The model in a folder with ``config.json`` and weights; its tokenizer is the ``assumed`` one if it has none.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: it is no GPT-2, or one with what GPT-2 here has not; names the
@@ -199,25 +229,25 @@ def hugging_face(folder: Path) -> HuggingFace:
     """
     path = folder / "config.json"
     for needed in (path, *(_weight_files(folder) or [folder / _WEIGHTS[0]])):
-        if not needed.is_file():
+        if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: the folder is not a whole model")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        kept = dict(raw.get("folio") or {})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a model's config: {error}") from None
+        files.require_file(needed)
+    raw = files.read_json(path)
+    if not isinstance(raw, dict) or not isinstance(kept := raw.get("folio") or {}, dict):
+        raise ValueError(f"{path}: not a model's config: it is no JSON object")
     shape = _shape(path, raw)
-    tokenizer = _tokenizer(folder, kept, shape.vocab_size)
+    tokenizer = _tokenizer(folder, kept) or assumed
     if not kept:
         return HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer))
     try:
         was, state = model_config(path, kept["model"]), State.of(kept["state"])
+        known = model_card.checked(kept.get("facts", {}))
         told = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
         asked = {name: typed(path, name, value, TrainConfig) for name, value in told.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
     shape = replace(shape, dropout=was.dropout)
-    found = HuggingFace(folder, checkpoint.state_of_elsewhere(shape, tokenizer, state), asked)
+    found = HuggingFace(folder, {**checkpoint.state_of_elsewhere(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
     biases = {"bias": was.bias, "qkv_bias": was.qkv_bias}
     if trained <= found.parameters(**biases).keys():
@@ -229,10 +259,14 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     """Our shape from transformers' ``GPT2Config``; what is missing there has its defaults."""
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
-            raise ValueError(f"{path}: {key} = {raw.get(key)!r}: only GPT-2's {ours!r} can be read")
+            raise ValueError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
+    for key, value in raw.items():
+        if value and key not in _FIXED and _OF_OTHERS.search(key):
+            raise ValueError(f"{path}: {key} = {repr(value)[:80]}: GPT-2 has no such thing, nor has Folio")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"{path}: activation_function = {activation!r}: only {', '.join(_ACTIVATIONS)} can be read")
+        known = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"{path}: activation_function = {activation[:80]!r}: only {known} can be read")
     shape = {
         "block_size": raw.get("n_positions", 1024),
         "vocab_size": raw.get("vocab_size", 50257),
@@ -242,25 +276,22 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
         "activation": _ACTIVATIONS[activation],
         "tie_weights": raw.get("tie_word_embeddings", True),
     }
+    for key, value in shape.items():
+        if len(repr(value)) > 80:
+            raise ValueError(f"{path}: {key} = {repr(value)[:80]} …: no number is that long")
     config = model_config(path, shape)
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner = {raw['n_inner']!r}: only 4 × n_embd can be read")
+        raise ValueError(f"{path}: n_inner = {repr(raw['n_inner'])[:80]}: only 4 × n_embd can be read")
     return config
 
 
-def _tokenizer(folder: Path, kept: dict[str, Any], vocab_size: int | str) -> dict[str, Any] | None:
-    """What an export kept, else ``tokenizer.json``, else GPT-2's where it fits."""
-    path = folder / "tokenizer.json"
+def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
+    """What an export kept, else what the folder's files say."""
     if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
         if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
             raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is none: take that part out")
         return spec
-    if path.is_file():
-        try:
-            return {"kind": "tokenizers", "file": dict(json.loads(path.read_text(encoding="utf-8")))}
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of the tokenizers library: {error}") from None
-    return GPT2 if vocab_size in GPT2_SIZES else None
+    return tokenizer_folder.read(folder)
 
 
 # Out
@@ -274,15 +305,16 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
     ``name``, by default as the folder.
 
     Raises:
-        FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed.
+        FileExistsError: the folder holds something. ValueError: the model or its tokenizer cannot be expressed, or
+            its numbers are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
     from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-    config, tokenizer = found.config(), vocabulary(found)
+    config, tokenizer = expressible(found), vocabulary(found)
     size = tokenizer.size if tokenizer else config.vocab_size
     assert isinstance(size, int)
-    eot = tokenizer.eot if tokenizer else None
+    eot, asked = tokenizer.eot if tokenizer else None, _public(found.asked)
     theirs = GPT2Config(
         vocab_size=size,
         n_positions=config.block_size,
@@ -303,14 +335,15 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             "model": {**found.state["model"], "vocab_size": size},
             "tokenizer": _kept_tokenizer(found.state["tokenizer"]),
             "state": {f.name: found.state[f.name] for f in fields(State)},
-            "asked": _public(found.asked),
+            "facts": model_card.facts(found),
+            "asked": asked,
         },
     )
+    weights = {
+        name: _turned(name, rounded(found, name, weight, dtype)).contiguous() for name, weight in complete(found, size)
+    }
     with files.appearing(folder) as unfinished:
         unfinished.mkdir()
-        weights = {
-            name: _turned(name, weight).to(getattr(torch, dtype)).contiguous() for name, weight in complete(found, size)
-        }
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         theirs.save_pretrained(unfinished)
         GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)
@@ -322,7 +355,36 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             ).save_pretrained(unfinished)
         # safetensors lets nobody else read
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-        (unfinished / "README.md").write_text(card(found, name or folder.name, size), encoding="utf-8")
+        text = model_card.card(found, name or folder.name, size, tokenizer, asked)
+        (unfinished / "README.md").write_text(text, encoding="utf-8")
+
+
+def expressible(found: Checkpoint) -> GPTConfig:
+    """The model's config; raises ValueError where it has what GPT-2 has not, in the formats of other programs."""
+    config = found.config()
+    for f in fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS.values())
+        if not known and value != default:
+            raise ValueError(f"{found.path}: {f.name}={value!r}: a GPT-2 of other programs cannot have it: no export")
+    return config
+
+
+def rounded(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
+    """A parameter in another type; raises ValueError where one of its numbers is not finite there."""
+    made = weight.to(getattr(torch, dtype))
+    if made.isfinite().all():
+        return made
+    if not weight.isfinite().all():
+        raise ValueError(
+            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: the model is of no use, "
+            "export an earlier checkpoint"
+        )
+    raise ValueError(
+        f"{found.path}: {name} holds {weight.abs().max():g}, beyond {dtype}, which ends at "
+        f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
+    )
 
 
 def vocabulary(found: Checkpoint) -> Tokenizer | None:
@@ -353,58 +415,14 @@ def _turned(name: str, weight: Tensor) -> Tensor:
     return weight.t() if name.endswith(_TRANSPOSED) else weight
 
 
-def card(found: Checkpoint, name: str, vocab_size: int) -> str:
-    """The model card: what it is, and what its run was."""
-    config, state, asked = replace(found.config(), vocab_size=vocab_size), found.state, _public(found.asked)
-    parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
-    activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
-    biases = "biases" if config.bias else "no biases"
-    head = "head shared with the embedding" if config.tie_weights else "head of its own"
-    facts = {
-        "parameters": f"{parameters:,}",
-        "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
-        f"{config.block_size:,}, vocabulary {config.vocab_size:,}, {activation}, {biases}, {head}",
-        "data": asked.get("dataset"),
-        "steps": f"{state['step']:,}" if state["step"] else None,
-        "tokens seen": f"{state['tokens']:,}" if state["tokens"] else None,
-        "validation loss": f"{state['val_loss']:.4f} nats a token" if state["val_loss"] else None,
-        "training loss": f"{state['train_loss']:.4f} nats a token" if state["train_loss"] else None,
-        "dropout": f"{config.dropout:g}" if config.dropout else None,
-        **{knob.replace("_", " "): f"{asked[knob]:g}" for knob in _CARD if knob in asked},
-    }
-    rows = "\n".join(f"| {what} | {value} |" for what, value in facts.items() if value)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [gpt2, folio]
----
-
-# {name}
-
-A language model of GPT-2's architecture, exported by Folio {__version__}.
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-prompt = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
-```
-"""
-
-
 def _kept_tokenizer(spec: dict[str, Any] | None) -> dict[str, Any] | None:
     return _IN_ITS_FILE if spec and spec["kind"] == "tokenizers" else spec
 
 
 def _public(asked: dict[str, Any]) -> dict[str, Any]:
     """What may be told of a run: no paths, and no data set that was not used."""
-    told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and asked.get("data_dir"))}
+    elsewhere = asked.get("data_dir") or asked.get("data_mixture")
+    told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and elsewhere)}
     return told | ({"dataset": Path(told["dataset"]).name} if told.get("dataset") else {})
 
 

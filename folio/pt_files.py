@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 import re
-import warnings
 import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from folio import checkpoint
+from folio import checkpoint, pickles, torch_files
 from folio.checkpoint import Checkpoint, State, Tensors
 from folio.config import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
 from folio.model import GPTConfig
+from folio.pickles import Fields, shown
 from folio.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
+from folio.tokenizer import IDS_ONLY
+from folio.torch_files import StoredTensor, number, unfit
 
 NANOGPT = "ckpt.pt"
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
@@ -47,59 +49,60 @@ _NAMES = {  # GPT-from-scratch's names → ours
 
 @dataclass(frozen=True)
 class PtFile(Checkpoint):
-    """A checkpoint in one file of ``torch.save``; its tensors are mapped, not loaded."""
+    """A checkpoint in one file of ``torch.save``; its tensors are read one at a time, when they are asked for."""
 
-    tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)  # in the order of the model's parameters
-    optimizer: dict[str, Any] = field(default_factory=dict, repr=False)
+    tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)  # in the order of the model's parameters
+    optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def _stored(self) -> Tensors:
-        yield from self.tensors.items()
+        yield from _loaded(self.path, self.tensors)
 
     def slots(self) -> Tensors:
         """AdamW's tensors, which are numbered: those of two and more dimensions first, then the others."""
-        names = sorted(self.tensors, key=lambda name: self.tensors[name].dim() < 2)
+        names = sorted(self.tensors, key=lambda name: len(self.tensors[name].shape) < 2)
+        found = {}
         try:
-            for number, slots in self.optimizer.get("state", {}).items():
-                if number not in range(len(names)) or slots.keys() != _SLOTS:
-                    raise ValueError(f"of parameter {number} it holds {', '.join(map(str, slots))}")
+            for key, slots in self.optimizer.get("state", {}).items():
+                if key not in range(len(names)) or slots.keys() != _SLOTS:
+                    raise ValueError(f"of parameter {shown(key)} it holds {', '.join(map(shown, slots))[:80]}")
                 for slot, value in slots.items():
-                    tensor = torch.as_tensor(value, dtype=torch.float32)
-                    if tensor.shape != (() if slot == "step" else self.tensors[names[number]].shape):
-                        raise ValueError(f"{slot} of {names[number]} has the shape {tuple(tensor.shape)}")
-                    yield f"{names[number]}/{slot}", tensor
+                    name = f"{names[key]}/{slot}"
+                    if isinstance(value, StoredTensor) and (reason := unfit(value)):
+                        raise ValueError(f"{name} is {reason}")
+                    shape = value.shape if isinstance(value, StoredTensor) else torch.tensor(number(value)).shape
+                    if shape != (() if slot == "step" else self.tensors[names[key]].shape):
+                        raise ValueError(f"{slot} of {names[key]} has the shape {tuple(shape)}")
+                    found[name] = value
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(
-                f"{self.path}: its optimiser does not fit its model: {error}; --init_from={self.path} "
+                f"{self.path}: its optimizer does not fit its model: {error}; --init_from={self.path} "
                 "takes the weights alone"
             ) from None
-
-
-class _PlainFields:
-    """Takes the place of a peer's pickled config class: its fields, if they are numbers, and no code."""
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict) or not all(isinstance(v, (bool, int, float)) for v in state.values()):
-            raise pickle.UnpicklingError("its config holds more than numbers")
-        self.__dict__.update(state)
+        yield from ((name, torch.tensor(float(v))) for name, v in found.items() if not isinstance(v, StoredTensor))
+        stored = {name: v for name, v in found.items() if isinstance(v, StoredTensor)}
+        yield from ((name, tensor.float()) for name, tensor in _loaded(self.path, stored))
 
 
 def read(path: Path) -> PtFile:
-    """The checkpoint in a ``.pt`` file, by torch's restricted unpickler.
+    """The checkpoint in a ``.pt`` file; nothing in it is run.
 
     Raises:
         ValueError: it is damaged, of another program, or names code to run, which is not run.
     """
-    content = _load(path)
+    content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, pickles.fields_of))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise _foreign(path, "it holds no model")
     try:
         if "model_args" in content:
             shape, step, loss = _nanogpt(content)
-        elif isinstance(content.get("config"), _PlainFields):
+        elif isinstance(content.get("config"), Fields):
             shape, step, loss = _of_config_class(content)
         else:
-            raise ValueError(f"it holds {', '.join(sorted(map(str, content)))[:80] or 'nothing'}")
-        if step < 0:
+            raise ValueError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
+        for name, value in shape.items():
+            if not isinstance(value, (bool, int, float, str)) or len(str(value)) > 100:
+                raise ValueError(f"{shown(name)} is no number")
+        if not 0 <= step < 2**53:
             raise ValueError(f"its step is {step}")
     except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _foreign(path, f"{type(error).__name__} {error}") from None
@@ -117,37 +120,35 @@ def read(path: Path) -> PtFile:
     )
     state = checkpoint.state_of_elsewhere(config, _tokenizer(path, config, asked.get("dataset", "")), known)
     made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
-    for _ in made.weights():  # checks them all, though they are only mapped
+    for _ in made.fitting(found.items()):  # checks them all
         pass
     return made
 
 
-def tensors(path: Path) -> Tensors:
-    """The tensors of a file that holds nothing else, such as ``pytorch_model.bin``; raises ValueError as ``read``."""
-    content = _load(path)
-    if not isinstance(content, dict) or not all(isinstance(n, str) and _is_weight(t) for n, t in content.items()):
+def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
+    """The tensors of these names in a file that holds nothing else, such as ``pytorch_model.bin``.
+
+    Raises:
+        ValueError: as ``read``, or one of them is no weight.
+    """
+    content = torch_files.load(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
         raise ValueError(f"{path}: it holds more than weights by name")
-    yield from content.items()
+    found = {name: tensor for name, tensor in content.items() if isinstance(name, str) and wanted(name)}
+    for name, tensor in found.items():
+        if reason := unfit(tensor):
+            raise ValueError(f"{path}: {name[:100]} is {reason}, not of floating-point numbers as a weight is")
+    yield from _loaded(path, found)
 
 
-def _load(path: Path) -> Any:
-    allowed = [(_PlainFields, name) for name in _CONFIG_CLASSES]
-    try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():  # type: ignore[arg-type]
-            warnings.simplefilter("ignore")  # torch's of unusual pickles
-            return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged files raise anything
-        if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path}: refused: it asks for {named[1]}, which would run code") from None
-        text = str(error).partition("WeightsUnpickler error: ")[2] or str(error)  # the rest is advice
-        reason = (text.strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {reason}") from None
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
+def _loaded(path: Path, stored: Mapping[str, StoredTensor]) -> Tensors:
+    """Each tensor read when it is its turn, in the order that needs the least memory and time."""
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].place()):
+        try:
+            whole = tensor.load()
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it has changed since it was verified
+            raise ValueError(f"{path} is damaged: {name}: {error}") from None
+        yield name, whole
 
 
 def _foreign(path: Path, why: str) -> ValueError:
@@ -158,16 +159,18 @@ def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None
     """The shape, the updates that were made, the best validation loss."""
     shape = {"bias": True, **content["model_args"]}
     best = content.get("best_val_loss")
-    return shape, int(content.get("iter_num", 0)), None if best is None else float(best)
+    return shape, int(number(content.get("iter_num", 0))), None if best is None else float(number(best))
 
 
 def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
     """The same of the two that pickle their config: build-nanogpt, and GPT-from-scratch under other names."""
     loss = content.get("val_loss")
-    best = None if loss is None else float(loss)
-    config = vars(content["config"])
+    best = None if loss is None else float(number(loss))
+    config = content["config"]
+    if not all(isinstance(value, (int, float)) for value in config.values()):
+        raise ValueError("its config holds more than numbers")
     if "emb_dim" not in config:
-        return {**config, "bias": True, "activation": "gelu_tanh"}, int(content.get("step", 0)), best
+        return {**config, "bias": True, "activation": "gelu_tanh"}, int(number(content.get("step", 0))), best
     shape = {
         "block_size": config["context_length"],
         "vocab_size": config["vocab_size"],
@@ -181,21 +184,26 @@ def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, floa
         "tie_weights": False,
     }
     slots = (content.get("optimizer") or {}).get("state", {})  # its own count begins anew with each epoch
-    return shape, int(slots[0]["step"]) if slots else int(content["iter"]) + 1, best
+    return shape, int(number(slots[0]["step"]) if slots else number(content["iter"]) + 1), best
 
 
-def _tensors(path: Path, raw: dict[str, Any], config: GPTConfig) -> dict[str, Tensor]:
+def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, StoredTensor]:
     """Our names and the tensors, in the file's order, which is that of the model's parameters."""
     found = {}
     for name, tensor in raw.items():
-        if not isinstance(name, str) or not _is_weight(tensor):
-            raise _foreign(path, f"{name!r} is no weight")
+        if not isinstance(name, str) or len(name) > 200 or not isinstance(tensor, StoredTensor):
+            raise _foreign(path, f"{shown(name)} is no weight")
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         for theirs, ours in _NAMES.items():
             name = name.replace(theirs, ours)
-        if not _BUFFER.search(name) and not (config.tie_weights and name == "lm_head.weight"):
-            found[name] = tensor.detach()
+        if _BUFFER.search(name) or (config.tie_weights and name == "lm_head.weight"):
+            continue
+        if reason := unfit(tensor):
+            raise ValueError(f"{path}: {name} is {reason}, not of floating-point numbers as a weight is")
+        if name in found:
+            raise _foreign(path, f"it holds {name} twice")
+        found[name] = tensor
     return found
 
 
@@ -220,11 +228,11 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
 
     A data set that this program prepared under that name serves as well.
     """
-    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if dataset)):
+    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if 0 < len(dataset) < 200)):
         if (pickled := folder / META_PKL).is_file():
             size, found = read_meta_pkl(pickled)
             if size == config.vocab_size:
-                return found
+                return None if found == IDS_ONLY else found
         elif (folder / META).is_file():
             with contextlib.suppress(ValueError, OSError):  # whatever is wrong with the data, this is about the model
                 data = open_folder(folder)

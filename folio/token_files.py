@@ -693,8 +693,8 @@ def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
 def _read_pickle(path: Path) -> Any:
     """Plain values; nothing that the pickle names is imported or called."""
     try:
-        if (size := require_file(path).stat().st_size) > pickles.MOST_BYTES:
-            raise ValueError(f"it has {size:,} bytes, more than the {pickles.MOST_BYTES:,} that such a file can have")
+        if (size := require_file(path).stat().st_size) > pickles.MOST:
+            raise ValueError(f"it has {size:,} bytes, more than the {pickles.MOST:,} that such a file can have")
         return pickles.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is a link to a file that is not there: {_AGAIN}") from None

@@ -265,6 +265,14 @@ class Tokens:
         """A hash of each split."""
         return {s: "-".join(folder.fingerprint(s)[:32] for folder in self.folders) for s in SPLITS}
 
+    def sources(self) -> list[dict[str, Any]]:
+        """The name of each data set, which tells no place; its share of the rows, and its tokens to train on."""
+        places = [folder.path if folder.path.is_dir() else folder.path.parent for folder in self.folders]
+        return [
+            {"name": place.resolve().name, "share": int(share) / MIXED, "tokens": len(shards)}
+            for place, share, shards in zip(places, self._shares, self._splits["train"], strict=True)
+        ]
+
     def length(self, split: Split) -> int:
         """Tokens in a split."""
         return sum(map(len, self._splits[split]))

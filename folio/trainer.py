@@ -503,6 +503,7 @@ def save(run: Run) -> tuple[()]:
         "model": asdict(run.model.config),
         "tokenizer": run.tokenizer,
         "data": run.tokens.fingerprint(),
+        "sources": run.tokens.sources(),
         "row": run.tokens.block_size,
         "owed": sorted(run.owed),
         "scaler": runtime.scaler.state_dict(),
@@ -771,7 +772,7 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
     if begin not in ("resume", "auto"):
         return None
     have = checkpoint.steps(out_dir)
-    if not have and (out_dir / NANOGPT).is_file():
+    if not have and (out_dir / NANOGPT).exists():
         nanogpt = pt_files.read(out_dir / NANOGPT)
         return _Former(nanogpt.state["run"], nanogpt)
     if not have:

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from conftest import SMALL, STORY, WIDE, Outcome, assert_refused, python, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from folio import checkpoint, cli, files, pretrained
+from folio import checkpoint, cli, files, gguf_file, model_card, pretrained
 from folio.checkpoint import State
 from folio.commands import train
 from folio.model import GPT, GPTConfig
@@ -300,22 +300,94 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert float(facts["learning rate"]) == 0.0123
     assert "context 16" in facts["shape"]
     assert "no biases" in facts["shape"]
+    assert facts["data"] == f"{story.name} ({(story / 'train.bin').stat().st_size // 2:,} tokens to train on)"
+    assert facts["seed"] == "1337"
+    assert facts["machine"].startswith("cpu, ")
+    assert facts["machine"].endswith(f", float32, 1 process, PyTorch {torch.__version__}")
+    assert (facts["license"], meta["license"]) == ("not known", "unknown")
+    assert "not known" in facts["languages"]
+    assert "## Limits\n\nIt sees no more than 16 tokens" in text
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert '"tale-10"' in program
-    compile(program, "card", "exec")
 
 
-def test_the_card_names_the_data_set(folio, story, tmp_path, monkeypatch) -> None:
-    """The one that was trained on, by its name and not by its place."""
+def card_of(folio, out_dir: Path, to: Path) -> dict[str, str]:
+    assert folio("export", f"--out_dir={out_dir}", "--to", to).code == 0
+    assert not any(str(to.parent) in (to / name).read_text() for name in ("README.md", "config.json"))
+    return dict(re.findall(r"^\| ([A-Za-z ]+) \| (.+) \|$", (to / "README.md").read_text(), re.MULTILINE))
+
+
+def test_the_card_names_the_data_that_was_opened(folio, story, tmp_path, monkeypatch) -> None:
+    """By --dataset or --data_dir, a folder or a glob, one or a mixture; and as well where the checkpoint is older."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(story, tmp_path / "data" / "tales")
-    for number, data in enumerate(("--dataset=tales", f"--data_dir={story}", f"--dataset={tmp_path / 'data/tales'}")):
-        assert folio("train", *SMALL, "--max_iters=1", data, f"--out_dir=out{number}").code == 0
-        assert folio("export", f"--out_dir=out{number}", f"--to=hf{number}").code == 0
-        card, config = Path(f"hf{number}/README.md").read_text(), Path(f"hf{number}/config.json").read_text()
-        assert number or "| data | tales |" in card
-        assert "openwebtext" not in card  # which only --dataset's default names
-        assert not any(str(place) in card + config for place in (tmp_path, story))
+    for name in ("tales", "legends"):
+        shutil.copytree(story, tmp_path / "data" / name)
+    ways = {
+        "--dataset=tales": ["tales"],
+        f"--dataset={tmp_path / 'data/tales'}": ["tales"],
+        f"--data_dir={tmp_path / 'data/legends'}": ["legends"],
+        "--data_dir=data/legends/*.bin": ["legends"],
+        "--data_mixture=tales=0.25,legends=0.75": ["tales (", "25% of the rows); legends (", "75% of the rows)"],
+        f"--data_mixture={tmp_path / 'data/tales'}=0.5,legends=0.5": ["tales (", "50%", "legends ("],
+    }
+    for number, (data, names) in enumerate(ways.items()):
+        out = tmp_path / f"out{number}"
+        assert folio("train", *SMALL, "--max_iters=1", data, f"--out_dir={out}").code == 0
+        told = card_of(folio, out, tmp_path / f"hf{number}")["data"]
+        assert all(name in told for name in names)
+        older = checkpoint.choose(out)
+        del older.state["sources"]
+        assert model_card.facts(older)["data"].startswith(names[0].removesuffix(" ("))
+        assert "openwebtext" not in told + model_card.facts(older)["data"]  # which only --dataset's default names
+
+
+def test_the_card_of_a_model_of_which_little_is_known(folio, tmp_path) -> None:
+    """It says so, and invents nothing."""
+    told = card_of(folio, saved(tmp_path / "out", Bytes()), tmp_path / "hf")
+    assert (told["data"], told["seed"], told["machine"]) == ("not known",) * 3
+    assert told["HellaSwag"] == "not measured"
+    assert {"validation loss", "learning rate", "batch size"} & told.keys() == set()
+
+
+def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
+    """HellaSwag as it was measured of this step; all of it after an import as well."""
+    out_dir = Path(shutil.copytree(trained, tmp_path / "out"))
+    record = {"kind": "hellaswag", "style": "completion", "acc": 0.25, "acc_norm": 0.5, "total": 8}
+    lines = [{**record, "step": 5}, {**record, "step": 10, "acc_norm": 0.75}, {**record, "step": 5, "acc_norm": 0.625}]
+    (out_dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert folio("export", f"--out_dir={out_dir}", "--to", tmp_path / "a" / "hf", "--checkpoint=5").code == 0
+    assert folio("import", tmp_path / "a" / "hf", "--to", tmp_path / "back").code == 0
+    shutil.rmtree(out_dir)
+    told = card_of(folio, tmp_path / "back", tmp_path / "b" / "hf")
+    assert told["HellaSwag"] == "acc_norm 0.6250 (5/8), acc 0.2500, completion"
+    assert told["seed"] == "1337"
+    assert tree(tmp_path / "a" / "hf") == tree(tmp_path / "b" / "hf")
+
+
+@pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)
+def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> None:
+    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["folio"]["facts"] = told
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert_refused(folio("import", tmp_path / "hf", "--to", tmp_path / "back"), "config.json", "'folio'")
+
+
+@pytest.mark.parametrize("context", [64, 24, 5, 2, 1])
+@pytest.mark.parametrize(
+    "tokens", [Bytes(), Characters(" abc\n"), Characters("\n渡"), None], ids=["bytes", "abc", "two", "unknown"]
+)
+def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens) -> None:
+    """However short the context and whatever the vocabulary; with ids alone where nothing tells what they mean."""
+    size = tokens.size if tokens else 100
+    out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
+    pretrained.export(pretrained.in_folder(out_dir), tmp_path / 'a "model"')
+    text = (tmp_path / 'a "model"' / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "card", "exec"), {})
+    assert capsys.readouterr().out.strip() or tokens
+    assert ("Once upon a time" in program) == (context >= 32 and isinstance(tokens, Bytes))
 
 
 # Refusals
@@ -355,6 +427,96 @@ def test_refusals(folio, tmp_path, monkeypatch, argv, words) -> None:
     before = tree(tmp_path)
     assert_refused(folio("export", "--out_dir=out", "--to=hf", *argv), *words)
     assert tree(tmp_path) == before
+
+
+def damaged(out_dir: Path, name: str, value: float) -> Path:
+    """The out_dir, with another number in the middle of a parameter."""
+    found = checkpoint.choose(out_dir)
+    weights = dict(found.weights())
+    weights[name].view(-1)[weights[name].numel() // 2] = value
+    checkpoint.save(out_dir, 7, weights, {}, found.state)
+    return out_dir
+
+
+WTE, LN_F = "transformer.wte.weight", "transformer.ln_f.weight"
+
+
+@pytest.mark.parametrize("to", ["hf", "new/hf", "model.gguf"])
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "words"),
+    [
+        (WTE, float("nan"), "float32", [WTE, "1 numbers", "not finite"]),
+        (LN_F, float("inf"), "bfloat16", [LN_F, "not finite"]),
+        ("transformer.h.1.mlp.c_fc.bias", float("-inf"), "float16", ["h.1.mlp.c_fc.bias", "not finite"]),
+        (WTE, 7e4, "float16", [WTE, "70000", "beyond float16", "65504", "another --dtype"]),
+        (WTE, -7e4, "float16", [WTE, "beyond float16"]),
+        (WTE, 3.4e38, "bfloat16", [WTE, "beyond bfloat16"]),
+    ],
+)
+def test_numbers_that_are_not_finite(folio, tmp_path, to, name, value, dtype, words) -> None:
+    """In the weights, or once they are rounded: the parameter is named, and nothing is written."""
+    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"), name, value)
+    before = tree(tmp_path)
+    argv = ("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to, f"--dtype={dtype}")
+    assert_refused(folio(*argv), tmp_path / "out", *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("to", ["hf", "model.gguf"])
+def test_numbers_that_just_fit(folio, tmp_path, to) -> None:
+    """The largest of the type; and one that is not finite in a row which is cut off."""
+    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh", vocab_size=300), WTE, 65504.0)
+    found = checkpoint.choose(tmp_path / "out")
+    weights = dict(found.weights())
+    weights[WTE][299] = float("nan")
+    checkpoint.save(tmp_path / "out", 7, weights, {}, found.state)
+    argv = ("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to, "--dtype=float16")
+    assert folio(*argv).code == 0
+
+
+@dataclass(frozen=True)
+class Later(GPTConfig):
+    """What a later version may have."""
+
+    norm: str = "layer"
+    rope_theta: float = 0.0
+    windows: tuple[int, ...] = field(default_factory=tuple)
+
+
+LATER = {
+    "norm='rms'": {"norm": "rms"},
+    "rope_theta=10000.0": {"rope_theta": 1e4},
+    "windows=(8,)": {"windows": (8,)},
+    "activation='relu'": {"activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("to", ["hf", "model.gguf"])
+@pytest.mark.parametrize("what", LATER)
+def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
+    """A field that the exporter does not know is refused by its name where it is not at its default."""
+    found = pretrained.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
+    export = gguf_file.export if to.endswith(".gguf") else pretrained.export
+
+    class Newer(checkpoint.Checkpoint):
+        def config(self) -> GPTConfig:
+            return Later(**{**self.state["model"], **self.asked})
+
+    newer = Newer(found.path, found.state, LATER[what])
+    with pytest.raises(ValueError, match=re.escape(f"{found.path}: {what}: a GPT-2 of other programs cannot have it")):
+        export(newer, tmp_path / to)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    export(replace(newer, asked={}), tmp_path / to)
+    assert (tmp_path / to).exists()
+
+
+def test_every_field_is_exported_or_refused(tmp_path) -> None:
+    """Each of today's fields comes back as it was; one that is added must be thought of here."""
+    shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
+    shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
+    assert shape.keys() == {f.name for f in fields(GPTConfig)}
+    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
+    assert pretrained.find(str(tmp_path / "hf")).config() == GPTConfig(**shape)
 
 
 @contextmanager

@@ -385,7 +385,7 @@ def test_import_replaces_nothing(out_dir: Path, tmp_path: Path, folio: Folio) ->
 
 @pytest.mark.parametrize("part", [0.3, 0.999])
 def test_import_of_a_damaged_file(out_dir: Path, tmp_path: Path, folio: Folio, part: float) -> None:
-    """One line that names it, and nothing is left; nor of one whose optimiser does not fit, found out late."""
+    """One line that names it, and nothing is left; nor of one whose optimizer does not fit, found out late."""
     path = out_dir / "ckpt.pt"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
     before = tree(tmp_path)
@@ -399,7 +399,7 @@ def test_import_that_fails_late(out_dir: Path, tmp_path: Path, folio: Folio, the
     state = {**theirs["optimizer"]["state"], 14: {"step": torch.tensor(200.0), "exp_avg": torch.ones(3)}}
     torch.save({**theirs, "optimizer": {**theirs["optimizer"], "state": state}}, out_dir / "ckpt.pt")
     before = tree(tmp_path)
-    assert_refused(folio("import", out_dir, "--to", tmp_path / "to"), out_dir / "ckpt.pt", "optimiser does not fit")
+    assert_refused(folio("import", out_dir, "--to", tmp_path / "to"), out_dir / "ckpt.pt", "optimizer does not fit")
     assert tree(tmp_path) == before
 
 

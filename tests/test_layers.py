@@ -11,19 +11,20 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
+    # "" is folio/__init__.py
+    {"", "rng", "files", "pickles", "config", "assignments", "model", "optim", "flops", "console"},
     {
-        "",
-        "rng",
-        "files",
-        "pickles",
-        "config",
-        "assignments",
-        "model",
-        "optim",
-        "flops",
-        "console",
-    },  # "" is folio/__init__.py
-    {"tokens", "token_files", "tokenizer", "processes", "runtime", "trackers", "log", "shortage"},
+        "tokens",
+        "token_files",
+        "torch_files",
+        "tokenizer",
+        "tokenizer_folder",
+        "processes",
+        "runtime",
+        "trackers",
+        "log",
+        "shortage",
+    },
     {
         "validation",
         "scoring",
@@ -34,6 +35,7 @@ LAYERS = [
         "memory",
         "checkpoint",
         "pretrained",
+        "model_card",
         "pt_files",
         "gguf_file",
         "datasets",

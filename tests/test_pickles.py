@@ -1,120 +1,196 @@
-"""Pickles of plain values: what is read, what is refused, and that neither takes long or much memory."""
+"""Pickles as plain values: what they hold to the letter, and nothing that they ask for is run or built."""
 
 from __future__ import annotations
 
 import argparse
-import collections
+import contextlib
+import io
 import os
 import pickle
 import random
-import re
 import resource
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import types
-from pathlib import Path
+from collections import Counter, OrderedDict, defaultdict
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 
 from folio import pickles
 
-Case = tuple[Any, Any]
-
-# what is pickled, and what comes of it
-PLAIN: dict[str, Case] = {
-    "numbers": ([1, -5, 2**70, 1.5, True, None], [1, -5, 2**70, 1.5, True, None]),
-    "texts": (["é", "", b"\xff", "\U0010ffff"], ["é", "", b"\xff", "\U0010ffff"]),
-    "meta": ({"vocab_size": 2, "itos": {0: "a", 1: "b"}}, {"vocab_size": 2, "itos": {0: "a", 1: "b"}}),
-    "nested": ({"a": [(1, 2), {"b": ()}]}, {"a": [(1, 2), {"b": ()}]}),
-    "set": ({3}, [3]),
-    "frozenset": (frozenset({3}), [3]),
-    "OrderedDict": (collections.OrderedDict(a=1), {"a": 1}),
-    "Counter": (collections.Counter("aab"), {"a": 2, "b": 1}),
-    "defaultdict": (collections.defaultdict(int, a=1), {"a": 1}),
-    "path": (Path("/data/input.txt"), "/data/input.txt"),
-    "Namespace": (argparse.Namespace(lr=1.5), {"lr": 1.5}),
-    "SimpleNamespace": (types.SimpleNamespace(lr=1.5), {"lr": 1.5}),
-    "numpy integer": (np.int64(65), 65),
-    "numpy float": (np.float32(1.5), 1.5),
-    "numpy bool": (np.bool_(True), True),
-    "numpy text": (np.str_("ab"), "ab"),
-    "numpy array": (np.array([[1, 2], [3, 4]], dtype=">u2", order="F"), [[1, 2], [3, 4]]),
-    "numpy texts": (np.array(["a", "bc"]), ["a", "bc"]),
-    "numpy nothing": (np.zeros((10**6, 0)), []),
-    "keys of pairs": ({(97, 98): 256, "a": 1}, {"a": 1}),
+VALUES: dict[str, tuple[Any, Any]] = {  # what was pickled, and what is read
+    "text and numbers": ({"a": "é\n'", "b": [1, -1, 2**100, 1e-300], "c": (True, None)}, None),
+    "nested": ({"a": [{"b": ({},)}], "c": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4))}, None),
+    "bytes": (b"\x00\xff", None),
+    "NumPy's float64": (np.float64(1.5), 1.5),
+    "NumPy's float32": (np.float32(2.5), 2.5),
+    "NumPy's float16": (np.float16(0.5), 0.5),
+    "NumPy's int64": (np.int64(-3), -3),
+    "NumPy's uint8": (np.uint8(200), 200),
+    "NumPy's bool": (np.bool_(True), True),
+    "NumPy's, big-endian": (np.array(7, dtype=">i4")[()], 7),
+    "NumPy's text": (np.str_("ab"), "ab"),
+    "an array": (np.array([[1, 2], [3, 4]], dtype=">u2", order="F"), [[1, 2], [3, 4]]),
+    "an array of texts": (np.array(["a", "bc"]), ["a", "bc"]),
+    "an array of nothing": (np.zeros((10**6, 0)), []),
+    "a path": (Path("/a") / "b", "/a/b"),
+    "a pure path": (PurePosixPath("c"), "c"),
+    "Namespace": (argparse.Namespace(lr=0.1, out=Path("x")), {"lr": 0.1, "out": "x"}),
+    "SimpleNamespace": (types.SimpleNamespace(n=3), {"n": 3}),
+    "OrderedDict": (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
+    "defaultdict": (defaultdict(list, {"x": [1]}), {"x": [1]}),
+    "Counter": (Counter("aab"), {"a": 2, "b": 1}),
+    "sets": ([{1}, frozenset([2])], [[1], [2]]),
+    "keys": ({1: "a", 2.5: "b", None: "c", (1, "d"): "e"}, None),
+    "the same object twice": ([[1]] * 2, None),
 }
 
 
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("case", PLAIN)
-def test_plain_values(case: str, protocol: int) -> None:
-    """Of every protocol: in Python's own types, whatever they were."""
-    value, expected = PLAIN[case]
-    found = pickles.loads(pickle.dumps(value, protocol))
-    assert found == expected
-    assert isinstance(found, (int, float, str, list, dict))
+def read(content: bytes, **known: Any) -> Any:
+    return pickles.load(io.BytesIO(content), known)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(("value", "wanted"), VALUES.values(), ids=VALUES)
+def test_plain_values(value: Any, wanted: Any, protocol: int) -> None:
+    found = read(pickle.dumps(value, protocol=protocol))
+    assert found == (value if wanted is None else wanted)
+    assert isinstance(found, (str, bytes, dict, list, tuple, int, float))
     assert not isinstance(found, np.generic)
 
 
-def test_numpys_part_serves_torch(tmp_path: Path) -> None:
-    """Its stand-ins let torch's restricted unpickler take numpy's numbers for Python's."""
-    torch.save({"iter_num": np.int64(7), "best": np.float32(1.5), "losses": np.array([1, 2])}, tmp_path / "x.pt")
-    allowed = [(stand_in, name) for name, stand_in in pickles.NUMPY.items()]
-    with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
-        found = torch.load(tmp_path / "x.pt", weights_only=True)
-    assert found == {"iter_num": 7, "best": 1.5, "losses": [1, 2]}
-    assert [type(found["iter_num"]), type(found["best"])] == [int, float]
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("value", [np.array([{}]), np.array([1j]), datetime(2024, 1, 1), 1j, bytearray(b"x")], ids=repr)
+def test_what_nobody_looks_at(value: Any, protocol: int) -> None:
+    """Harmless objects of other kinds stand beside the rest and do no harm."""
+    found = read(pickle.dumps({"before": 1, "it": value, "after": 2}, protocol=protocol))
+    assert (found["before"], found["after"]) == (1, 2)
 
 
-def long(size: int) -> bytes:
-    return struct.pack("<Q", size)
+def test_several_in_one_file() -> None:
+    file = io.BytesIO(pickle.dumps(1) + pickle.dumps({"a": 2}) + b"rest")
+    assert [pickles.load(file), pickles.load(file), file.read()] == [1, {"a": 2}, b"rest"]
+
+
+class Call:
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> Any:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [(os.mkdir, "posix.mkdir"), (eval, "eval"), (getattr, "getattr"), (pickle.loads, "_?pickle.loads")],
+)
+def test_code_is_refused_by_its_name(tmp_path: Path, function: Any, name: str, protocol: int) -> None:
+    hostile = [OrderedDict(a=Call(function, str(tmp_path / "made")))]
+    with pytest.raises(pickles.RefusedError, match=rf"^it asks for {name}, which would run code$"):
+        read(pickle.dumps(hostile, protocol=protocol))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_a_terminal_would_obey() -> None:
+    with pytest.raises(pickles.RefusedError) as error:
+        read(b"cos\n\x1b[31m" + b"x" * 10_000 + b"\n.")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 200
+
+
+def bomb(opcode: bytes, length: int, form: str) -> bytes:
+    return opcode + struct.pack(form, length)
+
+
+HOSTILE: dict[str, bytes] = {
+    "a memo of 34 GB": b"\x80\x02Nr\xff\xff\xff\xff",
+    "text of 4 GB": bomb(b"X", 2**32 - 1, "<I") + b"x.",
+    "text of exabytes": bomb(b"\x8d", 2**62, "<Q") + b"x.",
+    "bytes of exabytes": bomb(b"\x8e", 2**62, "<Q") + b"x.",
+    "a bytearray of 34 GB": bomb(b"\x96", 34 * 10**9, "<Q") + b".",
+    "a frame of exabytes": bomb(b"\x95", 2**62, "<Q"),
+    "digits without end": b"I" + b"9" * 100_000 + b"\n.",
+    "an unhashable key": b"(]Nd.",
+    "a key that takes for ever": b"()" + b"2\x86" * 60 + b"Nd.",
+    "items of a number": b"K\x01K\x02a.",
+    "a call of text": b"X\x01\x00\x00\x00x)R.",
+    "state of nothing": b"}b.",
+    "no mark": b"t.",
+    "nothing": b"",
+    "no end": b"K\x01",
+    "an id of nobody": b"K\x01Q.",
+    "a copy of nothing": b"h\x05.",
+    "an extension": b"\x82\x01.",
+    "no opcode": b"\xff.",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_pickles_cost_nothing(content: bytes) -> None:
+    """A ValueError, in a moment, and without the memory that is asked for."""
+    tracemalloc.start()
+    began = time.perf_counter()
+    try:
+        with pytest.raises(ValueError, match=r"."):
+            read(content)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("call", [b"cbuiltins\nbytearray\n(L34000000000L\ntR.", b"cbuiltins\nlist\n(L9000000L\ntR."])
+def test_constructors_build_nothing(call: bytes) -> None:
+    """What is called is our own function, which takes no number for a length."""
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ValueError):
+            assert isinstance(read(call), pickles.Opaque)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_structure_that_doubles(tmp_path: Path) -> None:
+    """Sixty doublings are sixty objects, as long as nobody walks through them."""
+    content = b"]" + b"2\x86" * 60 + b"."
+    found = read(content)
+    assert len(found) == 2
+    with pytest.raises(ValueError, match="a key is neither text nor a number"):
+        read(b"}" + content[:-1] + b"Ns.")
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "system": (b"cos\nsystem\n(S'touch mark'\ntR.", "asks for os.system, which would run code"),
-    "instance": (b"(S'touch mark'\nios\nsystem\n.", "asks for os.system, which would run code"),
-    "getattr": (b"c__builtin__\ngetattr\n.", "asks for builtins.getattr, which would run code"),
-    "inside numpy": (b"\x80\x04\x8c\x05numpy\x8c\x04load\x93.", "asks for numpy.load, which would run code"),
-    "objects": (pickle.dumps(np.array([{}], dtype=object)), "'O8', which is neither number nor text"),
-    "extension": (b"\x82\x01.", "asks for EXT1"),
-    "persistent": (b"Pabc\n.", "asks for PERSID"),
-    "control characters": (b"ca\x1b[2J\nb\n.", "asks for a??2J.b, which"),
-    "decode": (b"c_codecs\nencode\n(S'a'\nS'rot13'\ntR.", "_codecs.encode"),
-    "state of a list": (b"]}b.", "sets the state"),
-    "call of a number": (b"K\x01)R.", "damaged"),
-    "no end": (b"N", "damaged"),
-    "nothing": (b"", "damaged"),
-    "text": (b"vocab_size: 65\n", "damaged"),
-    "empty stack": (b"0.", "damaged"),
-    "long that is not there": (b"\x8b\xff\xff\xff\x7f.", "damaged"),
-    "bytes that are not there": (b"\x80\x04\x8e" + long(2**40) + b".", "damaged"),
-    "bytearray that is not there": (b"\x80\x05\x96" + long(2**36) + b".", "damaged"),
-    "array longer than its bytes": (
+    "an array longer than its bytes": (
         pickle.dumps(np.zeros(5, np.uint8), 4).replace(b"K\x05\x85", b"K\x7f\x85"),
         "not as long as it says",
     ),
     "copies of one list": (
         b"c__builtin__\nset\nq\x00((" + b"N" * 100_000 + b"lq\x01" + b"h\x00h\x01\x85R" * 1000 + b"l.",
-        "copies more than it holds",
+        "copies more than it can hold",
     ),
-    "too many parts": (b"\x80\x04(" + b"N" * 200_000 + b"l.", "more than 200,000 parts"),
-    "too long": (bytes(2**25 + 1), "33,554,433 bytes"),
+    "many parts": (b"\x80\x04(" + b"N" * 200_000 + b"l.", "more than 200,000 parts"),
+    "a long one": (bytes(pickles.MOST + 1), "8,388,609 bytes"),
+    "inside numpy": (b"\x80\x04\x8c\x05numpy\x8c\x04load\x93.", "asks for numpy.load, which would run code"),
+    "an instance": (b"(S'touch mark'\nios\nsystem\n.", "asks for os.system, which would run code"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By name, and nothing that it names is called."""
+def test_what_asks_for_too_much_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickles, "_MOST_OPCODES", 200_000)
     content, words = REFUSED[case]
-    with pytest.raises(ValueError, match=re.escape(words)) as refused:
+    with pytest.raises(ValueError, match=words):
         pickles.loads(content)
-    assert "\n" not in str(refused.value)
     assert not Path("mark").exists()
 
 
@@ -122,7 +198,7 @@ def test_what_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 BOMBS = {
     "34 GB of memo": b"Nr\xff\xff\xff\xff.",
     "memo far away": b"Np99999999999999999\n.",
-    "frame": b"\x80\x04\x95" + long(2**62) + b"N.",
+    "frame": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",
     "hash of doubled tuples": b"})" + b"2\x86" * 60 + b"Ns.",
     "hash of a deep tuple": b"}N" + b"\x85" * 400_000 + b"Ns.",
     "name of doubled lists": b"(" + b"](" + b"2" * 3 + b"l" * 2 + b"\x93.",
@@ -158,7 +234,7 @@ except ValueError as error:
 def test_damage_is_never_more_than_a_line() -> None:
     """A thousand pickles with bytes changed: a value of plain types, or a ValueError of one line."""
     draw = random.Random(1)
-    good = [pickle.dumps(value, protocol) for value, _ in PLAIN.values() for protocol in (0, 2, 5)]
+    good = [pickle.dumps(value, protocol) for value, _ in VALUES.values() for protocol in (0, 2, 5)]
     said = []
     for _ in range(1000):
         content = bytearray(draw.choice(good))

@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio import checkpoint, pretrained
+from folio import checkpoint, pretrained, tokenizer_folder
 from folio.checkpoint import State
 from folio.model import GPT, GPTConfig
 from folio.tokenizer import Tiktoken
 
 transformers = pytest.importorskip("transformers")
+filter_repo_objects = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -161,8 +164,8 @@ def as_on_the_hub(model: Any, folder: Path) -> None:
     only_config(model, folder)
     weights = {name.removeprefix("transformer."): p.detach().clone() for name, p in model.named_parameters()}
     for i in range(model.config.n_layer):
-        size = model.config.n_positions
-        weights[f"h.{i}.attn.bias"] = torch.ones(size, size).tril()[None, None]
+        size, kind = model.config.n_positions, (torch.bool, torch.uint8, torch.float32)[i % 3]
+        weights[f"h.{i}.attn.bias"] = torch.ones(size, size).tril()[None, None].to(kind)
         weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     save_file(weights, folder / "model.safetensors")
 
@@ -171,7 +174,17 @@ def in_bfloat16(model: Any, folder: Path) -> None:
     random_gpt2(tie_word_embeddings=model.config.tie_word_embeddings).to(torch.bfloat16).save_pretrained(folder)
 
 
-FORMS = [sharded, by_torch, before_torch_1_6, sharded_by_torch, as_on_the_hub, in_bfloat16]
+def deflated_by_another_program(model: Any, folder: Path) -> None:
+    by_torch(model, folder)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+FORMS = [sharded, by_torch, before_torch_1_6, deflated_by_another_program, sharded_by_torch, as_on_the_hub, in_bfloat16]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +281,18 @@ OPTIONS = {
     "scale_attn_weights": (False, None),
     "scale_attn_by_inverse_layer_idx": (True, None),
     "add_cross_attention": (True, None),
+    "reorder_and_upcast_attn": (True,),
+    "is_encoder_decoder": (True,),
+    "position_embedding_type": ("relative_key",),
+    "rope_theta": (10000.0,),
+    "rope_scaling": ({"type": "linear"},),
+    "rotary_dim": (8,),
+    "alibi": (True,),
+    "rms_norm_eps": (1e-6,),
+    "sliding_window": (16,),
+    "num_key_value_heads": (1,),
+    "quantization_config": ({"load_in_8bit": True},),
+    "pruned_heads": ({"0": [1]},),
     "n_embd": (17, None, "16", {}),
     "n_head": (3, 0),
     "n_layer": (0, [2]),
@@ -287,6 +312,13 @@ def test_options_that_gpt2_here_has_not(folio, tiny, option, value) -> None:
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), path, value)
 
 
+def test_keys_that_change_nothing(tiny) -> None:
+    """What a config says besides, and other programs' keys at nothing."""
+    more = {"rope_scaling": None, "sliding_window": None, "alibi": False, "pruned_heads": {}, "my_note": "window"}
+    more |= {"n_ctx": 24, "gradient_checkpointing": True, "summary_type": "cls_index", "task_specific_params": {}}
+    assert pretrained.find(str(configured(tiny, **more))).config().vocab_size == 97
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-5])
 
@@ -299,11 +331,40 @@ def index(**weight_map: str) -> Callable[[Path], None]:
     return damage
 
 
+def in_place(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else under the name of a file."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def in_type(dtype: torch.dtype, by_torch: bool = False) -> Callable[[Path], None]:
+    """The matrices in another type."""
+
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights = {name: p.to(dtype) if p.dim() > 1 else p for name, p in weights.items()}
+        if by_torch:
+            (folder / "model.safetensors").unlink()
+            torch.save(weights, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors")
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json is missing"]),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), ["config.json", "not a model's config"]),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), ["config.json cannot be read"]),
     "config no object": (lambda f: (f / "config.json").write_text("[1]"), ["config.json", "not a model's config"]),
-    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json", "not a model's config"]),
+    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), ["config.json cannot be read"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["tiny"]),
     "weights cut": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged"]),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors is damaged"]),
@@ -315,6 +376,46 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (index()(f), (f / "model.safetensors.index.json").write_text("[]")),
         ["model.safetensors.index.json: not an index of weights"],
     ),
+    "an index of itself": (
+        index(a="model.safetensors.index.json"),
+        ["model.safetensors.index.json: not an index of weights", "no .safetensors file"],
+    ),
+    "an index of pickles": (index(a="pytorch_model.bin"), ["not an index of weights", "no .safetensors file"]),
+    "an index of its folder": (index(a=".."), ["not an index of weights"]),
+    "an index of numbers": (index(a=3), ["not an index of weights"]),  # type: ignore[arg-type]
+    "a deep index": (
+        lambda f: (index()(f), (f / "model.safetensors.index.json").write_text("[" * 100_000)),
+        ["model.safetensors.index.json cannot be read: it is nested too deeply"],
+    ),
+    "a deep config": (lambda f: (f / "config.json").write_text('{"a":' * 100_000), ["config.json", "too deeply"]),
+    "a config beyond numbers": (
+        lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 1e999}'),
+        ["config.json", "1e999 is not a finite number"],
+    ),
+    "a config that is a pipe": (in_place("config.json", os.mkfifo), ["config.json is a pipe, not a file"]),
+    "a config without end": (in_place("config.json", zeros), ["config.json is a device, not a file"]),
+    "weights that are a pipe": (in_place("model.safetensors", os.mkfifo), ["model.safetensors is a pipe"]),
+    "weights without end": (in_place("model.safetensors", zeros), ["model.safetensors is a device"]),
+    "an index that is a pipe": (
+        lambda f: (index()(f), in_place("model.safetensors.index.json", os.mkfifo)(f)),
+        ["model.safetensors.index.json is a pipe"],
+    ),
+    "a header without end": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 7 + b"\x7f" + b" " * 100),
+        ["model.safetensors is damaged: its header has"],
+    ),
+    "vocab_size 1e12": (lambda f: configured(f, vocab_size=10**12), ["tiny"]),
+    "vocab_size in floats": (lambda f: configured(f, vocab_size=1e12), ["vocab_size = 1000000000000.0"]),
+    "complex weights": (in_type(torch.complex64), ["tiny", ".weight is of type complex64"]),
+    "integer weights": (in_type(torch.int64), ["tiny", ".weight is of type int64"]),
+    "8-bit weights": (in_type(torch.int8), ["tiny", ".weight is of type int8"]),
+    "float8 weights": (in_type(torch.float8_e4m3fn), ["tiny", ".weight is of type float8_e4m3fn"]),
+    "complex weights by torch": (in_type(torch.complex64, by_torch=True), [".weight is of type complex64"]),
+    "integer weights by torch": (in_type(torch.int32, by_torch=True), [".weight is of type int32"]),
+    "weights and more by torch": (
+        lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": 1}, f / "pytorch_model.bin")),
+        ["pytorch_model.bin: it holds more than weights by name"],
+    ),
     "other shape": (lambda f: configured(f, vocab_size=98), ["tiny", "wte.weight", "(97, 16)", "(98, 16)"]),
     "fewer blocks": (lambda f: configured(f, n_layer=1), ["tiny", "transformer.h.1."]),
     "more blocks": (lambda f: configured(f, n_layer=3), ["tiny", "transformer.h.2.", "is not among its weights"]),
@@ -323,7 +424,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["tiny", "lm_head.weight is not among its weights"],
     ),
     "no tokenizer": (lambda f: None, ["tiny", "what its 97 token ids mean", "tokenizer.json"]),
-    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json", "tokenizers library"]),
+    "tokenizer not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ["tokenizer.json cannot be read"]),
     "tokenizer not one": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tiny", "tokenizers library"]),
 }
 
@@ -424,6 +525,15 @@ def test_names_that_the_hub_is_not_asked_for(folio, tmp_path, monkeypatch, name)
 
 
 # The hub's cache
+
+
+def test_what_is_fetched_from_the_hub() -> None:
+    """Every file that a tokenizer is read from, and none of other programs."""
+    wanted = [*tokenizer_folder.FILES, "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
+    wanted += ["model.safetensors.index.json"]
+    others = ["tf_model.h5", "rust_model.ot", "flax_model.msgpack", "onnx/model.onnx", "pytorch_model.bin", "run.py"]
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=pretrained._FILES)) == wanted
+    assert {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.json", "added_tokens.json"} <= set(wanted)
 
 
 def cached(hub: Path, name: str, **shape: Any) -> None:
@@ -552,18 +662,53 @@ def test_a_shape_that_the_weights_have_not(folio, story, tiny, tmp_path, flag) -
 # Text
 
 
-@pytest.mark.parametrize("kind", ["file", "gpt2"])
+def own_files(fast: Any, folder: Path) -> None:
+    """vocab.json and merges.txt, as they were before tokenizer.json."""
+    spec = json.loads(fast.to_str())["model"]
+    merges = [" ".join(pair) for pair in spec["merges"]]
+    added = {"<|endoftext|>": 50256} if len(spec["vocab"]) >= 50256 else {}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({**spec["vocab"], **added}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+@pytest.mark.parametrize("size", [50257, 50300, 97])
+def test_ids_of_which_nothing_is_known(folio, story, tmp_path, size) -> None:
+    """A folder without a tokenizer is not GPT-2's, whatever its size; it trains, and is imported and exported."""
+    saved(tmp_path / "hf", vocab_size=size)
+    assert pretrained.find(str(tmp_path / "hf")).state["tokenizer"] is None
+    said = folio(*SAMPLE, f"--init_from={tmp_path / 'hf'}")
+    assert_refused(said, tmp_path / "hf", f"nothing tells what its {size} token ids mean", "neither a tokenizer.json")
+    code, said, _ = folio("import", tmp_path / "hf", "--to", tmp_path / "out")
+    assert (code, f"nothing tells what its {size} token ids mean" in said) == (0, True)
+    assert folio("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / "back").code == 0
+    assert not list((tmp_path / "back").glob("*token*"))
+    argv = (*TRAIN, f"--data_dir={story}", f"--out_dir={tmp_path / 'new'}", f"--init_from={tmp_path / 'hf'}")
+    assert folio(*argv, "--max_iters=1").code == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "gpt2", "another language"])
 def test_greedy_text_is_that_of_transformers(folio, tmp_path, monkeypatch, shared_data, kind) -> None:
-    """With the tokenizer.json beside the model, and with GPT-2's where there is none."""
+    """With the tokenizer.json beside the model, with OpenAI's own files, and with those of another language."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     tokenizers = pytest.importorskip("tokenizers")
     if kind == "file":
         path = tmp_path / "hf" / "tokenizer.json"
         assert folio("tokenizer", "train", STORY, "--vocab_size=400", f"--out={path}").code == 0
         fast = tokenizers.Tokenizer.from_file(str(path))
-    else:
+    elif kind == "gpt2":
         fast = Tiktoken("gpt2").fast()
-    theirs = saved(tmp_path / "hf", vocab_size=fast.get_vocab_size(), n_embd=32, n_positions=64)
+        own_files(fast, tmp_path / "hf")
+    else:  # with as many ids as GPT-2's
+        fast = tokenizers.ByteLevelBPETokenizer()
+        fast.train([str(STORY)], vocab_size=700, special_tokens=["<s>"], show_progress=False)
+        own_files(fast, tmp_path / "hf")
+    size = 50257 if kind == "another language" else fast.get_vocab_size()
+    theirs = saved(tmp_path / "hf", vocab_size=size, n_embd=32, n_positions=64)
+    if kind == "another language":
+        with torch.no_grad():  # the others are never the likeliest
+            theirs.lm_head.weight[700:] = 0
+            theirs.save_pretrained(tmp_path / "hf")
     prompt = "The ferry left at dawn"
     ids = fast.encode(prompt).ids
     how = transformers.GenerationConfig(do_sample=False, max_new_tokens=40, pad_token_id=0, use_cache=False)
@@ -615,9 +760,15 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says what the peak of memory was")
-def test_memory_of_loading(tmp_path) -> None:
+@pytest.mark.parametrize("form", ["safetensors", "ckpt.pt", "legacy ckpt.pt"])
+def test_memory_of_loading(tmp_path, form) -> None:
     """The weights, and little more; of a model in the shape of GPT-2 124M."""
-    transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    if form == "safetensors":
+        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(tmp_path)
+    else:
+        model = GPT(GPTConfig())
+        content = {"model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 0}
+        torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=form == "ckpt.pt")
     script = f"""
 import re, torch
 from folio import pretrained

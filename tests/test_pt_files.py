@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import json
 import math
 import os
@@ -18,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Outcome, assert_refused, python, tree
@@ -166,6 +170,67 @@ def test_however_it_was_saved(
     path = saved(content, tmp_path / "ckpt.pt", legacy)
     assert zipfile.is_zipfile(path) != legacy
     assert_same(pt_files.read(path), pt_files.read(theirs / "ckpt.pt"))
+
+
+def deflated(path: Path) -> Path:
+    """The archive as other programs write it anew."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_deflated_archive(tmp_path: Path) -> None:
+    """Weights and optimizer are the same as before."""
+    plain = pt_files.read(saved(small(), tmp_path / "plain.pt"))
+    assert_same(pt_files.read(deflated(saved(small(), tmp_path / "ckpt.pt"))), plain)
+
+
+@pytest.mark.parametrize("form", ["stored", "deflated"])
+@pytest.mark.parametrize("of", ["the weights", "the optimizer"])
+def test_a_flipped_bit_is_found(tmp_path: Path, story: Path, folio: Folio, form: str, of: str) -> None:
+    """Among the numbers of a checkpoint: neither import nor resume takes it."""
+    content = small()
+    tensor = content["model"][LN] if of == "the weights" else content["optimizer"]["state"][0]["exp_avg"]
+    tensor[..., :4] = torch.tensor([1.5, 2.5, 3.5, 4.5])
+    path = saved(content, tmp_path / "ckpt.pt")
+    if form == "deflated":
+        deflated(path)
+        at = next(r.header_offset for r in zipfile.ZipFile(path).infolist() if r.file_size > 1000) + 100
+    else:
+        at = path.read_bytes().index(tensor.numpy().tobytes())
+    damaged = bytearray(path.read_bytes())
+    damaged[at] ^= 1
+    path.write_bytes(damaged)
+    assert_not_taken(folio, story, path, "is damaged")
+
+
+def a_sample_of(path: Path) -> Any:
+    """What a trainer may put beside its numbers: values of NumPy, paths, objects that are only their fields."""
+    return {
+        "iter_num": np.int64(2),
+        "best_val_loss": np.float32(2.5),
+        "config": argparse.Namespace(
+            batch_size=np.int32(2), gradient_accumulation_steps=1, dataset="elsewhere", out_dir=path
+        ),
+        "args": types.SimpleNamespace(when=datetime.datetime(2024, 1, 1), seen={1, 2}),
+        "history": collections.defaultdict(list, loss=[np.float64(3.0)]),
+        "rng_state": torch.get_rng_state(),
+        "numpy_rng": np.random.RandomState(0).get_state(),
+        "version": torch.__version__,
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_plain_values_of_other_kinds(tmp_path: Path, legacy: bool) -> None:
+    """Nothing in them would run, and what they say is taken."""
+    plain = pt_files.read(saved(small(), tmp_path / "plain.pt"))
+    content = small() | a_sample_of(tmp_path)
+    content["model"] = OrderedDict(content["model"])
+    content["model_args"] = {name: np.array(value)[()] for name, value in SHAPE.items()}
+    assert_same(pt_files.read(saved(content, tmp_path / "ckpt.pt", legacy)), plain)
 
 
 def test_older_nanogpt_says_nothing_of_biases(tmp_path: Path) -> None:
@@ -527,20 +592,40 @@ MISTAKES: dict[str, tuple[Callable[[Content], None], str]] = {
     "a weight too many": (with_value("model", "extra.weight", torch.ones(2)), "extra.weight"),
     "a weight of another shape": (with_value("model", LN, torch.ones(2)), LN),
     "a weight no tensor": (with_value("model", LN, 3), "not a checkpoint of nanoGPT"),
-    "a weight sparse": (with_value("model", LN, torch.ones(8).to_sparse()), ""),
+    "a weight sparse": (with_value("model", LN, torch.ones(8).to_sparse()), f"{LN} is sparse"),
+    "a weight complex": (with_value("model", LN, torch.ones(8) * 1j), f"{LN} is of type complex64"),
+    "a weight of integers": (with_value("model", LN, torch.ones(8).int()), f"{LN} is of type int32"),
+    "a weight of bytes": (with_value("model", LN, torch.ones(8).byte()), f"{LN} is of type uint8"),
+    "a weight of float8": (
+        with_value("model", LN, torch.ones(8).to(torch.float8_e5m2)),
+        f"{LN} is of type float8_e5m2",
+    ),
+    "a weight on no device": (with_value("model", LN, torch.empty(8, device="meta")), f"{LN} is without numbers"),
+    "a weight under two names": (with_value("model", "module." + LN, torch.ones(8)), f"it holds {LN} twice"),
+    "a state dict in itself": (lambda content: content["model"].update(again=content["model"]), "again"),
+    "optimizer of integers": (
+        with_value("optimizer", "state", 0, "exp_avg", torch.ones(128, 8).int()),
+        "of type int32",
+    ),
+    "optimizer complex": (with_value("optimizer", "state", 0, "step", torch.tensor(1j)), "step is of type complex64"),
+    "optimizer's step no number": (with_value("optimizer", "state", 0, "step", None), "is no number"),
+    "iter_num a hundred digits": (with_value("iter_num", 10**100), "its step is"),
+    "vocab_size 1e12": (with_value("model_args", "vocab_size", 10**12), "vocab_size=1000000000000: must be at most"),
+    "n_embd a nested list": (with_value("model_args", "n_embd", [[[[8]]]]), "n_embd' is no number"),
+    "n_embd of 5000 digits": (with_value("model_args", "n_embd", 10**4000), "n_embd' is no number"),
     "a weight's name no text": (with_value("model", 5, torch.ones(2)), "not a checkpoint of nanoGPT"),
-    "optimizer a list": (with_value("optimizer", [1]), "optimiser does not fit"),
-    "optimizer's state a list": (with_value("optimizer", "state", [1]), "optimiser does not fit"),
-    "optimizer of more parameters": (with_value("optimizer", "state", 99, {"step": 1.0}), "optimiser does not fit"),
+    "optimizer a list": (with_value("optimizer", [1]), "optimizer does not fit"),
+    "optimizer's state a list": (with_value("optimizer", "state", [1]), "optimizer does not fit"),
+    "optimizer of more parameters": (with_value("optimizer", "state", 99, {"step": 1.0}), "optimizer does not fit"),
     "optimizer counts from the end": (
         with_value("optimizer", "state", -1, dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones(8)) | {"step": 1.0}),
-        "optimiser does not fit",
+        "optimizer does not fit",
     ),
     "optimizer of other shapes": (with_value("optimizer", "state", 0, "exp_avg", torch.ones(3)), "(3,)"),
-    "optimizer with text": (with_value("optimizer", "state", 0, "exp_avg", "x"), "optimiser does not fit"),
-    "optimizer's step a vector": (with_value("optimizer", "state", 0, "step", torch.ones(4)), "optimiser does not fit"),
-    "optimizer lacks a slot": (without("optimizer", "state", 0, "exp_avg"), "optimiser does not fit"),
-    "SGD": (with_value("optimizer", "state", 0, {"momentum_buffer": torch.ones(128, 8)}), "optimiser does not fit"),
+    "optimizer with text": (with_value("optimizer", "state", 0, "exp_avg", "x"), "optimizer does not fit"),
+    "optimizer's step a vector": (with_value("optimizer", "state", 0, "step", torch.ones(4)), "optimizer does not fit"),
+    "optimizer lacks a slot": (without("optimizer", "state", 0, "exp_avg"), "optimizer does not fit"),
+    "SGD": (with_value("optimizer", "state", 0, {"momentum_buffer": torch.ones(128, 8)}), "optimizer does not fit"),
 }
 
 
@@ -572,6 +657,14 @@ def other_zip(path: Path) -> None:
         file.writestr("readme", "no model")
 
 
+def linked_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def named(*keys: Any) -> Callable[[Path], object]:
+    return lambda path: saved({**small(), "model": dict.fromkeys(keys, torch.ones(1))}, path)
+
+
 OTHERS: dict[str, Callable[[Path], object]] = {
     "plain state dict": lambda path: saved(small()["model"], path),
     "list": lambda path: saved([1, 2], path),
@@ -581,6 +674,12 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("no model\nbut text\n"),
     "truncated": truncated,
     "another zip": other_zip,
+    "a pipe": os.mkfifo,
+    "endless": linked_to_zeros,
+    "a folder": Path.mkdir,
+    "a memo of 34 GB": lambda path: path.write_bytes(b"\x80\x02Nr\xff\xff\xff\xff"),
+    "names that are no text": named(1, 2.5, None, (1, "a")),
+    "other names": named(*map(str, range(1000))),
 }
 
 

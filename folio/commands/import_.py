@@ -47,6 +47,11 @@ def main(options: Options) -> None:
         checkpoint.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
             files.write_json(out_dir / checkpoint.BEST, state["best"])
+    if state["tokenizer"] is None:
+        say(
+            f"nothing tells what its {model.config.vocab_size} token ids mean: training works with ids alone, "
+            "text needs a tokenizer"
+        )
     say(
         f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 import math
 import operator
@@ -248,6 +249,11 @@ def knobs(options: type[Any]) -> dict[str, Knob]:
     Raises:
         TypeError: two groups hold a knob of the same name.
     """
+    return _knobs(options)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _knobs(options: type[Any]) -> dict[str, Knob]:
     found: dict[str, Knob] = {}
     for outer in fields(options):
         if outer.name == "sources":
@@ -342,11 +348,7 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
         ValueError: a field that is not known, or whose value is not possible; names the file.
     """
     for f in fields(GPTConfig):
-        value = typed(path, f.name, values.get(f.name, f.default), TrainConfig)
-        try:
-            _check_bounds(f.name, value, f.metadata)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        possible(path, f.name, values.get(f.name, f.default))
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
         raise ValueError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
     config = GPTConfig(**values)
@@ -357,6 +359,22 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def possible(path: Path, name: str, value: Any) -> Any:
+    """A value that a file gives for an option of a run, held to its type and bounds; of one that is no more, as it is.
+
+    Raises:
+        ValueError: names the file, the option and the value.
+    """
+    if (found := knobs(TrainConfig).get(name)) is None:
+        return value
+    value = typed(path, name, value, TrainConfig)
+    try:
+        _check_bounds(name, value, found.field.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return value
 
 
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

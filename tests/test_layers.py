@@ -24,6 +24,7 @@ LAYERS = [
         "checkpoint",
         "pretrained",
         "pt_files",
+        "run_folder",
         "gguf_file",
         "datasets",
     },

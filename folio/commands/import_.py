@@ -44,7 +44,7 @@ def main(options: Options) -> None:
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
         checkpoint.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
-            files.write_json(out_dir / checkpoint.BEST, state["best"])
+            files.write_sealed(out_dir / checkpoint.BEST, state["best"])
     print(
         f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
     )

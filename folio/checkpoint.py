@@ -155,7 +155,7 @@ class Opened:
     """A file that can be read at ``path`` for as long as this object lives, also when its own name is gone."""
 
     def __init__(self, name: Path) -> None:
-        self.name, self._handle = name, os.open(name, os.O_RDONLY)
+        self.name, self._handle = name, os.open(files.require_file(name), os.O_RDONLY)
         path = Path(f"/dev/fd/{self._handle}")
         self.path = path if path.exists() else name
 

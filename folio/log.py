@@ -257,10 +257,11 @@ def rewind(path: Path, step: int, interval: int = 1) -> list[str]:
     """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, half a line.
 
     Damaged lines are dropped too; the file as it was then stays beside it. Returns a line for the reader about each
-    loss: of those, and of lines that a run with a train line every ``interval`` steps has written, and are not there.
+    loss: of those, and of lines that a run with a train line every ``interval`` steps has written, and are not there
+    (0: it has written none).
     """
     if not path.exists():
-        return [f"{path} is missing: what was measured before step {step} is lost"] if step else []
+        return [f"{path} is missing: what was measured before step {step} is lost"] if step and interval else []
     lines = _lines(path)
     kept = [(line, r) for line, r in lines.whole if r["step"] < step or (r["step"] == step and r["kind"] not in AGAIN)]
     told = []
@@ -270,9 +271,9 @@ def rewind(path: Path, step: int, interval: int = 1) -> list[str]:
         shutil.copyfile(path, original)
         told.append(f"{_told(path, lines.damaged)}, and left out; as it was it is kept as {original.name}")
     reached = max((record["step"] for _, record in kept), default=-1)
-    if reached < (step - 1) // interval * interval:
-        until = f"ends at step {reached}" if kept else "holds nothing of this run"
-        told.append(f"{path} {until}, and the run goes on at step {step}: what was measured between is lost")
+    if interval and reached < (step - 1) // interval * interval:
+        until = f"ends at step {reached}" if kept else "holds nothing of before"
+        told.append(f"{path} {until}, and the run goes on at step {step}")
     if len(kept) < len(lines.whole) or lines.damaged or lines.half:
         files.write(path, b"".join(line for line, _ in kept))
     return told

@@ -15,9 +15,20 @@ from folio.pt_files import NANOGPT
 from folio.trackers import TENSORBOARD
 
 PROFILE = "profile"  # folder of the profiler's files
-_LOCK = ".lock"
+_LOCK = ".folio.lock"
 _MOVING = ".previous.unfinished"
-_NAMES = (CONFIG, METRICS, EVALUATIONS, BEST, CHECKPOINTS, PROFILE, TENSORBOARD, NANOGPT, PICTURE)
+_NAMES = (
+    CONFIG,
+    METRICS,
+    f"{METRICS}.damaged*",
+    EVALUATIONS,
+    BEST,
+    CHECKPOINTS,
+    PROFILE,
+    TENSORBOARD,
+    NANOGPT,
+    PICTURE,
+)
 _OVERWRITTEN = (CONFIG, METRICS, BEST)  # by a run that goes on
 _STEP = re.compile(r"step-\d{8,}(\.damaged)?")
 _LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
@@ -81,8 +92,8 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
 
 def _there(out_dir: Path, names: Iterable[str]) -> list[Path]:
     """Those that are there; of folders, those that hold something."""
-    paths = (out_dir / name for name in names)
-    return [path for path in paths if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()))]
+    paths = (path for name in names for path in sorted(out_dir.glob(name)))
+    return [path for path in paths if not (path.is_dir() and not any(path.iterdir()))]
 
 
 def _aside(out_dir: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import secrets
 import signal
 import threading
@@ -478,7 +479,8 @@ def build(config: TrainConfig) -> Run:
     trackers.parse(config.logging.track)
     lock = _hold(config)
     try:
-        return _build(config, lock)
+        with _let_go_at_sigterm(lock):
+            return _build(config, lock)
     except BaseException:
         if lock:
             lock.release()
@@ -495,6 +497,25 @@ def _hold(config: TrainConfig) -> files.Lock | None:
         return run_folder.hold(out_dir)
     except OSError as error:
         raise _unwritable(out_dir, error) from None
+
+
+@contextmanager
+def _let_go_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
+    """A process that is ended before its run begins, as a launcher does when another fails, leaves no lock file."""
+    if lock is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def let_go(number: int, frame: Any) -> None:
+        lock.release()
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, let_go) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unwritable(out_dir: Path, error: OSError) -> OSError:
@@ -784,9 +805,9 @@ def _take_folder(run: Run, number: int, former: _Former | None) -> list[str]:
     try:
         if former and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
-        imported = former is not None and former.found.state["data"] is None  # it has measured nothing yet
-        if former and not (imported and not (out_dir / METRICS).exists()):
-            lines = rewind(out_dir / METRICS, run.begun, former.found.asked.get("log_interval", 1))
+        if former:
+            imported = former.found.state["data"] is None  # and has measured nothing here
+            lines = rewind(out_dir / METRICS, run.begun, 0 if imported else former.found.asked.get("log_interval", 1))
         if not former:
             lines = [*filter(None, [run_folder.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -79,6 +80,8 @@ DAMAGES = {
     "state not ours": lambda path: (path / "state.json").write_text("{}"),
     "state no object": lambda path: (path / "state.json").write_text("[1]"),
     "state no text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "model a pipe": lambda path: [(path / "model.safetensors").unlink(), os.mkfifo(path / "model.safetensors")],
+    "state a device": lambda path: [(path / "state.json").unlink(), (path / "state.json").symlink_to("/dev/zero")],
     "all empty": lambda path: [file.write_bytes(b"") for file in path.iterdir()],
     "no files": lambda path: [file.unlink() for file in path.iterdir()],
 }

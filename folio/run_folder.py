@@ -62,7 +62,8 @@ def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
     Raises:
         ValueError: a file is another program's, or nothing there says whose it is; names it and the remedy.
     """
-    said = {path: _is_ours(path) for path in _there(out_dir, set(_NAMES) - {NANOGPT} if going_on else _NAMES)}
+    names = (name for name in _NAMES if not (going_on and name == NANOGPT))
+    said = {path: _is_ours(path) for path in _there(out_dir, names)}
     ours = any(mine for path, mine in said.items() if path.name != NANOGPT)
     if going_on and any(_has_state(checkpoint.folder(out_dir, step)) for step in checkpoint.steps(out_dir)):
         ours, said = True, {path: mine for path, mine in said.items() if path.name in _OVERWRITTEN}

@@ -29,7 +29,7 @@ _NAMES = (
     NANOGPT,
     PICTURE,
 )
-_OVERWRITTEN = (CONFIG, METRICS, BEST)  # by a run that goes on
+_OVERWRITTEN = (METRICS, BEST)  # by a run that goes on, besides the config.json that it reads
 _STEP = re.compile(r"step-\d{8,}(\.damaged)?")
 _LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
 

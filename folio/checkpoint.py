@@ -5,16 +5,17 @@ out_dir/checkpoints/step-00002000/   model.safetensors   optimizer.safetensors  
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
+import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import __version__, files
-from folio.config import OF_THE_CALL, model_config
+from folio.config import OF_THE_CALL, model_config, possible
 from folio.model import GPT, GPTConfig
 from folio.runtime import is_finite, laid_out_as
 from folio.token_files import GPT2, GPT2_SIZES
@@ -31,6 +32,7 @@ from folio.torch_files import FLOATS, StoredTensor
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 CONFIG, BEST, EVALUATIONS = "config.json", "best.json", "evaluations.jsonl"
+CHECKPOINTS = "checkpoints"
 _HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
 Tensors = Iterator[tuple[str, Tensor]]
 Shaped = TypeVar("Shaped", Tensor, StoredTensor)
@@ -92,6 +94,7 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     asked: dict[str, Any] = field(default_factory=dict)
+    opened: Mapping[str, Opened] = field(default_factory=dict, repr=False, kw_only=True)  # its files, by name
 
     @property
     def step(self) -> int:
@@ -126,17 +129,17 @@ class Checkpoint:
 
     def not_finite(self, name: str) -> ValueError:
         """What is said of a checkpoint of which a tensor holds NaN or infinity."""
-        mine = self.path.parent.name == "checkpoints"
+        mine = self.path.parent.name == CHECKPOINTS
         earlier = [step for step in steps(self.path.parent.parent) if step < self.step] if mine else []
         remedy = f": take --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
         return ValueError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
 
     def _stored(self) -> Tensors:
-        return read(self.path / MODEL)
+        return read(self.path / MODEL, opened=self.opened.get(MODEL))
 
     def slots(self) -> Tensors:
         """The optimizer's tensors, as ``<parameter>/<slot>``; none where it is not known."""
-        return _floating(self.path, read(self.path / OPTIMIZER))
+        return _floating(self.path, read(self.path / OPTIMIZER, opened=self.opened.get(OPTIMIZER)))
 
     def config(self) -> GPTConfig:
         return model_config(self.path, self.state["model"])
@@ -191,31 +194,48 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
         yield name, tensor
 
 
-def read(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Tensors:
+class Opened:
+    """A file that can be read at ``path`` for as long as this object lives, also when its own name is gone."""
+
+    def __init__(self, name: Path) -> None:
+        self.name, self._handle = name, os.open(files.require_file(name), os.O_RDONLY)
+        path = Path(f"/dev/fd/{self._handle}")
+        self.path = path if path.exists() else name
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+    def __reduce__(self) -> tuple[type[Opened], tuple[Path]]:
+        return Opened, (self.name,)  # to another process, which opens it again
+
+
+def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: Opened | None = None) -> Tensors:
     """The tensors of these names in a safetensors file, each mapped only while it is looked at, the largest first.
 
-    So whoever copies them into place needs hardly more memory than they do.
+    So whoever copies them into place needs hardly more memory than they do. ``opened``: the same file.
 
     Raises:
         ValueError: the file is damaged, or none.
     """
-    with files.require_file(path).open("rb") as raw:
+    here = opened.path if opened else path
+    with files.require_file(here).open("rb") as raw:
         header = int.from_bytes(raw.read(8), "little")
     if header > _HEADER:
         raise ValueError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(here, "pt") as file:
             names = filter(wanted, file.keys())
             sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
         for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            with safe_open(path, "pt") as file:
+            with safe_open(here, "pt") as file:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def folder(out_dir: Path, step: int) -> Path:
-    return out_dir / "checkpoints" / f"step-{step:08d}"
+    return out_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -232,7 +252,7 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
         save_file(weights, unfinished / MODEL)
         save_file(slots, unfinished / OPTIMIZER)
         hashes = {name: files.sha256(unfinished / name) for name in (MODEL, OPTIMIZER)}
-        files.write_json(unfinished / STATE, {**state, "sha256": hashes})
+        files.write_sealed(unfinished / STATE, {**state, "sha256": hashes})
         for name in (MODEL, OPTIMIZER):
             files.sync(unfinished / name)
         files.sync(unfinished)
@@ -240,114 +260,193 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     unfinished.rename(final)
     files.sync(final.parent)
 
 
+def _remove(path: Path) -> None:
+    """Takes a checkpoint away in one moment: whoever reads it has all of it, and whoever looks for it none."""
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def steps(out_dir: Path) -> list[int]:
     """The steps that have a checkpoint, in order; not verified."""
-    there = [p for p in (out_dir / "checkpoints").glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
+    there = [p for p in (out_dir / CHECKPOINTS).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
     return sorted(step for p in there if p == folder(out_dir, step := int(p.name[5:])) and p.is_dir())
 
 
-def verify(path: Path, run_id: str | None = None) -> dict[str, Any]:
-    """The state of a checkpoint whose files are what it says they are.
+def state_of(path: Path) -> tuple[dict[str, Any], bool]:
+    """What a checkpoint's ``state.json`` says, and whether a sum of itself bears it out, as older ones have none.
+
+    Raises:
+        ValueError: it is missing, changed, cannot be, or is of another step than its folder.
+    """
+    try:
+        state, sealed = files.read_sealed(path / STATE)
+        if state["sha256"].keys() != {MODEL, OPTIMIZER, *[STATE] * sealed}:
+            raise ValueError(f"its sums are of {', '.join(map(str, state['sha256'])) or 'nothing'}")
+        if path.name != f"step-{state['step']:08d}":
+            raise ValueError(f"it is of step {state['step']}")
+        if not sealed:
+            known = State.of(state)
+            if known.rows * int(state.get("row", 0)) > known.tokens:
+                raise ValueError(f"its {known.rows} rows are more than its {known.tokens} tokens make")
+            model_config(path, state["model"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return state, sealed
+
+
+def verify(path: Path, run_id: str | None = None) -> Checkpoint:
+    """A checkpoint whose files are what it says they are, and stay readable though it be removed meanwhile.
 
     Raises:
         ValueError: something is missing, changed, or of another run.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        for name in (MODEL, OPTIMIZER):
-            if files.sha256(path / name) != state["sha256"][name]:
+        opened = {name: Opened(path / name) for name in (MODEL, OPTIMIZER)}
+        state, _ = state_of(path)
+        for name, file in opened.items():
+            if files.sha256(file.path) != state["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
         if run_id is not None and state["run"] != run_id:
             raise ValueError(f"it is of another run, {state['run']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    return dict(state)
+    except (OSError, ValueError, KeyError) as error:
+        sign = f"{path} is damaged: "
+        raise ValueError(f"{sign}{str(error).removeprefix(sign)}") from None
+    return Checkpoint(path, state, opened=opened)
 
 
-def latest(out_dir: Path, run_id: str | None = None) -> tuple[Checkpoint | None, list[str]]:
+def unsealed(found: Checkpoint) -> str:
+    """A line about a checkpoint that an older version wrote, else nothing."""
+    if STATE in found.state["sha256"]:
+        return ""
+    return f"{found.path / STATE} holds no sum of itself, as older versions wrote it: it is taken as it is"
+
+
+def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    Those are set aside as ``….damaged``, so that a later look does not meet them again.
+    Those are set ``aside`` as ``….damaged``, so that a later look does not meet them again.
     """
     lines: list[str] = []
     for step in reversed(steps(out_dir)):
         path = folder(out_dir, step)
         try:
-            return Checkpoint(path, verify(path, run_id)), lines
+            found = verify(path, run_id)
+            return found, [*lines, *filter(None, [unsealed(found)])]
         except ValueError as error:
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            lines.append(f"{error}; set aside as {aside.name}")
+            lines.append(str(error))
+        if aside:
+            other = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(other, ignore_errors=True)
+            path.rename(other)
+            lines[-1] += f"; set aside as {other.name}"
     return None, lines
 
 
-def asked(out_dir: Path) -> tuple[str, dict[str, Any]]:
-    """The run's id and the knobs that it was asked for, by flat name, from ``config.json``.
+class Asked(NamedTuple):
+    """What ``config.json`` says."""
+
+    run: str  # its id
+    options: dict[str, Any]  # that it was asked for, by flat name
+    sealed: bool  # a sum bears it out, as older files have none
+
+
+def asked(out_dir: Path) -> Asked:
+    """What a run was asked for, held to the types and bounds of the options; those that are no more are passed over.
 
     Raises:
-        ValueError: it is missing or not readable.
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: it is not what was written, or cannot be; says what is left to be done.
     """
     path = out_dir / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return str(raw["run"]), dict(raw["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): start afresh with --init_from={out_dir}") from None
+        raw, sealed = files.read_sealed(path)
+        if not sealed and raw.keys() != {"run", "folio", "asked"}:
+            raise ValueError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
+        if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
+            raise ValueError(f"{path}: its run is no text, or what was asked no object")
+        return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError) as error:
+        why = str(error).removeprefix(f"{path}").lstrip(": ")
+        raise ValueError(
+            f"{path} is damaged ({why}): bring a copy of it back, or remove it and give --init_from=resume the options "
+            f"anew; --init_from={out_dir} takes the weights alone"
+        ) from None
 
 
 def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
     """Writes what ``asked`` reads, without the knobs that a run does not keep."""
     kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
-    files.write_json(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
+    files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
 
 
 def best_step(out_dir: Path) -> int | None:
-    """The step of ``best.json``; where that is lost, the best that the newest checkpoint knows of."""
+    """The step of ``best.json``; where that is lost or damaged, the best that the newest checkpoint knows of."""
     try:
-        return int(json.loads((out_dir / BEST).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        best, sealed = files.read_sealed(out_dir / BEST)
+        if (sealed or best.keys() == {"step", "loss"}) and type(best["step"]) is int:
+            return best["step"]
+    except (OSError, ValueError, LookupError):
         pass
     for step in reversed(steps(out_dir)):
         try:
-            best = json.loads((folder(out_dir, step) / STATE).read_text(encoding="utf-8"))["best"]
+            best = state_of(folder(out_dir, step))[0]["best"]
             return int(best["step"]) if best else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError):
             continue
     return None
 
 
 def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """``best``, ``latest`` or a step's number.
+    """``best``, ``latest`` or a step's number. One that is removed before it is read gives way to the next.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; says what there is.
         ValueError: it is damaged.
     """
+    while True:
+        step = _chosen(out_dir, which)
+        try:
+            found = verify(folder(out_dir, step))
+            break
+        except ValueError:
+            if step in steps(out_dir):
+                raise
+    knobs: dict[str, Any] = {}
+    try:
+        knobs = asked(out_dir).options
+    except FileNotFoundError:
+        pass
+    except ValueError as error:  # a model is of use without what was asked for
+        warnings.warn(str(error), stacklevel=2)
+    if line := unsealed(found):
+        warnings.warn(line, stacklevel=2)
+    return replace(found, asked=knobs)
+
+
+def _chosen(out_dir: Path, which: str) -> int:
     have = steps(out_dir)
     if not have:
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first")
     if which == "best":
         best = best_step(out_dir)
-        step = best if best in have else have[-1]
-    elif which == "latest":
-        step = have[-1]
-    else:
-        step = int(which) if re.fullmatch("[0-9]{1,18}", which) else -1
-        if step not in have:
-            raise FileNotFoundError(
-                f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
-            )
-    assert step is not None
-    knobs: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):  # a model is of use without what was asked for
-        _, knobs = asked(out_dir)
-    return Checkpoint(folder(out_dir, step), verify(folder(out_dir, step)), knobs)
+        return best if best in have else have[-1]
+    if which == "latest":
+        return have[-1]
+    step = int(which) if re.fullmatch("[0-9]{1,18}", which) else -1
+    if step not in have:
+        raise FileNotFoundError(
+            f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
+        )
+    return step
 
 
 def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
@@ -355,13 +454,14 @@ def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
 
     Of the two newest one alone stays where ``keep`` is 1. What a killed save left goes too.
     """
-    for path in (out_dir / "checkpoints").glob(".step-*.unfinished"):
+    for path in (out_dir / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     there = steps(out_dir)
     kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
     for step in there:
         if step not in kept:
-            shutil.rmtree(folder(out_dir, step), ignore_errors=True)
+            with suppress(OSError):
+                _remove(folder(out_dir, step))
 
 
 def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import math
 import operator
 import os
@@ -334,6 +335,11 @@ def knobs(options: type[Any]) -> dict[str, Knob]:
     Raises:
         TypeError: two groups hold a knob of the same name.
     """
+    return _knobs(options)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _knobs(options: type[Any]) -> dict[str, Knob]:
     found: dict[str, Knob] = {}
     for outer in fields(options):
         if outer.name == "sources":
@@ -429,20 +435,30 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     """
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
         raise ValueError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
-    shape = {f.name: typed(path, f.name, values.get(f.name, f.default), TrainConfig) for f in fields(GPTConfig)}
-    try:
-        for f in fields(GPTConfig):
-            _check_bounds(f.name, shape[f.name], f.metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    config = GPTConfig(**shape)
+    config = GPTConfig(**{f.name: possible(path, f.name, values.get(f.name, f.default)) for f in fields(GPTConfig)})
     if config.vocab_size == "auto":
-        raise ValueError(f"{path}: vocab_size = 'auto': must be a number")
+        raise ValueError(f"{path}: vocab_size = {values.get('vocab_size', 'auto')!r}: must be a number")
     try:
         config.check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return config
+
+
+def possible(path: Path, name: str, value: Any) -> Any:
+    """A value that a file gives for an option of a run, held to its type and bounds; of one that is no more, as it is.
+
+    Raises:
+        ValueError: names the file, the option and the value.
+    """
+    if (found := knobs(TrainConfig).get(name)) is None:
+        return value
+    value = typed(path, name, value, TrainConfig)
+    try:
+        _check_bounds(name, value, found.field.metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return value
 
 
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ SETTINGS: dict[Any, Any] = {
 }
 EACH: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.22, "zorder": 1}
 SMOOTHED: dict[str, Any] = {"linewidth": 1.3, "alpha": 0.55, "marker": "", "zorder": 1.5}
+
+_LARGEST = 1e18  # of what is measured: tokens, steps, losses
 
 Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; empty for those that there are none of
 Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
@@ -73,7 +76,9 @@ def read(out_dir: Path) -> Records:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: train with --out_dir={out_dir} first")
     records: Records = defaultdict(list)
-    for record in read_metrics(path):
+    found = sorted(read_metrics(path), key=lambda r: r["step"])
+    # of what a run says twice of a step, the later counts
+    for record in {tuple(map(str, map(r.get, ("kind", "step", "style", "number")))): r for r in found}.values():
         records[record["kind"]].append(record)
     if not records:
         raise ValueError(f"{path} holds nothing yet: let the run get to its first loss")
@@ -82,21 +87,25 @@ def read(out_dir: Path) -> Records:
 
 def asked(out_dir: Path) -> dict[str, Any]:
     """The knobs that a run was asked for; none where it does not tell."""
-    with suppress(ValueError):
-        return checkpoint.asked(out_dir)[1]
+    with suppress(ValueError, OSError):
+        return checkpoint.asked(out_dir).options
     return {}
 
 
 def history(name: str, records: Records, knobs: dict[str, Any]) -> History:
     """Sorts the records of a run by what they measure."""
     hellaswag = {}
-    for style in sorted({r["style"] for r in records["hellaswag"]}):
-        found = [r for r in records["hellaswag"] if r["style"] == style]
+    scored = [
+        r for r in records["hellaswag"] if isinstance(r.get("style"), str) and 0 <= figure(r.get("acc_norm")) <= 1
+    ]
+    for style in sorted({r["style"] for r in scored}):
+        found = [r for r in scored if r["style"] == style]
         steps, accuracy, total = points(found, "step", "acc_norm", "total")
         hellaswag[style] = np.stack([steps, accuracy, np.sqrt(accuracy * (1 - accuracy) / np.maximum(total, 1))])
     updates = points(records["train"], "step", "tokens")
     updates[0] += 1  # a train line counts its own step's tokens
     seen = np.hstack([updates, points(records["eval"], "step", "tokens")])
+    seen = seen[:, seen.min(axis=0) > 0]
     source = "" if knobs.get("data_mixture") else knobs.get("data_dir") or knobs.get("dataset") or ""
     return History(
         name,
@@ -108,9 +117,14 @@ def history(name: str, records: Records, knobs: dict[str, Any]) -> History:
     )
 
 
+def figure(value: Any) -> float:
+    """A number that a run can have measured, NaN for anything else."""
+    return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else math.nan
+
+
 def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
     """These values of all records that have all of them, (keys, N)."""
-    columns = np.array([[r.get(key) for r in records] for key in keys], dtype=np.float64)
+    columns = np.array([[figure(r.get(key)) for r in records] for key in keys], dtype=np.float64)
     return columns[:, np.isfinite(columns).all(axis=0)]
 
 
@@ -193,7 +207,8 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
         if not (h.train.size or h.validation.size or any(p.size for p in h.hellaswag.values())):
             raise ValueError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name; a box stands there
         fig = Figure(layout="constrained")
         _panels(fig, histories)
         drawn = io.BytesIO()
@@ -203,10 +218,11 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell them apart."""
+    """The last parts of each path, as many as tell them apart, in characters that can be shown."""
     depths = range(1, max(len(path.parts) for path in folders) + 1)
     ends = ([Path(*path.parts[-depth:]).as_posix() for path in folders] for depth in depths)
-    return next(end for end in ends if len(set(end)) == len(folders))
+    apart = next(end for end in ends if len(set(end)) == len(folders))
+    return ["".join(c if c.isprintable() else "\ufffd" for c in name) for name in apart]
 
 
 def unit_of(histories: Sequence[History]) -> tuple[float, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +22,7 @@ from folio.plot import (
     Points,
     Records,
     asked,
+    figure,
     history,
     names,
     points,
@@ -97,7 +99,7 @@ def _figure(h: History, records: Records) -> str:
     curves: dict[str, list[Any]] = {
         "loss (nats per token)": [*_noisy("train", h.train), ("validation", h.validation, ORANGE)],
         "HellaSwag accuracy (acc_norm)": [
-            (f"HellaSwag, {style}", found[:2], ORANGE) for style, found in h.hellaswag.items()
+            (f"HellaSwag, {escape(style)}", found[:2], ORANGE) for style, found in h.hellaswag.items()
         ],
         "learning rate": [("learning rate", thin(points(records["train"], "step", "lr")), BLUE)],
         "gradient norm": _noisy("gradient norm", points(records["train"], "step", "grad_norm")),
@@ -169,7 +171,7 @@ def _evaluations(h: History, records: Records) -> str:
     found = records["eval"]
     if not h.validation.size:
         return ""
-    best = next(r for r in found if r["step"] == h.best[0] and r["val_loss"] == h.best[1])
+    best = min((r for r in found if not math.isnan(figure(r.get("val_loss")))), key=lambda r: figure(r["val_loss"]))
     keys = ("step", "val_loss", "train_loss", "tokens", "seconds")
     rows = [[which, *(r.get(key) for key in keys)] for which, r in (("best", best), ("last", found[-1]))]
     return _table(["", "step", "validation loss", "train loss", "tokens", "seconds"], rows)
@@ -187,8 +189,10 @@ def _measured(records: list[dict[str, Any]]) -> str:
     for r in records:
         which = ", ".join(str(r[key]) for key in ("kind", "split", "data", "style") if key in r)
         first = f", first {limit}" if (limit := r.get("limit")) else ""
-        for task, figures in (r["tasks"] if r["kind"] == "lm_eval" else {which: r}).items():
-            told = ((k, v) for k, v in figures.items() if isinstance(v, (int, float)) and k != "step")
+        tasks = r.get("tasks") if r["kind"] == "lm_eval" else {which: r}
+        for task, figures in tasks.items() if isinstance(tasks, dict) else ():
+            found = figures.items() if isinstance(figures, dict) else ()
+            told = ((k, v) for k, v in found if not math.isnan(figure(v)) and k != "step")
             rows += [(r["step"], task + first, metric, value) for metric, value in told]
     return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
 
@@ -197,7 +201,8 @@ def _samples(records: list[dict[str, Any]]) -> str:
     """The last step's are open."""
     by_step: dict[int, list[str]] = {}
     for r in records:
-        by_step.setdefault(r["step"], []).append(str(r["text"]))
+        if isinstance(text := r.get("text"), str):
+            by_step.setdefault(r["step"], []).append(text)
     return "".join(
         _folded(f"step {step:,}", "".join(f"<pre>{escape(text)}</pre>" for text in texts), step == max(by_step))
         for step, texts in sorted(by_step.items(), reverse=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import os
 import secrets
 import shlex
 import signal
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, shortage, trackers
+from folio import checkpoint, files, hellaswag, pretrained, processes, pt_files, rng, run_folder, shortage, trackers
 from folio.checkpoint import State
 from folio.config import (
     COMMAND_LINE,
@@ -36,7 +36,7 @@ from folio.config import (
     override,
 )
 from folio.flops import flops_per_token, mfu
-from folio.log import LOG_TXT, METRICS, PICTURE, Log, counted, rewind
+from folio.log import METRICS, Log, counted, rewind
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw, learning_rate
 from folio.profiler import WARM_UP, Profiler
@@ -46,7 +46,7 @@ from folio.sampling import continuations, encode_prompt
 from folio.token_files import GPT2, Split
 from folio.tokenizer import Tokenizer, from_json
 from folio.tokens import Tokens
-from folio.trackers import TENSORBOARD, Record
+from folio.trackers import Record
 from folio.validation import evaluate
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Run:
     runtime: Runtime
     log: Log
     state: State
+    lock: files.Lock | None = None  # on the folder, for all ranks
     work: list[Work] = field(default_factory=list)
     begun: int = 0  # the step this process began at
     until: float = math.inf  # when max_minutes are over
@@ -513,7 +514,7 @@ def save(run: Run) -> tuple[()]:
     def write() -> None:
         checkpoint.save(run.out_dir, step, weights, slots, state)
         if best:
-            files.write_json(run.out_dir / checkpoint.BEST, best)
+            files.write_sealed(run.out_dir / checkpoint.BEST, best)
         if output.always_save_checkpoint:
             interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
             checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
@@ -527,7 +528,7 @@ def save(run: Run) -> tuple[()]:
 
 def profiling(run: Run) -> tuple[Work, Work]:
     """What ends a profile, before all other work; and what begins it, or ends it where the run ends, after all."""
-    profiler = Profiler(run.optimizer, run.runtime.device, run.out_dir / "profile")
+    profiler = Profiler(run.optimizer, run.runtime.device, run.out_dir / run_folder.PROFILE)
     first = run.begun + WARM_UP
     last = first + run.config.logging.profile
 
@@ -557,19 +558,69 @@ def profiling(run: Run) -> tuple[Work, Work]:
 
 
 def build(config: TrainConfig) -> Run:
-    """Everything that a run needs, checked; nothing is written before all of it is in place.
+    """Everything that a run needs, checked; nothing is written before all of it is in place, but a lock on the folder.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the knob or file and the remedy.
     """
     check(config)
     trackers.parse(config.logging.track)
+    lock = _hold(config)
+    try:
+        with _let_go_at_sigterm(lock):
+            return _build(config, lock)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _hold(config: TrainConfig) -> files.Lock | None:
+    """The folder, which the first rank holds for all; None where nothing will be written."""
+    out_dir = Path(config.output.out_dir)
+    nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
+    if config.evaluation.eval_only or nothing_there or processes.place()[0] > 0:
+        return None
+    try:
+        return run_folder.hold(out_dir)
+    except OSError as error:
+        raise _unwritable(out_dir, error) from None
+
+
+@contextmanager
+def _let_go_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
+    """A process that is ended before its run begins, as a launcher does when another fails, leaves no lock file."""
+    if lock is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def let_go(number: int, frame: Any) -> None:
+        lock.release()
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, let_go) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unwritable(out_dir: Path, error: OSError) -> OSError:
+    return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir")
+
+
+def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
     number = next(_NUMBERS)
     again = processes.former_run(number)  # whatever init_from says: this job has begun already
+    if lock:
+        going_on = again is not None or begin in ("resume", "auto")
+        run_folder.refuse_foreign(out_dir, bool(config.logging.log_txt), going_on)
     former = (_former(out_dir, "auto", again) if again is not None else None) or _former(out_dir, begin)
     if former is not None:
+        lines += former.lines
         config = _overlay(config, former.found.asked, lines)
         check(config)
     source = pretrained.find(begin) if not former and begin not in ("scratch", "resume", "auto") else None
@@ -626,7 +677,7 @@ def build(config: TrainConfig) -> Run:
         o = config.optimizer
         optimizer = adamw(model, o.learning_rate, (o.beta1, o.beta2), o.weight_decay)
         log = Log(runtime.rank == 0, o.max_iters, config.logging.monitor)
-        run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, spec, runtime, log, State())
+        run = Run(config, secrets.token_hex(6), model, loss, optimizer, tokens, spec, runtime, log, State(), lock)
         if former:
             _restore(run, former, lines)
         if minutes := config.optimizer.max_minutes:
@@ -636,7 +687,7 @@ def build(config: TrainConfig) -> Run:
             ends, begins = profiling(run)
             run.work = [ends, *run.work, begins]
         if not config.evaluation.eval_only:
-            runtime.broadcast(lambda: _take_folder(run, number, resumed=former is not None))
+            lines += runtime.broadcast(lambda: _take_folder(run, number, former))
             log.open(out_dir, config.logging.log_txt, o.restart_interval or o.max_iters or 1)
             if former and isinstance(former.found, PtFile):
                 save(run)  # from here on the run is this program's
@@ -752,14 +803,19 @@ def finish(run: Run) -> None:
             run.log.say(f"step {state.step} of {max_iters}{why}{best}")
         run.log.close()
     finally:
-        run.runtime.close()
+        try:
+            run.runtime.close()
+        finally:
+            if run.lock:
+                run.lock.release()
 
 
 class _Former(NamedTuple):
-    """What an earlier run left: its id, and the newest checkpoint whose state can be read."""
+    """What an earlier run left: its id, the newest checkpoint whose state can be read, and what is to be said of it."""
 
     id: str
     found: checkpoint.Checkpoint
+    lines: tuple[str, ...] = ()
 
 
 def has_run(out_dir: Path) -> bool:
@@ -779,17 +835,22 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
         if begin == "auto":
             return None
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
-    run_id, asked = checkpoint.asked(out_dir)
-    if known and run_id != known:
-        return None
+    path = out_dir / checkpoint.CONFIG
+    try:
+        run_id, asked, sealed = checkpoint.asked(out_dir)
+        lines = () if sealed else (f"{path} holds no sum of itself, as older versions wrote it: it is taken as it is",)
+    except FileNotFoundError:
+        run_id, asked = "", {}
+        lines = (f"{path} is missing: options that are not given now have their defaults",)
     for step in reversed(have):
         path = checkpoint.folder(out_dir, step)
         try:
-            state = dict(json.loads((path / checkpoint.STATE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            state, _ = checkpoint.state_of(path)
+        except ValueError:
             continue
         if state.keys() >= _PARTS:
-            return _Former(run_id, checkpoint.Checkpoint(path, state, asked))
+            found = _Former(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), lines)
+            return None if known and found.id != known else found
     raise ValueError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 
@@ -873,7 +934,9 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     """Weights, optimiser and position of the newest checkpoint that verifies."""
     found: checkpoint.Checkpoint | None = former.found
     if not isinstance(found, PtFile):
-        found, damaged = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id))
+        found, damaged = run.runtime.broadcast(
+            lambda: checkpoint.latest(run.out_dir, former.id, aside=not run.config.evaluation.eval_only)
+        )
         lines += damaged
         if found is None:
             raise ValueError(
@@ -915,44 +978,26 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
         lines.append(f"exact to rounding only: {'; '.join(why)}")
 
 
-def _take_folder(run: Run, number: int, resumed: bool) -> None:
-    """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics."""
-    out_dir = run.out_dir
+def _take_folder(run: Run, number: int, former: _Former | None) -> list[str]:
+    """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics.
+
+    Returns what is to be said of it.
+    """
+    out_dir, lines = run.out_dir, []
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if resumed and not run.state.best:
+        if former and not run.state.best:
             (out_dir / checkpoint.BEST).unlink(missing_ok=True)
-        if resumed:
-            rewind(out_dir / METRICS, run.begun, run.owed)
+        if former:
+            imported = former.found.state["data"] is None  # and has measured nothing here
+            interval = 0 if imported else former.found.asked.get("log_interval", 1)
+            lines = rewind(out_dir / METRICS, run.begun, run.owed, interval)
         else:
-            _move_aside(out_dir, [LOG_TXT] if run.config.logging.log_txt else [])
+            lines = [*filter(None, [run_folder.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         checkpoint.keep_asked(out_dir, run.id, flat(run.config))
         processes.remember(number, run.id)
     except OSError as error:
-        raise OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir") from None
-
-
-def _move_aside(out_dir: Path, more: list[str]) -> None:
-    names = (
-        checkpoint.CONFIG,
-        METRICS,
-        checkpoint.EVALUATIONS,
-        checkpoint.BEST,
-        "checkpoints",
-        "profile",
-        TENSORBOARD,
-        NANOGPT,
-        PICTURE,
-        *more,
-    )
-    there = [out_dir / name for name in names if (out_dir / name).exists()]
-    if not there:
-        return
-    number = next(n for n in itertools.count(1) if not (out_dir / f"previous-{n}").exists())
-    aside = out_dir / f"previous-{number}"
-    aside.mkdir()
-    for path in there:
-        path.rename(aside / path.name)
+        raise _unwritable(out_dir, error) from None
+    return lines
 
 
 def _introduce(run: Run, lines: list[str]) -> None:

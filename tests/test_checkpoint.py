@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from folio import checkpoint, files
+from folio.config import TrainConfig, flat
 from folio.model import GPT, GPTConfig
 from folio.optim import adamw
 
@@ -76,6 +80,8 @@ DAMAGES = {
     "state not ours": lambda path: (path / "state.json").write_text("{}"),
     "state no object": lambda path: (path / "state.json").write_text("[1]"),
     "state no text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "model a pipe": lambda path: [(path / "model.safetensors").unlink(), os.mkfifo(path / "model.safetensors")],
+    "state a device": lambda path: [(path / "state.json").unlink(), (path / "state.json").symlink_to("/dev/zero")],
     "all empty": lambda path: [file.write_bytes(b"") for file in path.iterdir()],
     "no files": lambda path: [file.unlink() for file in path.iterdir()],
 }
@@ -124,7 +130,7 @@ def test_what_lies_in_a_checkpoint(tmp_path: Path) -> None:
         slots = ("exp_avg", "exp_avg_sq", "step")
         assert sorted(file.keys()) == sorted(f"{name}/{slot}" for name in names for slot in slots)
     state = json.loads((path / "state.json").read_text())
-    assert set(state["sha256"]) == {"model.safetensors", "optimizer.safetensors"}
+    assert set(state["sha256"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
@@ -141,7 +147,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     (rest / "model.safetensors").write_bytes(b"half")
     save(tmp_path, 5)
     path = save(tmp_path, 5, run="b2", seed=1)
-    assert checkpoint.verify(path)["run"] == "b2"
+    assert checkpoint.verify(path).state["run"] == "b2"
     assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
 
 
@@ -302,6 +308,186 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, interval
     checkpoint.prune(tmp_path, keep, interval)
     assert checkpoint.steps(tmp_path) == (left or steps)
     assert (tmp_path / "checkpoints" / "notes").is_dir()
+
+
+# What state.json, config.json and best.json say
+
+
+def flips(content: bytes) -> Iterator[bytes]:
+    """The content with one bit changed, for each of its bits."""
+    for i in range(len(content)):
+        for bit in range(8):
+            yield content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :]
+
+
+def older(path: Path, **changes: Any) -> None:
+    """Takes the sum of itself out of a file, as an older version would have written it, and changes what it says."""
+    value = {**json.loads(path.read_text()), **changes}
+    del value["sha256"][path.name]
+    path.write_text(json.dumps({k: v for k, v in value.items() if k != "sha256" or v}))
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """An out_dir whose one checkpoint, of step 60, says all that a run's does."""
+    model, optimizer = trained()
+    known = asdict(checkpoint.State(step=60, rows=240, tokens=1920, seconds=1.5e-05, val_loss=2.3000000000000003))
+    more = {"model": asdict(SHAPE), "tokenizer": {"kind": "characters", "characters": "aé\n"}, "data": "0f", "row": 8}
+    state = {"run": "a1", **known, **more, "scaler": {}, "resolved": {"device": "cpu", "threads": 1}}
+    checkpoint.save(tmp_path, 60, *tensors(model, optimizer), state)
+    checkpoint.keep_asked(tmp_path, "a1", flat(TrainConfig()))
+    files.write_sealed(tmp_path / "best.json", {"step": 60, "loss": 2.3})
+    return tmp_path
+
+
+def test_no_bit_of_a_state_can_change(full: Path) -> None:
+    path = checkpoint.folder(full, 60) / "state.json"
+    content = path.read_bytes()
+    for other in flips(content):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="step-00000060 is damaged: "):
+            checkpoint.state_of(path.parent)
+    path.write_bytes(content)
+    assert checkpoint.verify(path.parent, "a1").step == 60
+
+
+def test_no_bit_of_a_config_can_change(full: Path) -> None:
+    content = (full / "config.json").read_bytes()
+    for other in flips(content):
+        (full / "config.json").write_bytes(other)
+        with pytest.raises(ValueError, match=r"config\.json is damaged \("):
+            checkpoint.asked(full)
+    (full / "config.json").write_bytes(content)
+    assert checkpoint.asked(full).run == "a1"
+
+
+def test_no_bit_of_the_best_can_change(full: Path) -> None:
+    """It is found in the states then: here they know of none."""
+    content = (full / "best.json").read_bytes()
+    assert checkpoint.best_step(full) == 60
+    for other in flips(content):
+        (full / "best.json").write_bytes(other)
+        assert checkpoint.best_step(full) is None
+
+
+def test_white_space_is_no_damage(full: Path) -> None:
+    for path in (checkpoint.folder(full, 60) / "state.json", full / "config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text())) + "\n\n")
+    assert checkpoint.verify(checkpoint.folder(full, 60)).step == 60
+    assert checkpoint.asked(full).sealed
+
+
+def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
+    older(checkpoint.folder(full, 60) / "state.json")
+    older(full / "config.json")
+    older(full / "best.json")
+    found, lines = checkpoint.latest(full, "a1")
+    assert found is not None
+    assert lines == [
+        f"{found.path / 'state.json'} holds no sum of itself, as older versions wrote it: it is taken as it is"
+    ]
+    assert not checkpoint.asked(full).sealed
+    with pytest.warns(UserWarning, match="holds no sum of itself"):
+        assert checkpoint.choose(full).step == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": 70}, "it is of step 70"),
+        ({"step": "60"}, "format code"),
+        ({"rows": 340}, "its 340 rows are more than its 1920 tokens make"),
+        ({"tokens": 1919}, "its 240 rows are more"),
+        ({"tokens": -1}, "whole numbers from 0 on"),
+        ({"rows": 240.0}, "whole numbers from 0 on"),
+        ({"evaluations_without_improvement": True}, "whole numbers from 0 on"),
+        ({"sha256": {"model.safetensors": "0", "state.json": ""}}, "its sums are of model.safetensors"),
+        ({"sha256": {"model.safetensors": "0", "optimizer.safetensors": "0", "other": "", "state.json": ""}}, "other"),
+        ({"model": {**asdict(SHAPE), "n_head": 0}}, "n_head"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_an_older_state_cannot_say(full: Path, changes: dict[str, Any], words: str) -> None:
+    path = checkpoint.folder(full, 60)
+    older(path / "state.json", **changes)
+    with pytest.raises(ValueError, match=f"step-00000060 is damaged: .*{words}"):
+        checkpoint.state_of(path)
+    found, lines = checkpoint.latest(full, "a1")
+    assert found is None
+    assert lines[0].endswith("; set aside as step-00000060.damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("grad_clip", -1.0, "grad_clip=-1.0: must be at least 0"),
+        ("seed", "1337", "seed = '1337': must be int"),
+        ("batch_size", True, "batch_size = True"),
+        ("dtype", "float33", "dtype = 'float33'"),
+        ("beta2", 1.5, "beta2=1.5: must be below 1"),
+        ("n_layer", 0, "n_layer=0"),
+    ],
+)
+def test_what_was_asked_must_be_possible(full: Path, name: str, value: Any, words: str) -> None:
+    """A file that was changed by hand has no sum, or a wrong one; without one its values are looked at."""
+    values = flat(TrainConfig()) | {name: value}
+    (full / "config.json").write_text(json.dumps({"run": "a1", "folio": "0", "asked": values}))
+    with pytest.raises(ValueError, match=rf"config\.json is damaged \({words}.*--init_from={full}"):
+        checkpoint.asked(full)
+    with pytest.warns(UserWarning, match="config.json is damaged"):
+        assert checkpoint.choose(full).asked == {}
+
+
+def test_a_checkpoint_under_another_steps_name(full: Path) -> None:
+    """Though each of its files is whole."""
+    shutil.copytree(checkpoint.folder(full, 60), checkpoint.folder(full, 70))
+    found, lines = checkpoint.latest(full, "a1")
+    assert found is not None
+    assert found.step == 60
+    assert "step-00000070 is damaged: it is of step 60; set aside" in lines[0]
+
+
+# Checkpoints that are removed while they are read
+
+
+def test_what_was_chosen_can_be_read_to_its_end(tmp_path: Path) -> None:
+    """From the files that verified, though their names are gone, or are another's."""
+    weights = dict(checkpoint.choose(save(tmp_path, 5).parent.parent).weights())
+    found = checkpoint.choose(tmp_path, "5")
+    stored = found.weights()
+    first = next(stored)
+    for step in (10, 15, 20):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [20]
+    save(tmp_path, 5, seed=1)
+    assert all(torch.equal(weights[name], weight) for name, weight in [first, *stored])
+    assert len(dict(found.slots())) == 3 * len(weights)
+
+
+def test_a_run_goes_on_while_its_models_are_read(tmp_path: Path) -> None:
+    """Whoever asks for the latest, or the best, gets one, however soon it is removed."""
+    save(tmp_path, 1)
+    done = threading.Event()
+
+    def train() -> None:
+        step = 1
+        while not done.is_set():
+            save(tmp_path, step := step + 1, best=(step, 1.0))
+            checkpoint.prune(tmp_path, 1)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        found = [checkpoint.choose(tmp_path)]
+        while len({f.step for f in found}) < 9:
+            found += [checkpoint.choose(tmp_path, which) for which in ("latest", "best")]
+        assert all(f.model().config == SHAPE for f in found)
+    finally:
+        done.set()
+        thread.join()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint '1' in .*: there are best, latest and \d+"):
+        checkpoint.choose(tmp_path, "1")
 
 
 # What does not fit

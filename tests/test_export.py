@@ -164,7 +164,7 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
     weights["transformer.ln_f.weight"].zero_()
     weights["transformer.ln_f.bias"].fill_(1)
     weights["lm_head.weight"].zero_()[50256] = 1  # the likeliest token is always the end of text
-    checkpoint.save(out_dir, 7, weights, {}, checkpoint.choose(out_dir).state)
+    checkpoint.save(out_dir, 7, weights, {}, {**checkpoint.choose(out_dir).state, "step": 7})
     pretrained.export(pretrained.in_folder(out_dir), to)
     fast, model = transformers.AutoTokenizer.from_pretrained(to), theirs(to)
     given = fast("The ferry", return_tensors="pt")

@@ -37,6 +37,7 @@ LAYERS = [
         "pretrained",
         "model_card",
         "pt_files",
+        "run_folder",
         "gguf_file",
         "datasets",
     },

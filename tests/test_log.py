@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from folio.log import LOG_TXT, METRICS, Log, read_metrics, rewind
+from folio.log import LOG_TXT, METRICS, Log, read_metrics, rewind, to_json
 
 Record = dict[str, Any]
 
@@ -163,21 +164,125 @@ def test_nothing_to_rewind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "tail", [b"", b'{"kind": "tr', b'{"kind": "eval", "step": 3}', b"\x00\x00\x00", b"\xff\xfe\n", b"17\n"]
-)
-def test_metrics_after_a_line_that_was_cut(tail: bytes, tmp_path: Path) -> None:
-    """It goes, with what comes after; the lines before stay as they are, to the byte."""
-    whole = "".join(json.dumps(r) + "\n" for r in [evaluation(0), {**hellaswag(1), "style": "…"}])
-    (tmp_path / METRICS).write_bytes(whole.encode() + tail)
-    rewind(tmp_path / METRICS, 5)
-    assert (tmp_path / METRICS).read_text() == whole
-
-
-def test_a_line_that_was_cut_ends_the_file(tmp_path: Path) -> None:
-    """It is joined to the next line, where nobody rewound."""
-    (tmp_path / METRICS).write_text(
-        '{"kind": "eval", "step": 0}\n{"kind": "tr{"kind": "eval", "step": 1}\n{"kind": "eval", "step": 2}\n'
+@pytest.mark.parametrize("tail", [b"", b'{"kind": "tr', b'{"kind": "eval", "step": 3}', b"\x00\x00\x00"])
+def test_half_a_last_line_goes(tail: bytes, tmp_path: Path) -> None:
+    """A run that was killed leaves it, and nobody needs to hear of it; the lines before stay, to the byte."""
+    whole = "".join(
+        json.dumps(r, indent=None, separators=(", ", " : ")) + "\r\n" for r in [evaluation(0), sample(4, "…")]
     )
-    rewind(tmp_path / METRICS, 5)
-    assert read_metrics(tmp_path / METRICS) == [{"kind": "eval", "step": 0}]
+    (tmp_path / METRICS).write_bytes(whole.encode() + tail)
+    assert rewind(tmp_path / METRICS, 5) == []
+    assert (tmp_path / METRICS).read_bytes() == whole.encode()
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+DAMAGED = {
+    "one bit": b'{"kind": "eval", "st\x65q": 2}\n',
+    "a quote lost": b'{"kind": "eval, "step": 2}\n',
+    "no text": b"\xff\xfe\n",
+    "a byte that is no UTF-8": b'{"kind": "sample", "step": 2, "text": "\xe9"}\n',
+    "zeros": b"\x00" * 5000 + b"\n",
+    "a number": b"17\n",
+    "a list": b'[{"kind": "eval", "step": 2}]\n',
+    "no kind": b'{"step": 2}\n',
+    "a kind that is no text": b'{"kind": ["eval"], "step": 2}\n',
+    "a step that is text": b'{"kind": "eval", "step": "2"}\n',
+    "a step that is yes": b'{"kind": "eval", "step": true}\n',
+    "a step below 0": b'{"kind": "eval", "step": -2}\n',
+    "half a step": b'{"kind": "eval", "step": 2.5}\n',
+    "a step beyond all": b'{"kind": "eval", "step": 1' + b"0" * 30 + b"}\n",
+    "a step of 5000 digits": b'{"kind": "eval", "step": 1' + b"0" * 5000 + b"}\n",
+    "a loss beyond all": b'{"kind": "eval", "step": 2, "val_loss": 1e999}\n',
+    "no number": b'{"kind": "eval", "step": 2, "val_loss": NaN}\n',
+    "deep": b'{"kind": "eval", "step": 2, "x": ' + b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_costs_itself_alone(line: bytes, tmp_path: Path) -> None:
+    """It is named, to whoever reads it too, and the file stays beside as it was."""
+    before = (to_json(evaluation(step)).encode() + b"\n" for step in (0, 1))
+    after = b"".join(to_json(r).encode() + b"\n" for r in (train(2), train(3), evaluation(5)))
+    first = b"".join(before)
+    (tmp_path / METRICS).write_bytes(first + line + after)
+    with pytest.warns(UserWarning, match=f"{METRICS}: line 3 is damaged, and passed over") as told:
+        assert len(read_metrics(tmp_path / METRICS)) == 5
+    assert len(told) == 1
+    (said,) = rewind(tmp_path / METRICS, 5)
+    assert said == f"{tmp_path / METRICS}: line 3 is damaged, and left out; as it was it is kept as {METRICS}.damaged"
+    assert (tmp_path / METRICS).read_bytes() == first + after
+    assert (tmp_path / f"{METRICS}.damaged").read_bytes() == first + line + after
+    assert rewind(tmp_path / METRICS, 5) == []
+
+
+@pytest.mark.parametrize(
+    "half", [b'{"kind": "tr', b"\x00" * 700, b'{"kind": "sample", "step": 1, "text": "{\\"kind\\": ']
+)
+def test_a_whole_line_behind_half_a_one_is_kept(half: bytes, tmp_path: Path) -> None:
+    """As a process leaves it that wrote on behind a loss of power."""
+    whole = [to_json(evaluation(step)).encode() + b"\n" for step in range(3)]
+    (tmp_path / METRICS).write_bytes(whole[0] + half + whole[1] + whole[2])
+    assert "line 2 is damaged" in rewind(tmp_path / METRICS, 5, interval=10)[0]
+    assert (tmp_path / METRICS).read_bytes() == b"".join(whole)
+
+
+def test_an_earlier_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
+    for number in range(3):
+        lines = [to_json(train(step)) + "\n" for step in range(4)]
+        (tmp_path / METRICS).write_text("".join([*lines, *["?\n"] * (number + 1)]))
+        (said,) = rewind(tmp_path / METRICS, 4)
+    assert said.startswith(f"{tmp_path / METRICS}: 3 lines (5, 6, 7) are damaged")
+    kept = [(tmp_path / f"{METRICS}.damaged{end}").read_text().count("?") for end in ("", "-2", "-3")]
+    assert kept == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "words"),
+    [
+        (range(10), 1, None),
+        ([0, 4, 8], 4, None),
+        ([0, 5], 5, None),
+        (range(9), 1, "ends at step 8, and the run goes on at step 10"),
+        ([0, 4], 4, "ends at step 4, and the run goes on at step 10"),
+        ([], 1, "holds nothing of before, and the run goes on at step 10"),
+        ([11, 12], 1, "holds nothing of before"),
+        (None, 1, "is missing: what was measured before step 10 is lost"),
+        (None, 0, None),
+        ([], 0, None),
+        ([9, 0, 0, 3, 9], 1, None),
+    ],
+)
+def test_lost_metrics_are_told(steps: Any, interval: int, words: str | None, tmp_path: Path) -> None:
+    """Also lines in another order and twice are kept as they are."""
+    content = None
+    if steps is not None:
+        content = "".join(to_json(train(step)) + "\n" for step in steps)
+        (tmp_path / METRICS).write_text(content)
+    said = rewind(tmp_path / METRICS, 10, interval)
+    if words:
+        (line,) = said
+        assert line.startswith(f"{tmp_path / METRICS} {words}")
+    else:
+        assert said == []
+        assert content is None or (tmp_path / METRICS).read_text() == content
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:
+    with (tmp_path / METRICS).open("wb") as file:
+        file.write(b'{"kind": "eval", "step": 0}\n')
+        file.seek(200 << 20, 1)  # a hole
+        file.write(b'\n{"kind": "eval", "step": 1}\n')
+    tracemalloc.start()
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        assert [r["step"] for r in read_metrics(tmp_path / METRICS)] == [0, 1]
+    assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    tracemalloc.stop()
+
+
+def test_odd_records_have_no_line_in_log_txt(tmp_path: Path) -> None:
+    odd = [{**evaluation(1), "val_loss": value} for value in (None, "3.5", [3.5], True)]
+    odd += [{**train(1), "loss": "4"}, {**hellaswag(1), "acc_norm": None}, {"kind": "train", "step": 1}]
+    (tmp_path / METRICS).write_text("".join(to_json(r) + "\n" for r in odd))
+    for how in (True, "gpt-from-scratch"):
+        written(tmp_path, log_txt=how)
+        assert (tmp_path / LOG_TXT).read_text() == ""

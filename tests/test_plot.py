@@ -195,6 +195,60 @@ def test_odd_runs_are_drawn(
     assert [text for text in absent if text in svg] == []
 
 
+ODD = [10**40, -(10**4000), -5, True, "3.0", [1], {"a": [1]}, None, 1e18, -1e300, "", "<b>\x1b[2J"]
+
+
+def oddly(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record with each of its values but kind and step gone, and odd in each way."""
+    names = [name for name in record if name not in ("kind", "step")]
+    odd = [{**record, name: value} for name in names for value in ODD]
+    return odd + [{k: v for k, v in record.items() if k != name} for name in names]
+
+
+@pytest.mark.parametrize("record", [train(5), evaluation(5, 3.0), hellaswag(5)], ids=lambda r: r["kind"])
+def test_odd_values_are_passed_over(tmp_path: Path, record: dict[str, Any]) -> None:
+    """All that is right is drawn as it was, and no odd one is drawn beyond what a figure can show."""
+    right = [*usual(), hellaswag(40)]
+    odd = [r for r in oddly({**record, "step": 40}) if r.get("style") in ("completion", None, True, 1e18)]
+    assert drawn(run(tmp_path / "odd" / "run", [*odd, *right])) == drawn(run(tmp_path / "right" / "run", right))
+    for odd_one in oddly(record):
+        h = plot.history("", plot.Records({kind: [odd_one] for kind in ("train", "eval", "hellaswag")}), {})
+        assert all(np.isfinite(found).all() for found in (h.train, h.validation, h.tokens, *h.hellaswag.values()))
+    drawn(run(tmp_path / "all", [*(r | {"step": i} for i, r in enumerate(oddly(record))), *usual()]))
+
+
+def test_lines_twice_and_in_another_order_make_one_curve(tmp_path: Path) -> None:
+    """Of what is said twice, the later counts, as where two processes wrote, or a file was put together by hand."""
+    right = drawn(run(tmp_path / "a" / "run", usual()))
+    wrong = [{**r, "loss": 9.0, "val_loss": 9.0} for r in usual()[::7]]
+    assert drawn(run(tmp_path / "b" / "run", [*wrong, *reversed(usual())])) == right
+
+
+def test_damaged_lines_are_told_and_passed_over(folio: Folio, tmp_path: Path) -> None:
+    """In one line each, of plot and report, though one is nested a hundred thousand deep."""
+    out = run(tmp_path / "run", usual())
+    right = drawn(out)
+    lines = (out / METRICS).read_bytes().splitlines(keepends=True)
+    bad = (b"\0\0\0\n", b'{"kind": "train", "step": ' + b"[" * 100_000 + b"\n", b'{"kind": "train", "step": 1e999}\n')
+    (out / METRICS).write_bytes(b"".join([*lines[:3], *bad, *lines[3:]]))
+    for command in ("plot", "report"):
+        with pytest.warns(UserWarning, match=r"jsonl: 3 lines \(4, 5, 6\) are damaged, and passed over$") as told:
+            assert folio(command, str(out)).code == 0
+        assert len(told) == 1
+    with pytest.warns(UserWarning, match="3 lines"):
+        assert drawn(out) == right
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "日本語", "caf\udce9"])
+def test_names_that_a_font_or_a_terminal_cannot_show(folio: Folio, tmp_path: Path, name: str) -> None:
+    """Are drawn as far as that goes, with no word of the font's."""
+    out = run(tmp_path / name, usual())
+    svg = drawn(out)
+    assert "\x1b" not in svg
+    assert ">a\ufffd[2Jb<" in svg or "[2J" not in name
+    draw([out], tmp_path / "picture.png")
+
+
 @pytest.mark.parametrize(
     ("records", "words"),
     [

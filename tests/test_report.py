@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, Outcome, assert_refused
-from test_plot import evaluation, hellaswag, run, train, usual
+from test_plot import evaluation, hellaswag, oddly, run, train, usual
 
 pytest.importorskip("plotly")
 
@@ -124,6 +124,39 @@ def test_runs_of_which_little_is_known_have_a_page(folio: Folio, tmp_path: Path,
     page = page_of(folio, run(tmp_path / "run", records, '{"kind": "tra'))
     assert ("plotly.js v" in page) == (records[0]["kind"] not in ("start", "sample"))
     assert "nan" not in text_of(page)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {**train(5), "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 5.0, "mfu": 0.1, "seconds": 9.0},
+        {**evaluation(5, 3.0), "seconds": 9.0},
+        hellaswag(5),
+        sample(5, "text"),
+        {**START, "step": 5},
+    ],
+    ids=lambda record: record["kind"],
+)
+def test_odd_values_have_a_page(folio: Folio, tmp_path: Path, record: dict[str, Any]) -> None:
+    """No traceback, no warning; what is text is shown as text."""
+    out = run(tmp_path / "run", [*usual(), *(r | {"step": 200 + i} for i, r in enumerate(oddly(record)))])
+    append(out, *oddly({"kind": "eval", "step": 5, "split": "val", "data": "x", "loss": 3.0, "tokens": 9}))
+    page = page_of(folio, out)
+    assert "best validation loss" in page
+    assert "<b>\x1b" not in page
+
+
+def test_odd_evaluations_have_a_page(folio: Folio, tmp_path: Path) -> None:
+    out = run(tmp_path / "run", usual())
+    tasks: list[Any] = [None, 5, [1], {"a": 5}, {"a": {"acc": "high"}}, {"a": {"acc": [1]}}, {"b": {"acc": 0.25}}]
+    append(out, *({"kind": "lm_eval", "step": i, "tasks": t, "limit": {}} for i, t in enumerate(tasks)))
+    text = text_of(page_of(folio, out))
+    assert "6 b acc 0.2500" in text
+    append(
+        out, {"kind": "start", "step": 1}, end='{"kind": "lm_eval", "step": 1, "tasks": ' + '{"a": ' * 100_000 + "\n"
+    )
+    with pytest.warns(UserWarning, match="evaluations.jsonl: line 2 is damaged, and passed over"):
+        assert folio("report", str(out)).code == 0
 
 
 def test_the_page_of_a_long_run_stays_small(folio: Folio, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def main(options: Options) -> None:
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
         checkpoint.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
-            files.write_json(out_dir / checkpoint.BEST, state["best"])
+            files.write_sealed(out_dir / checkpoint.BEST, state["best"])
     if state["tokenizer"] is None:
         say(
             f"nothing tells what its {model.config.vocab_size} token ids mean: training works with ids alone, "

@@ -35,7 +35,7 @@ from folio.console import accompanying, say
 from folio.datasets.sources import BLOCK, Block, Files, Source
 from folio.datasets.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
 from folio.datasets.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move, read_state, save_state
-from folio.files import read_json
+from folio.files import InUseError, Lock, read_json
 from folio.token_files import META, SPLITS, UNFINISHED
 from folio.tokenizer import Characters, Tokenizer, stored
 
@@ -97,7 +97,7 @@ def prepare(
     work = folder / UNFINISHED
     if _finished(folder, recipe, described, overwrite):
         if "meta" in read_state(work):  # of a process that was killed when all was in its place
-            with contextlib.suppress(_InUseError), _lock(work):
+            with contextlib.suppress(InUseError), _lock(work):
                 _remove(work)
         return
     job = _Job(recipe, described, workers, skip, overwrite)
@@ -112,7 +112,7 @@ def prepare(
         return
     try:
         job.whole(folder, work, parts)
-    except _InUseError:
+    except InUseError:
         say(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
 
 
@@ -179,41 +179,24 @@ def _remove(work: Path) -> None:
     shutil.rmtree(work)
 
 
-class _InUseError(ValueError):
-    """Another process holds the folder."""
-
-
 @contextlib.contextmanager
 def _lock(work: Path) -> Iterator[None]:
-    """Holds the folder for this process; the kernel lets go of it when the process ends, however it does.
+    """Holds the folder for this process.
 
     A folder in which nothing was committed is removed again when what is done in it fails.
     """
-    import fcntl
-
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / _LOCK
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise _InUseError(f"{work}: another process is preparing this data set: wait until it has finished")
-        try:
-            yield
-        except KeyboardInterrupt:
-            say("stopped: the same command goes on from here")
-            raise
-        except OSError as error:
-            raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
-        finally:
-            if not (work / STATE).exists():
-                shutil.rmtree(work, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    for above in work.parents[: 1 if work.name == UNFINISHED else 2]:
-                        above.rmdir()
+    lock = Lock(work / _LOCK, "another process is preparing this data set", "wait until it has finished")
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on from here")
+        raise
+    except OSError as error:
+        raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
+    finally:
+        if not (work / STATE).exists():
+            shutil.rmtree(work, ignore_errors=True)
+        lock.release()
 
 
 @dataclass

@@ -368,11 +368,11 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
         ("above", operator.gt, "above"),
         ("below", operator.lt, "below"),
     ]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}={value}: must be a finite number")
     for rule, holds, words in rules:
         if rule in bounds and not holds(value, bounds[rule]):
             raise ValueError(f"{name}={value}: must be {words} {bounds[rule]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: must be a finite number")
 
 
 def unknown(name: str, options: type) -> str:

@@ -41,8 +41,8 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **knobs: Any) -> Run:
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
-    Ctrl-C and SIGTERM end it after the step, with a checkpoint, and then the program; ``init_from="resume"`` goes on,
-    to the same bits.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end it after the step, with a checkpoint, and then the program;
+    ``init_from="resume"`` goes on, to the same bits.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file or knob, the value and the remedy.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +87,41 @@ def test_a_terminal_shows_samples_as_they_are(
     out = capsys.readouterr().out
     assert "step 0: sample 1: [bold]:smile:[/bold]" in out
     assert "iter 0" not in out
+
+
+def test_the_bar_says_what_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    log = Log(True, total=10)
+    log.start(0, tokens_per_step=500)
+    log.busy("evaluating, batch 37 of 400")
+    log._progress.refresh()
+    log.close()
+    assert "evaluating, batch 37 of 400" in capsys.readouterr().out
+
+
+def test_a_terminal_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the connection to it: one warning, and neither the bar nor a line fails afterwards."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    log = Log(True, total=10)
+    with pytest.warns(UserWarning, match="Input/output error.*going on without it"):
+        log.start(0, tokens_per_step=500)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.busy("evaluating, batch 1 of 2")
+        log.write(evaluation(5))
+        log.advance(6, 4.0, 100.0)
+        log.say("step 6")
+        log.close()
 
 
 # In the files

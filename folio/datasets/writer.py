@@ -7,9 +7,7 @@ process wrote beyond.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Generator, Sequence
@@ -21,12 +19,11 @@ import numpy as np
 
 from folio.datasets.sources import Block
 from folio.datasets.workers import Tokenised
-from folio.files import read_json, sha256, write_json
+from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
 from folio.token_files import META, SPLITS, Eot, Split
 from folio.tokenizer import Ids
 
 STATE = "state.json"
-_SUM = "sha256"  # the key of the state's own
 _NPY_HEADER = 128  # bytes, whatever the number of tokens
 
 
@@ -132,7 +129,7 @@ class Stream:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Commits what a later process goes on from, with a sum that tells whether it is what was written."""
-    write_json(folder / STATE, {**state, _SUM: _sum(state)})
+    write_sealed(folder / STATE, state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -143,19 +140,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / STATE
     try:
-        state = read_json(path, most=1 << 32)
+        state, _ = read_sealed(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove {folder} to begin again") from None
-    whole = isinstance(state, dict) and {"made", "block"} <= state.keys()
-    if not whole or state.pop(_SUM, None) not in (None, _sum(state)):  # the first versions wrote none
+    state.pop("sha256", None)
+    if not {"made", "block"} <= state.keys():
         raise ValueError(f"{path} is damaged: remove {folder} to begin again")
-    return dict(state)
-
-
-def _sum(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return state
 
 
 class _Counted:

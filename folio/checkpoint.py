@@ -241,6 +241,8 @@ def folder(out_dir: Path, step: int) -> Path:
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes, syncs, and only then renames into place. A checkpoint of the same step is replaced.
 
+    Where it has the same tensors, its state alone is, so that there is a whole one at any moment.
+
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
     """
@@ -259,6 +261,11 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
+    if all((final / name).is_file() and files.sha256(final / name) == hashes[name] for name in hashes):
+        (unfinished / STATE).replace(final / STATE)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        files.sync(final)
+        return
     if final.exists():
         _remove(final)
     unfinished.rename(final)

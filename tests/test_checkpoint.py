@@ -151,6 +151,18 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
 
 
+def test_of_the_same_tensors_the_state_alone_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that at no moment the checkpoint is away; but not where its tensors were damaged meanwhile."""
+    monkeypatch.setattr(checkpoint, "_remove", None)  # to call it would raise
+    save(tmp_path, 5)
+    path = save(tmp_path, 5, run="b2")
+    assert checkpoint.verify(path).state["run"] == "b2"
+    assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
+    monkeypatch.undo()
+    (path / "model.safetensors").write_bytes(b"damaged")
+    assert checkpoint.verify(save(tmp_path, 5, run="c3")).state["run"] == "c3"
+
+
 def test_an_unfinished_folder_never_counts(tmp_path: Path) -> None:
     """Neither it, nor what was set aside, nor a stray file is a checkpoint."""
     folder = tmp_path / "checkpoints"

@@ -68,7 +68,7 @@ def pair(tmp_path: Path, gpt2: Tiktoken) -> Callable[[int], tuple[GPT, Any]]:
         for name, p in model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         state = checkpoint.state_of_elsewhere(shape, gpt2.to_json())
-        checkpoint.save(tmp_path / "out", 1, dict(model.named_parameters()), {}, state)
+        checkpoint.save(tmp_path / "out", 0, dict(model.named_parameters()), {}, state)
         pretrained.export(pretrained.in_folder(tmp_path / "out"), tmp_path / "hf")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
         words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -297,7 +297,7 @@ def test_lost_metrics_are_told(steps: Any, interval: int, words: str | None, tmp
     if steps is not None:
         content = "".join(to_json(train(step)) + "\n" for step in steps)
         (tmp_path / METRICS).write_text(content)
-    said = rewind(tmp_path / METRICS, 10, interval)
+    said = rewind(tmp_path / METRICS, 10, interval=interval)
     if words:
         (line,) = said
         assert line.startswith(f"{tmp_path / METRICS} {words}")

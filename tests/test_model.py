@@ -328,7 +328,7 @@ def test_crop_block_size() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"n_embd": 10, "n_head": 3}, "n_embd=10 is not divisible by n_head=3: choose n_embd=9"),
+        ({"n_embd": 10, "n_head": 3}, "n_embd=10 is not divisible by n_head=3: choose n_head=2 or 5, or n_embd=9"),
         ({"vocab_size": "auto"}, "vocab_size='auto' is for the trainer"),
     ],
 )

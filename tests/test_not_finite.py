@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,9 +45,9 @@ def spoilt(trained: Path, tmp_path: Path) -> Callable[..., Path]:
         tensors = load_file(folder / file)
         change(tensors[name])
         save_file(tensors, folder / file)
-        state = json.loads((folder / checkpoint.STATE).read_text())
+        state, _ = files.read_sealed(folder / checkpoint.STATE)
         state["sha256"][file] = files.sha256(folder / file)
-        (folder / checkpoint.STATE).write_text(json.dumps(state))
+        files.write_sealed(folder / checkpoint.STATE, state)
         return out
 
     return spoil

@@ -916,6 +916,10 @@ def _tokenizer_of(
         ValueError: they mean something else to the model of the run that is resumed.
     """
     spec, why = tokens.tokenizer_for(model.tokenizer_spec if model else None)
+    if model and model.tokenizer_spec is None and not resumed:
+        lines.append(
+            f"nothing says what the token ids of {model.path} mean: make sure that {tokens.name} has the same ones"
+        )
     if why and model:
         line = f"the token ids of {tokens.name} mean something else to the model of {model.path}: they are {why}"
         if resumed:

@@ -189,6 +189,9 @@ def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Fo
     assert said.code == 0
     assert "no bits per byte, since nothing says what the ids mean" in said.out
     assert_refused(folio("sample", f"--out_dir={out}"), "nothing says what its 300 token ids mean")
+    argv = [*SMALL, "--max_iters=1", f"--init_from={out}", f"--data_dir={story}", f"--out_dir={tmp_path / 'tuned'}"]
+    tuned = folio("train", *argv)
+    assert f"nothing says what the token ids of {checkpoint.folder(out, 1)} mean" in tuned.out
 
 
 def test_a_mixture_of_the_same_ids(tmp_path: Path, gpt2: Tiktoken, folio: Folio) -> None:

@@ -237,7 +237,7 @@ def settle(run: Run) -> None:
     # float16 overflows now and then, which its scaler takes care of
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        raise _not_finite(run, f"the {what} of step {step} is not finite")
+        raise _not_finite(run, f"the {what} of step {step} is not finite", step)
     run.stop = _largest(received)
     if step % run.config.logging.log_interval == 0:
         run.speed = run.tokens_per_step * (step + 1 - run.lap[0]) / (at - run.lap[1] - run.aside)
@@ -263,12 +263,18 @@ def _largest(wishes: float) -> str:
     return next((name for name, mark in _WISHES.items() if wishes >= mark), "")
 
 
-def _not_finite(run: Run, what: str) -> FloatingPointError:
+def _not_finite(run: Run, what: str, updates: int) -> FloatingPointError:
+    """What is said after so many ``updates``; before the first of this process its weights are the cause."""
     kept = checkpoint.steps(run.out_dir)
-    return FloatingPointError(
-        f"{what}, training stopped there: lower --learning_rate, "
-        + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
-    )
+    remedy = "lower --learning_rate, " + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
+    if updates == run.begun:
+        earlier = [step for step in kept if step < updates]
+        remedy = "that is of the weights with which it began: " + (
+            f"move {checkpoint.folder(run.out_dir, updates)} away and resume from step {earlier[-1]}"
+            if earlier
+            else "begin with others, or with another --dtype"
+        )
+    return FloatingPointError(f"{what}, training stopped there: {remedy}")
 
 
 # The data of a step
@@ -384,7 +390,7 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
         except _GivenUpError:
             return []
         except FloatingPointError as error:
-            raise _not_finite(run, f"{error} at step {run.state.step}") from None
+            raise _not_finite(run, f"{error} at step {run.state.step}", run.state.step) from None
         run.owed.discard(kind)
         run.late |= owed
         return records
@@ -489,7 +495,7 @@ def save(run: Run) -> tuple[()]:
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
     if name := runtime.not_finite(run.model, run.optimizer):
-        raise _not_finite(run, f"{name} is not finite after {step} steps")
+        raise _not_finite(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()
     runtime.written()
     meanwhile = output.async_checkpoint
@@ -637,13 +643,14 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         vocab_size, line = vocab_size_of(tokens)
         lines.append(line)
     shape = replace(shape, vocab_size=vocab_size)
-    known = tokens.known_vocab_size
-    if known and vocab_size < known:
-        raise ValueError(
-            f"vocab_size={vocab_size} is below the {known} of {tokens.name}: set --vocab_size to that or more"
-        )
     tokens.vocab_size = vocab_size
     spec = _tokenizer_of(tokens, former.found if former else source, former is not None, lines)
+    known = tokens.known_vocab_size
+    if known and vocab_size < known:
+        remedy = (
+            "give --data_dir the data that the run was trained on" if former else "set --vocab_size to that or more"
+        )
+        raise ValueError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
     _check_size(shape)

@@ -116,6 +116,30 @@ def test_an_update_to_infinity_is_not_saved(folio: Folio, story: Path, tmp_path:
     assert (f"not finite after {first} steps" in outcome.err) == (first == 1)
 
 
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.ln_f.weight"])
+def test_a_checkpoint_that_overflows_is_not_advised(
+    folio: Folio, spoilt: Callable[..., Path], story: Path, name: str
+) -> None:
+    """Its weights are finite and what is computed with them is not: the one before is named, and it does resume."""
+    out = spoilt(name, lambda tensor: tensor.copy_(tensor.sign() * 1e30))
+    argv = ["train", "--init_from=resume", f"--data_dir={story}", *FLAGS, f"--out_dir={out}", "--max_iters=12"]
+    outcome = folio(*argv)
+    assert_refused(outcome, "of step 10 is not finite", f"move {checkpoint.folder(out, 10)} away", "step 5", code=1)
+    assert "--learning_rate" not in outcome.err
+    shutil.move(checkpoint.folder(out, 10), out / "elsewhere")
+    assert f"resuming {out} at step 5" in folio(*argv).out
+
+
+def test_another_runs_weights_that_overflow(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
+    """No learning rate would help, since nothing was trained."""
+    out = spoilt("transformer.wte.weight", lambda tensor: tensor.copy_(tensor.sign() * 1e30))
+    shutil.rmtree(checkpoint.folder(out, 5))
+    new = out.with_name("new")
+    outcome = folio("train", *SMALL, f"--init_from={out}", f"--data_dir={story}", f"--out_dir={new}")
+    assert_refused(outcome, "is not finite at step 0", "begin with others", code=1)
+    assert checkpoint.steps(new) == []
+
+
 def overflowing(spoilt: Callable[..., Path]) -> Path:
     """Weights that float32 holds and float16 does not."""
     return spoilt("transformer.ln_f.weight", lambda tensor: tensor.fill_(1e6))

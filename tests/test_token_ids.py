@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -95,6 +96,20 @@ def test_a_resume_over_other_characters_is_refused(begin: str, out: Path, other:
     before = tree(out)
     outcome = folio("train", f"--init_from={begin}", f"--out_dir={out}", f"--data_dir={other}", "--max_iters=4")
     assert_refused(outcome, other, "mean something else", "id ", "--data_dir", "--init_from=scratch")
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_resume_over_more_ids_is_refused(says: bool, out: Path, tmp_path: Path, folio: Folio) -> None:
+    """Also where nothing but their number is known. No --vocab_size would fit."""
+    data = by("bytes", tmp_path / "bytes")
+    if not says:
+        (data / "meta.json").unlink()
+        (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 256}))
+    before = tree(out)
+    outcome = folio("train", "--init_from=resume", f"--out_dir={out}", f"--data_dir={data}", "--max_iters=4")
+    assert_refused(outcome, data, "mean something else" if says else "below the 256", "the run was trained on")
+    assert "--vocab_size" not in outcome.err
     assert tree(out) == before
 
 

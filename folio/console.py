@@ -85,7 +85,7 @@ def _accompany(text: str, stream: Any) -> None:
         silence(stream)
         name = str(getattr(stream, "name", "the console")).strip("<>")
         reason = getattr(error, "strerror", None) or error
-        warnings.warn(f"{name} cannot be written ({reason}): going on without it", stacklevel=3)
+        warnings.warn(f"{name} cannot be written ({reason}): continuing without it", stacklevel=3)
 
 
 def _write(text: str, stream: Any) -> None:

@@ -37,10 +37,10 @@ def facts(found: Checkpoint) -> dict[str, str]:
 def checked(told: Any) -> dict[str, str]:
     """The facts in a file that may come from anybody; raises ValueError where they are not short texts."""
     if not isinstance(told, dict):
-        raise ValueError("its facts are none")
+        raise ValueError("its facts are not an object")
     for what, value in told.items():
         if not isinstance(value, str) or len(what + value) > 1000 or not (what + value).isprintable():
-            raise ValueError(f"its fact {what[:80]!r} is no line of text")
+            raise ValueError(f"its fact {what[:80]!r} is not a line of text")
     return told
 
 
@@ -151,7 +151,7 @@ def _program(name: str, block_size: int, tokenizer: Tokenizer | None) -> str:
 from transformers import AutoModelForCausalLM
 
 {load}
-prompt = torch.zeros(1, 1, dtype=torch.long)  # token ids: nothing tells which text they stand for
+prompt = torch.zeros(1, 1, dtype=torch.long)  # token ids: nothing says which text they stand for
 print(model.generate(prompt, max_new_tokens={max(1, min(_TOKENS, block_size - 1))})[0])"""
     room = max(1, min(_TOKENS, block_size - len(tokenizer.encode(prompt))))
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer

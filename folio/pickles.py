@@ -58,7 +58,7 @@ class _Dtype:
             return [] if shape else self.dtype.type().item()
         codes = np.dtype("u4").newbyteorder(self.dtype.byteorder)
         if self.dtype.kind == "U" and np.frombuffer(content, codes).max(initial=0) > sys.maxunicode:
-            raise ValueError("a NumPy text holds what is no character")
+            raise ValueError("a NumPy text has an invalid character")
         return np.frombuffer(content, self.dtype).reshape(shape, order="F" if order == "F" else "C").tolist()
 
 
@@ -85,7 +85,7 @@ def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[A
             machine.do(opcode.name, argument)
         return machine.stack.pop()
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"no pickle that makes sense ({type(error).__name__})") from None
+        raise ValueError(f"not a valid pickle ({type(error).__name__})") from None
 
 
 def loads(content: bytes) -> Any:

@@ -71,8 +71,8 @@ def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
     for path, mine in said.items():
         if not (ours if mine is None else mine):
             raise ValueError(
-                f"{path} is not of a run of this program, which would take its place: choose another --out_dir, or "
-                "move it away"
+                f"{path} was not written by a run of Folio, and this run would replace it: choose another --out_dir, "
+                "or move it away"
             )
 
 
@@ -88,7 +88,7 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
     aside = _aside(out_dir)
     moving.rename(aside)
     files.sync(out_dir)
-    return f"an earlier run was in {out_dir}: its files are in {aside} now"
+    return f"an earlier run was in {out_dir}: its files were moved to {aside}"
 
 
 def _there(out_dir: Path, names: Iterable[str]) -> list[Path]:

@@ -41,7 +41,7 @@ def is_shortage(error: BaseException) -> bool:
 def line(error: BaseException, doing: str = "", advice: str = "") -> str:
     """What is said of it: while ``doing`` what, how much was asked for, and what helps."""
     asked, (reason, *_) = _TRIED.search(str(error)), str(error).splitlines() or [""]
-    size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were asked for" if asked else reason[:80]
+    size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were needed" if asked else reason[:80]
     return (
         f"out of memory{f' while {doing}' if doing else ''}{f' ({size})' if size else ''}"
         f"{f': {advice}' if advice else ''}"

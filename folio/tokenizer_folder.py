@@ -36,7 +36,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if path.exists():
         if not isinstance(spec := files.read_json(path), dict):
-            raise ValueError(f"{path}: not a file of the tokenizers library: it is no JSON object")
+            raise ValueError(f"{path}: not a file of the tokenizers library: it is not a JSON object")
         return {"kind": "tokenizers", "file": spec}
     config = _object(folder / "tokenizer_config.json")
     kind = _kind(config)
@@ -66,7 +66,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not isinstance(value := files.read_json(path), dict):
-        raise ValueError(f"{path}: it is no JSON object")
+        raise ValueError(f"{path}: it is not a JSON object")
     return value
 
 
@@ -84,7 +84,7 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     path = folder / "vocab.json"
     vocabulary = _object(path)
     if odd := [token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is none")
+        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number from 0 to 2**31 - 1")
     if lacking := [c for c in byte_characters().values() if c not in vocabulary]:
         raise ValueError(
             f"{path} is not byte-level: it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
@@ -93,7 +93,7 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     merges = [line.rstrip("\r") for line in _lines(folder / "merges.txt")]
     merges = [line for line in merges if line and not line.startswith("#version")]
     if wrong := [line for line in merges if len(line.split(" ")) != 2]:
-        raise ValueError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is no pair")
+        raise ValueError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is not a pair of tokens")
     added = _added(folder, config, vocabulary, default="<|endoftext|>")
     prefix = bool(config.get("add_prefix_space", False))
     if not prefix and digest(vocabulary, merges) == _GPT2 and len(added) == 1:
@@ -153,7 +153,9 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
     flags: dict[str, dict[str, Any]] = {}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdigit():
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder holds what is no token")
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry that is not a token"
+            )
         ids[content], flags[content] = int(i), token
         special[content] = bool(token.get("special", False))
     ids = {token: i for token, i in vocabulary.items() if token in special} | ids

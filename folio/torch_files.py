@@ -147,7 +147,7 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
         raise ValueError(f"{path}: refused: {error}") from None
     except (ValueError, TypeError, LookupError, RuntimeError, EOFError, OSError, *_ZIP_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {reason}") from None
+        raise ValueError(f"{path} is damaged, or not a file of torch.save: {reason}") from None
 
 
 # The two formats
@@ -207,7 +207,7 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     with path.open("rb") as raw:
         stream = io.BytesIO(raw.read(pickles.MOST))
     if pickles.load(stream) != _MAGIC or pickles.load(stream) != 1001:
-        raise ValueError("it is neither of torch's formats")
+        raise ValueError("it is in neither of torch's formats")
     pickles.load(stream)  # of the machine that wrote it: the numbers are little-endian on all
     file, used = _File(), dict[str, _Storage]()
 

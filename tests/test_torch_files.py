@@ -317,7 +317,7 @@ def test_archives_that_lie(tmp_path: Path, damage: Callable[[Path], None]) -> No
     with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
         torch_files.load(path)
     assert time.perf_counter() - began < 10
-    assert str(error.value).startswith(f"{path} is damaged, or no file of torch.save: ")
+    assert str(error.value).startswith(f"{path} is damaged, or not a file of torch.save: ")
     assert "\n" not in str(error.value)
 
 

@@ -306,7 +306,7 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert facts["machine"].endswith(f", float32, 1 process, PyTorch {torch.__version__}")
     assert (facts["license"], meta["license"]) == ("not known", "unknown")
     assert "not known" in facts["languages"]
-    assert "## Limits\n\nIt sees no more than 16 tokens" in text
+    assert "## Limits\n\nThe context is 16 tokens" in text
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert '"tale-10"' in program
 

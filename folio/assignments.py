@@ -1,7 +1,7 @@
-"""The assignments of a Python file, evaluated by us from its syntax tree: the file itself is never executed.
+"""Evaluates the assignments of a Python file from its syntax tree; the file itself is never executed.
 
-Known are constants, lists, tuples and dicts of them, arithmetic, comparisons, conditions, subscripts, f-strings, names
-assigned above, and the few functions listed here. Every value is bounded, and so are time and memory.
+Supported are constants, lists, tuples and dicts of them, arithmetic, comparisons, conditions, subscripts, f-strings,
+names assigned above, and the few functions listed here. The size of every value is bounded, and so are time and memory.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _MODULES: dict[str, dict[str, Any]] = {
 
 
 class _RefusedError(Exception):
-    """Why a part of the file is not taken."""
+    """A part of the file is refused, for the ``reason`` and at the ``line``."""
 
     def __init__(self, node: ast.AST, reason: str) -> None:
         self.line, self.reason = getattr(node, "lineno", 1), reason
 
 
 class Assignments(NamedTuple):
-    """What a file assigns: values by name, the line where each was assigned last; and the names that it uses."""
+    """A file's values by name, the line of each name's last assignment, and the names that the file uses."""
 
     values: dict[str, Any]
     lines: dict[str, int]
@@ -82,10 +82,10 @@ class Assignments(NamedTuple):
 
 
 def read(path: Path, text: str, names: Mapping[str, Any]) -> Assignments:
-    """The assignments of a file, which finds ``names`` assigned.
+    """The assignments of a file, in which ``names`` are already assigned.
 
     Raises:
-        ValueError: it is no Python, or something in it is not known here; names the file, the line and the remedy.
+        ValueError: it is not Python, or has something unsupported; names the file, the line and the remedy.
     """
     try:
         tree = ast.parse(text, str(path))
@@ -169,7 +169,7 @@ class _File:
                 raise _not_known(target)
 
     def _value(self, node: ast.expr) -> Any:
-        """An expression's value. Raises _RefusedError where it has none, or one that is too large."""
+        """An expression's value. Raises _RefusedError if it cannot be evaluated, or its value is too large."""
         try:
             return self._evaluate(node) if isinstance(node, ast.Name) else _bounded(self._evaluate(node))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -279,7 +279,7 @@ def _cut(code: str) -> str:
 
 
 def _check_size(op: ast.operator, a: Any, b: Any) -> None:
-    """Raises ValueError where an operation would take long, or make what is too large."""
+    """Raises ValueError if an operation would take long, or its result would be too large."""
     if isinstance(op, ast.Pow) and not (isinstance(b, (int, float)) and abs(b) <= EXPONENT):
         raise ValueError(f"an exponent above {EXPONENT}")
     if isinstance(op, ast.LShift) and isinstance(b, int) and b > BITS:
@@ -311,7 +311,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _length(value: Any) -> int:
-    """Characters of text, or of a list's or dict's parts together; hardly counted beyond what is too many."""
+    """Characters of a text, or of all parts of a list or dict; the count may stop once it exceeds the limit."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):

@@ -295,9 +295,9 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         state, sealed = files.read_sealed(path / STATE)
         if state["sha256"].keys() != {MODEL, OPTIMIZER, *[STATE] * sealed}:
-            raise ValueError(f"its sums are of {', '.join(map(str, state['sha256'])) or 'nothing'}")
+            raise ValueError(f"its sha256 names {', '.join(map(str, state['sha256'])) or 'nothing'}")
         if path.name != f"step-{state['step']:08d}":
-            raise ValueError(f"it is of step {state['step']}")
+            raise ValueError(f"it says step {state['step']}")
         if not sealed:
             known = State.of(state)
             if known.rows * int(state.get("row", 0)) > known.tokens:
@@ -319,7 +319,7 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
         state, _ = state_of(path)
         for name, file in opened.items():
             if files.sha256(file.path) != state["sha256"][name]:
-                raise ValueError(f"{name} is not what was written")
+                raise ValueError(f"{name} does not match its checksum")
         if run_id is not None and state["run"] != run_id:
             raise ValueError(f"it is of another run, {state['run']}")
     except (OSError, ValueError, KeyError) as error:
@@ -332,7 +332,7 @@ def unsealed(found: Checkpoint) -> str:
     """A line about a checkpoint that an older version wrote, else nothing."""
     if STATE in found.state["sha256"]:
         return ""
-    return f"{found.path / STATE} holds no sum of itself, as older versions wrote it: it is taken as it is"
+    return f"{found.path / STATE} has no checksum, as older versions wrote it: it is used as it is"
 
 
 def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
@@ -369,7 +369,7 @@ def asked(out_dir: Path) -> Asked:
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
-        ValueError: it is not what was written, or cannot be; says what is left to be done.
+        ValueError: its checksum does not match, or its content is not valid; names the remedy.
     """
     path = out_dir / CONFIG
     try:
@@ -377,15 +377,15 @@ def asked(out_dir: Path) -> Asked:
         if not sealed and raw.keys() != {"run", "folio", "asked"}:
             raise ValueError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
         if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
-            raise ValueError(f"{path}: its run is no text, or what was asked no object")
+            raise ValueError(f"{path}: its run is not text, or its asked is not an object")
         return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, LookupError) as error:
         why = str(error).removeprefix(f"{path}").lstrip(": ")
         raise ValueError(
-            f"{path} is damaged ({why}): bring a copy of it back, or remove it and give --init_from=resume the options "
-            f"anew; --init_from={out_dir} takes the weights alone"
+            f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
+            f"--init_from=resume; --init_from={out_dir} loads the weights alone"
         ) from None
 
 

@@ -232,8 +232,8 @@ def _overview() -> str:
     table = "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
     return (
         "Folio trains GPT-2-class language models from scratch.\n\n"
-        f"usage: folio COMMAND [FILE or PRESET …] [--knob=value …]\n\n{table}\n\n"
-        "folio COMMAND --help lists the knobs of a command. A yes-or-no knob alone means yes: --overwrite; "
+        f"usage: folio COMMAND [FILE or PRESET …] [--option=value …]\n\n{table}\n\n"
+        "folio COMMAND --help lists the options of a command. A yes-or-no option alone means yes: --overwrite; "
         "or no: --no-overwrite."
     )
 

@@ -308,7 +308,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a model: folio train [PRESET or FILE …] [--knob=value …]; later ones win."""
+    """Train a model: folio train [PRESET or FILE …] [--option=value …]; later ones win."""
 
     output: Output = field(default_factory=Output)
     data: Data = field(default_factory=Data)
@@ -481,7 +481,7 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
 
 def unknown(name: str, options: type) -> str:
     """One line about a knob that does not exist, with the one that was probably meant."""
-    return f"unknown knob {name!r}: {meant(name, options) or '--help lists them'}"
+    return f"unknown option {name!r}: {meant(name, options) or '--help lists them'}"
 
 
 def meant(name: str, options: type) -> str:
@@ -563,7 +563,7 @@ def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: typ
     if name not in used and not name.startswith("_"):
         hint = meant(name, options)
         reason = f" ({hint})" if hint else ""
-        warnings.warn(f"{path}: {name} is no knob{reason}, and nothing in the file uses it", stacklevel=2)
+        warnings.warn(f"{path}: {name} is not an option{reason}, and nothing in the file uses it", stacklevel=2)
     return True
 
 

@@ -1,4 +1,4 @@
-"""All that is printed goes through here: nothing in it steers a terminal, and no character stops a run."""
+"""All output goes through here: control characters are escaped, and a console that fails does not end a run."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def _steers(c: str) -> bool:
 
 
 def say(text: str = "", stream: Any = None) -> None:
-    """A line beside the work, on standard output or another stream. If that fails, it is given up with one warning."""
+    """Prints a line of progress, on standard output by default. A stream that fails is dropped with one warning."""
     _accompany(f"{printable(text)}\n", sys.stdout if stream is None else stream)
 
 
 def show(text: str = "") -> None:
-    """A line of a command's result, on standard output. Raises OSError where that cannot be written."""
+    """Prints a line of a command's result on standard output. Raises OSError if it cannot be written."""
     put(f"{printable(text)}\n")
 
 
 def put(text: str) -> None:
-    """A command's result as it is; on a terminal, control characters are escaped.
+    """Writes a command's result unchanged; on a terminal, control characters are escaped.
 
     Raises:
-        BrokenPipeError: nobody reads it. OSError: it cannot be written.
+        BrokenPipeError: the reader has closed the pipe. OSError: standard output cannot be written.
     """
     stream = sys.stdout
     if stream is None:
@@ -55,7 +55,7 @@ def put(text: str) -> None:
 
 
 def accompanying(stream: Any) -> Any:
-    """The stream as a file for progress bars, which is given up as ``say`` gives it up."""
+    """The stream as a file for progress bars; if it fails, it is dropped as by ``say``."""
     return _Accompanying(stream)
 
 
@@ -85,18 +85,18 @@ def _accompany(text: str, stream: Any) -> None:
         silence(stream)
         name = str(getattr(stream, "name", "the console")).strip("<>")
         reason = getattr(error, "strerror", None) or error
-        warnings.warn(f"{name} cannot be written ({reason}): going on without it", stacklevel=3)
+        warnings.warn(f"{name} cannot be written ({reason}): continuing without it", stacklevel=3)
 
 
 def _write(text: str, stream: Any) -> None:
-    """What the stream's encoding lacks is escaped."""
+    """Writes the text; characters that the stream's encoding lacks are escaped."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 
 
 def silence(stream: Any) -> None:
-    """What is still to be written there is dropped, so that no error comes of it when Python ends."""
+    """Sends the stream's unwritten output to the null device, so that Python's exit raises no error."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -106,10 +106,10 @@ def silence(stream: Any) -> None:
 
 
 def open_streams() -> None:
-    """Makes the standard streams ones that can be written, whatever the caller closed and whatever its encoding.
+    """Makes the standard streams writable, even if the caller closed them, and in any encoding.
 
-    A stream that is closed becomes the null device: else the next file that is opened would take its number, and hold
-    what C code prints there.
+    A closed stream becomes the null device. Otherwise the next file that is opened would get its number, and the output
+    of C code would end up in that file.
     """
     for number in range(3):
         try:
@@ -125,7 +125,7 @@ def open_streams() -> None:
 
 
 def flush() -> None:
-    """Raises OSError where standard output cannot be written; an error of either stream comes once."""
+    """Flushes both streams. Raises OSError, once, if standard output cannot be written."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -63,7 +63,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     """The object in a JSON file, and whether the file holds a sum of itself, which is verified.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is not what was written, or as ``read_json``.
+        FileNotFoundError: nothing is there. ValueError: its checksum does not match, or as ``read_json``.
     """
     content = _content(path, 1 << 28)
     try:
@@ -77,7 +77,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
             return value, False
         own = hashes[path.name]
         if not isinstance(own, str) or _sum(content.decode("utf-8-sig"), own) != own:
-            raise ValueError("it is not what was written")
+            raise ValueError("its text does not match its checksum")
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     return value, True
@@ -316,9 +316,14 @@ def _flock(handle: int, path: Path) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise
-        warnings.warn(f"{path.parent}: no locks there ({error.strerror}): see that no other writes to it", stacklevel=4)
+        warnings.warn(
+            f"{path.parent}: no file locks there ({error.strerror}): make sure that no other process writes there",
+            stacklevel=4,
+        )
     except ModuleNotFoundError:
-        warnings.warn(f"{path.parent}: no locks on this system: see that no other writes to it", stacklevel=4)
+        warnings.warn(
+            f"{path.parent}: no file locks on this system: make sure that no other process writes there", stacklevel=4
+        )
     return True
 
 

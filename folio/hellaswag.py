@@ -105,7 +105,7 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
 
 def _item(raw: Any, style: HellaSwagStyle) -> Item:
     if not isinstance(raw, dict):
-        raise ValueError("the line is no JSON object")
+        raise ValueError("the line is not a JSON object")
     endings, label = raw["endings"], raw["label"]
     if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
         raise ValueError("its endings are not four texts")
@@ -116,7 +116,7 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
         raise ValueError(f"its label is {told}: must be 0, 1, 2 or 3")
     parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
     if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
-        raise ValueError("its context is no text")
+        raise ValueError("its context is not text")
     if style == "completion":
         return Item(parts[0], [f" {e}" for e in endings], None, int(label))
     activity, start, end = parts

@@ -251,7 +251,7 @@ def read_metrics(path: Path) -> list[Record]:
     """
     lines = _lines(path)
     if lines.damaged:
-        warnings.warn(f"{_told(path, lines.damaged)}, and passed over", stacklevel=2)
+        warnings.warn(f"{_told(path, lines.damaged)}, and ignored", stacklevel=2)
     return [record for _, record in lines.whole]
 
 
@@ -284,11 +284,11 @@ def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1)
         beside = (path.with_name(f"{path.name}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
         original = next(other for other in beside if not other.exists())
         shutil.copyfile(path, original)
-        told.append(f"{_told(path, lines.damaged)}, and left out; as it was it is kept as {original.name}")
+        told.append(f"{_told(path, lines.damaged)}, and left out; the original is kept as {original.name}")
     reached = max((record["step"] for _, record in kept), default=-1)
     if interval and reached < (step - 1) // interval * interval:
-        until = f"ends at step {reached}" if kept else "holds nothing of before"
-        told.append(f"{path} {until}, and the run goes on at step {step}")
+        until = f"ends at step {reached}" if kept else "has nothing from before"
+        told.append(f"{path} {until}, but the run resumes at step {step}")
     if len(kept) < len(lines.whole) or lines.damaged or lines.half:
         files.write(path, b"".join(line for line, _ in kept))
     return told

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, what its run was, and what is not known of it."""
+"""The model card of an exported model: the model, its run, and what is not known about them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from folio.tokenizer import Tokenizer, decode
 UNKNOWN = "not known"
 _SETTINGS = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")
 _PROMPTS = ("Once upon a time", "The", "a", " ")
-_TOKENS = 50  # that the card's program generates, where the context has room for them
+_TOKENS = 50  # tokens that the card's program generates, if the context has room for them
 
 
 def facts(found: Checkpoint) -> dict[str, str]:
-    """What is known of a model besides its state: its data, seed, machine and HellaSwag; no paths.
+    """The facts about a model that its state lacks: data, seed, machine and HellaSwag; no paths.
 
-    A model that was exported before brings them with it.
+    A model that was imported from an export keeps the facts of that export.
     """
     if kept := found.state.get("facts"):
         return dict(kept)
@@ -35,17 +35,17 @@ def facts(found: Checkpoint) -> dict[str, str]:
 
 
 def checked(told: Any) -> dict[str, str]:
-    """The facts in a file that may come from anybody; raises ValueError where they are not short texts."""
+    """Facts from an untrusted file. Raises ValueError if they are not short lines of text."""
     if not isinstance(told, dict):
-        raise ValueError("its facts are none")
+        raise ValueError("its facts are not an object")
     for what, value in told.items():
         if not isinstance(value, str) or len(what + value) > 1000 or not (what + value).isprintable():
-            raise ValueError(f"its fact {what[:80]!r} is no line of text")
+            raise ValueError(f"its fact {what[:80]!r} is not a line of text")
     return told
 
 
 def _data(found: Checkpoint) -> str:
-    """The data sets by name: those that were opened, else those that were asked for."""
+    """The names of the data sets that the run opened; for older checkpoints, of those in its options."""
     sources = found.state.get("sources")
     if sources:
         shares = [f", {source['share']:.0%} of the rows" if len(sources) > 1 else "" for source in sources]
@@ -60,7 +60,7 @@ def _data(found: Checkpoint) -> str:
 
 
 def _hellaswag(found: Checkpoint) -> str:
-    """The last that was measured of this checkpoint, by its run or by folio eval."""
+    """The last HellaSwag result of this checkpoint, from its run or from folio eval."""
     said = ""
     if found.path.parent.name != "checkpoints":  # of a run's folder
         return said
@@ -82,7 +82,7 @@ def _machine(resolved: dict[str, Any]) -> str:
 
 
 def card(found: Checkpoint, name: str, vocab_size: int, tokenizer: Tokenizer | None, asked: dict[str, Any]) -> str:
-    """The text of ``README.md``; ``asked`` are the settings that may be told."""
+    """The text of ``README.md``; ``asked`` are the settings that the card may list."""
     config, state, known = replace(found.config(), vocab_size=vocab_size), found.state, facts(found)
     parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
     activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
@@ -127,9 +127,9 @@ A language model of GPT-2's architecture, exported by Folio {__version__}.
 
 ## Limits
 
-It sees no more than {config.block_size:,} tokens at once. It continues text in the manner of its data: what it writes
-may be wrong, and may harm, as that may. It was not measured for bias, safety or truth. Whoever publishes it says which
-license holds for it and for its data.
+The context is {config.block_size:,} tokens. The model continues text in the style of its training data, so its output
+may be wrong or harmful. It was not tested for bias, safety or truth. Whoever publishes it must state the licenses of
+the model and of its data.
 """
 
 
@@ -138,12 +138,12 @@ def _loss(value: float | None) -> str | None:
 
 
 def _cell(text: str) -> str:
-    """Text that neither ends a cell of a table nor becomes markup."""
+    """The text with escapes, so that it neither ends a table's cell nor becomes markup."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _program(name: str, block_size: int, tokenizer: Tokenizer | None) -> str:
-    """What generates with transformers, within the context."""
+    """A program that generates text with transformers, within the context."""
     load = f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name, ensure_ascii=False)})"
     prompt = _prompt(tokenizer, block_size) if tokenizer else None
     if tokenizer is None or prompt is None:
@@ -151,7 +151,7 @@ def _program(name: str, block_size: int, tokenizer: Tokenizer | None) -> str:
 from transformers import AutoModelForCausalLM
 
 {load}
-prompt = torch.zeros(1, 1, dtype=torch.long)  # token ids: nothing tells which text they stand for
+prompt = torch.zeros(1, 1, dtype=torch.long)  # token ids: nothing says which text they stand for
 print(model.generate(prompt, max_new_tokens={max(1, min(_TOKENS, block_size - 1))})[0])"""
     room = max(1, min(_TOKENS, block_size - len(tokenizer.encode(prompt))))
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,7 +163,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens={room})[0]))"""
 
 
 def _prompt(tokenizer: Tokenizer, block_size: int) -> str | None:
-    """Text that the tokenizer knows and the context has room for."""
+    """A text that the tokenizer can encode and that fits into the context."""
     for text in (*_PROMPTS, *(decode(tokenizer, [i]) for i in range(min(tokenizer.size, 1000)))):
         try:
             ids = tokenizer.encode(text)

@@ -1,6 +1,6 @@
-"""Pickles read as plain values, by a machine of our own for pickle's opcodes: nothing is imported, nothing is called.
+"""Reads pickles as plain values, with an interpreter of its own for pickle's opcodes: it imports and calls nothing.
 
-The format is that of the standard library's ``pickletools``, which parses it here.
+The standard library's ``pickletools`` parses the format.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _NUMBERS_AND_TEXT = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[US]\d{1,9})")  # 
 
 
 class RefusedError(ValueError):
-    """The pickle names something that is not known, and that would run if it were imported and called."""
+    """The pickle names something unknown, which an ordinary unpickler would import and call."""
 
 
 class Opaque:
-    """An object of a harmless class whose content nobody here looks at."""
+    """An object of a harmless class whose content is not used."""
 
 
 class Fields(dict[str, Any]):
-    """The fields of an object that is nothing but its fields, such as an ``argparse.Namespace``."""
+    """The fields of a plain object, such as an ``argparse.Namespace``."""
 
 
 class _Dtype:
@@ -45,7 +45,7 @@ class _Dtype:
         self.dtype = np.dtype(name)
 
     def values(self, content: Any, shape: Any, order: Any = "C") -> Any:
-        """The one value, or the array's as nested lists, in Python's own types."""
+        """A scalar, or an array as nested lists, in Python's own types."""
         if (
             not isinstance(content, (bytes, bytearray))
             or len(shape) > 8
@@ -58,24 +58,24 @@ class _Dtype:
             return [] if shape else self.dtype.type().item()
         codes = np.dtype("u4").newbyteorder(self.dtype.byteorder)
         if self.dtype.kind == "U" and np.frombuffer(content, codes).max(initial=0) > sys.maxunicode:
-            raise ValueError("a NumPy text holds what is no character")
+            raise ValueError("a NumPy text has an invalid character")
         return np.frombuffer(content, self.dtype).reshape(shape, order="F" if order == "F" else "C").tolist()
 
 
 class _Array(list[Any]):
-    """A NumPy array, as nested lists; empty where it holds neither numbers nor text."""
+    """A NumPy array as nested lists; empty if its elements are neither numbers nor text."""
 
 
 def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value of the pickle at the file's position, which ends up after it.
+    """Reads one pickle from the file's position on, and leaves the position after it.
 
-    ``known``: what stands for a global, by its full name, besides what ``PLAIN`` knows; functions may be called with
-    what the pickle hands them. ``persistent``: the value of a persistent id. Sets become lists, paths text, NumPy's
-    numbers Python's and its arrays lists; subclasses of dict become dicts.
+    ``known``: replacements for globals by full name, in addition to ``PLAIN``; functions among them are called with
+    arguments from the pickle. ``persistent``: returns the value of a persistent id. Sets become lists, paths text,
+    NumPy's numbers Python's, its arrays lists, and subclasses of dict dicts.
 
     Raises:
-        RefusedError: it names anything else. ValueError: it is damaged, has keys that are neither text nor numbers, or
-            asks for more than a small file can need.
+        RefusedError: it names any other global. ValueError: it is damaged, has keys that are neither text nor numbers,
+            or needs more memory or time than a small file should.
     """
     machine = _Machine({**PLAIN, **known}, persistent)
     try:
@@ -85,18 +85,18 @@ def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[A
             machine.do(opcode.name, argument)
         return machine.stack.pop()
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"no pickle that makes sense ({type(error).__name__})") from None
+        raise ValueError(f"not a valid pickle ({type(error).__name__})") from None
 
 
 def loads(content: bytes) -> Any:
-    """As ``load``, of a pickle of at most ``MOST`` bytes."""
+    """As ``load``, for a pickle of at most ``MOST`` bytes."""
     if len(content) > MOST:
         raise ValueError(f"it has {len(content):,} bytes, more than the {MOST:,} that such a pickle can have")
     return load(io.BytesIO(content))
 
 
 def shown(value: Any) -> str:
-    """A key or a name as a message may have it: short, whatever it is."""
+    """A key or a name in a short form for messages."""
     if isinstance(value, str):
         return repr(value[:80])
     return str(value)[:80] if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else "something"
@@ -113,7 +113,7 @@ class _Machine:
         self.copied = 0
 
     def do(self, name: str, argument: Any) -> None:
-        """One opcode. Raises ValueError, or what a stack without the right values raises."""
+        """Runs one opcode. Raises ValueError, LookupError, TypeError or AttributeError if the pickle is not valid."""
         stack = self.stack
         match name:
             case "PROTO" | "FRAME" | "STOP":
@@ -171,7 +171,7 @@ class _Machine:
                 self.make(name, argument)
 
     def make(self, name: str, argument: Any) -> None:
-        """The opcodes that name something, or make something of what was named."""
+        """Runs one of the opcodes for globals, for calls and for the state of objects."""
         stack = self.stack
         match name:
             case "GLOBAL":
@@ -201,7 +201,7 @@ class _Machine:
                 raise ValueError(f"a pickle with the opcode {name}")
 
     def above(self) -> list[Any]:
-        """Takes what lies above the last mark."""
+        """Removes and returns the values above the last mark."""
         mark = self.marks.pop()
         items = self.stack[mark:]
         del self.stack[mark:]
@@ -214,11 +214,11 @@ class _Machine:
         return _call(function, arguments, named)
 
     def spend(self, arguments: Sequence[Any]) -> None:
-        """Raises ValueError where calls copy one long value again and again."""
+        """Raises ValueError if calls copy a long value again and again."""
         sizes = (len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, list, dict, tuple)))
         self.copied += len(arguments) + sum(sizes)
         if self.copied > _MOST_COPIED + MOST:
-            raise ValueError("it copies more than it can hold")
+            raise ValueError("its calls copy too much")
 
     def named(self, module: str, what: str) -> Any:
         name = f"{_PYTHON_2.get(module, module)}.{what}"
@@ -236,7 +236,7 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 
 def _fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
-    """Sets items of a dict; raises ValueError for a key that might take for ever to hash or to find."""
+    """Sets items of a dict; raises ValueError for a key that might take forever to hash or to find."""
     if isinstance(target, Opaque):
         return target
     if not isinstance(target, dict):
@@ -258,7 +258,7 @@ def _call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | No
 
 
 def _build(made: Any, state: Any) -> None:
-    """Gives an object its state, where that is looked at."""
+    """Sets the state of an object, if that state is used."""
     if isinstance(made, Fields):
         if not isinstance(state, dict):
             raise TypeError
@@ -325,7 +325,7 @@ def opaque(*_: Any, **__: Any) -> Opaque:
 
 
 def fields_of(*arguments: Any) -> Fields:
-    """An object that is nothing but its fields, before it gets them."""
+    """A plain object without its fields yet."""
     if arguments:
         raise TypeError
     return Fields()

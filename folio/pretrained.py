@@ -210,7 +210,7 @@ class HuggingFace(Checkpoint):
     def tokenizer(self) -> Tokenizer:
         if self.state["tokenizer"] is None:
             raise ValueError(
-                f"{self.path}: nothing tells what its {self.config().vocab_size} token ids mean: "
+                f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: "
                 f"{tokenizer_folder.lack(self.path)}"
             )
         return super().tokenizer()
@@ -234,7 +234,7 @@ def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> Hugging
         files.require_file(needed)
     raw = files.read_json(path)
     if not isinstance(raw, dict) or not isinstance(kept := raw.get("folio") or {}, dict):
-        raise ValueError(f"{path}: not a model's config: it is no JSON object")
+        raise ValueError(f"{path}: not a model's config: it is not a JSON object")
     shape = _shape(path, raw)
     tokenizer = _tokenizer(folder, kept) or assumed
     if not kept:
@@ -262,7 +262,7 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
             raise ValueError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
     for key, value in raw.items():
         if value and key not in _FIXED and _OF_OTHERS.search(key):
-            raise ValueError(f"{path}: {key} = {repr(value)[:80]}: GPT-2 has no such thing, nor has Folio")
+            raise ValueError(f"{path}: {key} = {repr(value)[:80]}: neither GPT-2 nor Folio supports it")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
@@ -289,7 +289,7 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
     """What an export kept, else what the folder's files say."""
     if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
         if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
-            raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is none: take that part out")
+            raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is not valid: remove that part")
         return spec
     return tokenizer_folder.read(folder)
 
@@ -367,7 +367,9 @@ def expressible(found: Checkpoint) -> GPTConfig:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS.values())
         if not known and value != default:
-            raise ValueError(f"{found.path}: {f.name}={value!r}: a GPT-2 of other programs cannot have it: no export")
+            raise ValueError(
+                f"{found.path}: {f.name}={value!r}: other programs' GPT-2 does not support it, so it cannot be exported"
+            )
     return config
 
 
@@ -378,11 +380,11 @@ def rounded(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
         return made
     if not weight.isfinite().all():
         raise ValueError(
-            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: the model is of no use, "
+            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: "
             "export an earlier checkpoint"
         )
     raise ValueError(
-        f"{found.path}: {name} holds {weight.abs().max():g}, beyond {dtype}, which ends at "
+        f"{found.path}: {name} has a value of {weight.abs().max():g}, beyond {dtype}'s largest, "
         f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
     )
 

@@ -148,6 +148,6 @@ class Profiler:
 
 
 def _in_words(peak: Peak) -> str:
-    words = ("weights", "optimiser", "gradients", "activations and the rest", "in all")
+    words = ("weights", "optimizer", "gradients", "activations and the rest", "in all")
     lines = [f"{size / 1e6:>12,.1f} MB  {kind}" for kind, size in zip(words, (*peak, peak.total), strict=True)]
     return "\n".join(["memory at the moment when it was most", *lines, ""])

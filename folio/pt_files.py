@@ -101,7 +101,7 @@ def read(path: Path) -> PtFile:
             raise ValueError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
         for name, value in shape.items():
             if not isinstance(value, (bool, int, float, str)) or len(str(value)) > 100:
-                raise ValueError(f"{shown(name)} is no number")
+                raise ValueError(f"{shown(name)} is not a number")
         if not 0 <= step < 2**53:
             raise ValueError(f"its step is {step}")
     except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -192,7 +192,7 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
     found = {}
     for name, tensor in raw.items():
         if not isinstance(name, str) or len(name) > 200 or not isinstance(tensor, StoredTensor):
-            raise _foreign(path, f"{shown(name)} is no weight")
+            raise _foreign(path, f"{shown(name)} is not a weight")
         while name.startswith(_PREFIXES):
             name = name.partition(".")[2]
         for theirs, ours in _NAMES.items():

@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, and whose files are in it already."""
+"""The folder of a run: its lock, and which of the files in it belong to a run."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _NAMES = (
     NANOGPT,
     PICTURE,
 )
-_OVERWRITTEN = (METRICS, BEST)  # by a run that goes on, besides the config.json that it reads
+_OVERWRITTEN = (METRICS, BEST)  # by a resumed run, besides the config.json that it reads
 _STEP = re.compile(r"step-\d{8,}(\.damaged)?")
 _LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
 
 
 def hold(out_dir: Path) -> files.Lock:
-    """Takes the folder for one run, until that lets go of it; what a killed one was moving aside is put back.
+    """Locks the folder for one run until the lock is released, and puts back files that a killed run was moving aside.
 
     Raises:
-        InUseError: another run has it; says which. OSError: it cannot be written.
+        InUseError: another run has the lock; names it. OSError: the folder cannot be written.
     """
     lock = files.Lock(out_dir / _LOCK, "another run trains there", "wait for its end, or choose another --out_dir")
     try:
@@ -54,13 +54,14 @@ def hold(out_dir: Path) -> files.Lock:
 
 
 def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
-    """Sees to it that whatever a run would overwrite or move is of an earlier run, as the files themselves say.
+    """Checks that every file that a run would overwrite or move belongs to an earlier run, by the file's own content.
 
-    Those of nanoGPT and build-nanogpt count as that: ``ckpt.pt``, and a ``log.txt`` of their lines. ``going_on``: with
-    the checkpoints, or the ``ckpt.pt``, that may be there.
+    nanoGPT's ``ckpt.pt`` and a ``log.txt`` in a known format count as files of a run. ``going_on``: the run resumes
+    from the checkpoints, or the ``ckpt.pt``, that may be there.
 
     Raises:
-        ValueError: a file is another program's, or nothing there says whose it is; names it and the remedy.
+        ValueError: a file belongs to another program, or no file says that it belongs to a run; names it and the
+            remedy.
     """
     names = (name for name in _NAMES if not (going_on and name == NANOGPT))
     said = {path: _is_ours(path) for path in _there(out_dir, names)}
@@ -71,13 +72,13 @@ def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
     for path, mine in said.items():
         if not (ours if mine is None else mine):
             raise ValueError(
-                f"{path} is not of a run of this program, which would take its place: choose another --out_dir, or "
-                "move it away"
+                f"{path} was not written by a run of Folio, and this run would replace it: choose another --out_dir, "
+                "or move it away"
             )
 
 
 def move_aside(out_dir: Path, log_txt: bool) -> str:
-    """Moves all files of an earlier run to the first ``previous-N`` that is free, or none; a line that says so."""
+    """Moves all files of an earlier run, or none, to the first free ``previous-N``; returns a line about that."""
     there = _there(out_dir, [*_NAMES, *[LOG_TXT] * log_txt])
     if not there:
         return ""
@@ -88,11 +89,11 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
     aside = _aside(out_dir)
     moving.rename(aside)
     files.sync(out_dir)
-    return f"an earlier run was in {out_dir}: its files are in {aside} now"
+    return f"an earlier run was in {out_dir}: its files were moved to {aside}"
 
 
 def _there(out_dir: Path, names: Iterable[str]) -> list[Path]:
-    """Those that are there; of folders, those that hold something."""
+    """The paths that exist, without empty folders."""
     paths = (path for name in names for path in sorted(out_dir.glob(name)))
     return [path for path in paths if not (path.is_dir() and not any(path.iterdir()))]
 
@@ -102,7 +103,7 @@ def _aside(out_dir: Path) -> Path:
 
 
 def _is_ours(path: Path) -> bool | None:
-    """Whether a file or folder is of a run, as it says itself; None where it does not say it."""
+    """Whether a file or folder belongs to a run, by its own content; None if its content does not say."""
     if path.is_dir() != (path.name in (CHECKPOINTS, PROFILE, TENSORBOARD)):
         return False
     try:
@@ -129,12 +130,12 @@ def _is_ours(path: Path) -> bool | None:
 
 
 def _only(path: Path, known: Callable[[str], bool]) -> bool | None:
-    """None for a folder that holds files of known names alone, which others may use as well."""
+    """None for a folder with known names only, which other programs may use as well; False for any other."""
     return None if all(known(child.name) for child in path.iterdir() if not child.name.startswith(".")) else False
 
 
 def _are_checkpoints(path: Path) -> bool | None:
-    """Where there is none but ours, whether a ``state.json`` says so."""
+    """False for a folder with foreign files, True if a ``state.json`` is one of a run, None otherwise."""
     parts = {checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE}
     folders = [child for child in path.iterdir() if not child.name.startswith(".")]
     for child in folders:
@@ -151,7 +152,7 @@ def _has_state(path: Path) -> bool:
 
 
 def _is_log(path: Path) -> bool:
-    """Whether this or an earlier program wrote a ``log.txt``."""
+    """Whether the first line of a ``log.txt`` is in one of the known formats."""
     try:
         with files.require_file(path).open("rb") as file:
             return bool(_LOG_LINE.fullmatch(file.readline(1 << 16)))

@@ -1,4 +1,4 @@
-"""Memory that runs out: how it is known, how much there is, and the line that is said instead of a traceback."""
+"""Running out of memory: how to detect it, how much memory there is, and one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def line(error: BaseException, doing: str = "", advice: str = "") -> str:
-    """What is said of it: while ``doing`` what, how much was asked for, and what helps."""
+    """The message: what the program was ``doing``, how much memory it requested, and the ``advice``."""
     asked, (reason, *_) = _TRIED.search(str(error)), str(error).splitlines() or [""]
-    size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were asked for" if asked else reason[:80]
+    size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were needed" if asked else reason[:80]
     return (
         f"out of memory{f' while {doing}' if doing else ''}{f' ({size})' if size else ''}"
         f"{f': {advice}' if advice else ''}"
@@ -50,10 +50,10 @@ def line(error: BaseException, doing: str = "", advice: str = "") -> str:
 
 @contextmanager
 def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
-    """Memory that runs out inside becomes one line.
+    """Turns an out-of-memory error inside into one line.
 
     Raises:
-        ValueError: that line, with the ``advice``, which is asked for once the memory is free again.
+        ValueError: that line; ``advice`` is called once the memory is free again.
     """
     try:
         yield
@@ -69,7 +69,7 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
 
 
 def room(device: torch.device) -> float:
-    """Bytes that this process could have on the device: other processes' share of a GPU is left out.
+    """Bytes that this process can use on the device, without what other processes use on a GPU.
 
     On a CPU it is the memory of the machine, the container or ``ulimit -v``, whichever is least.
     """

@@ -132,7 +132,7 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
     if vocab_size is None:
         return Folder(path, splits, note=note)
     if tokenizer == IDS_ONLY:
-        note = _line(path, note, f"{META_PKL} says how many token ids there are, and not what they mean")
+        note = _line(path, note, f"{META_PKL} says how many token ids there are, but not what they mean")
     return Folder(path, splits, vocab_size, tokenizer, "none", note=note)
 
 
@@ -188,7 +188,7 @@ def _found_by_glob(pattern: Path) -> tuple[list[Path], str]:
     """The files that a user named, whatever their families; and a note of what that takes together or leaves out."""
     files = _token_files(str(pattern))
     if not files:
-        raise FileNotFoundError(f"{pattern} holds no token files (.bin, .npy, .ds): prepare it")
+        raise FileNotFoundError(f"{pattern} contains no token files (.bin, .npy, .ds): prepare it")
     if len(suffixes := sorted({p.suffix for p in files})) > 1:
         first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
         raise ValueError(
@@ -199,7 +199,7 @@ def _found_by_glob(pattern: Path) -> tuple[list[Path], str]:
     if not named:
         return files, ""
     families = sorted({_name(p).family for p in named})
-    together = f"files of several names are taken together: {_some(families)}" if len(families) > 1 else ""
+    together = f"files of several names are used as one data set: {_some(families)}" if len(families) > 1 else ""
     return named, _line(pattern, together, _left_alone(files, named))
 
 
@@ -213,7 +213,7 @@ def _data_set(folder: Path) -> tuple[list[Path], str]:
         named = [p for split in SPLITS for p in _token_files(f"{here}/{split}/*.ds")]
         files += named
     if not files:
-        raise FileNotFoundError(f"{folder} holds no token files (.bin, .npy, .ds): prepare it")
+        raise FileNotFoundError(f"{folder} contains no token files (.bin, .npy, .ds): prepare it")
     exact = [p for p in named if p.name in NANOGPT]
     if len(exact) < len(NANOGPT):
         families = _families(named)
@@ -280,8 +280,8 @@ def _refuse_twins(family: list[Path]) -> None:
         twin = seen.get((split, number)) or seen.get((split, None)) or (first.get(split) if number is None else None)
         if twin:
             raise ValueError(
-                f"{twin} and {path.name} cannot both be shards of one data set, by their numbers: remove one of them, "
-                "or name those that are meant with a glob as --data_dir"
+                f"{twin} and {path.name} cannot both be in one data set, by their numbers: remove one of them, "
+                "or choose files with a glob as --data_dir"
             )
         seen[split, number] = path
         first.setdefault(split, path)
@@ -303,14 +303,14 @@ def _missing_numbers(files: list[Path]) -> str:
         for before, after in pairwise([begin - 1, *numbers, begin + most if most else numbers[-1] + 1]):
             count += max(0, after - before - 1)
             missing += range(before + 1, min(after, before + 4))
-    shards = "shard" if count == 1 else "shards"
-    return f"{count:,} {shards} of the sequence missing: {_some(list(map(str, missing)), count)}" if count else ""
+    shards = "shard is" if count == 1 else "shards are"
+    return f"{count:,} {shards} missing from the sequence: {_some(list(map(str, missing)), count)}" if count else ""
 
 
 def _left_alone(files: list[Path], chosen: list[Path]) -> str:
     kept = set(chosen)
     others = [p.name for p in files if p not in kept]
-    return f"not of the data set, and left alone: {_some(others)}" if others else ""
+    return f"not part of the data set, and left alone: {_some(others)}" if others else ""
 
 
 def _some(names: Sequence[str], count: int = 0) -> str:
@@ -376,7 +376,7 @@ def _open(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:
     bare = np.dtype("uint16" if token_dtype == "auto" else token_dtype).newbyteorder("<")
     file = _bin(path, bare) if path.suffix == ".bin" else _FORMATS[path.suffix](path)
     if token_dtype != "auto" and file.dtype != bare:
-        raise ValueError(f"token_dtype={token_dtype}: {path} says itself that it holds {file.dtype}: leave that to it")
+        raise ValueError(f"token_dtype={token_dtype}: {path} states its own type, {file.dtype}: remove --token_dtype")
     return file
 
 
@@ -397,11 +397,11 @@ def _bin(path: Path, bare: np.dtype[Any] = _BARE) -> TokenFile:
     with path.open("rb") as file:
         head = file.read(12)
     if other := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
-        raise ValueError(f"{path} is {other}, and holds no token ids as a .bin file does: {_AGAIN}")
+        raise ValueError(f"{path} is {other}, not a .bin file of token ids: {_AGAIN}")
     magic, version, count = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
     if magic not in _HEADERS:
         if magic in _DATES:
-            raise ValueError(f"{path}: its header, {magic}, is that of another file of llm.c's, which holds no tokens")
+            raise ValueError(f"{path}: its header, {magic}, is that of another kind of llm.c's files, without tokens")
         return _raw(path, bare)
     if path.stat().st_size < _HEADER:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {_AGAIN}")
@@ -446,7 +446,7 @@ def _datatrove(path: Path) -> TokenFile:
     if not index.is_file() or index.stat().st_size < 8:
         raise FileNotFoundError(f"{index} is missing: datatrove writes it with save_index=True")
     if index.stat().st_size % 8:
-        raise ValueError(f"{index}: {index.stat().st_size} bytes are not whole numbers of 8: it is cut short; {_AGAIN}")
+        raise ValueError(f"{index}: {index.stat().st_size} bytes are not a multiple of 8: it is cut short; {_AGAIN}")
     with index.open("rb") as file:
         file.seek(-8, io.SEEK_END)
         tokens = int.from_bytes(file.read(8), "little")
@@ -516,9 +516,9 @@ def _refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:
         fit, option = ("<u2", "makes") if dtype.itemsize == 2 else ("<u4", "and --token_dtype=uint32 make")
         said = f"which is not read: np.fromfile(FILE, {dtype.str!r}).astype({fit!r}).tofile(FILE) {option} it fit"
     else:
-        said = f"and not uint16 as nanoGPT's: say so with --token_dtype={name}"
+        said = f"not uint16 as nanoGPT's: set --token_dtype={name}"
     raise ValueError(
-        f"{path} seems to hold {_described(dtype)}, {said}; --token_dtype=uint16 reads it as uint16 all the same"
+        f"{path} seems to hold {_described(dtype)}, {said}; --token_dtype=uint16 reads it as uint16 anyway"
     )
 
 
@@ -579,7 +579,9 @@ def _as_said(own: Folder, token_dtype: TokenDtype) -> Folder:
     """The folder, unless another type is asked for than its meta file says; then raises ValueError."""
     meta, dtype = own.path / META, own.meta["dtype"]
     if token_dtype not in ("auto", dtype):
-        raise ValueError(f"token_dtype={token_dtype}: {meta} says that its files hold {dtype}: leave that to it")
+        raise ValueError(
+            f"token_dtype={token_dtype}: {meta} states the type of its files, {dtype}: remove --token_dtype"
+        )
     return own
 
 

@@ -1,6 +1,6 @@
-"""The tokenizer in a folder of Hugging Face's, as the JSON that ``folio.tokenizer.from_json`` takes.
+"""The tokenizer of a Hugging Face folder, as the JSON that ``folio.tokenizer.from_json`` reads.
 
-``tokenizer.json`` is one already. Older folders have ``vocab.json`` and ``merges.txt`` (byte pairs over the bytes of
+``tokenizer.json`` is used as it is. Older folders have ``vocab.json`` and ``merges.txt`` (byte pairs over the bytes of
 UTF-8, as GPT-2's) or ``vocab.txt`` (WordPiece, as BERT's), and small files that name the special tokens. Source:
 transformers' ``GPT2Tokenizer`` and ``BertTokenizer``.
 """
@@ -28,15 +28,15 @@ _MOST = 2**26  # bytes of a text file
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The folder's tokenizer, or None where it has none that can be read: ``lack`` says why.
+    """The folder's tokenizer, or None if it has none that can be read; ``lack`` says why.
 
     Raises:
-        ValueError: one of its files is damaged; names it.
+        ValueError: a file is damaged; names it.
     """
     path = folder / "tokenizer.json"
     if path.exists():
         if not isinstance(spec := files.read_json(path), dict):
-            raise ValueError(f"{path}: not a file of the tokenizers library: it is no JSON object")
+            raise ValueError(f"{path}: not a file of the tokenizers library: it is not a JSON object")
         return {"kind": "tokenizers", "file": spec}
     config = _object(folder / "tokenizer_config.json")
     kind = _kind(config)
@@ -62,11 +62,11 @@ def _kind(config: dict[str, Any]) -> str:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file."""
+    """The JSON object in a file, or an empty one if there is no file."""
     if not path.exists():
         return {}
     if not isinstance(value := files.read_json(path), dict):
-        raise ValueError(f"{path}: it is no JSON object")
+        raise ValueError(f"{path}: it is not a JSON object")
     return value
 
 
@@ -80,11 +80,11 @@ def _lines(path: Path) -> list[str]:
 
 
 def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``vocab.json`` and ``merges.txt``: OpenAI's own, or another language's."""
+    """The tokenizer of ``vocab.json`` and ``merges.txt``: GPT-2's own, or one of another language."""
     path = folder / "vocab.json"
     vocabulary = _object(path)
     if odd := [token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is none")
+        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number from 0 to 2**31 - 1")
     if lacking := [c for c in byte_characters().values() if c not in vocabulary]:
         raise ValueError(
             f"{path} is not byte-level: it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
@@ -93,7 +93,7 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     merges = [line.rstrip("\r") for line in _lines(folder / "merges.txt")]
     merges = [line for line in merges if line and not line.startswith("#version")]
     if wrong := [line for line in merges if len(line.split(" ")) != 2]:
-        raise ValueError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is no pair")
+        raise ValueError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is not a pair of tokens")
     added = _added(folder, config, vocabulary, default="<|endoftext|>")
     prefix = bool(config.get("add_prefix_space", False))
     if not prefix and digest(vocabulary, merges) == _GPT2 and len(added) == 1:
@@ -104,17 +104,17 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(vocabulary: dict[str, int], merges: list[str]) -> str:
-    """A hash of the ids of all tokens, and of the merges in their order."""
+    """A hash of all tokens with their ids, and of the merges in order."""
     content = json.dumps([sorted(vocabulary.items()), merges], ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _word_pieces(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``vocab.txt``: a token a line."""
+    """The tokenizer of a ``vocab.txt`` with one token per line."""
     vocabulary = {token.rstrip("\r"): i for i, token in enumerate(_lines(folder / "vocab.txt"))}
     if "[UNK]" not in vocabulary:
         raise ValueError(
-            f"{folder / 'vocab.txt'} is no WordPiece vocabulary, without [UNK]: put a tokenizer.json there"
+            f"{folder / 'vocab.txt'} is not a WordPiece vocabulary, since it lacks [UNK]: put a tokenizer.json there"
         )
     normalizer = {
         "type": "BertNormalizer",
@@ -140,20 +140,22 @@ def _word_pieces(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file(added: list[dict[str, Any]], model: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """What a ``tokenizer.json`` would hold."""
+    """The content of an equivalent ``tokenizer.json``."""
     empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     return {"version": "1.0", "added_tokens": added, **empty, **parts, "model": model}
 
 
 def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], default: str) -> list[dict[str, Any]]:
-    """The tokens that are looked for before anything else, by id: special ones, and those beyond the vocabulary."""
+    """The tokens that are matched first, in the order of their ids: special ones, and those beyond the vocabulary."""
     special = dict.fromkeys(default.split(" "), True)
     special |= dict.fromkeys(_special({**_object(folder / "special_tokens_map.json"), **config}), True)
     ids: dict[str, Any] = dict(_object(folder / "added_tokens.json"))
     flags: dict[str, dict[str, Any]] = {}
     for i, token in (config.get("added_tokens_decoder") or {}).items():
         if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdigit():
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder holds what is no token")
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry that is not a token"
+            )
         ids[content], flags[content] = int(i), token
         special[content] = bool(token.get("special", False))
     ids = {token: i for token, i in vocabulary.items() if token in special} | ids
@@ -181,7 +183,7 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
 
 
 def _special(config: dict[str, Any]) -> Iterator[str]:
-    """The special tokens that a config names, as text or as an object with their content."""
+    """The special tokens in a config, which are texts or objects with a ``content``."""
     more = config.get("additional_special_tokens") or []
     for token in (*(config.get(role) for role in _ROLES), *(more if isinstance(more, list) else [])):
         content = token.get("content") if isinstance(token, dict) else token

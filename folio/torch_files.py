@@ -1,7 +1,7 @@
-"""Files of ``torch.save``: what they hold, with each tensor left in the file until it is asked for.
+"""Reads files of ``torch.save``; each tensor stays in the file until it is loaded.
 
-Both formats are read: zip archives, stored or deflated, whose checksums are verified, and what torch wrote before 1.6.
-The objects in them are plain values (``folio.pickles``); nothing that a file names is run.
+Both formats are supported: zip archives, stored or deflated, whose checksums are verified, and the format before
+torch 1.6. Objects become plain values (``folio.pickles``); no code that a file names is run.
 Source: torch/serialization.py and torch/_utils.py.
 """
 
@@ -26,7 +26,7 @@ from folio.files import require_file
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
 _MAGIC = 0x1950A86A20F9469CFC6C  # that legacy files begin with
 _PIECE = 2**20  # bytes read at once
-_DENSE = 16  # times its size that an archive may hold, beyond a gigabyte: more is a zip bomb
+_DENSE = 16  # an archive beyond a gigabyte may expand to this many times its size: more is a zip bomb
 _MOST_AT_ONCE = 16 * 2**20  # bytes: an archive's list of records is the longest thing read at once
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZIP_ERRORS = (struct.error, zlib.error, zipfile.BadZipFile)
@@ -79,7 +79,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Numbers in a file: ``count`` of ``dtype``, from number ``first`` on, of those stored under ``key``."""
+    """A storage in a file, under ``key``: ``count`` numbers of ``dtype``, from number ``first`` on."""
 
     file: _File
     key: str
@@ -100,7 +100,7 @@ class StoredTensor:
     storage: _Storage | None = field(default=None, repr=False)
 
     def load(self) -> Tensor:
-        """The tensor, in memory of its own. Raises ValueError where it has a problem or the file is damaged."""
+        """The tensor, in memory of its own. Raises ValueError if it has a ``problem`` or the file is damaged."""
         if self.problem or self.storage is None or self.dtype is None:
             raise ValueError(f"it is {self.problem}")
         raw, size = self.storage.file.read(self.storage.key), self.dtype.itemsize
@@ -111,7 +111,7 @@ class StoredTensor:
         return tensor
 
     def place(self) -> tuple[int, str]:
-        """Sorts the largest storages first, and tensors of one storage together."""
+        """A sort key: the largest storages first, and tensors of one storage together."""
         return (-self.storage.count * self.storage.dtype.itemsize, self.storage.key) if self.storage else (0, "")
 
 
@@ -125,18 +125,18 @@ def number(value: Any) -> float | int:
     if isinstance(value, StoredTensor) and value.shape.numel() == 1 and not value.problem:
         value = value.load().item()
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{pickles.shown(value)} is no number")
+        raise TypeError(f"{pickles.shown(value)} is not a number")
     return value
 
 
 def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
-    """What ``torch.save`` wrote, as plain values and ``StoredTensor``; the checksums of an archive are verified.
+    """The content of a file of ``torch.save`` as plain values and ``StoredTensor``, after verifying checksums.
 
-    ``known`` is what ``folio.pickles`` is to know besides torch's own names.
+    ``known`` has replacements for globals in addition to torch's own names, as in ``folio.pickles``.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is no such file, is damaged, or names code, which is not
-            run; names the file.
+        FileNotFoundError: there is no such file. ValueError: it is not a file of ``torch.save``, is damaged, or names
+            code (which is not run); names the file.
     """
     with require_file(path).open("rb") as file:
         begins_as_pickle = file.read(2) == b"\x80\x02"
@@ -147,14 +147,14 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
         raise ValueError(f"{path}: refused: {error}") from None
     except (ValueError, TypeError, LookupError, RuntimeError, EOFError, OSError, *_ZIP_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {reason}") from None
+        raise ValueError(f"{path} is damaged, or not a file of torch.save: {reason}") from None
 
 
 # The two formats
 
 
 class _Bounded(io.FileIO):
-    """A file of which only so much is read at once, whatever it says of itself."""
+    """A file that reads a bounded number of bytes at once, whatever sizes it states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MOST_AT_ONCE:
@@ -170,7 +170,7 @@ def _archive(path: Path, known: Mapping[str, Any]) -> Any:
     archive = zipfile.ZipFile(_Bounded(path))  # stays open: tensors are read later
     records = {record.filename: record for record in archive.infolist()}
     if len(records) < len(archive.infolist()):
-        raise ValueError("it holds two records of one name")
+        raise ValueError("it has two records of one name")
     for name, record in records.items():
         if record.flag_bits & 1:
             raise ValueError(f"its record {name} is encrypted")
@@ -203,11 +203,11 @@ def _opener(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Callable[[], I
 
 
 def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
-    """What torch wrote before 1.6: five pickles, then each storage as its length and its numbers."""
+    """The format before torch 1.6: five pickles, then each storage as its length and its numbers."""
     with path.open("rb") as raw:
         stream = io.BytesIO(raw.read(pickles.MOST))
     if pickles.load(stream) != _MAGIC or pickles.load(stream) != 1001:
-        raise ValueError("it is neither of torch's formats")
+        raise ValueError("it is in neither of torch's formats")
     pickles.load(stream)  # of the machine that wrote it: the numbers are little-endian on all
     file, used = _File(), dict[str, _Storage]()
 
@@ -242,7 +242,7 @@ def _opener_at(path: Path, place: int) -> Callable[[], IO[bytes]]:
 
 
 def _storage(file: _File, pid: Any, records: Mapping[str, tuple[int, Any]] | None) -> _Storage:
-    """What a persistent id names; its length is checked where the records are known."""
+    """The storage that a persistent id names; its length is checked if the records are known."""
     what, kind, key, _, count, *view = pid
     if what != "storage" or not isinstance(kind, torch.dtype) or type(count) is not int or count < 0:
         raise ValueError("a storage is described in a way that is not torch's")
@@ -257,7 +257,7 @@ def _storage(file: _File, pid: Any, records: Mapping[str, tuple[int, Any]] | Non
     return _Storage(file, str(key), kind, count, first)
 
 
-# What its pickles name
+# Names in the pickles
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> StoredTensor:
@@ -281,7 +281,7 @@ def _unusable(problem: str) -> Callable[..., StoredTensor]:
 
 
 def _first(value: Any = None, *_: Any) -> Any:
-    """A parameter is its tensor, a shape its tuple, whatever else is known of it."""
+    """Returns the first argument: a parameter's tensor, or a shape's tuple."""
     return value
 
 

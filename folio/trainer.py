@@ -738,7 +738,9 @@ def _what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
     limit = room if need > room else 0.75 * need
     sharded = runtime.world > 1 and runtime.dtype != torch.float16
     ways = memory.remedies(config.data, sharded, lambda way: total(way) <= limit)
-    remedy = f"{'what fits:' if need > room else 'less needs'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
+    remedy = (
+        f"{'what fits:' if need > room else 'to need less:'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
+    )
     return (
         f"by folio plan's count a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
         f"without what torch itself takes; {remedy}"
@@ -845,7 +847,7 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
     path = out_dir / checkpoint.CONFIG
     try:
         run_id, asked, sealed = checkpoint.asked(out_dir)
-        lines = () if sealed else (f"{path} holds no sum of itself, as older versions wrote it: it is taken as it is",)
+        lines = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
     except FileNotFoundError:
         run_id, asked = "", {}
         lines = (f"{path} is missing: options that are not given now have their defaults",)
@@ -973,7 +975,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     run.started -= run.state.seconds
     lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
     if run.begun and not run.optimizer.state:
-        lines.append("the checkpoint holds no optimiser: its means begin anew")
+        lines.append("the checkpoint has no optimizer state: Adam's moments start from zero")
     if (before := state.get("row", found.config().block_size)) != row:
         lines.append(
             f"a row had {before} tokens: the data goes on at the same token, and the best evaluation is looked for anew"

@@ -131,7 +131,7 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: folio.train(n_layr=4), "train: unknown knob 'n_layr': did you mean 'n_layer'?"),
+        (lambda: folio.train(n_layr=4), "train: unknown option 'n_layr': did you mean 'n_layer'?"),
         (lambda: folio.train(n_layer="four"), "train: n_layer = 'four': must be int"),
         (lambda: folio.train(n_layer=0), "n_layer=0: must be at least 1"),
         (lambda: folio.train("shakespear_char"), "did you mean"),

@@ -395,25 +395,23 @@ def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
     older(full / "best.json")
     found, lines = checkpoint.latest(full, "a1")
     assert found is not None
-    assert lines == [
-        f"{found.path / 'state.json'} holds no sum of itself, as older versions wrote it: it is taken as it is"
-    ]
+    assert lines == [f"{found.path / 'state.json'} has no checksum, as older versions wrote it: it is used as it is"]
     assert not checkpoint.asked(full).sealed
-    with pytest.warns(UserWarning, match="holds no sum of itself"):
+    with pytest.warns(UserWarning, match="has no checksum"):
         assert checkpoint.choose(full).step == 60
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"step": 70}, "it is of step 70"),
+        ({"step": 70}, "it says step 70"),
         ({"step": "60"}, "format code"),
         ({"rows": 340}, "its 340 rows are more than its 1920 tokens make"),
         ({"tokens": 1919}, "its 240 rows are more"),
         ({"tokens": -1}, "whole numbers from 0 on"),
         ({"rows": 240.0}, "whole numbers from 0 on"),
         ({"evaluations_without_improvement": True}, "whole numbers from 0 on"),
-        ({"sha256": {"model.safetensors": "0", "state.json": ""}}, "its sums are of model.safetensors"),
+        ({"sha256": {"model.safetensors": "0", "state.json": ""}}, "its sha256 names model.safetensors"),
         ({"sha256": {"model.safetensors": "0", "optimizer.safetensors": "0", "other": "", "state.json": ""}}, "other"),
         ({"model": {**asdict(SHAPE), "n_head": 0}}, "n_head"),
     ],
@@ -456,7 +454,7 @@ def test_a_checkpoint_under_another_steps_name(full: Path) -> None:
     found, lines = checkpoint.latest(full, "a1")
     assert found is not None
     assert found.step == 60
-    assert "step-00000070 is damaged: it is of step 60; set aside" in lines[0]
+    assert "step-00000070 is damaged: it says step 60; set aside" in lines[0]
 
 
 # Checkpoints that are removed while they are read

@@ -105,7 +105,7 @@ def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, scr
         runpy.run_path(str(ROOT / script), run_name="__main__")
     out, err = capfd.readouterr()
     assert (stop.value.code, out) == (2, "")
-    assert err.startswith(f"{script}: unknown knob 'n_layr'")
+    assert err.startswith(f"{script}: unknown option 'n_layr'")
     assert err.count("\n") == 1
 
 

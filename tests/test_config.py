@@ -206,7 +206,7 @@ def test_a_helper_sets_nothing_by_itself(read) -> None:
 )
 def test_a_name_that_is_no_knob_and_of_no_use_is_named_once(read, line, hint) -> None:
     name = line.split()[0]
-    with pytest.warns(UserWarning, match=rf"config\.py: {name} is no knob") as told:
+    with pytest.warns(UserWarning, match=rf"config\.py: {name} is not an option") as told:
         assert read(f"n_layer = 2\n{line}") == {"n_layer": 2}
     assert len(told) == 1
     assert hint in str(told[0].message)
@@ -352,7 +352,7 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path) -> None:
     [("n_layr = 4", ".toml"), ('{"n_layr": 4}', ".json")],
 )
 def test_an_unknown_knob_gets_a_suggestion(read, text, suffix) -> None:
-    with pytest.raises(ValueError, match=f"config{suffix}: unknown knob 'n_layr': did you mean 'n_layer'"):
+    with pytest.raises(ValueError, match=f"config{suffix}: unknown option 'n_layr': did you mean 'n_layer'"):
         read(text, suffix)
 
 
@@ -552,7 +552,7 @@ def test_other_trainers_names_are_of_no_command_and_lead_to_one_that_is() -> Non
 )
 def test_another_trainers_name_is_answered_with_ours(command, name, hint) -> None:
     options = cli.module_of(command).Options
-    with pytest.raises(ValueError, match=f"^unknown knob {name.replace('-', '_')!r}") as error:
+    with pytest.raises(ValueError, match=f"^unknown option {name.replace('-', '_')!r}") as error:
         cli.parse(options, [f"--{name}=3"], "folio", files=True)
     assert hint in str(error.value)
 

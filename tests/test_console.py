@@ -54,7 +54,7 @@ def test_a_stream_gets_what_its_encoding_has(encoding: str) -> None:
 def test_a_stream_that_is_closed_is_given_up_with_one_warning() -> None:
     stream = io.StringIO()
     stream.close()
-    with pytest.warns(UserWarning, match="closed file.*going on without it"):
+    with pytest.warns(UserWarning, match="closed file.*continuing without it"):
         console.say("one", stream)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +182,7 @@ def test_a_run_goes_on_without_its_console(story: Path, tmp_path: Path, console_
     argv = " ".join([*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--log_txt=True"])
     done = shell(f"set -o pipefail; $FOLIO train {argv} {console_is}")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on without it") == warned
+    assert done.stderr.count("continuing without it") == warned
     assert done.stderr.count("\n") == warned
     assert checkpoint.steps(tmp_path / "out") == [5, 10]
     assert all(line[0].isdigit() for line in (tmp_path / "out" / "log.txt").read_text().splitlines())

@@ -306,7 +306,7 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert facts["machine"].endswith(f", float32, 1 process, PyTorch {torch.__version__}")
     assert (facts["license"], meta["license"]) == ("not known", "unknown")
     assert "not known" in facts["languages"]
-    assert "## Limits\n\nIt sees no more than 16 tokens" in text
+    assert "## Limits\n\nThe context is 16 tokens" in text
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert '"tale-10"' in program
 
@@ -378,7 +378,7 @@ def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> 
     "tokens", [Bytes(), Characters(" abc\n"), Characters("\n渡"), None], ids=["bytes", "abc", "two", "unknown"]
 )
 def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens) -> None:
-    """However short the context and whatever the vocabulary; with ids alone where nothing tells what they mean."""
+    """However short the context and whatever the vocabulary; with ids alone where nothing says what they mean."""
     size = tokens.size if tokens else 100
     out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
     pretrained.export(pretrained.in_folder(out_dir), tmp_path / 'a "model"')
@@ -503,7 +503,7 @@ def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
             return Later(**{**self.state["model"], **self.asked})
 
     newer = Newer(found.path, found.state, LATER[what])
-    with pytest.raises(ValueError, match=re.escape(f"{found.path}: {what}: a GPT-2 of other programs cannot have it")):
+    with pytest.raises(ValueError, match=re.escape(f"{found.path}: {what}: other programs' GPT-2 does not support it")):
         export(newer, tmp_path / to)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     export(replace(newer, asked={}), tmp_path / to)

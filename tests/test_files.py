@@ -263,7 +263,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
         monkeypatch.setattr(fcntl, "flock", failing(number))
-        with pytest.warns(UserWarning, match="no locks there") as told:
+        with pytest.warns(UserWarning, match="no file locks there") as told:
             taken(tmp_path / "lock").release()
         assert len(told) == 1
     monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))

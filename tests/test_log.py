@@ -113,7 +113,7 @@ def test_a_terminal_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", "xterm")
     log = Log(True, total=10)
-    with pytest.warns(UserWarning, match="Input/output error.*going on without it"):
+    with pytest.warns(UserWarning, match="Input/output error.*continuing without it"):
         log.start(0, tokens_per_step=500)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -244,11 +244,11 @@ def test_a_damaged_line_costs_itself_alone(line: bytes, tmp_path: Path) -> None:
     after = b"".join(to_json(r).encode() + b"\n" for r in (train(2), train(3), evaluation(5)))
     first = b"".join(before)
     (tmp_path / METRICS).write_bytes(first + line + after)
-    with pytest.warns(UserWarning, match=f"{METRICS}: line 3 is damaged, and passed over") as told:
+    with pytest.warns(UserWarning, match=f"{METRICS}: line 3 is damaged, and ignored") as told:
         assert len(read_metrics(tmp_path / METRICS)) == 5
     assert len(told) == 1
     (said,) = rewind(tmp_path / METRICS, 5)
-    assert said == f"{tmp_path / METRICS}: line 3 is damaged, and left out; as it was it is kept as {METRICS}.damaged"
+    assert said == f"{tmp_path / METRICS}: line 3 is damaged, and left out; the original is kept as {METRICS}.damaged"
     assert (tmp_path / METRICS).read_bytes() == first + after
     assert (tmp_path / f"{METRICS}.damaged").read_bytes() == first + line + after
     assert rewind(tmp_path / METRICS, 5) == []
@@ -281,10 +281,10 @@ def test_an_earlier_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
         (range(10), 1, None),
         ([0, 4, 8], 4, None),
         ([0, 5], 5, None),
-        (range(9), 1, "ends at step 8, and the run goes on at step 10"),
-        ([0, 4], 4, "ends at step 4, and the run goes on at step 10"),
-        ([], 1, "holds nothing of before, and the run goes on at step 10"),
-        ([11, 12], 1, "holds nothing of before"),
+        (range(9), 1, "ends at step 8, but the run resumes at step 10"),
+        ([0, 4], 4, "ends at step 4, but the run resumes at step 10"),
+        ([], 1, "has nothing from before, but the run resumes at step 10"),
+        ([11, 12], 1, "has nothing from before"),
         (None, 1, "is missing: what was measured before step 10 is lost"),
         (None, 0, None),
         ([], 0, None),

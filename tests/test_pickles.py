@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "copies of one list": (
         b"c__builtin__\nset\nq\x00((" + b"N" * 100_000 + b"lq\x01" + b"h\x00h\x01\x85R" * 1000 + b"l.",
-        "copies more than it can hold",
+        "its calls copy too much",
     ),
     "many parts": (b"\x80\x04(" + b"N" * 200_000 + b"l.", "more than 200,000 parts"),
     "a long one": (bytes(pickles.MOST + 1), "8,388,609 bytes"),

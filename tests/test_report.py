@@ -155,7 +155,7 @@ def test_odd_evaluations_have_a_page(folio: Folio, tmp_path: Path) -> None:
     append(
         out, {"kind": "start", "step": 1}, end='{"kind": "lm_eval", "step": 1, "tasks": ' + '{"a": ' * 100_000 + "\n"
     )
-    with pytest.warns(UserWarning, match="evaluations.jsonl: line 2 is damaged, and passed over"):
+    with pytest.warns(UserWarning, match="evaluations.jsonl: line 2 is damaged, and ignored"):
         assert folio("report", str(out)).code == 0
 
 

@@ -234,7 +234,7 @@ def test_where_an_earlier_run_went_is_said(train: Train, out: Path) -> None:
     outcome = train("out", "--max_iters=2")
     assert (outcome.code, outcome.err) == (0, "")
     (line,) = (line for line in outcome.out.splitlines() if "previous" in line)
-    assert line == f"an earlier run was in {out}: its files are in {out / 'previous-1'} now"
+    assert line == f"an earlier run was in {out}: its files were moved to {out / 'previous-1'}"
     assert tree(out / "previous-1") == before
     assert "previous" not in train("new", "--max_iters=2").out
 
@@ -272,8 +272,8 @@ def test_metrics_that_were_lost_are_told(train: Train, out: Path) -> None:
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\0\n", *lines[2:-2]]))
     said = train("out", "--init_from=resume", "--max_iters=7").out
-    assert f"{out / 'metrics.jsonl'}: line 3 is damaged, and left out; as it was it is kept as" in said
-    assert "ends at step 3, and the run goes on at step 5" in said
+    assert f"{out / 'metrics.jsonl'}: line 3 is damaged, and left out; the original is kept as" in said
+    assert "ends at step 3, but the run resumes at step 5" in said
     assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == [0, 1, 2, 3, 5, 6]
     (out / "metrics.jsonl").unlink()
     assert "metrics.jsonl is missing" in train("out", "--init_from=resume", "--max_iters=9").out
@@ -286,7 +286,11 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
     (out / "config.json").write_bytes(content.replace(b'"grad_clip": 1.0', b'"grad_clip": 0.0'))
     options = ("--init_from=resume", "--learning_rate=1e-2", "--dropout=0.1")
     before = tree(out)
-    words = (out / "config.json", "is not what was written", "remove it and give --init_from=resume the options anew")
+    words = (
+        out / "config.json",
+        "does not match its checksum",
+        "remove it and repeat the run's options with --init_from=resume",
+    )
     assert_refused(train("out", *options), *words)
     assert tree(out) == before
     (out / "config.json").unlink()
@@ -317,7 +321,7 @@ def test_an_older_run_goes_on_with_a_line(train: Train, out: Path) -> None:
         del value["sha256"][path.name]
         path.write_text(json.dumps({k: v for k, v in value.items() if v != {} or k != "sha256"}))
     said = train("out", "--init_from=resume", "--max_iters=10").out
-    assert said.count("holds no sum of itself, as older versions wrote it") == 2
+    assert said.count("has no checksum, as older versions wrote it") == 2
     assert checkpoint.steps(out) == [5, 10]
 
 

@@ -290,7 +290,7 @@ def test_folders_globs_and_files(named, capsys, names) -> None:
     paths, _ = find(names.split())
     assert [p.relative_to(Path.cwd()).as_posix() for p in paths] == NAMED[names]
     said = capsys.readouterr().out
-    assert ("c: files of other kinds that are left out: 2 (1 .log, 1 .pdf)\n" in said) == ("c" in names.split())
+    assert ("c: other files, left out: 2 (1 .log, 1 .pdf)\n" in said) == ("c" in names.split())
 
 
 def test_folders_behind_links(named, capsys) -> None:
@@ -308,7 +308,7 @@ def test_folders_behind_links(named, capsys) -> None:
     paths, names = find(["c"])
     assert names == ("2-far/deep/deep.md", "2-far/far.txt", "a.txt", "b/1.jsonl", "b/2.md", "c.parquet")
     assert [p.read_text() for p in paths[:2]] == ["deep", "far"]
-    assert "left out: 3 (1 .log, 1 .pdf, 1 link that leads nowhere)" in capsys.readouterr().out
+    assert "left out: 3 (1 .log, 1 .pdf, 1 broken link)" in capsys.readouterr().out
     Path("to-c").symlink_to("c")
     assert find(["to-c"])[0] == find(["c"])[0]
 
@@ -321,8 +321,8 @@ def test_what_is_left_out_of_a_folder_is_told(named, capsys) -> None:
     os.mkfifo("c/pipe.txt")
     find(["c"])
     told = capsys.readouterr().out
-    assert told.startswith("c: files of other kinds that are left out: 10 (2 pipe, socket or device, ")
-    for kind in ("1 .csv", "1 .CSV", "1 .txt.gz", "1 .json", "1 link that leads nowhere"):
+    assert told.startswith("c: other files, left out: 10 (2 pipe, socket or device, ")
+    for kind in ("1 .csv", "1 .CSV", "1 .txt.gz", "1 .json", "1 broken link"):
         assert kind in told
 
 
@@ -354,7 +354,7 @@ def test_names_that_are_not_utf8(folio, tok, tmp_path, monkeypatch) -> None:
     (folder / os.fsdecode(b"\xe9.pdf")).write_text("")
     code, out, err = folio("prepare", folder, f"--tokenizer={tok}", "--val_documents=1")
     assert (code, err) == (0, "")
-    assert "caf\\udce9: files of other kinds that are left out: 1 (1 .pdf)" in out
+    assert "caf\\udce9: other files, left out: 1 (1 .pdf)" in out
     assert ids(Path("data/caf"), "val") + ids(Path("data/caf")) == expected(tok, GOOD)
     (folder / os.fsdecode(b"x-\xe9.jsonl")).write_bytes(b"{")
     code, _, err = folio("prepare", folder, f"--tokenizer={tok}", "--data_dir=out", "--workers=2")
@@ -477,14 +477,14 @@ def test_a_document_that_cannot_be_taken(folio, corpus, tok, tmp_path, name) -> 
 
 
 MISSING: dict[str, tuple[Any, str]] = {
-    "content": ({"content": "x", "id": 7}, ": the keys there are 'content', 'id': --text_key names another"),
+    "content": ({"content": "x", "id": 7}, ": its keys are 'content', 'id': --text_key names another"),
     "many keys": ({f"key {n}": n for n in range(99)}, "'key 7' …: --text_key names another"),
     "a huge key": ({"k" * 10**6: 1}, f"'{'k' * 40}': --text_key names another"),
     "an odd key": ({"\n\x1b[31m": 1}, "'\\n\\x1b[31m': --text_key names another"),
     "no key": ({}, "'text' (--on_error=skip"),
-    "a list": (["text"], ": the line is no object but a list"),
-    "a text": ("text", ": the line is no object but a text"),
-    "a number": (3.5, ": the line is no object but a number"),
+    "a list": (["text"], ": the line is not an object but a list"),
+    "a text": ("text", ": the line is not an object but a text"),
+    "a number": (3.5, ": the line is not an object but a number"),
     "null": ({"text": None}, " but null"),
     "true": ({"text": True}, " but true or false"),
     "an object": ({"text": {}}, " but an object"),

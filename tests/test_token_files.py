@@ -417,15 +417,19 @@ BESIDE: dict[str, tuple[str, str, str]] = {
     "of": ("t-train-00000-of-00002.npy,t-train-00001-of-00002.npy,t-val-00000-of-00001.npy", "", ""),
     "number first": ("0_train.npy,1_train.npy,2_val.npy", "fold_1_train.npy", "left alone: fold_1_train.npy"),
     "datatrove": ("train/0_a.ds,train/1_a.ds,val/0_a.ds", "val/0_b.ds", "left alone: 0_b.ds"),
-    "gap": ("train_000001.npy,train_000003.npy,val_000000.npy", "", "1 shard of the sequence missing: 2"),
+    "gap": ("train_000001.npy,train_000003.npy,val_000000.npy", "", "1 shard is missing from the sequence: 2"),
     "large gap": (
         "train_1.npy,train_4000000000.npy,val_0.npy",
         "",
-        "3,999,999,998 shards of the sequence missing: 2, 3",
+        "3,999,999,998 shards are missing from the sequence: 2, 3",
     ),
-    "fewer than of": ("train-0-of-3.npy,train-1-of-3.npy,val-0-of-1.npy", "", "1 shard of the sequence missing: 2"),
+    "fewer than of": (
+        "train-0-of-3.npy,train-1-of-3.npy,val-0-of-1.npy",
+        "",
+        "1 shard is missing from the sequence: 2",
+    ),
     "validation between": ("train_0.npy,train_2.npy,val_1.npy", "", ""),
-    "each counted": ("train_0.npy,train_1.npy,val_0.npy,val_2.npy", "", "1 shard of the sequence missing: 1"),
+    "each counted": ("train_0.npy,train_1.npy,val_0.npy,val_2.npy", "", "1 shard is missing from the sequence: 1"),
 }
 
 
@@ -449,9 +453,9 @@ AMBIGUOUS: dict[str, tuple[str, str]] = {
     "versions": ("o_v1_train.bin,o_v1_val.bin,o_v2_train.bin,o_v2_val.bin", "/o_v1_*.bin'"),
     "shuffled": ("00000_shuffled.ds,00000_unshuffled.ds", "/*_shuffled.ds'"),
     "half of nanoGPT's": (f"{SHARDS},train.bin", "/edufineweb_*.npy'"),
-    "padding": ("train_1.npy,train_000001.npy,val_0.npy", "cannot both be shards"),
-    "whole and shards": ("train.npy,train_000001.npy,val.npy", "cannot both be shards"),
-    "two words": ("train.npy,val.npy,validation.npy", "cannot both be shards"),
+    "padding": ("train_1.npy,train_000001.npy,val_0.npy", "cannot both be in one data set"),
+    "whole and shards": ("train.npy,train_000001.npy,val.npy", "cannot both be in one data set"),
+    "two words": ("train.npy,val.npy,validation.npy", "cannot both be in one data set"),
     "two stems": ("tiny_train.bin,owt_val.bin", "not of one data set"),
 }
 
@@ -476,7 +480,7 @@ def test_a_glob_means_every_file_that_it_finds(tmp_path: Path) -> None:
     lay(tmp_path, f"{SHARDS},tiny_train_1.npy,tiny_val_0.npy,x.npy")
     folder = open_folder(tmp_path / "*.npy")
     assert [len(folder.splits[split]) for split in ("train", "val")] == [3, 2]
-    assert "several names are taken together: edufineweb_*.npy, tiny_*.npy" in folder.note
+    assert "several names are used as one data set: edufineweb_*.npy, tiny_*.npy" in folder.note
     assert "left alone: x.npy" in folder.note
     assert open_folder(tmp_path / "tiny_*").note == ""
 
@@ -645,9 +649,9 @@ def test_the_option_does_not_overrule_what_a_file_says(tmp_path: Path, write: Wr
     for name in ("x_train_0", "x_val_0"):
         write(tmp_path / f"{name}{suffix}", IDS)
     assert open_folder(tmp_path, "uint16").splits["train"][0].tokens == 100
-    with pytest.raises(ValueError, match=r"token_dtype=uint32: .* says itself that it holds uint16"):
+    with pytest.raises(ValueError, match=r"token_dtype=uint32: .* states its own type, uint16"):
         open_folder(tmp_path, "uint32")
-    with pytest.raises(ValueError, match=r"token_dtype=int64: .*meta\.json says that its files hold uint16"):
+    with pytest.raises(ValueError, match=r"token_dtype=int64: .*meta\.json states the type of its files, uint16"):
         open_folder(shards, "int64")
 
 
@@ -696,7 +700,7 @@ def test_a_run_on_ids_alone(folio: Callable[..., Outcome], tmp_path: Path) -> No
     code, said, err = folio("train", *SMALL, "--max_iters=2", f"--data_dir={tmp_path}", out)
     assert (code, err) == (0, "")
     assert "found vocab_size = 3" in said
-    assert "meta.pkl says how many token ids there are, and not what they mean" in said
+    assert "meta.pkl says how many token ids there are, but not what they mean" in said
     assert_refused(folio("sample", out, "--device=cpu"), "nothing says what")
     refused = folio("train", *SMALL, "--sample_interval=1", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'two'}")
     assert_refused(refused, "nothing says what")
@@ -805,8 +809,8 @@ BINS: dict[str, tuple[bytes, str]] = {
     "a larger count": (llmc(20240520, 1, 101), "its header says 101: it is cut short"),
     "a smaller count": (llmc(20240520, 1, 99), "its header says 99: it holds more than that"),
     "a negative count": (llmc(20240520, 1, -1), "its header says -1"),
-    "a model of llm.c's": (llmc(20240326, 3, 100), "another file of llm.c's"),
-    "HellaSwag of llm.c's": (llmc(20240522, 1, 100), "another file of llm.c's"),
+    "a model of llm.c's": (llmc(20240326, 3, 100), "another kind of llm.c's files"),
+    "HellaSwag of llm.c's": (llmc(20240522, 1, 100), "another kind of llm.c's files"),
     "lit-gpt's": (b"LITPKDS" + bytes(1000), "is lit-gpt's"),
     "zip": (b"PK\x03\x04" + bytes(1000), "is a zip file"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(1000), "is a .npy file"),
@@ -849,5 +853,5 @@ def test_an_index_that_does_not_fit(tmp_path: Path, case: str) -> None:
 def test_an_index_that_is_cut(tmp_path: Path) -> None:
     ds(tmp_path / "0.ds", IDS)
     cut(tmp_path / "0.ds.index", 77)
-    with pytest.raises(ValueError, match=r"0\.ds\.index: 77 bytes are not whole numbers"):
+    with pytest.raises(ValueError, match=r"0\.ds\.index: 77 bytes are not a multiple of 8"):
         open_folder(tmp_path)

@@ -170,7 +170,7 @@ def test_a_file_that_was_cut(tmp_path: Path, legacy: bool, share: float) -> None
     path = saved({"it": torch.randn(300)}, tmp_path / "it.pt", legacy)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"it\.pt is damaged, or no file of torch\.save: "):
+    with pytest.raises(ValueError, match=r"it\.pt is damaged, or not a file of torch\.save: "):
         torch_files.load(path)
 
 
@@ -317,7 +317,7 @@ def test_archives_that_lie(tmp_path: Path, damage: Callable[[Path], None]) -> No
     with pytest.raises(ValueError, match=DAMAGES[damage]) as error:
         torch_files.load(path)
     assert time.perf_counter() - began < 10
-    assert str(error.value).startswith(f"{path} is damaged, or no file of torch.save: ")
+    assert str(error.value).startswith(f"{path} is damaged, or not a file of torch.save: ")
     assert "\n" not in str(error.value)
 
 
@@ -342,5 +342,5 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
 def test_numbers() -> None:
     assert torch_files.number(3) == 3
     for odd in ("3", None, [1], StoredTensor(torch.Size([2]))):
-        with pytest.raises(TypeError, match="is no number"):
+        with pytest.raises(TypeError, match="is not a number"):
             torch_files.number(odd)

@@ -23,7 +23,7 @@ BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 
 @dataclass(frozen=True)
 class Options:
-    """Time training steps of a model: folio bench [PRESET or FILE …] [--knob=value …]."""
+    """Time training steps of a model: folio bench [PRESET or FILE …] [--option=value …]."""
 
     real_data: bool = knob(True, "False: random tokens, no data set needed")
     profile: bool = knob(

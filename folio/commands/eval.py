@@ -50,7 +50,7 @@ _OF_PLACES = {"token_dtype"}  # what holds for the run's data alone
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a model: folio eval [loss | hellaswag | lm_eval] [--knob=value …]."""
+    """Measure a model: folio eval [loss | hellaswag | lm_eval] [--option=value …]."""
 
     what: tyro.conf.Positional[Literal["loss", "hellaswag", "lm_eval"]] = knob(
         "loss", "loss: over a split of the run's data, or other; lm_eval: tasks of the lm-evaluation-harness"

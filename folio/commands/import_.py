@@ -49,7 +49,7 @@ def main(options: Options) -> None:
             files.write_sealed(out_dir / checkpoint.BEST, state["best"])
     if state["tokenizer"] is None:
         say(
-            f"nothing tells what its {model.config.vocab_size} token ids mean: training works with ids alone, "
+            f"nothing says what its {model.config.vocab_size} token ids mean: training works with ids alone, "
             "text needs a tokenizer"
         )
     say(

@@ -22,7 +22,7 @@ from folio.trainer import step_of_a_device, vocab_size_of
 
 _KINDS = {
     "weights": "weights",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "gradients": "gradients",
     "copies": "weights, gathered or in 16 bits",
     "activations": "activations",
@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--knob=value …]."""
+    """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
 
     gpus: int = knob(1, "devices, one process each", min=1)
     gpu: str = knob("h100", f"their kind: {', '.join(flops.GPUS)}; or cpu, this machine's")

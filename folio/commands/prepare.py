@@ -46,7 +46,7 @@ class Options:
     val_fraction: float = knob(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
     val_documents: int = knob(0, "so many of the first documents are for validation instead", min=0)
     on_error: Literal["stop", "skip"] = knob("stop", "skip: count documents that cannot be taken and go on")
-    overwrite: bool = knob(False, "replace a data set that was made otherwise")
+    overwrite: bool = knob(False, "replace a data set that was made with other settings")
     workers: int = knob(0, "processes that tokenise; 0: one for each core", min=0)
     shard_of: str = knob("", "I/N: prepare part I (from 0) of N; the last one to end puts all together")
     config: str = knob("", "hf: configuration of the data set")

@@ -17,7 +17,7 @@ from folio.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """Sample from a trained model: folio sample [PRESET or FILE …] [--knob=value …]."""
+    """Sample from a trained model: folio sample [PRESET or FILE …] [--option=value …]."""
 
     source: Source = field(default_factory=Source)
     sampling: Sampling = field(default_factory=Sampling)

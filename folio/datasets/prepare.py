@@ -150,7 +150,7 @@ def _refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], sour
         return
     if changed:
         told = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
-        raise ValueError(f"{what} otherwise ({told}): --overwrite makes it anew")
+        raise ValueError(f"{what} with other settings ({told}): --overwrite makes it anew")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _lock(work: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped: the same command goes on from here")
+        say("stopped: the same command continues from here")
         raise
     except OSError as error:
         raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None

@@ -393,7 +393,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             here = {p: p.relative_to(path).as_posix() for p in _below(path)}
         elif path.exists():
             if kind_of(require_file(path)) is None:
-                raise ValueError(f"{path}: not a file of text that is known: {', '.join(_KINDS)}{_remedy([path])}")
+                raise ValueError(f"{path}: not a known kind of text file: {', '.join(_KINDS)}{_remedy([path])}")
             here = {path: path.name}
         else:
             here = {p: p.name for p in map(Path, sorted(glob.glob(name, recursive=True))) if not p.is_dir()}
@@ -403,10 +403,10 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         others = [p for p in here if not (kind_of(p) and p.is_file())]
         if not taken:
             has = f" ({_counted(others)})" if others else ""
-            known = f"of a kind that is known: {', '.join(_KINDS)}{_remedy(others)}"
+            known = f"of a known kind: {', '.join(_KINDS)}{_remedy(others)}"
             raise ValueError(f"{name}: none of its {len(here)} files{has} is {known}")
         if others:
-            say(f"{name}: files of other kinds that are left out: {len(others)} ({_counted(others)})")
+            say(f"{name}: other files, left out: {len(others)} ({_counted(others)})")
         for p in taken:
             found.setdefault(p.resolve(), here[p])
     return tuple(found), tuple(found.values())
@@ -439,7 +439,7 @@ def _counted(paths: Sequence[Path]) -> str:
 
 def _ending(path: Path) -> str:
     if not path.is_file():
-        return "pipe, socket or device" if path.exists() else "link that leads nowhere"
+        return "pipe, socket or device" if path.exists() else "broken link"
     return (
         "".join(path.suffixes[-2:] if path.suffix.lower() in (".gz", ".zst") else path.suffixes[-1:])
         or "without an end"

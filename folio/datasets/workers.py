@@ -170,10 +170,10 @@ def _value(line: bytes, key: str) -> str | Flaw:
     if isinstance(record, dict) and key in record:
         return _typed(record[key], key)
     if not isinstance(record, dict):
-        more = f": the line is no object but {_KINDS.get(type(record), 'a number')}"
+        more = f": the line is not an object but {_KINDS.get(type(record), 'a number')}"
     else:
         names = ", ".join(repr(name[:40]) for name in list(record)[:8]) + (" …" if len(record) > 8 else "")
-        more = f": the keys there are {names}: --text_key names another" if record else ""
+        more = f": its keys are {names}: --text_key names another" if record else ""
     return Flaw(f"no text under the key {key!r}", more)
 
 

@@ -170,6 +170,15 @@ DAMAGES: dict[str, tuple[str, str, str]] = {
     "an added token in place of another": ("added_tokens.json", '{"<x>": 3}', "'<x>' has the id 3"),
     "a config no JSON": ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
     "tokens that are none": ("tokenizer_config.json", '{"added_tokens_decoder": {"0": 1}}', "holds what is no token"),
+    "a superscript for an id": (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"²": {"content": "x"}}}',
+        "no token",
+    ),
+    "a list of tokens": ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "holds what is no token"),
+    "an added id no number": ("added_tokens.json", '{"<x>": "600", "<s>": 0}', "added_tokens.json: the id of '<x>' is"),
+    "an added id a list": ("added_tokens.json", '{"<x>": [600]}', "added_tokens.json: the id of '<x>' is none"),
+    "an id given twice": ("vocab.json", '{"a": 3, "b": 3}', "vocab.json: two of its 2 tokens have one id"),
     "a tokenizer.json that is a list": ("tokenizer.json", "[]", "not a file of the tokenizers library"),
 }
 

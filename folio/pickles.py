@@ -341,7 +341,7 @@ PLAIN: dict[str, Any] = {
     "collections.defaultdict": lambda factory=None, items=(): _dict(items),
     **dict.fromkeys(("builtins.list", "builtins.set", "builtins.frozenset"), _list),
     "builtins.tuple": lambda items=(): tuple(_list(items)),
-    **dict.fromkeys(("builtins.str", "torch.torch_version.TorchVersion"), _text),
+    **dict.fromkeys(("builtins.str", "builtins.unicode", "torch.torch_version.TorchVersion"), _text),
     **dict.fromkeys(("builtins.bytes", "_codecs.encode"), _bytes),
     **{
         f"pathlib{module}.{pure}{kind}Path": _path
@@ -350,6 +350,7 @@ PLAIN: dict[str, Any] = {
         for kind in ("", "Posix", "Windows")
     },
     **dict.fromkeys(("argparse.Namespace", "types.SimpleNamespace"), fields_of),
+    "collections.deque": lambda items=(), *_: _list(items),
     "copyreg._reconstructor": _reconstructed,
     "numpy.dtype": _dtype,
     **{
@@ -363,7 +364,9 @@ PLAIN: dict[str, Any] = {
             *(f"builtins.{name}" for name in ("object", "int", "float", "bool", "complex", "bytearray")),
             *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
             *("decimal.Decimal", "fractions.Fraction", "uuid.UUID"),
+            *(f"builtins.{name}" for name in ("range", "xrange", "slice", "long")),
             "numpy.ndarray",
+            *(f"numpy.{kind.__name__}" for kind in np.sctypeDict.values()),
         ),
         opaque,
     ),

@@ -157,7 +157,9 @@ def _foreign(path: Path, why: str) -> ValueError:
 
 def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
     """The shape, the updates that were made, the best validation loss."""
-    shape = {"bias": True, **content["model_args"]}
+    shape: dict[str, Any] = {"bias": True}
+    for name, value in content["model_args"].items():
+        shape[name] = number(value) if isinstance(value, (StoredTensor, list)) else value
     best = content.get("best_val_loss")
     return shape, int(number(content.get("iter_num", 0))), None if best is None else float(number(best))
 

@@ -85,6 +85,8 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     vocabulary = _object(path)
     if odd := [token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31]:
         raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number from 0 to 2**31 - 1")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"{path}: two of its {len(vocabulary):,} tokens have the same id")
     if lacking := [c for c in byte_characters().values() if c not in vocabulary]:
         raise ValueError(
             f"{path} is not byte-level: it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
@@ -149,10 +151,14 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
     """The tokens that are matched first, in the order of their ids: special ones, and those beyond the vocabulary."""
     special = dict.fromkeys(default.split(" "), True)
     special |= dict.fromkeys(_special({**_object(folder / "special_tokens_map.json"), **config}), True)
-    ids: dict[str, Any] = dict(_object(folder / "added_tokens.json"))
+    path = folder / "added_tokens.json"
+    ids: dict[str, Any] = dict(_object(path))
+    if odd := [token for token, i in ids.items() if type(i) is not int]:
+        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number")
     flags: dict[str, dict[str, Any]] = {}
-    for i, token in (config.get("added_tokens_decoder") or {}).items():
-        if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdigit():
+    decoder = config.get("added_tokens_decoder") or {}
+    for i, token in decoder.items() if isinstance(decoder, dict) else [("", None)]:
+        if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdecimal():
             raise ValueError(
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry that is not a token"
             )

@@ -121,7 +121,9 @@ def unfit(tensor: StoredTensor) -> str:
 
 
 def number(value: Any) -> float | int:
-    """A number, which may be in a tensor. Raises TypeError, or ValueError where the file is damaged."""
+    """A number, or the only one of a tensor or list. Raises TypeError, or ValueError where the file is damaged."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
     if isinstance(value, StoredTensor) and value.shape.numel() == 1 and not value.problem:
         value = value.load().item()
     if not isinstance(value, (int, float)):

@@ -15,7 +15,7 @@ import sys
 import time
 import tracemalloc
 import types
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,6 +48,7 @@ VALUES: dict[str, tuple[Any, Any]] = {  # what was pickled, and what is read
     "OrderedDict": (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
     "defaultdict": (defaultdict(list, {"x": [1]}), {"x": [1]}),
     "Counter": (Counter("aab"), {"a": 2, "b": 1}),
+    "a deque": (deque([1, 2], maxlen=3), [1, 2]),
     "sets": ([{1}, frozenset([2])], [[1], [2]]),
     "keys": ({1: "a", 2.5: "b", None: "c", (1, "d"): "e"}, None),
     "the same object twice": ([[1]] * 2, None),
@@ -68,7 +69,14 @@ def test_plain_values(value: Any, wanted: Any, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("value", [np.array([{}]), np.array([1j]), datetime(2024, 1, 1), 1j, bytearray(b"x")], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(np.array([{}]), np.array([1j]), datetime(2024, 1, 1), 1j, bytearray(b"x")),
+        *(np.uint16, np.float32, np.bool_, int, str, range(3), slice(1)),
+    ],
+    ids=repr,
+)
 def test_what_nobody_looks_at(value: Any, protocol: int) -> None:
     """Harmless objects of other kinds stand beside the rest and do no harm."""
     found = read(pickle.dumps({"before": 1, "it": value, "after": 2}, protocol=protocol))

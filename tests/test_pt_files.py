@@ -219,6 +219,8 @@ def a_sample_of(path: Path) -> Any:
         "history": collections.defaultdict(list, loss=[np.float64(3.0)]),
         "rng_state": torch.get_rng_state(),
         "numpy_rng": np.random.RandomState(0).get_state(),
+        "types": [np.uint16, np.float32, np.bool_, torch.bfloat16, int, range(3), slice(1)],
+        "last_losses": collections.deque([2.5, 2.0], maxlen=4),
         "version": torch.__version__,
     }
 
@@ -231,6 +233,14 @@ def test_plain_values_of_other_kinds(tmp_path: Path, legacy: bool) -> None:
     content["model"] = OrderedDict(content["model"])
     content["model_args"] = {name: np.array(value)[()] for name, value in SHAPE.items()}
     assert_same(pt_files.read(saved(content, tmp_path / "ckpt.pt", legacy)), plain)
+
+
+@pytest.mark.parametrize("hold", [np.array, lambda n: np.array([n]), torch.tensor, lambda n: torch.tensor([n])])
+def test_a_number_alone(tmp_path: Path, hold: Callable[[Any], Any]) -> None:
+    plain = pt_files.read(saved(small() | {"iter_num": 2, "best_val_loss": 2.5}, tmp_path / "plain.pt"))
+    content = small() | {"iter_num": hold(2), "best_val_loss": hold(2.5)}
+    content["model_args"] = {name: hold(value) if type(value) is int else value for name, value in SHAPE.items()}
+    assert_same(pt_files.read(saved(content, tmp_path / "ckpt.pt")), plain)
 
 
 def test_older_nanogpt_says_nothing_of_biases(tmp_path: Path) -> None:

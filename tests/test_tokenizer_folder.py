@@ -172,8 +172,17 @@ DAMAGES: dict[str, tuple[str, str, str]] = {
     "tokens that are none": (
         "tokenizer_config.json",
         '{"added_tokens_decoder": {"0": 1}}',
-        "has an entry that is not a token",
+        "entry that is not a token",
     ),
+    "a superscript for an id": (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"²": {"content": "x"}}}',
+        "not a token",
+    ),
+    "a list of tokens": ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "entry that is not a token"),
+    "an added id no number": ("added_tokens.json", '{"<x>": "600", "<s>": 0}', "added_tokens.json: the id of '<x>' is"),
+    "an added id a list": ("added_tokens.json", '{"<x>": [600]}', "added_tokens.json: the id of '<x>' is not"),
+    "an id given twice": ("vocab.json", '{"a": 3, "b": 3}', "vocab.json: two of its 2 tokens have the same id"),
     "a tokenizer.json that is a list": ("tokenizer.json", "[]", "not a file of the tokenizers library"),
 }
 

@@ -621,7 +621,7 @@ MISTAKES: dict[str, tuple[Callable[[Content], None], str]] = {
     "optimizer's step no number": (with_value("optimizer", "state", 0, "step", None), "is not a number"),
     "iter_num a hundred digits": (with_value("iter_num", 10**100), "its step is"),
     "vocab_size 1e12": (with_value("model_args", "vocab_size", 10**12), "vocab_size=1000000000000: must be at most"),
-    "n_embd a nested list": (with_value("model_args", "n_embd", [[[[8]]]]), "n_embd' is not a number"),
+    "n_embd a nested list": (with_value("model_args", "n_embd", [[[[8, 8]]]]), "is not a number"),
     "n_embd of 5000 digits": (with_value("model_args", "n_embd", 10**4000), "n_embd' is not a number"),
     "a weight's name no text": (with_value("model", 5, torch.ones(2)), "not a checkpoint of nanoGPT"),
     "optimizer a list": (with_value("optimizer", [1]), "optimizer does not fit"),

@@ -116,7 +116,7 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
         raise ValueError(f"its label is {told}: must be 0, 1, 2 or 3")
     parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
     if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
-        raise ValueError("its context is not text")
+        raise ValueError("its context is empty or not text")
     if style == "completion":
         return Item(parts[0], [f" {e}" for e in endings], None, int(label))
     activity, start, end = parts

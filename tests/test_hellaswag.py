@@ -224,8 +224,8 @@ BROKEN: dict[str, tuple[object, str]] = {
     "test split": (GOOD | {"label": ""}, "validation split"),
     "no label": ({k: v for k, v in GOOD.items() if k != "label"}, "'label'"),
     "no endings": ({k: v for k, v in GOOD.items() if k != "endings"}, "'endings'"),
-    "an empty context": (GOOD | {"ctx": " ", "ctx_a": "", "ctx_b": "", "activity_label": ""}, "no text"),
-    "a context of numbers": (GOOD | {"ctx": [1], "ctx_a": [1]}, "no text"),
+    "an empty context": (GOOD | {"ctx": " ", "ctx_a": "", "ctx_b": "", "activity_label": ""}, "empty or not text"),
+    "a context of numbers": (GOOD | {"ctx": [1], "ctx_a": [1]}, "empty or not text"),
 }
 
 

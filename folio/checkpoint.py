@@ -417,16 +417,18 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no such checkpoint; says what there is.
-        ValueError: it is damaged.
+        ValueError: it is damaged; names another.
     """
     while True:
         step = _chosen(out_dir, which)
         try:
             found = verify(folder(out_dir, step))
             break
-        except ValueError:
-            if step in steps(out_dir):
-                raise
+        except ValueError as error:
+            if step in (have := steps(out_dir)):
+                others = [other for other in have if other != step]
+                remedy = f"; --checkpoint={others[-1]} is another" if others else ""
+                raise ValueError(f"{error}{remedy}") from None
     knobs: dict[str, Any] = {}
     try:
         knobs = asked(out_dir).options

@@ -151,6 +151,18 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["step-00000005"]
 
 
+@pytest.mark.parametrize("which", ["best", "latest", "9"])
+def test_a_damaged_choice_names_another(tmp_path: Path, which: str) -> None:
+    save(tmp_path, 5)
+    path = save(tmp_path, 9)
+    (path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=f"^{path} is damaged: .*; --checkpoint=5 is another$"):
+        checkpoint.choose(tmp_path, which)
+    shutil.rmtree(checkpoint.folder(tmp_path, 5))
+    with pytest.raises(ValueError, match=r"checksum$"):
+        checkpoint.choose(tmp_path, which)
+
+
 def test_of_the_same_tensors_the_state_alone_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that at no moment the checkpoint is away; but not where its tensors were damaged meanwhile."""
     monkeypatch.setattr(checkpoint, "_remove", None)  # to call it would raise

@@ -155,7 +155,7 @@ def test_a_console_that_is_not_utf8(trained: Path, tmp_path: Path, encoding: str
     assert (done.returncode, done.stderr) == (0, "")
     assert r"\u6e21\u3057\u8239 \U0001f6a2" in (tmp_path / "said.txt").read_text(encoding=encoding)
     done = shell("$FOLIO train --n_layer=x; $FOLIO --help > /dev/null", PYTHONIOENCODING=encoding)
-    assert done.stderr == "folio: Error parsing --n_layer: invalid literal for int() with base 10: 'x'\n"
+    assert done.stderr == "folio: --n_layer='x': must be int\n"
     assert done.returncode == 0
 
 

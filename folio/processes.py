@@ -114,7 +114,7 @@ def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
         with contextlib.suppress(LookupError, ValueError, RuntimeError):
             store, ranks = _start(), range(int(os.environ["WORLD_SIZE"]))
             store.set(f"failed/{rank}", "")
-            time.sleep(2.0 if _is_lost(error) else 0.5 * (rank != "0"))
+            time.sleep(2.0 if _is_lost(error) else 1.0 * (rank != "0"))
             first = store.compare_set("failed/first", "", rank).decode() == rank
             heard.append((first, [str(r) for r in ranks if not store.check([f"failed/{r}"])]))
             store.set(f"heard/{rank}", "")

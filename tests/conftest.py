@@ -48,7 +48,10 @@ def copy_tracked(folder: Path) -> None:
 _ROOM = tempfile.TemporaryDirectory(prefix="folio-tests-", ignore_cleanup_errors=True)
 ROOT, HOME = (Path(_ROOM.name).resolve() / name for name in ("clone", "home"))
 HOME.mkdir()
-copy_tracked(ROOT)
+if (CHECKOUT / ".git").exists():
+    copy_tracked(ROOT)
+else:  # a copy already, which a process of a test imports
+    ROOT = CHECKOUT
 sys.path.insert(0, str(ROOT))
 for name in [n for n in os.environ if n.startswith(("XDG_", "HF_", "WANDB_", "TRACKIO_")) or n == "TIKTOKEN_CACHE_DIR"]:
     del os.environ[name]

@@ -485,6 +485,7 @@ def test_what_differs_is_refused(
         os.utime(source, (1, 1))
     elif change == "merges":  # others, and as many
         made(folio("tokenizer", "train", source, "--vocab_size=300", "--out", tok))
+    (out / UNFINISHED / "lock").unlink(missing_ok=True)  # of the process that was killed
     before = tree(out)
     refused(folio(*argv, *now), out, words, "→", "--overwrite")
     assert tree(out) == before

@@ -340,7 +340,7 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    assert torch_files.number(3) == 3
-    for odd in ("3", None, [1], StoredTensor(torch.Size([2]))):
+    assert torch_files.number(3) == torch_files.number([[3]]) == 3
+    for odd in ("3", None, [1, 2], ["3"], StoredTensor(torch.Size([2]))):
         with pytest.raises(TypeError, match="is not a number"):
             torch_files.number(odd)

@@ -11,6 +11,7 @@ file. The files' formats are in ``folio.token_files``.
 
 from __future__ import annotations
 
+import errno
 import glob
 import resource
 import threading
@@ -43,21 +44,32 @@ class Maps:
     def __init__(self) -> None:
         self._arrays: OrderedDict[TokenFile, Array] = OrderedDict()
         self._lock = threading.Lock()  # rows are read ahead while an evaluation reads as well
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = _MAPPED if limit == resource.RLIM_INFINITY else max(1, min(_MAPPED, limit // 4))
 
     def __getitem__(self, file: TokenFile) -> Array:
         with self._lock:
             array = self._arrays.pop(file, None)
             if array is None:
-                while len(self._arrays) >= self._most():
-                    self._arrays.popitem(last=False)
-                array = file.map()
+                self._drop_all_but(self._most - 1)
+                array = self._map(file)
             self._arrays[file] = array
             return array
 
-    def _most(self) -> int:
-        """A quarter of the files that the process may open."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return _MAPPED if limit == resource.RLIM_INFINITY else max(1, min(_MAPPED, limit // 4))
+    def _map(self, file: TokenFile) -> Array:
+        """The file mapped; where the process has too many files open, half of the maps are closed first."""
+        try:
+            return file.map()
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._arrays:
+                raise
+        self._most = max(1, len(self._arrays) // 2)
+        self._drop_all_but(self._most - 1)
+        return file.map()
+
+    def _drop_all_but(self, count: int) -> None:
+        while len(self._arrays) > count:
+            self._arrays.popitem(last=False)
 
 
 class Shards:

@@ -8,6 +8,7 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,14 +273,17 @@ def test_rows_that_cannot_be_shared(steps: int, size: int, world: int, message: 
 # Many files
 
 
-@pytest.fixture
-def few_files() -> Iterator[int]:
-    """This process may open some twenty files more than it has open."""
+@pytest.fixture(params=[0, 200])
+def few_files(request: pytest.FixtureRequest) -> Iterator[int]:
+    """This process may open some twenty files more than it has open, be they few or many."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = len(os.listdir("/proc/self/fd")) + 20  # their numbers must be below it, and the lowest are taken
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-    yield limit
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    with ExitStack() as others:
+        for _ in range(request.param):
+            others.enter_context(open(os.devnull))
+        limit = len(os.listdir("/proc/self/fd")) + 20  # their numbers must be below it, and the lowest are taken
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        yield limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from folio import checkpoint
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.runtime import Runtime
+from folio.checkpoints import checkpoint
+from folio.config.options import System
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw
 
 
 def seconds(function: Callable[[], object]) -> float:

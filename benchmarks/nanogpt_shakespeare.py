@@ -26,15 +26,15 @@ from typing import Literal
 import torch
 import tyro
 
-from folio import checkpoint
-from folio.config import Data, System
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.log import METRICS, read_metrics
-from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime
-from folio.tokens import Tokens
-from folio.validation import evaluate
+from folio.checkpoints import checkpoint
+from folio.config.options import Data, System
+from folio.data.rows import Tokens
+from folio.evaluation.loss import evaluate
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records.log import METRICS, read_metrics
 
 SEED = 1337  # nanoGPT's
 ROOT = Path(__file__).resolve().parent.parent

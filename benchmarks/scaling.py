@@ -23,9 +23,9 @@ from pathlib import Path
 
 import tyro
 
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.log import METRICS, read_metrics
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records.log import METRICS, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = shlex.split(

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
-from folio.config import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
-from folio.trainer import EXIT, Run, build, finish, fit
+from folio.config.options import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
+from folio.training.loop import EXIT, Run, build, finish, fit
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args
 
-from folio import console
+from folio.records import console
 
 COMMANDS = {
     "prepare": "turn text into token files",
@@ -90,7 +90,7 @@ def _told(error: Exception) -> tuple[int, str]:
     else:
         code, line = 1, traceback.format_exc().rstrip()
     if "RANK" in os.environ and package != "torch":
-        from folio.processes import told_by_the_first
+        from folio.machine.processes import told_by_the_first
 
         line = told_by_the_first(line, error)
     return code, line
@@ -99,7 +99,7 @@ def _told(error: Exception) -> tuple[int, str]:
 def _shortage(error: Exception) -> str:
     """The line about memory that ran out; "" where it did not."""
     if isinstance(error, MemoryError) or "torch" in sys.modules:
-        from folio import shortage
+        from folio.machine import shortage
 
         return shortage.line(error) if shortage.is_shortage(error) else ""
     return ""
@@ -133,7 +133,8 @@ def _main(command: str | None, argv: list[str]) -> int:
 
 def module_of(command: str) -> ModuleType:
     """A command's module, with its Options and main; import's is ``import_``."""
-    return importlib.import_module(f"folio.commands.{command}{'_' * keyword.iskeyword(command)}")
+    room = "commands" if command in COMMANDS else "doors"
+    return importlib.import_module(f"folio.{room}.{command}{'_' * keyword.iskeyword(command)}")
 
 
 def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
@@ -145,7 +146,7 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
     """
     import tyro
 
-    from folio import config
+    from folio.config import options as config
 
     flags: dict[str, str] = {}
     values: dict[str, Any] = {}

@@ -57,12 +57,13 @@ for name in [n for n in os.environ if n.startswith(("XDG_", "HF_", "WANDB_", "TR
     del os.environ[name]
 os.environ["HOME"] = str(HOME)
 
-from folio import checkpoint, cli  # noqa: E402
+from folio import cli  # noqa: E402
+from folio.checkpoints import checkpoint  # noqa: E402
 from folio.commands import tokenizer as learn  # noqa: E402
-from folio.datasets.prepare import prepare  # noqa: E402
-from folio.datasets.recipes import known  # noqa: E402
-from folio.log import read_metrics  # noqa: E402
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, named  # noqa: E402
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named  # noqa: E402
+from folio.preparation.job import prepare  # noqa: E402
+from folio.preparation.recipes import known  # noqa: E402
+from folio.records.log import read_metrics  # noqa: E402
 
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
 

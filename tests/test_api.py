@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, SMALL, STORY, python, tree
 
 import folio
-from folio import checkpoint
-from folio.config import TrainConfig, override
-from folio.log import read_metrics
+from folio.checkpoints import checkpoint
+from folio.config.options import TrainConfig, override
+from folio.records.log import read_metrics
 
 TINY: dict[str, Any] = {}
 for flag in SMALL:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from folio import assignments
+from folio.config import assignments
 
 PATH = Path("config.py")
 OPTIONS = {"n_layer": 12, "n_head": 12, "n_embd": 768, "max_iters": 600_000, "learning_rate": 6e-4, "out_dir": "out"}

@@ -19,8 +19,8 @@ from conftest import SMALL, STORY, assert_refused, closed_port, server, tree
 
 from folio import cli
 from folio.commands import train
-from folio.datasets import recipes
-from folio.log import read_metrics
+from folio.preparation import recipes
+from folio.records.log import read_metrics
 
 
 @pytest.fixture

@@ -17,15 +17,16 @@ import pytest
 import torch
 from conftest import TINY, Outcome, assert_refused, python, succeed, tree
 
-from folio import checkpoint, rng
-from folio.config import COMMAND_LINE, Data, TrainConfig, accumulated, override, read_file
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.log import read_metrics
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw, learning_rate
-from folio.tokenizer import Tiktoken
-from folio.trainer import micro_batches
+from folio import rng
+from folio.checkpoints import checkpoint
+from folio.config.options import COMMAND_LINE, Data, TrainConfig, accumulated, override, read_file
+from folio.data.tokenizers import Tiktoken
+from folio.model.gpt import GPT, GPTConfig
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records.log import read_metrics
+from folio.training.loop import micro_batches
+from folio.training.optimizers import adamw, learning_rate
 
 Folio = Callable[..., Outcome]
 

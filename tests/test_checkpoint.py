@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from folio import checkpoint, files
-from folio.config import TrainConfig, flat
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
+from folio import files
+from folio.checkpoints import checkpoint
+from folio.config.options import TrainConfig, flat
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
 Damage = Callable[[Path], object]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from folio import api, cli, config
+from folio import api, cli
 from folio.commands import bench, prepare, sample
-from folio.config import Data, TrainConfig, flat
+from folio.config import options as config
+from folio.config.options import Data, TrainConfig, flat
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto
 NANOGPT_DEFAULTS = {

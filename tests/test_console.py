@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from conftest import ROOT, SMALL, Outcome, assert_refused
 
-from folio import checkpoint, cli, console
+from folio import cli
+from folio.checkpoints import checkpoint
 from folio.commands import train
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records import console
 
 Folio = Callable[..., Outcome]
 

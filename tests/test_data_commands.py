@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, python
 
-from folio.commands import tokenize_documents_parallel
-from folio.datasets import sources
-from folio.datasets.recipes import KNOWN
-from folio.tokenizer import named
+from folio.data.tokenizers import named
+from folio.doors import tokenize_documents_parallel
+from folio.preparation import sources
+from folio.preparation.recipes import KNOWN
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, STORY, TINY, Outcome, run
 
 from folio import cli
-from folio.config import DATA_SETS, TrainConfig, defaults
-from folio.flops import GPUS
+from folio.config.options import DATA_SETS, TrainConfig, defaults
+from folio.machine.flops import GPUS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]

@@ -22,10 +22,11 @@ import pytest
 import torch
 from conftest import ROOT, closed_port, server
 
-from folio import cli, shortage
+from folio import cli
 from folio.commands import doctor
 from folio.commands.doctor import Row
-from folio.token_files import SPLITS, UNFINISHED, open_folder
+from folio.data.token_files import SPLITS, UNFINISHED, open_folder
+from folio.machine import shortage
 
 Look = Callable[[], dict[str, list[Row]]]
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio import checkpoint, rng
-from folio.config import System
+from folio import rng
+from folio.checkpoints import checkpoint
+from folio.config.options import System
+from folio.data.rows import Documents, Tokens
+from folio.data.token_files import open_folder
 from folio.files import sha256
-from folio.log import read_metrics
-from folio.model import GPT, GPTConfig, within_documents
-from folio.runtime import Runtime
-from folio.token_files import open_folder
-from folio.tokens import Documents, Tokens
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig, within_documents
+from folio.records.log import read_metrics
 
 GPT2_EOT = 50256
 Ids = NDArray[np.uint16]

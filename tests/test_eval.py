@@ -17,9 +17,9 @@ import torch
 from conftest import SMALL, SPELLINGS, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
 from torch.nn import functional as F
 
-from folio import pretrained
-from folio.model import GPT
-from folio.tokenizer import Bytes, Tokenizer
+from folio.checkpoints import hugging_face
+from folio.data.tokenizers import Bytes, Tokenizer
+from folio.model.gpt import GPT
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -30,14 +30,15 @@ HERE = ["--device=cpu", "--dtype=float32", "--matmul_precision=highest"]
 @pytest.fixture(scope="module")
 def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of characters; a session's fixture cannot capture what it prints."""
-    from folio import cli, trainer
-    from folio.config import TrainConfig
+    from folio import cli
+    from folio.config.options import TrainConfig
+    from folio.training import loop
 
     out = tmp_path_factory.mktemp("trained") / "out"
     argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
-    run = trainer.build(cli.parse(TrainConfig, argv, "folio train", files=True))
-    trainer.fit(run)
-    trainer.finish(run)
+    run = loop.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+    loop.fit(run)
+    loop.finish(run)
     return out
 
 
@@ -51,10 +52,10 @@ def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path,
     out = shutil.copytree(trained, tmp_path / "out")
     code, said, _ = folio("eval", f"--out_dir={out}", f"--split={split}", *HERE)
     assert code == 0
-    model, block = pretrained.find(str(out)).model(), 16
+    model, block = hugging_face.find(str(out)).model(), 16
     text = STORY.read_text(encoding="utf-8")
     text = text[int(len(text) * 0.9) :] if split == "val" else text[: int(len(text) * 0.9)]
-    ids = torch.from_numpy(pretrained.find(str(out)).tokenizer().encode(text).astype("int64"))
+    ids = torch.from_numpy(hugging_face.find(str(out)).tokenizer().encode(text).astype("int64"))
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, block):

@@ -22,11 +22,12 @@ from conftest import SMALL, STORY, WIDE, Outcome, assert_refused, python, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from folio import checkpoint, cli, files, gguf_file, model_card, pretrained
-from folio.checkpoint import State
+from folio import cli, files
+from folio.checkpoints import checkpoint, gguf, hugging_face, model_card
+from folio.checkpoints.checkpoint import State
 from folio.commands import train
-from folio.model import GPT, GPTConfig
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, decode
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode
+from folio.model.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")
@@ -83,7 +84,7 @@ def theirs(folder: Path, **how: Any) -> Any:
 
 @torch.no_grad()
 def logits_of(out_dir: Path, idx: Tensor) -> Tensor:
-    model = pretrained.in_folder(out_dir).model().eval()
+    model = hugging_face.in_folder(out_dir).model().eval()
     return model.lm_head(model.hidden(idx))
 
 
@@ -105,7 +106,7 @@ def assert_the_same_logits(folder: Path, out_dir: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_same_logits(tmp_path, shape) -> None:
     out_dir, to = saved(tmp_path / "out", Bytes(), **shape), tmp_path / "new" / "hf"
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert (theirs(to).config.vocab_size, theirs(to).config.tie_word_embeddings) == (
         256,
@@ -118,7 +119,7 @@ def test_a_padded_vocabulary_is_cut(tmp_path, kind) -> None:
     """The ids beyond the tokenizer's mean nothing; all others keep their logits."""
     tokens, size = kind
     out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "hf"
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     model = theirs(to)
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == tokens.size
@@ -135,7 +136,7 @@ def test_dtype(folio, tmp_path, dtype) -> None:
     assert {weight.dtype for weight in load_file(to / "model.safetensors").values()} == {kind}
     assert json.loads((to / "config.json").read_text())["dtype"] == dtype
     assert theirs(to, dtype="auto").dtype == kind
-    embedding = pretrained.in_folder(out_dir).model().transformer.wte.weight
+    embedding = hugging_face.in_folder(out_dir).model().transformer.wte.weight
     assert torch.equal(theirs(to, dtype="auto").transformer.wte.weight, embedding.to(kind))
 
 
@@ -143,7 +144,7 @@ def test_greedy_text(folio, tmp_path, kind) -> None:
     """What transformers generates is what folio sample writes, up to the whole context."""
     tokens, size = kind
     out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size, block_size=24), tmp_path / "hf"
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     fast, prompt = transformers.AutoTokenizer.from_pretrained(to), "The ferry"
     given = fast(prompt, return_tensors="pt")
     new = 24 - given["input_ids"].size(1)
@@ -165,7 +166,7 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
     weights["transformer.ln_f.bias"].fill_(1)
     weights["lm_head.weight"].zero_()[50256] = 1  # the likeliest token is always the end of text
     checkpoint.save(out_dir, 7, weights, {}, {**checkpoint.choose(out_dir).state, "step": 7})
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     fast, model = transformers.AutoTokenizer.from_pretrained(to), theirs(to)
     given = fast("The ferry", return_tensors="pt")
     written = fast.decode(model.generate(**given, max_new_tokens=4, do_sample=False)[0])
@@ -183,7 +184,7 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
 def test_the_tokenizer(tmp_path, kind) -> None:
     """AutoTokenizer encodes as ours, brings back every space, and knows an end of text only where there is one."""
     tokens, size = kind
-    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
+    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(fast) == tokens.size
     assert (fast.eos_token_id, fast.bos_token_id, fast.model_max_length) == (tokens.eot, tokens.eot, 32)
@@ -203,7 +204,7 @@ def test_the_tokenizer(tmp_path, kind) -> None:
 def test_a_model_of_unknown_tokens(tmp_path) -> None:
     """It is handed on without a tokenizer, and with all its ids."""
     out_dir, to = saved(tmp_path / "out", vocab_size=300), tmp_path / "hf"
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert theirs(to).config.vocab_size == 300
     assert not list(to.glob("*token*"))
@@ -215,9 +216,9 @@ def test_a_model_of_unknown_tokens(tmp_path) -> None:
 def test_a_vocabulary_that_was_only_assumed(tmp_path) -> None:
     """Files of tokens that say nothing are taken for GPT-2's: a model with fewer ids was not trained on those."""
     out_dir = saved(tmp_path / "out", vocab_size=100)
-    found = pretrained.in_folder(out_dir)
+    found = hugging_face.in_folder(out_dir)
     found.state["tokenizer"] = {"kind": "tiktoken", "name": "gpt2"}
-    pretrained.export(found, tmp_path / "hf")
+    hugging_face.export(found, tmp_path / "hf")
     assert_the_same_logits(tmp_path / "hf", out_dir)
     assert not (tmp_path / "hf" / "tokenizer.json").exists()
 
@@ -232,8 +233,8 @@ def test_there_and_back_is_the_same_to_the_byte(folio, tmp_path, kind, shape, by
     assert folio("export", f"--out_dir={out_dir}", "--to", first).code == 0
     if by == "import":
         assert folio("import", first, "--to", back).code == 0
-        was = pretrained.in_folder(out_dir).config()
-        assert pretrained.in_folder(back).config() == replace(was, vocab_size=tokens.size)
+        was = hugging_face.in_folder(out_dir).config()
+        assert hugging_face.in_folder(back).config() == replace(was, vocab_size=tokens.size)
     assert folio("export", f"--out_dir={back if by == 'import' else first}", "--to", second).code == 0
     one, two = tree(first), tree(second)
     assert one.keys() == two.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
@@ -257,15 +258,15 @@ def test_a_run_there_and_back(folio, trained, tmp_path) -> None:
 def test_biases_that_were_trained_elsewhere_come_back(folio, tmp_path, name) -> None:
     """Though the model that was exported had none."""
     out_dir, to, back = saved(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf", tmp_path / "back"
-    pretrained.export(pretrained.in_folder(out_dir), to)
+    hugging_face.export(hugging_face.in_folder(out_dir), to)
     weights = load_file(to / "model.safetensors")
     assert not weights[name].any()
     weights[name][3] = 0.5
     save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
     assert folio("import", to, "--to", back).code == 0
-    assert pretrained.in_folder(back).config().bias is True
+    assert hugging_face.in_folder(back).config().bias is True
     assert_the_same_logits(to, back)
-    assert torch.equal(dict(pretrained.in_folder(back).model().named_parameters())[name], weights[name])
+    assert torch.equal(dict(hugging_face.in_folder(back).model().named_parameters())[name], weights[name])
 
 
 # What is said of it
@@ -366,7 +367,7 @@ def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
 
 @pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)
 def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> None:
-    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
+    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config["folio"]["facts"] = told
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -381,7 +382,7 @@ def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens)
     """However short the context and whatever the vocabulary; with ids alone where nothing says what they mean."""
     size = tokens.size if tokens else 100
     out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
-    pretrained.export(pretrained.in_folder(out_dir), tmp_path / 'a "model"')
+    hugging_face.export(hugging_face.in_folder(out_dir), tmp_path / 'a "model"')
     text = (tmp_path / 'a "model"' / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -495,8 +496,8 @@ LATER = {
 @pytest.mark.parametrize("what", LATER)
 def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
     """A field that the exporter does not know is refused by its name where it is not at its default."""
-    found = pretrained.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
-    export = gguf_file.export if to.endswith(".gguf") else pretrained.export
+    found = hugging_face.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
+    export = gguf.export if to.endswith(".gguf") else hugging_face.export
 
     class Newer(checkpoint.Checkpoint):
         def config(self) -> GPTConfig:
@@ -515,8 +516,8 @@ def test_every_field_is_exported_or_refused(tmp_path) -> None:
     shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
     shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
     assert shape.keys() == {f.name for f in fields(GPTConfig)}
-    pretrained.export(pretrained.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
-    assert pretrained.find(str(tmp_path / "hf")).config() == GPTConfig(**shape)
+    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
+    assert hugging_face.find(str(tmp_path / "hf")).config() == GPTConfig(**shape)
 
 
 @contextmanager

@@ -33,9 +33,12 @@ from conftest import (
     to_its_end,
 )
 
-from folio import checkpoint, cli, processes, trainer
+from folio import cli
+from folio.checkpoints import checkpoint
 from folio.commands import train
-from folio.runtime import Runtime
+from folio.machine import processes
+from folio.machine.runtime import Runtime
+from folio.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -315,7 +318,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         monkeypatch.setattr(processes, "_STORES", {})
-        monkeypatch.setattr(trainer, "_NUMBERS", count())  # as of a process that has just begun
+        monkeypatch.setattr(loop, "_NUMBERS", count())  # as of a process that has just begun
         LEFT.append([])
         monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):

@@ -14,10 +14,12 @@ import torch
 from conftest import STORY, WIDE
 from torch import Tensor
 
-from folio import checkpoint, gguf_file, pretrained, sampling
-from folio.checkpoint import State
-from folio.model import GPT, GPTConfig
-from folio.tokenizer import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
+from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints.checkpoint import State
+from folio.checkpoints.gguf import export
+from folio.data.tokenizers import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
+from folio.generation import sampling
+from folio.model.gpt import GPT, GPTConfig
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -48,7 +50,7 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
     }
     state = checkpoint.state_of_elsewhere(config, tokens and tokens.to_json(), State(step=7))
     checkpoint.save(out_dir, 7, weights, {}, state)
-    return pretrained.in_folder(out_dir)
+    return hugging_face.in_folder(out_dir)
 
 
 def theirs(name: str) -> str:
@@ -86,7 +88,7 @@ def said(path: Path) -> dict[str, Any]:
 def test_tensor_by_tensor(tmp_path, shape) -> None:
     """Each as it is in the model; biases that it lacks are zeros, and nothing else is there."""
     found, path = saved(tmp_path / "out", Bytes(), **shape), tmp_path / "m.gguf"
-    gguf_file.export(found, path)
+    export(found, path)
     there, weights = tensors(path), dict(found.weights())
     for name in {"transformer.wte.weight", "lm_head.weight"} & weights.keys():
         rows = weights[name][:256]
@@ -103,10 +105,10 @@ def test_tensor_by_tensor(tmp_path, shape) -> None:
 def test_from_a_hugging_face_folder(tmp_path, before, dtype) -> None:
     """Whose matrices lie the other way round, and in any dtype."""
     pytest.importorskip("transformers")
-    pretrained.export(saved(tmp_path / "out", Bytes()), tmp_path / "hf", before)
-    gguf_file.export(pretrained.in_folder(tmp_path / "hf"), tmp_path / "m.gguf", dtype)
+    hugging_face.export(saved(tmp_path / "out", Bytes()), tmp_path / "hf", before)
+    export(hugging_face.in_folder(tmp_path / "hf"), tmp_path / "m.gguf", dtype)
     there = tensors(tmp_path / "m.gguf")
-    for name, weight in pretrained.in_folder(tmp_path / "hf").weights():
+    for name, weight in hugging_face.in_folder(tmp_path / "hf").weights():
         kept = weight if weight.dim() < 2 or "wpe" in name else weight.to(getattr(torch, dtype))
         assert torch.equal(there[theirs(name)][: len(weight)], kept.float()), name
 
@@ -135,7 +137,7 @@ def test_dtype(folio, tmp_path, dtype, kind, number) -> None:
 
 
 def test_what_is_said_of_the_model(tmp_path) -> None:
-    gguf_file.export(saved(tmp_path / "out", Bytes(), n_layer=3, n_head=4), tmp_path / "tale-1.gguf")
+    export(saved(tmp_path / "out", Bytes(), n_layer=3, n_head=4), tmp_path / "tale-1.gguf")
     facts = said(tmp_path / "tale-1.gguf")
     assert facts["general.architecture"] == "gpt2"
     assert facts["general.name"] == "tale-1"
@@ -153,7 +155,7 @@ def test_what_is_said_of_the_model(tmp_path) -> None:
 def test_the_vocabulary(tmp_path, kind) -> None:
     """Each token's bytes in GPT-2's printable characters; one end of text, which the vocabulary may lack."""
     tokens, size = kind
-    gguf_file.export(saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "m.gguf")
+    export(saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "m.gguf")
     facts = said(tmp_path / "m.gguf")
     assert (facts["tokenizer.ggml.model"], facts["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     there, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
@@ -221,7 +223,7 @@ def test_ids_that_the_vocabulary_leaves_out(tok, tmp_path) -> None:
     spec = json.loads(tok.read_text(encoding="utf-8"))
     (last,) = (token for token, i in spec["model"]["vocab"].items() if i == 499)
     spec["model"]["vocab"][last] = 510
-    gguf_file.export(saved(tmp_path / "out", TokenizersFile(json.dumps(spec)), vocab_size=512), tmp_path / "m.gguf")
+    export(saved(tmp_path / "out", TokenizersFile(json.dumps(spec)), vocab_size=512), tmp_path / "m.gguf")
     facts = said(tmp_path / "m.gguf")
     assert len(facts["tokenizer.ggml.tokens"]) == 511
     assert facts["tokenizer.ggml.tokens"][510] == last
@@ -236,7 +238,7 @@ def added(tok: Path) -> TokenizersFile:
 
 
 def test_an_added_token_that_is_not_special(tok, tmp_path) -> None:
-    gguf_file.export(saved(tmp_path / "out", added(tok), vocab_size=512), tmp_path / "m.gguf")
+    export(saved(tmp_path / "out", added(tok), vocab_size=512), tmp_path / "m.gguf")
     facts = said(tmp_path / "m.gguf")
     assert facts["tokenizer.ggml.tokens"][500] == "the ferry"
     assert facts["tokenizer.ggml.token_type"][500] == USER_DEFINED
@@ -254,7 +256,7 @@ def llama(path: Path) -> Any:
 def test_llama_cpps_tokens(tmp_path, kind, text) -> None:
     """Are ours, and come back as the text."""
     tokens, size = kind
-    gguf_file.export(saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "m.gguf")
+    export(saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "m.gguf")
     runs = llama(tmp_path / "m.gguf")
     ids = runs.tokenize(text.encode(), add_bos=False, special=False)
     assert ids == tokens.encode(text).tolist()
@@ -266,7 +268,7 @@ def test_llama_cpps_tokens(tmp_path, kind, text) -> None:
 
 def test_llama_cpp_finds_an_added_token(tok, tmp_path) -> None:
     tokens = added(tok)
-    gguf_file.export(saved(tmp_path / "out", tokens, vocab_size=512), tmp_path / "m.gguf")
+    export(saved(tmp_path / "out", tokens, vocab_size=512), tmp_path / "m.gguf")
     runs = llama(tmp_path / "m.gguf")
     ids = tokens.encode("On the ferry, so").tolist()
     assert 500 in ids
@@ -281,7 +283,7 @@ def test_llama_cpps_logits_and_text(tmp_path, kind, shape) -> None:
     """To 2e-3 of the largest, for its GELU goes through half precision; and the same first tokens."""
     tokens, size = kind
     found = saved(tmp_path / "out", tokens, vocab_size=size, **shape)
-    gguf_file.export(found, tmp_path / "m.gguf")
+    export(found, tmp_path / "m.gguf")
     runs, model = llama(tmp_path / "m.gguf"), found.model().eval()
     ids = tokens.encode(STORY.read_text(encoding="utf-8"))[:40].astype(np.int64)
     runs.eval(ids.tolist())

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import python
 
-from folio import checkpoint, harness, hellaswag, pretrained
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime
-from folio.scoring import score
-from folio.tokenizer import Bytes, Tiktoken
+from folio.checkpoints import checkpoint, hugging_face
+from folio.config.options import System
+from folio.data.tokenizers import Bytes, Tiktoken
+from folio.evaluation import harness, hellaswag
+from folio.evaluation.scoring import score
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # which their HFLM needs
@@ -69,7 +70,7 @@ def pair(tmp_path: Path, gpt2: Tiktoken) -> Callable[[int], tuple[GPT, Any]]:
             p.data = torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         state = checkpoint.state_of_elsewhere(shape, gpt2.to_json())
         checkpoint.save(tmp_path / "out", 0, dict(model.named_parameters()), {}, state)
-        pretrained.export(pretrained.in_folder(tmp_path / "out"), tmp_path / "hf")
+        hugging_face.export(hugging_face.in_folder(tmp_path / "out"), tmp_path / "hf")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
         words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
         return model, HFLM(pretrained=theirs, tokenizer=words, batch_size=1, max_length=block_size)
@@ -269,7 +270,7 @@ from folio.runtime import Runtime
 
 model_folder, out, parallel, *tasks = sys.argv[1:]
 runtime = Runtime(System(device="cpu", dtype="float32", compile=False), Processes(parallel=parallel))
-found = pretrained.find(model_folder)
+found = hugging_face.find(model_folder)
 model = found.model()
 runtime.wrap(model, None)
 told = []

@@ -19,12 +19,12 @@ from conftest import STORY, server, tree
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio import hellaswag
-from folio.config import System
-from folio.hellaswag import Item, Questions
-from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime
-from folio.tokenizer import Bytes, Characters, Tokenizer, TokenizersFile, named
+from folio.config.options import System
+from folio.data.tokenizers import Bytes, Characters, Tokenizer, TokenizersFile, named
+from folio.evaluation import hellaswag
+from folio.evaluation.hellaswag import Item, Questions
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
 
 Render = Callable[[dict[str, Any]], tuple[Tensor, Tensor, int]]  # (4, N) tokens, (4, N) mask, label
 GOOD = {

@@ -15,13 +15,14 @@ import torch
 from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 
-from folio import checkpoint, cli, pretrained
+from folio import cli
+from folio.checkpoints import checkpoint, hugging_face
 from folio.commands import train
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.log import read_metrics
-from folio.model import GPT, GPTConfig
-from folio.trainer import Run, build, finish, fit
+from folio.model.gpt import GPT, GPTConfig
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records.log import read_metrics
+from folio.training.loop import Run, build, finish, fit
 
 Folio = Callable[..., Outcome]
 WPE = "transformer.wpe.weight"
@@ -268,7 +269,7 @@ def test_knobs_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict
     """It checks no types: whole numbers are taken, what cannot be meant is left out."""
     config = {**theirs["config"], "max_iters": 6e5, "batch_size": "twelve", "dataset": None}
     torch.save({**theirs, "config": config}, out_dir / "ckpt.pt")
-    found = pretrained.in_folder(out_dir)
+    found = hugging_face.in_folder(out_dir)
     assert found.asked["max_iters"] == 600_000
     assert type(found.asked["max_iters"]) is int
     assert not {"batch_size", "dataset"} & found.asked.keys()
@@ -280,9 +281,9 @@ def test_damaged_data_is_no_matter_of_the_model(
     """The data set that its config names tells the vocabulary, where it is whole."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shakespeare, tmp_path / "data" / "shakespeare_char")
-    assert pretrained.in_folder(out_dir).tokenizer().size == 65
+    assert hugging_face.in_folder(out_dir).tokenizer().size == 65
     (tmp_path / "data" / "shakespeare_char" / "meta.json").write_text("{")
-    assert pretrained.in_folder(out_dir).state["tokenizer"] is None
+    assert hugging_face.in_folder(out_dir).state["tokenizer"] is None
 
 
 # Sampling
@@ -293,7 +294,7 @@ def test_sampling_from_nanogpt_s_folder(out_dir: Path, shared_data: Path, folio:
     given = shared_data / "nanogpt_ckpt"
     shutil.copyfile(given / "meta.pkl", out_dir / "meta.pkl")
     expected = json.loads((given / "expected.json").read_text())["greedy_from_first_8"]
-    text = pretrained.find(str(out_dir)).tokenizer().bytes(expected).decode()
+    text = hugging_face.find(str(out_dir)).tokenizer().bytes(expected).decode()
     for which in (f"--out_dir={out_dir}", f"--init_from={out_dir}", f"--init_from={out_dir / 'ckpt.pt'}"):
         outcome = folio(
             "sample", which, *QUICK, f"--start={text[:8]}", "--temperature=0", "--num_samples=1",
@@ -322,7 +323,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
     assert (outcome.code, outcome.err) == (0, "")
     assert "step 200" in outcome.out
     assert f"--init_from=resume --out_dir={to}" in outcome.out
-    one, two = pretrained.find(str(out_dir)), pretrained.find(str(to))
+    one, two = hugging_face.find(str(out_dir)), hugging_face.find(str(to))
     checkpoint.verify(two.path, checkpoint.asked(to)[0])
     for mine, others in ((one.weights(), two.weights()), (one.slots(), two.slots())):
         assert_equal(dict(mine), dict(others))
@@ -340,7 +341,7 @@ def test_import_grows_the_vocabulary(
     """The first ids keep weights and optimiser, the new ones begin at the mean and without a past; training goes on."""
     to = tmp_path / "grown"
     assert folio("import", out_dir / "ckpt.pt", "--to", to, "--vocab_size=128").code == 0
-    assert pretrained.find(str(to)).state["best"] is None  # nobody measured this model
+    assert hugging_face.find(str(to)).state["best"] is None  # nobody measured this model
     _, params, optimizer = nanogpt_s(theirs)
     slots, wte = slots_of(params, optimizer), "transformer.wte.weight"
     with run_of(to, shakespeare, "--max_iters=200") as run:

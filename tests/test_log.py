@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from folio.log import LOG_TXT, METRICS, Log, read_metrics, rewind, to_json
+from folio.records.log import LOG_TXT, METRICS, Log, read_metrics, rewind, to_json
 
 Record = dict[str, Any]
 

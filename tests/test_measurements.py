@@ -25,9 +25,10 @@ from conftest import (
     tree,
 )
 
-from folio import checkpoint, scoring
-from folio.log import Log, read_metrics
-from folio.runtime import Runtime
+from folio.checkpoints import checkpoint
+from folio.evaluation import scoring
+from folio.machine.runtime import Runtime
+from folio.records.log import Log, read_metrics
 
 Run = Callable[..., Outcome]
 

@@ -12,13 +12,14 @@ import torch
 from conftest import SMALL, Outcome, assert_refused, tree
 from safetensors.torch import load_file, save_file
 
-from folio import checkpoint, cli, files, rng
+from folio import cli, files, rng
+from folio.checkpoints import checkpoint
 from folio.commands import train
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.runtime import Runtime
-from folio.sampling import draws, generate, pick
+from folio.config.options import System
+from folio.generation.sampling import draws, generate, pick
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw
 
 Folio = Callable[..., Outcome]
 WEIGHT = "transformer.h.0.attn.c_attn.weight"

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from folio.config import Optimizer
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw, learning_rate
+from folio.config.options import Optimizer
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw, learning_rate
 
 
 def _model(**shape: object) -> GPT:

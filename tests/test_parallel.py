@@ -21,9 +21,10 @@ import torch
 from conftest import ROOT, SMALL, Outcome, assert_refused, assert_same_bits
 from safetensors.torch import load_file, save_file
 
-from folio import checkpoint, cli
+from folio import cli
+from folio.checkpoints import checkpoint
 from folio.commands import train
-from folio.log import read_metrics
+from folio.records.log import read_metrics
 
 ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
 

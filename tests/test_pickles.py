@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from folio import pickles
+from folio.data import pickles
 
 VALUES: dict[str, tuple[Any, Any]] = {  # what was pickled, and what is read
     "text and numbers": ({"a": "é\n'", "b": [1, -1, 2**100, 1e-300], "c": (True, None)}, None),

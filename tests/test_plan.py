@@ -14,9 +14,9 @@ from conftest import ROOT, assert_refused, python
 
 from folio import cli
 from folio.commands import plan
-from folio.flops import GPUS
-from folio.memory import Memory, Step, needed, sent
-from folio.model import GPTConfig
+from folio.machine.flops import GPUS
+from folio.machine.memory import Memory, Step, needed, sent
+from folio.model.gpt import GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
 GPT2 = GPTConfig(bias=False)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio import plot
-from folio.log import METRICS
-from folio.plot import draw, looks, names, smooth, span, thin
+from folio.records import plot
+from folio.records.log import METRICS
+from folio.records.plot import draw, looks, names, smooth, span, thin
 
 pytest.importorskip("matplotlib")
 

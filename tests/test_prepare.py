@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, Outcome, python
 
-from folio.datasets import prepare, sources
-from folio.token_files import UNFINISHED, open_folder
+from folio.data.token_files import UNFINISHED, open_folder
+from folio.preparation import job, sources
 
 EOT = 50256
 NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 3adf61e
@@ -32,17 +32,17 @@ NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 
 ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïve – 渡し船, 🚢\r\n", "'" * 99]
 
 PLAIN = ("-m", "folio")
-OFTEN = ("-c", "from folio import cli; from folio.datasets import prepare; prepare.COMMIT_EVERY = 0.0; cli.main()")
+OFTEN = ("-c", "from folio import cli; from folio.datasets import prepare; job.COMMIT_EVERY = 0.0; cli.main()")
 HELD = (  # stands still before it moves the finished files
     "-c",
     """
 import os, signal
 from folio import cli
 from folio.datasets import prepare
-def held(*args, move=prepare.move):
+def held(*args, move=job.move):
     os.kill(os.getpid(), signal.SIGSTOP)
     move(*args)
-prepare.move = held
+job.move = held
 cli.main()
 """,
 )
@@ -55,7 +55,7 @@ from folio.commands import prepare as _
 from folio.datasets import prepare, sources, workers
 from folio.tokenizer import Tiktoken
 Tiktoken("gpt2")
-prepare.COMMIT_EVERY, prepare.BLOCK, sources.BLOCK = 0.0, 2**17, 2**17  # many steps in a small text
+job.COMMIT_EVERY, job.BLOCK, sources.BLOCK = 0.0, 2**17, 2**17  # many steps in a small text
 left = documents = 0
 def dying(call):
     def counted(*args, **kwargs):
@@ -416,7 +416,7 @@ def test_a_small_corpus_is_divided_by_document(
     folio: Folio, articles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], val: range
 ) -> None:
     """Whole documents in each split, whoever tokenises, also where all is less than a shard."""
-    for module in (prepare, sources):
+    for module in (job, sources):
         monkeypatch.setattr(module, "BLOCK", 2**18)  # so small that there is work for two
     source = write(tmp_path / "source", "jsonl", articles)
     each = encoded(articles, "before" if "shard" in str(flags) else "after")

@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio import checkpoint, pretrained, tokenizer_folder
-from folio.checkpoint import State
-from folio.model import GPT, GPTConfig
-from folio.tokenizer import Tiktoken
+from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints.checkpoint import State
+from folio.data import tokenizer_folder
+from folio.data.tokenizers import Tiktoken
+from folio.model.gpt import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 filter_repo_objects = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
@@ -248,7 +249,7 @@ def test_a_pickle_that_would_run_code(folio, tiny, tmp_path, form, payload) -> N
     marker.rmdir() if marker.is_dir() else marker.unlink()
     name = rf"(\w+\.)?{payload}"
     with pytest.raises(ValueError, match=rf"{re.escape(str(file))}: refused: it asks for {name}, which would run code"):
-        pretrained.find(str(tiny)).model()
+        hugging_face.find(str(tiny)).model()
     (tiny / "tokenizer.json").write_text(tokenizer_file(97))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), file)
     assert not marker.exists()
@@ -264,7 +265,7 @@ def test_code_in_the_folder_is_never_run(folio, tiny, tmp_path, monkeypatch) -> 
     configured(tiny, auto_map=own, architectures=["Model"], trust_remote_code=True)
     monkeypatch.chdir(tiny)
     GPT.from_pretrained(str(tiny))
-    assert pretrained.find(".").config().vocab_size == 97
+    assert hugging_face.find(".").config().vocab_size == 97
     configured(tiny, model_type="mine")
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), "model_type = 'mine'")
     assert not marker.exists()
@@ -308,7 +309,7 @@ def test_options_that_gpt2_here_has_not(folio, tiny, option, value) -> None:
     """And values of a wrong type: the file, the option and the value are named."""
     path = configured(tiny, **{option: value}) / "config.json"
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*({option}|{OURS.get(option, option)})"):
-        pretrained.find(str(tiny))
+        hugging_face.find(str(tiny))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), path, value)
 
 
@@ -316,7 +317,7 @@ def test_keys_that_change_nothing(tiny) -> None:
     """What a config says besides, and other programs' keys at nothing."""
     more = {"rope_scaling": None, "sliding_window": None, "alibi": False, "pruned_heads": {}, "my_note": "window"}
     more |= {"n_ctx": 24, "gradient_checkpointing": True, "summary_type": "cls_index", "task_specific_params": {}}
-    assert pretrained.find(str(configured(tiny, **more))).config().vocab_size == 97
+    assert hugging_face.find(str(configured(tiny, **more))).config().vocab_size == 97
 
 
 def cut(file: Path) -> None:
@@ -494,7 +495,7 @@ def test_knobs_that_an_export_would_not_keep_are_passed_over(tiny) -> None:
     """Those of other machines, other places and later versions."""
     asked = {"wandb_log": True, "data_dir": "elsewhere", "device": "cuda", "of_the_future": 1, "batch_size": 5}
     configured(tiny, folio={"model": SHAPE, "state": vars(State(step=3)), "tokenizer": None, "asked": asked})
-    found = pretrained.find(str(tiny))
+    found = hugging_face.find(str(tiny))
     assert (found.step, found.asked) == (3, {"batch_size": 5})
 
 
@@ -532,7 +533,7 @@ def test_what_is_fetched_from_the_hub() -> None:
     wanted = [*tokenizer_folder.FILES, "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
     wanted += ["model.safetensors.index.json"]
     others = ["tf_model.h5", "rust_model.ot", "flax_model.msgpack", "onnx/model.onnx", "pytorch_model.bin", "run.py"]
-    assert list(filter_repo_objects([*wanted, *others], allow_patterns=pretrained._FILES)) == wanted
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=hugging_face._FILES)) == wanted
     assert {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.json", "added_tokens.json"} <= set(wanted)
 
 
@@ -676,7 +677,7 @@ def own_files(fast: Any, folder: Path) -> None:
 def test_ids_of_which_nothing_is_known(folio, story, tmp_path, size) -> None:
     """A folder without a tokenizer is not GPT-2's, whatever its size; it trains, and is imported and exported."""
     saved(tmp_path / "hf", vocab_size=size)
-    assert pretrained.find(str(tmp_path / "hf")).state["tokenizer"] is None
+    assert hugging_face.find(str(tmp_path / "hf")).state["tokenizer"] is None
     said = folio(*SAMPLE, f"--init_from={tmp_path / 'hf'}")
     assert_refused(said, tmp_path / "hf", f"nothing says what its {size} token ids mean", "neither a tokenizer.json")
     code, said, _ = folio("import", tmp_path / "hf", "--to", tmp_path / "out")
@@ -775,7 +776,7 @@ from folio import pretrained
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-model = pretrained.find({str(tmp_path)!r}).model()
+model = hugging_face.find({str(tmp_path)!r}).model()
 print((peak() - before) / (4 * sum(p.numel() for p in model.parameters())))
 """
     done = python("-c", script)

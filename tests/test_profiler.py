@@ -14,11 +14,12 @@ import torch
 from conftest import SMALL, Outcome, Spawn, assert_refused, assert_same_bits, group, reached, to_its_end
 from torch import nn
 
-from folio import checkpoint, rng
-from folio.memory import Step, needed
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.profiler import Profiler
+from folio import rng
+from folio.checkpoints import checkpoint
+from folio.machine.memory import Step, needed
+from folio.machine.profiler import Profiler
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw
 
 BENCH = [*SMALL[:9], "--vocab_size=64", "--real_data=False", "--profile=True"]
 FILES = ["memory.json", "operations.txt", "trace.json"]

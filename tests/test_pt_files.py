@@ -28,9 +28,9 @@ from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folio import checkpoint, pt_files
-from folio.model import GPT, GPTConfig
-from folio.pt_files import PtFile
+from folio.checkpoints import checkpoint, pt_files
+from folio.checkpoints.pt_files import PtFile
+from folio.model.gpt import GPT, GPTConfig
 
 Folio = Callable[..., Outcome]
 Content = dict[str, Any]

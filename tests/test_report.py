@@ -196,7 +196,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run that tries to break out of it, wherever it can."""
-    from folio.report import report
+    from folio.records.report import report
 
     out = tmp_path_factory.mktemp("runs") / "<img src=x onerror=evil=1>"
     scored = [hellaswag(step, style) for step in (0, 50, 100) for style in ("completion", EVIL)]

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import ALONE, SMALL, Spawn, alone, assert_same_bits, group, reached, timeless, to_its_end
 
-from folio import checkpoint, cli
+from folio import cli
+from folio.checkpoints import checkpoint
 from folio.commands import train
-from folio.runtime import Runtime
+from folio.machine.runtime import Runtime
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 

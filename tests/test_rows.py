@@ -14,13 +14,14 @@ import pytest
 import torch
 from conftest import SMALL, Outcome, python
 
-from folio import checkpoint, cli, tokens
+from folio import cli
+from folio.checkpoints import checkpoint
 from folio.commands.train import Options
-from folio.config import Data
-from folio.log import read_metrics
-from folio.token_files import open_folder
-from folio.tokens import Tokens, parse_mixture
-from folio.trainer import build, finish, micro_batches
+from folio.config.options import Data
+from folio.data.rows import Rows, Tokens, parse_mixture, rows_per_epoch
+from folio.data.token_files import open_folder
+from folio.records.log import read_metrics
+from folio.training.loop import build, finish, micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
 SHARD = 10**6  # token p of shard s is s · SHARD + p, so that each tells where it lies
@@ -46,7 +47,7 @@ def over(tmp_path: Path) -> Callable[..., Tokens]:
     return make
 
 
-def assert_windows(rows: tokens.Rows, sizes: Sequence[int], first: int = 0) -> None:
+def assert_windows(rows: Rows, sizes: Sequence[int], first: int = 0) -> None:
     """Each row lies in one shard, token after token."""
     assert np.array_equal(rows, rows[:, :1] + np.arange(rows.shape[1]))
     assert (rows[:, -1] % SHARD < np.asarray(sizes)[rows[:, -1] // SHARD - first]).all()
@@ -61,7 +62,7 @@ def assert_windows(rows: tokens.Rows, sizes: Sequence[int], first: int = 0) -> N
 )
 def test_an_epoch_visits_each_window_of_each_shard_once(over: Callable[..., Tokens], sizes: list[int], T: int) -> None:
     """Side by side in each shard, in an order of its own; less than two windows of a shard are left out."""
-    data, counts = over(sizes, T), tokens.rows_per_epoch(np.array(sizes), T)
+    data, counts = over(sizes, T), rows_per_epoch(np.array(sizes), T)
     per_epoch, orders = int(counts.sum()), []
     for size, count in zip(sizes, counts, strict=True):
         assert count == 0 if size <= T else count >= 1 and size - 1 - count * T < 2 * T

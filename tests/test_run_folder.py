@@ -16,9 +16,11 @@ import torch
 from conftest import ROOT, SMALL, Outcome, Spawn, assert_refused, reached, timeless, tree
 
 import folio as package
-from folio import checkpoint, cli, run_folder
-from folio.config import TrainConfig
-from folio.trainer import Run, build, finish, fit
+from folio import cli
+from folio.checkpoints import checkpoint
+from folio.config.options import TrainConfig
+from folio.records import run_folder
+from folio.training.loop import Run, build, finish, fit
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Outcome]

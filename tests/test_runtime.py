@@ -13,10 +13,10 @@ import torch
 from conftest import SMALL, Outcome, python
 
 from folio import rng
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.runtime import Runtime
+from folio.config.options import System
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.training.optimizers import adamw
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 CPU = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")

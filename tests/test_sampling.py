@@ -15,11 +15,11 @@ from torch import Tensor
 
 from folio import cli, rng
 from folio.commands import train
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import named_by_user
-from folio.model import GPT, GPTConfig
-from folio.sampling import draws, encode_prompt, generate, pick, stream
-from folio.tokenizer import from_json
+from folio.data.tokenizers import from_json
+from folio.generation.sampling import draws, encode_prompt, generate, pick, stream
+from folio.model.gpt import GPT, GPTConfig
+from folio.preparation.job import prepare
+from folio.preparation.recipes import named_by_user
 
 LINE = "-" * 15
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import python
 
-from folio import scoring
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime
-from folio.sampling import generate
-from folio.scoring import Query, Scores, fitted, score
+from folio.config.options import System
+from folio.evaluation import scoring
+from folio.evaluation.scoring import Query, Scores, fitted, score
+from folio.generation.sampling import generate
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
 
 BLOCK, VOCAB = 24, 67
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 from conftest import SMALL, Outcome, assert_refused
 
-from folio import cli, shortage
+from folio import cli
 from folio.commands import train
+from folio.machine import shortage
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, limits addresses")
 

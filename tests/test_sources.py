@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, python
 
-from folio.datasets import sources, workers
-from folio.datasets.sources import Block, Files, Hub, Source, Texts, find
-from folio.datasets.workers import Flaw, Tokenise, Work, documents, place
+from folio.preparation import sources, workers
+from folio.preparation.sources import Block, Files, Hub, Source, Texts, find
+from folio.preparation.workers import Flaw, Tokenise, Work, documents, place
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -17,12 +17,12 @@ import pytest
 from conftest import SMALL, STORY, Outcome, assert_refused
 from numpy.typing import NDArray
 
-from folio.config import Data
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import named_by_user
-from folio.token_files import GPT2, Split, open_folder
-from folio.tokenizer import IDS_ONLY
-from folio.tokens import Tokens
+from folio.config.options import Data
+from folio.data.rows import Tokens
+from folio.data.token_files import GPT2, Split, open_folder
+from folio.data.tokenizers import IDS_ONLY
+from folio.preparation.job import prepare
+from folio.preparation.recipes import named_by_user
 
 Ids = NDArray[np.integer[Any]]
 Write = Callable[[Path, Ids], None]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, STORY, Outcome, assert_refused, tree
 
-from folio import checkpoint
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known, named_by_user
-from folio.tokenizer import Bytes, Characters, Tiktoken, TokenizersFile, difference, named
+from folio.checkpoints import checkpoint
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, TokenizersFile, difference, named
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known, named_by_user
 
 Folio = Callable[..., Outcome]
 

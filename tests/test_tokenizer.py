@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from folio import tokenizer
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer
+from folio.data import tokenizers
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer
 
 TEXT = "The ferry – naïve, 渡し船, 🚢 – left.\n\ttwice  \r\n"
 
@@ -33,14 +33,14 @@ def test_round_trip(each: Tokenizer) -> None:
     ids = each.encode(TEXT)
     assert np.issubdtype(ids.dtype, np.integer)
     assert int(ids.max()) < each.size
-    assert tokenizer.decode(each, ids.tolist()) == TEXT
+    assert tokenizers.decode(each, ids.tolist()) == TEXT
     assert each.bytes(ids.tolist()) == TEXT.encode()
     assert len(each.encode("")) == 0
 
 
 def test_json_round_trip(each: Tokenizer) -> None:
     """What to_json says makes the same tokenizer again."""
-    again = tokenizer.from_json(each.to_json())
+    again = tokenizers.from_json(each.to_json())
     assert type(again) is type(each)
     assert (again.size, again.eot, again.to_json()) == (each.size, each.eot, each.to_json())
     assert np.array_equal(again.encode(TEXT), each.encode(TEXT))
@@ -48,17 +48,17 @@ def test_json_round_trip(each: Tokenizer) -> None:
 
 def test_stream_holds_back_unfinished_characters(each: Tokenizer) -> None:
     """Characters whose bytes are spread over ids come whole, and the pieces are the text."""
-    pieces = list(tokenizer.stream(each, each.encode(TEXT).tolist()))
+    pieces = list(tokenizers.stream(each, each.encode(TEXT).tolist()))
     assert "".join(pieces) == TEXT
     assert "\ufffd" not in "".join(pieces)
-    assert pieces[0] == tokenizer.decode(each, each.encode(TEXT).tolist()[:1])  # at once, not at the end
+    assert pieces[0] == tokenizers.decode(each, each.encode(TEXT).tolist()[:1])  # at once, not at the end
 
 
 def test_stream_of_bytes_by_hand() -> None:
     """Two bytes of one character, a byte that begins nothing, and a character that is cut off."""
     euro = "€".encode()
-    assert list(tokenizer.stream(Bytes(), [*euro, 65])) == ["", "", "€", "A", ""]
-    assert "".join(tokenizer.stream(Bytes(), [0xFF, 65, *euro[:2]])) == "\ufffdA\ufffd"
+    assert list(tokenizers.stream(Bytes(), [*euro, 65])) == ["", "", "€", "A", ""]
+    assert "".join(tokenizers.stream(Bytes(), [0xFF, 65, *euro[:2]])) == "\ufffdA\ufffd"
 
 
 def test_unknown_characters_are_named() -> None:
@@ -72,9 +72,9 @@ def test_unknown_characters_are_named() -> None:
 def test_unknown_kinds_are_refused() -> None:
     """By what they say and what is known."""
     with pytest.raises(ValueError, match=r"unknown tokenizer .*sentencepiece.*bytes, tiktoken and tokenizers"):
-        tokenizer.from_json({"kind": "sentencepiece"})
+        tokenizers.from_json({"kind": "sentencepiece"})
     with pytest.raises(ValueError, match="unknown tokenizer"):
-        tokenizer.from_json({"kind": "characters"})
+        tokenizers.from_json({"kind": "characters"})
 
 
 def test_gpt2_is_gpt2(gpt2: Tiktoken) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from conftest import STORY
 
-from folio.tokenizer import Bytes, Characters, Tiktoken, Tokenizer, decode, named
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode, named
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -18,11 +18,21 @@ import pytest
 import regex
 from conftest import SMALL, SPELLINGS, STORY
 
-from folio import tokenizer
-from folio.datasets import sources
-from folio.datasets.workers import cut
+from folio.data.tokenizers import (
+    END_OF_TEXT,
+    Bytes,
+    Characters,
+    Tiktoken,
+    TokenizersFile,
+    decode,
+    from_json,
+    named,
+    stream,
+    text_size,
+)
 from folio.files import decode_text
-from folio.tokenizer import END_OF_TEXT, Bytes, Characters, TokenizersFile, named
+from folio.preparation import sources
+from folio.preparation.workers import cut
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
@@ -62,12 +72,12 @@ def test_bytes_of_ids(tok) -> None:
         ids = ours.encode(text)
         assert ids.dtype.kind == "u"
         assert ours.bytes(ids.tolist()) == b"".join(ours.bytes([i]) for i in ids.tolist()) == text.encode()
-        assert "".join(tokenizer.stream(ours, ids.tolist())) == tokenizer.decode(ours, ids.tolist()) == text
+        assert "".join(stream(ours, ids.tolist())) == decode(ours, ids.tolist()) == text
 
 
 def test_through_json(tok) -> None:
     ours = named(str(tok))
-    again = tokenizer.from_json(json.loads(json.dumps(ours.to_json())))
+    again = from_json(json.loads(json.dumps(ours.to_json())))
     assert isinstance(again, TokenizersFile)
     assert (again.size, again.eot, again.divisible) == (ours.size, ours.eot, ours.divisible)
     assert again.to_json() == ours.to_json()
@@ -128,7 +138,7 @@ def test_a_stream_is_the_text_of_its_ids(fast) -> None:
     """Also where what an id says depends on those before it."""
     ours = TokenizersFile(fast.to_str())
     for ids in ([1, 2, 3], [1, 2, 4, 3], [1, 1, 0, 2], [1, 5, 6, 7, 2], []):
-        assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids) == fast.decode(ids)
+        assert "".join(stream(ours, ids)) == decode(ours, ids) == fast.decode(ids)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -137,14 +147,14 @@ def test_windows_have_the_bytes_of_the_whole(spelling, name) -> None:
     ours = named(str(spelling(name)))
     text = " ".join(STORY.read_text(encoding="utf-8").split())[:1500] + (" 渡し船 🚢 é" if name == "fallback" else "")
     ids = ours.encode(text)
-    whole = tokenizer.text_size(ours, ids)
+    whole = text_size(ours, ids)
     assert whole == len(ours._fast.decode(ids.tolist()).encode())
     if name != "wordpiece":  # which puts spaces around hyphens
         assert whole == len(text.encode())
     for width in (1, 2, 3, 7, 100):
         rows = [ids[start : start + width + 1] for start in range(0, len(ids) - 1, width)]
-        parts = [tokenizer.text_size(ours, row) - tokenizer.text_size(ours, row[:1]) for row in rows]
-        assert sum(parts) == whole - tokenizer.text_size(ours, ids[:1])
+        parts = [text_size(ours, row) - text_size(ours, row[:1]) for row in rows]
+        assert sum(parts) == whole - text_size(ours, ids[:1])
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -154,8 +164,8 @@ def test_any_ids_are_the_librarys_text(spelling, name) -> None:
     lone = [i for i in range(ours.size) if ours._fast.id_to_token(i) in ours._lone]
     for count in (1, 2, 9, 80):
         ids = chance.choices([i for i in range(ours.size) if i not in lone[128:]], k=count)
-        assert tokenizer.decode(ours, ids) == ours._fast.decode(ids, skip_special_tokens=False)
-        assert "".join(tokenizer.stream(ours, ids)) == tokenizer.decode(ours, ids)
+        assert decode(ours, ids) == ours._fast.decode(ids, skip_special_tokens=False)
+        assert "".join(stream(ours, ids)) == decode(ours, ids)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -167,9 +177,9 @@ def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
     between = [] if ours.eot is None else [ours.eot]
     ids = np.array([*between, *first, *padding, *between, *second, *between, *between])
     sizes = [len("the ferry left"), len("and the ship") + (not between)]
-    assert tokenizer.text_size(ours, ids) == sum(sizes)
-    assert tokenizer.text_size(ours, ids[:0]) == 0
-    assert tokenizer.text_size(ours, ids[:1]) == len(ours.bytes(first[:1])) * (not between)
+    assert text_size(ours, ids) == sum(sizes)
+    assert text_size(ours, ids[:0]) == 0
+    assert text_size(ours, ids[:1]) == len(ours.bytes(first[:1])) * (not between)
 
 
 def test_parts_of_characters_are_bytes(spelling) -> None:
@@ -181,8 +191,8 @@ def test_parts_of_characters_are_bytes(spelling) -> None:
     assert ours.bytes(ids).decode() == "a 渡 b\0c 🚢"
     for place in range(1, len(ids)):
         assert len(ours.bytes(ids[:place])) <= len(ours.bytes(ids))
-    assert "".join(tokenizer.stream(ours, ids)) == "a 渡 b\0c 🚢"
-    assert tokenizer.decode(ours, [byte]) == "\ufffd"
+    assert "".join(stream(ours, ids)) == "a 渡 b\0c 🚢"
+    assert decode(ours, [byte]) == "\ufffd"
 
 
 @pytest.mark.parametrize("name", ["cl100k_base", "gpt2"])
@@ -198,12 +208,10 @@ def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
         special_tokens={"<|endoftext|>": 50_300, "<|more|>": 50_400},
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: sparse)
-    ours = tokenizer.Tiktoken(name)
+    ours = Tiktoken(name)
     ids = [*ours.encode("The ferry – 渡").tolist(), 50_256, 50_299, 50_399]
     assert ours.bytes(ids).decode() == "The ferry – 渡"
-    assert tokenizer.text_size(ours, np.array([*ids, 50_300, 50_401, 10**9, 50_400, *ids])) == 2 * len(
-        "The ferry – 渡".encode()
-    )
+    assert text_size(ours, np.array([*ids, 50_300, 50_401, 10**9, 50_400, *ids])) == 2 * len("The ferry – 渡".encode())
 
 
 def test_a_word_that_the_vocabulary_lacks() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from conftest import STORY, WIDE
 
-from folio import tokenizer_folder
-from folio.token_files import GPT2
-from folio.tokenizer import Tokenizer, decode, from_json
+from folio.data import tokenizer_folder
+from folio.data.token_files import GPT2
+from folio.data.tokenizers import Tokenizer, decode, from_json
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

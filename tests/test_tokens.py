@@ -15,14 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from folio import tokens
-from folio.config import Data
-from folio.datasets import recipes
-from folio.datasets.prepare import prepare
-from folio.token_files import open_folder
-from folio.tokenizer import Bytes
-from folio.tokens import Rows, Tokens
-from folio.trainer import micro_batches
+from folio.config.options import Data
+from folio.data.rows import Rows, Tokens, rows_per_epoch
+from folio.data.token_files import open_folder
+from folio.data.tokenizers import Bytes
+from folio.preparation import recipes
+from folio.preparation.job import prepare
+from folio.training.loop import micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
 
@@ -51,7 +50,7 @@ def assert_consecutive(rows: Rows, block_size: int) -> None:
 @pytest.mark.parametrize(("n", "T"), [(9, 8), (10, 8), (16, 8), (17, 8), (24, 8), (25, 8), (1000, 8), (997, 7), (2, 1)])
 def test_an_epoch_visits_each_window_once(count_up: Any, n: int, T: int) -> None:
     """All windows of an epoch lie inside, side by side, each once, in another order every epoch."""
-    data, per_epoch = count_up(n, T), tokens.rows_per_epoch(n, T)
+    data, per_epoch = count_up(n, T), rows_per_epoch(n, T)
     assert per_epoch >= max(1, (n - 1) // T - 1)
     orders = []
     for epoch in range(12):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from folio import torch_files
-from folio.torch_files import FLOATS, StoredTensor, unfit
+from folio.checkpoints import torch_files
+from folio.checkpoints.torch_files import FLOATS, StoredTensor, unfit
 
 BASE = torch.arange(60, dtype=torch.float32).view(3, 4, 5)
 TENSORS: dict[str, Tensor] = {

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio.log import Log, read_metrics
-from folio.trackers import KNOWN, parse
+from folio.records.log import Log, read_metrics
+from folio.records.trackers import KNOWN, parse
 
 CONFIG = {"n_layer": 2, "compile": "auto", "dropout": 0.1}
 TEXT = "Hello, <b>\n\n\tit said  twice"

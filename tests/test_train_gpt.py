@@ -19,15 +19,16 @@ import pytest
 import torch
 from conftest import ROOT, Outcome, assert_same_bits, python, succeed, tree
 
-from folio import checkpoint, cli, rng
-from folio.commands import train_gpt
-from folio.commands.train_gpt import BEFORE_AND_AFTER, Options
-from folio.config import TrainConfig, override
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import sharded
-from folio.log import read_metrics
-from folio.model import GPT
-from folio.showcase import show
+from folio import cli, rng
+from folio.checkpoints import checkpoint
+from folio.config.options import TrainConfig, override
+from folio.doors import train_gpt
+from folio.doors.train_gpt import BEFORE_AND_AFTER, Options
+from folio.model.gpt import GPT
+from folio.preparation.job import prepare
+from folio.preparation.recipes import sharded
+from folio.records.log import read_metrics
+from folio.training.showcase import show
 
 Script = Callable[..., Outcome]
 

@@ -14,8 +14,10 @@ import torch
 from conftest import SMALL, STORY, Outcome, python
 from safetensors.torch import load_file
 
-from folio import api, checkpoint, flops
-from folio.log import read_metrics
+from folio import api
+from folio.checkpoints import checkpoint
+from folio.machine import flops
+from folio.records.log import read_metrics
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Path]

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from folio import rng
-from folio.config import Data, Processes, System, knob
-from folio.console import show
-from folio.flops import flops_per_token, mfu
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.profiler import WARM_UP, Profiler
-from folio.runtime import Runtime
-from folio.tokens import Tokens
+from folio.config.options import Data, Processes, System, knob
+from folio.data.rows import Tokens
+from folio.machine.flops import flops_per_token, mfu
+from folio.machine.profiler import WARM_UP, Profiler
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.records.console import show
+from folio.training.optimizers import adamw
 
 BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 

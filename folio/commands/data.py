@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from folio import tokenizer
-from folio.config import ITSELF, TokenDtype, knob, token_dtype_knob
-from folio.console import show
+from folio.config.options import ITSELF, TokenDtype, knob, token_dtype_knob
+from folio.data import tokenizers
+from folio.data.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
+from folio.data.tokenizers import IDS_ONLY
 from folio.files import sha256
-from folio.log import counted
-from folio.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
-from folio.tokenizer import IDS_ONLY
+from folio.records.console import show
+from folio.records.log import counted
 
 _SAMPLE = 64  # tokens
 
@@ -83,6 +83,6 @@ def _verdict(folder: Folder, damaged: list[TokenFile]) -> str:
 def _sample(folder: Folder) -> str:
     ids = np.asarray(folder.splits["train"][0].map()[:_SAMPLE]).tolist()
     try:
-        return repr(tokenizer.decode(tokenizer.from_json(folder.tokenizer or GPT2), ids))
+        return repr(tokenizers.decode(tokenizers.from_json(folder.tokenizer or GPT2), ids))
     except (ValueError, OSError, LookupError, OverflowError) as error:
         return f"{ids[:8]} … (the tokenizer cannot be had: {error})"

@@ -7,14 +7,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from folio.config import Sampling
-from folio.config import TrainConfig as Options
-from folio.console import say
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import known
-from folio.showcase import show
-from folio.token_files import META
-from folio.trainer import EXIT
+from folio.config.options import Sampling
+from folio.config.options import TrainConfig as Options
+from folio.data.token_files import META
+from folio.preparation.job import prepare
+from folio.preparation.recipes import known
+from folio.records.console import say
+from folio.training.loop import EXIT
+from folio.training.showcase import show
 
 FIRST = ["train_stdlib"]
 

@@ -30,13 +30,14 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from folio import __version__, shortage
-from folio.config import DATA_SETS, System
-from folio.console import printable
-from folio.flops import peak
-from folio.runtime import Runtime
-from folio.token_files import CLONE, SPLITS, UNFINISHED, open_folder
-from folio.tokens import holds_tokens
+from folio import __version__
+from folio.config.options import DATA_SETS, System
+from folio.data.rows import holds_tokens
+from folio.data.token_files import CLONE, SPLITS, UNFINISHED, open_folder
+from folio.machine import shortage
+from folio.machine.flops import peak
+from folio.machine.runtime import Runtime
+from folio.records.console import printable
 
 # What an extra's packages are for; which ones they are, the project's metadata says
 MEANS = {

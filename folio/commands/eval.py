@@ -14,9 +14,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from folio import files, hellaswag, pretrained, shortage
-from folio.checkpoint import EVALUATIONS, Checkpoint
-from folio.config import (
+from folio import files
+from folio.checkpoints import hugging_face
+from folio.checkpoints.checkpoint import EVALUATIONS, Checkpoint
+from folio.config.options import (
     EACH,
     Data,
     HellaSwagStyle,
@@ -27,12 +28,14 @@ from folio.config import (
     hellaswag_style_knob,
     knob,
 )
-from folio.console import accompanying, show
-from folio.log import hellaswag_line, to_json
-from folio.runtime import Runtime
-from folio.token_files import Split
-from folio.tokens import Tokens
-from folio.validation import evaluate, text_size
+from folio.data.rows import Tokens
+from folio.data.token_files import Split
+from folio.evaluation import hellaswag
+from folio.evaluation.loss import evaluate, text_size
+from folio.machine import shortage
+from folio.machine.runtime import Runtime
+from folio.records.console import accompanying, show
+from folio.records.log import hellaswag_line, to_json
 
 _DATA = {f.name for f in fields(Data)}
 _OF = {  # what a knob is for, where not for all
@@ -79,7 +82,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     o = options
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
         raise ValueError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
-    chosen = pretrained.choose(o.source)
+    chosen = hugging_face.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
         with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):
@@ -153,7 +156,7 @@ def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[s
 
 
 def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
-    from folio import harness
+    from folio.evaluation import harness
 
     tokenizer, model = chosen.tokenizer(), chosen.model(dropout=0.0)
     runtime.wrap(model, None)

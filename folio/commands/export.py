@@ -6,9 +6,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio import gguf_file, pretrained
-from folio.config import ITSELF, knob, out_dir_knob
-from folio.console import say
+from folio.checkpoints import gguf, hugging_face
+from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.records.console import say
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Options:
 def main(options: Options) -> None:
     to = Path(options.to)
     if options.push_to_hub:
-        pretrained.check_hub_name(options.push_to_hub)
-    found = pretrained.in_folder(Path(options.out_dir), options.checkpoint)
+        hugging_face.check_hub_name(options.push_to_hub)
+    found = hugging_face.in_folder(Path(options.out_dir), options.checkpoint)
     if to.suffix == ".gguf":
         if options.push_to_hub:
             raise ValueError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
-        gguf_file.export(found, to, options.dtype)
+        gguf.export(found, to, options.dtype)
     else:
-        pretrained.export(found, to, options.dtype, options.push_to_hub)
+        hugging_face.export(found, to, options.dtype, options.push_to_hub)
     say(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
     if options.push_to_hub:
-        say(f"pushed to {pretrained.push(to, options.push_to_hub)}")
+        say(f"pushed to {hugging_face.push(to, options.push_to_hub)}")

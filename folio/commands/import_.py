@@ -10,10 +10,11 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from folio import checkpoint, files, pretrained
-from folio.config import ITSELF, knob
-from folio.console import say
-from folio.model import AUTO
+from folio import files
+from folio.checkpoints import checkpoint, hugging_face
+from folio.config.options import ITSELF, knob
+from folio.model.gpt import AUTO
+from folio.records.console import say
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    found = pretrained.find(options.model)
+    found = hugging_face.find(options.model)
     model = found.model()
     if options.vocab_size != "auto":
         model.grow_vocab_size(options.vocab_size)

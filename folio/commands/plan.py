@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 import tyro
 
-from folio import flops, shortage
-from folio.config import Data, Optimizer, Processes, System, accumulated, knob, override
-from folio.console import show
-from folio.log import counted
-from folio.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
-from folio.model import GPT, GPTConfig
-from folio.runtime import DTYPES, Runtime
-from folio.tokens import Tokens
-from folio.trainer import step_of_a_device, vocab_size_of
+from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
+from folio.data.rows import Tokens
+from folio.machine import flops, shortage
+from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
+from folio.machine.runtime import DTYPES, Runtime
+from folio.model.gpt import GPT, GPTConfig
+from folio.records.console import show
+from folio.records.log import counted
+from folio.training.loop import step_of_a_device, vocab_size_of
 
 _KINDS = {
     "weights": "weights",

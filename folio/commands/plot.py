@@ -8,10 +8,10 @@ from typing import Annotated
 
 import tyro
 
-from folio.config import ITSELF, knob
-from folio.console import say
-from folio.log import PICTURE
-from folio.plot import draw
+from folio.config.options import ITSELF, knob
+from folio.records.console import say
+from folio.records.log import PICTURE
+from folio.records.plot import draw
 
 
 @dataclass(frozen=True)

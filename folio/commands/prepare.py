@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from folio.config import ITSELF, knob
-from folio.datasets.prepare import prepare
-from folio.datasets.recipes import KNOWN, known, named_by_user
-from folio.datasets.sources import kind_of
+from folio.config.options import ITSELF, knob
+from folio.preparation.job import prepare
+from folio.preparation.recipes import KNOWN, known, named_by_user
+from folio.preparation.sources import kind_of
 
 _CHOICES = (
     "tokenizer",

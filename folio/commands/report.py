@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from folio.config import ITSELF, knob, out_dir_knob
-from folio.console import say
-from folio.report import report
+from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.records.console import say
+from folio.records.report import report
 
 
 @dataclass(frozen=True)

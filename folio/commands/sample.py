@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from folio import pretrained, shortage
-from folio.config import Sampling, Source, System
-from folio.console import put
-from folio.model import GPT, GPTConfig
-from folio.runtime import Runtime, compiled
-from folio.sampling import continuations, samples
-from folio.tokenizer import Tokenizer
+from folio.checkpoints import hugging_face
+from folio.config.options import Sampling, Source, System
+from folio.data.tokenizers import Tokenizer
+from folio.generation.sampling import continuations, samples
+from folio.machine import shortage
+from folio.machine.runtime import Runtime, compiled
+from folio.model.gpt import GPT, GPTConfig
+from folio.records.console import put
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def texts(options: Options) -> list[str]:
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
-    chosen = pretrained.choose(options.source)
+    chosen = hugging_face.choose(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(options.system)
     try:

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from folio.config import ITSELF, knob
-from folio.console import say
-from folio.datasets.sources import Files, find
-from folio.datasets.workers import Flaw, Work, documents, refusal
-from folio.tokenizer import END_OF_TEXT
+from folio.config.options import ITSELF, knob
+from folio.data.tokenizers import END_OF_TEXT
+from folio.preparation.sources import Files, find
+from folio.preparation.workers import Flaw, Work, documents, refusal
+from folio.records.console import say
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 LEAST = 257  # the bytes and the end of text

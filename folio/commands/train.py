@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from folio.config import COMMAND_LINE, override, read_file
-from folio.config import TrainConfig as Options
-from folio.console import say
-from folio.tokens import find
-from folio.trainer import EXIT, build, finish, fit, has_run
+from folio.config.options import COMMAND_LINE, override, read_file
+from folio.config.options import TrainConfig as Options
+from folio.data.rows import find
+from folio.records.console import say
+from folio.training.loop import EXIT, build, finish, fit, has_run
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 _CHOICES = {"dataset", "data_dir", "data_mixture"}

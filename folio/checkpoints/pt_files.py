@@ -1,0 +1,244 @@
+"""Checkpoints that other trainers wrote with ``torch.save``, read as they lie and with nothing in them run.
+
+nanoGPT's ``ckpt.pt``, with its optimiser; build-nanogpt's ``model_*.pt``; GPT-from-scratch's
+``model_epoch*_iter*.pt``, with its optimiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from folio.checkpoints import checkpoint, torch_files
+from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
+from folio.checkpoints.torch_files import StoredTensor, number, unfit
+from folio.config.options import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
+from folio.data import pickles
+from folio.data.pickles import Fields, shown
+from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
+from folio.data.tokenizers import IDS_ONLY
+from folio.model.gpt import GPTConfig
+
+NANOGPT = "ckpt.pt"
+_CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
+_PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DDP
+_BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks of old versions
+_SLOTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
+_NAMES = {  # GPT-from-scratch's names → ours
+    "gpt.t_embedding.": "transformer.wte.",
+    "gpt.p_embedding.": "transformer.wpe.",
+    "gpt.transformers.": "transformer.h.",
+    ".norm1.": ".ln_1.",
+    ".mha.qkv.": ".attn.c_attn.",
+    ".mha.proj.": ".attn.c_proj.",
+    ".norm2.": ".ln_2.",
+    ".ff.layers.0.": ".mlp.c_fc.",
+    ".ff.final_l.": ".mlp.c_proj.",
+    "gpt.final_ln.": "transformer.ln_f.",
+    "gpt.ln_out.": "lm_head.",
+}
+
+
+@dataclass(frozen=True)
+class PtFile(Checkpoint):
+    """A checkpoint in one file of ``torch.save``; its tensors are read one at a time, when they are asked for."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)  # in the order of the model's parameters
+    optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def _stored(self) -> Tensors:
+        yield from _loaded(self.path, self.tensors)
+
+    def slots(self) -> Tensors:
+        """AdamW's tensors, which are numbered: those of two and more dimensions first, then the others."""
+        names = sorted(self.tensors, key=lambda name: len(self.tensors[name].shape) < 2)
+        found = {}
+        try:
+            for key, slots in self.optimizer.get("state", {}).items():
+                if key not in range(len(names)) or slots.keys() != _SLOTS:
+                    raise ValueError(f"of parameter {shown(key)} it holds {', '.join(map(shown, slots))[:80]}")
+                for slot, value in slots.items():
+                    name = f"{names[key]}/{slot}"
+                    if isinstance(value, StoredTensor) and (reason := unfit(value)):
+                        raise ValueError(f"{name} is {reason}")
+                    shape = value.shape if isinstance(value, StoredTensor) else torch.tensor(number(value)).shape
+                    if shape != (() if slot == "step" else self.tensors[names[key]].shape):
+                        raise ValueError(f"{slot} of {names[key]} has the shape {tuple(shape)}")
+                    found[name] = value
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path}: its optimizer does not fit its model: {error}; --init_from={self.path} "
+                "takes the weights alone"
+            ) from None
+        yield from ((name, torch.tensor(float(v))) for name, v in found.items() if not isinstance(v, StoredTensor))
+        stored = {name: v for name, v in found.items() if isinstance(v, StoredTensor)}
+        yield from ((name, tensor.float()) for name, tensor in _loaded(self.path, stored))
+
+
+def read(path: Path) -> PtFile:
+    """The checkpoint in a ``.pt`` file; nothing in it is run.
+
+    Raises:
+        ValueError: it is damaged, of another program, or names code to run, which is not run.
+    """
+    content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, pickles.fields_of))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise _foreign(path, "it holds no model")
+    try:
+        if "model_args" in content:
+            shape, step, loss = _nanogpt(content)
+        elif isinstance(content.get("config"), Fields):
+            shape, step, loss = _of_config_class(content)
+        else:
+            raise ValueError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
+        for name, value in shape.items():
+            if not isinstance(value, (bool, int, float, str)) or len(str(value)) > 100:
+                raise ValueError(f"{shown(name)} is not a number")
+        if not 0 <= step < 2**53:
+            raise ValueError(f"its step is {step}")
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _foreign(path, f"{type(error).__name__} {error}") from None
+    config = model_config(path, shape)
+    found = _tensors(path, content["model"], config)
+    asked = _asked(path, content.get("config"))
+    rows = asked.get("gradient_accumulation_steps", 0) * asked.get("batch_size", 0)
+    best = loss if loss is not None and math.isfinite(loss) else None
+    known = State(
+        step=step,
+        rows=step * rows,
+        tokens=step * rows * config.block_size,
+        val_loss=best,
+        best=None if best is None else {"step": step, "loss": best},
+    )
+    state = checkpoint.state_of_elsewhere(config, _tokenizer(path, config, asked.get("dataset", "")), known)
+    made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
+    for _ in made.fitting(found.items()):  # checks them all
+        pass
+    return made
+
+
+def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
+    """The tensors of these names in a file that holds nothing else, such as ``pytorch_model.bin``.
+
+    Raises:
+        ValueError: as ``read``, or one of them is no weight.
+    """
+    content = torch_files.load(path)
+    if not isinstance(content, dict) or not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
+        raise ValueError(f"{path}: it holds more than weights by name")
+    found = {name: tensor for name, tensor in content.items() if isinstance(name, str) and wanted(name)}
+    for name, tensor in found.items():
+        if reason := unfit(tensor):
+            raise ValueError(f"{path}: {name[:100]} is {reason}, not of floating-point numbers as a weight is")
+    yield from _loaded(path, found)
+
+
+def _loaded(path: Path, stored: Mapping[str, StoredTensor]) -> Tensors:
+    """Each tensor read when it is its turn, in the order that needs the least memory and time."""
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].place()):
+        try:
+            whole = tensor.load()
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it has changed since it was verified
+            raise ValueError(f"{path} is damaged: {name}: {error}") from None
+        yield name, whole
+
+
+def _foreign(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: not a checkpoint of nanoGPT, build-nanogpt or GPT-from-scratch: {why}")
+
+
+def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
+    """The shape, the updates that were made, the best validation loss."""
+    shape: dict[str, Any] = {"bias": True}
+    for name, value in content["model_args"].items():
+        shape[name] = number(value) if isinstance(value, (StoredTensor, list)) else value
+    best = content.get("best_val_loss")
+    return shape, int(number(content.get("iter_num", 0))), None if best is None else float(number(best))
+
+
+def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
+    """The same of the two that pickle their config: build-nanogpt, and GPT-from-scratch under other names."""
+    loss = content.get("val_loss")
+    best = None if loss is None else float(number(loss))
+    config = content["config"]
+    if not all(isinstance(value, (int, float)) for value in config.values()):
+        raise ValueError("its config holds more than numbers")
+    if "emb_dim" not in config:
+        return {**config, "bias": True, "activation": "gelu_tanh"}, int(number(content.get("step", 0))), best
+    shape = {
+        "block_size": config["context_length"],
+        "vocab_size": config["vocab_size"],
+        "n_layer": config["n_layers"],
+        "n_head": config["n_heads"],
+        "n_embd": config["emb_dim"],
+        "dropout": config["drop_rate"],
+        "bias": True,
+        "qkv_bias": config["qkv_bias"],
+        "activation": "gelu_tanh",
+        "tie_weights": False,
+    }
+    slots = (content.get("optimizer") or {}).get("state", {})  # its own count begins anew with each epoch
+    return shape, int(number(slots[0]["step"]) if slots else number(content["iter"]) + 1), best
+
+
+def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, StoredTensor]:
+    """Our names and the tensors, in the file's order, which is that of the model's parameters."""
+    found = {}
+    for name, tensor in raw.items():
+        if not isinstance(name, str) or len(name) > 200 or not isinstance(tensor, StoredTensor):
+            raise _foreign(path, f"{shown(name)} is not a weight")
+        while name.startswith(_PREFIXES):
+            name = name.partition(".")[2]
+        for theirs, ours in _NAMES.items():
+            name = name.replace(theirs, ours)
+        if _BUFFER.search(name) or (config.tie_weights and name == "lm_head.weight"):
+            continue
+        if reason := unfit(tensor):
+            raise ValueError(f"{path}: {name} is {reason}, not of floating-point numbers as a weight is")
+        if name in found:
+            raise _foreign(path, f"it holds {name} twice")
+        found[name] = tensor
+    return found
+
+
+def _asked(path: Path, config: Any) -> dict[str, Any]:
+    """Those of nanoGPT's knobs that tell of the run, and not of the machine it was on."""
+    if not isinstance(config, dict):
+        return {}
+    passed_over = {*knobs(System), *knobs(Processes), *OF_THE_CALL}
+    kept = {}
+    for name in knobs(TrainConfig):
+        if name in config and name not in passed_over:
+            value = config[name]
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)  # max_iters = 6e5
+            with contextlib.suppress(ValueError):  # nanoGPT checks no types
+                kept[name] = typed(path, name, value, TrainConfig)
+    return {**kept, "warmup": "nanogpt"}
+
+
+def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | None:
+    """What ``meta.pkl`` says, beside the file or in the folder of the data set; else GPT-2's if it fits.
+
+    A data set that this program prepared under that name serves as well.
+    """
+    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if 0 < len(dataset) < 200)):
+        if (pickled := folder / META_PKL).is_file():
+            size, found = read_meta_pkl(pickled)
+            if size == config.vocab_size:
+                return None if found == IDS_ONLY else found
+        elif (folder / META).is_file():
+            with contextlib.suppress(ValueError, OSError):  # whatever is wrong with the data, this is about the model
+                data = open_folder(folder)
+                if data.vocab_size == config.vocab_size:
+                    return data.tokenizer
+    return GPT2 if config.vocab_size in GPT2_SIZES else None

@@ -1,0 +1,1 @@
+"""Options, files and flags to one frozen object."""

@@ -1,0 +1,1 @@
+"""The commands of build-nanogpt and GPT-from-scratch."""

@@ -1,0 +1,1 @@
+"""Loss, HellaSwag, the tasks of the lm-evaluation-harness."""

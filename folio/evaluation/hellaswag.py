@@ -1,0 +1,195 @@
+"""HellaSwag: which of four endings goes on best from a context.
+
+Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; scored in both ways that are published
+for GPT-2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from folio import files
+from folio.config.options import HellaSwagStyle
+from folio.data.token_files import CLONE
+from folio.data.tokenizers import Tokenizer
+from folio.evaluation.scoring import Query, fitted, score
+from folio.machine.runtime import Runtime
+from folio.model.gpt import GPT, GPTConfig
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of its 10,042 items
+_LONGEST_LINE = 2**24  # bytes
+FILE = Path("data", "hellaswag", "hellaswag_val.jsonl")
+
+
+class Item(NamedTuple):
+    """A question as a style puts it: the endings as they follow the context, and the length each is judged by."""
+
+    context: str
+    endings: list[str]
+    lengths: list[int] | None  # None: in tokens
+    label: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Items in a model's tokens. ``cut`` of them are longer than its context, and lost their fronts."""
+
+    style: HellaSwagStyle
+    queries: list[Query]  # four continuations to an item, in one query or four
+    lengths: NDArray[np.float64]  # (items, 4)
+    labels: NDArray[np.int64]  # (items)
+    cut: int
+
+    @property
+    def note(self) -> str:
+        """A line about the items that lost their fronts; empty where none did."""
+        of = f"{self.cut} of {len(self.labels)} HellaSwag items are"
+        return f"{of} longer than the model's context: their fronts are left out" if self.cut else ""
+
+
+def locate(data: str) -> Path:
+    """The file of items: the one that is named, else the validation split, downloaded and verified if need be.
+
+    Raises:
+        FileNotFoundError: there is none of that name. ValueError: that is no file; the download failed, or brought
+            something else.
+    """
+    if data:
+        try:
+            return files.require_file(Path(data))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{data}: there is no such file of HellaSwag items") from None
+    found = next((path for path in (FILE, CLONE / FILE) if path.is_file()), None)
+    if found is None:
+        files.download(
+            URL,
+            SHA256,
+            FILE,
+            f"lay it there as {FILE}, or give it as --data FILE, or --hellaswag_data=FILE where you train",
+        )
+    return found or FILE
+
+
+def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
+    """The items of a ``.jsonl`` file in the official schema, the first ``limit`` of them if that is not 0.
+
+    Raises:
+        ValueError: a line that is no item, or none at all; names the file and the line.
+    """
+    items: list[Item] = []
+    with path.open("rb") as file:
+        lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if limit and len(items) == limit:
+                break
+            try:
+                if len(line) > _LONGEST_LINE:
+                    raise ValueError(f"the line is longer than {_LONGEST_LINE:,} bytes")
+                items.append(_item(files.parse_json(line), style))
+            except KeyError as error:
+                raise ValueError(f"{path}:{number}: not a HellaSwag item: it has no {error}") from None
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: not a HellaSwag item: {error}") from None
+    if not items:
+        raise ValueError(f"{path}: it holds no items: give a file of HellaSwag's, such as hellaswag_val.jsonl")
+    return items
+
+
+def _item(raw: Any, style: HellaSwagStyle) -> Item:
+    if not isinstance(raw, dict):
+        raise ValueError("the line is not a JSON object")
+    endings, label = raw["endings"], raw["label"]
+    if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
+        raise ValueError("its endings are not four texts")
+    if label == "":
+        raise ValueError("its label is empty, as in the test split: the validation split has labels")
+    if str(label) not in ("0", "1", "2", "3"):
+        told = f"{label!r:.40}" if isinstance(label, (str, int, float)) else f"a {type(label).__name__}"
+        raise ValueError(f"its label is {told}: must be 0, 1, 2 or 3")
+    parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
+    if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
+        raise ValueError("its context is empty or not text")
+    if style == "completion":
+        return Item(parts[0], [f" {e}" for e in endings], None, int(label))
+    activity, start, end = parts
+    endings = [_clean(e) for e in endings]
+    if not all(endings):
+        raise ValueError("an ending is empty but for WikiHow's marks")
+    whole = _clean(f"{activity}: {start} {end.capitalize()}")
+    context = whole.rstrip()
+    return Item(context, [f"{whole[len(context) :]} {e}" for e in endings], [len(e) for e in endings], int(label))
+
+
+def _clean(text: str) -> str:
+    """Without WikiHow's marks, as the lm-evaluation-harness leaves them out (its hellaswag/utils.py)."""
+    lines = text.strip().replace(" [title]", ". ").split("\n")
+    heads = (line.rpartition("]") for line in lines)  # no mark ends after the last bracket: one search is enough
+    return "\n".join(re.sub(r"\[.*?\]", "", head + bracket) + rest for head, bracket, rest in heads).replace("  ", " ")
+
+
+def load(
+    data: str, style: HellaSwagStyle, limit: int, tokenizer: Tokenizer, shape: GPTConfig, runtime: Runtime
+) -> Questions:
+    """The questions for a model, of a file that rank 0 finds and reads; raises as ``locate``, ``read``, ``encode``."""
+    items = runtime.broadcast(lambda: read(locate(data), style, limit))
+    return encode(items, style, tokenizer, shape)
+
+
+def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape: GPTConfig) -> Questions:
+    """The items as a model of this shape reads them.
+
+    Raises:
+        ValueError: the tokenizer lacks a character, or the model a token.
+    """
+
+    def pairs(item: Item) -> Iterator[tuple[list[int], list[int]]]:
+        context = tokenizer.encode(item.context).tolist()
+        for ending in item.endings:
+            # the harness cuts the tokens of the whole, which may differ where the two meet
+            if style == "completion":
+                yield context, tokenizer.encode(ending).tolist()
+            else:
+                yield context, tokenizer.encode(item.context + ending).tolist()[len(context) :]
+
+    queries, lengths, cut = [], [], 0
+    for number, item in enumerate(items, 1):
+        try:
+            contexts, endings = zip(*pairs(item), strict=True)
+            if not all(endings):
+                raise ValueError("the tokenizer merges an ending into its context: take the other style")
+            if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
+                raise ValueError(f"its tokens are not all among the model's {shape.vocab_size}")
+        except ValueError as error:
+            reason = str(error).replace("leave them out of the text", "HellaSwag needs a tokenizer of bytes or words")
+            raise ValueError(f"HellaSwag item {number}: {reason}") from None
+        parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
+        queries += parts
+        cut += len(parts) > 1
+        lengths.append(item.lengths or [len(c) for part in parts for c in part.continuations])
+    return Questions(style, queries, np.array(lengths, dtype=np.float64), np.array([i.label for i in items]), cut)
+
+
+def predictions(
+    model: GPT, questions: Questions, runtime: Runtime, **how: Any
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The ending that the model finds likeliest, and the likeliest for its length; (items) each, on every rank."""
+    nats = score(model, questions.queries, runtime, **how).nats.reshape(-1, 4)
+    return nats.argmin(1), (nats / questions.lengths).argmin(1)
+
+
+def evaluate(model: GPT, questions: Questions, runtime: Runtime, **how: Any) -> dict[str, Any]:
+    """Shares of items that are answered right: ``acc``, and ``acc_norm`` where an ending is judged by its length.
+
+    Further arguments as ``score``'s.
+    """
+    right, right_norm = (int((p == questions.labels).sum()) for p in predictions(model, questions, runtime, **how))
+    total = len(questions.labels)
+    return {"style": questions.style, "acc": right / total, "acc_norm": right_norm / total, "total": total}

@@ -1,0 +1,76 @@
+"""The loss over a split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from folio.data import tokenizers
+from folio.data.rows import Tokens
+from folio.data.token_files import Split
+from folio.machine.runtime import Loss, Runtime
+from folio.model.gpt import GPT
+
+_WINDOWS = 1024  # read at a time
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    loss: Loss,
+    tokens: Tokens,
+    split: Split,
+    windows: int,
+    batch_size: int,
+    runtime: Runtime,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> float:
+    """Mean nats per token over ``windows`` windows spread evenly over the split; 0: every token once.
+
+    The ranks take batches in turn, and the mean is weighted by tokens. The last batches are filled up with
+    targets of −1, so that every rank runs as many batches, all of one shape. ``track`` sees the batches go by, as
+    ``rich.progress.track`` does; what it raises ends the evaluation.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    starts = tokens.spread(split, windows)
+    exact = torch.float32 if runtime.device.type == "mps" else torch.float64
+    total = torch.zeros(2, device=runtime.device, dtype=exact)
+    share = batch_size * runtime.world
+    model.eval()
+    try:
+        for first in track(range(0, len(starts), share)):
+            mine = starts[first + runtime.rank * batch_size : first + (runtime.rank + 1) * batch_size]
+            rows = np.full((batch_size, tokens.block_size + 1), -1)
+            rows[: len(mine)] = tokens.windows(split, mine)
+            documents = runtime.move(torch.from_numpy(tokens.documents(rows))) if tokens.documents else None
+            here = runtime.move(torch.from_numpy(rows))
+            nats, counted = loss(here[:, :-1].clamp(min=0), here[:, 1:], documents)
+            total += torch.stack([nats, counted]).to(total.dtype)
+    finally:
+        model.train()
+    nats, counted = runtime.reduce(total).tolist()
+    if not math.isfinite(nats):
+        raise FloatingPointError(f"the {split} loss is not finite")
+    return float(nats / counted)
+
+
+def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
+    """The targets that ``evaluate`` counts, and the bytes of text that they add to what stands before them.
+
+    ``spec`` is the tokenizer as JSON; without one, or with one that only datatrove can make, the bytes are 0.
+    """
+    spoken = tokenizers.from_json(spec) if spec and spec["kind"] != "datatrove" else None
+    counted = size = 0
+    starts = tokens.spread(split, windows)
+    for first in range(0, len(starts), _WINDOWS):
+        for row in tokens.windows(split, starts[first : first + _WINDOWS]):
+            ids = row[row >= 0]
+            counted += len(ids) - 1
+            size += tokenizers.text_size(spoken, ids) - tokenizers.text_size(spoken, ids[:1]) if spoken else 0
+    return counted, size

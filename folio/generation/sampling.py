@@ -1,0 +1,179 @@
+"""Sampling: a pass over the prompt, then one token at a time over cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folio import rng
+from folio.config.options import Sampling
+from folio.data import tokenizers
+from folio.data.tokenizers import Tokenizer
+from folio.files import read_text
+from folio.model.gpt import GPT, GPTConfig, KVCache
+
+LINE = "-" * 15
+
+
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
+    """(B, T) token ids → (B, T + max_new_tokens); further arguments as ``stream``'s."""
+    return torch.cat([idx, *stream(model, idx, max_new_tokens, **how)], dim=1)
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    uniform: Tensor | None = None,
+    vocab_size: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Iterator[Tensor]:
+    """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
+
+    ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
+    come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
+    takes the likeliest token. ``track`` sees the new tokens' numbers go by, as ``rich.progress.track`` does.
+
+    Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
+    ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
+    cached is of use and each new token costs ``block_size`` tokens' work.
+
+    Raises:
+        FloatingPointError: the logits are not finite, so that nothing can be drawn.
+    """
+    if uniform is None:
+        uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
+    uniform = uniform.to(idx.device, torch.float32 if idx.device.type == "mps" else torch.float64)
+    block_size = model.config.block_size
+    cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
+    fresh = idx
+    for i in track(range(max_new_tokens)):
+        cached = idx.size(1) <= block_size
+        x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
+        logits = model.lm_head(x[:, -1])[:, :vocab_size]
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)
+        idx = torch.cat([idx, fresh], dim=1)
+        yield fresh
+
+
+def pick(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """(B, V) logits and (B, 1) draws in [0, 1) → (B, 1) ids, by inverting the cumulative distribution.
+
+    ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
+    al., "The Curious Case of Neural Text Degeneration", 2020).
+    """
+    if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or so little that nothing can be divided by it
+        return logits.argmax(-1, keepdim=True)
+    device = logits.device
+    if torch.are_deterministic_algorithms_enabled():  # which refuse a cumulative sum on CUDA
+        logits, uniform = logits.cpu(), uniform.cpu()
+    logits = logits.to(uniform.dtype)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, also where others overflow
+    if top_k is not None and top_k < logits.size(-1):
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        probs = probs.masked_fill(torch.empty_like(before).scatter_(1, order, before) >= top_p, 0.0)
+    total = probs.cumsum(-1)
+    last = total[:, -1:]
+    below = torch.minimum(uniform * last, last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(total, below, right=True).to(device)
+
+
+def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tensor:
+    """(samples, max_new_tokens) float64: each row from its own (seed, number), however many there are."""
+    rows = [
+        torch.rand(max_new_tokens, dtype=torch.float64, generator=rng.generator("sample", seed, i))
+        for i in range(first, first + samples)
+    ]
+    return torch.stack(rows)
+
+
+def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
+    """The text of all samples, a line of dashes after each; one alone comes token by token."""
+    if o.num_samples > 1:
+        yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokens, o, seed))
+        return
+    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
+    yield prompt
+    yield from tokenizers.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
+    yield f"\n{LINE}\n"
+
+
+def continuations(
+    model: GPT,
+    tokens: Tokenizer,
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> list[str]:
+    """The text of each sample, from number ``first`` on, with its prompt; ``track`` as in ``stream``."""
+    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
+    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first, track)), dim=1).tolist()
+    return [prompt + "".join(tokenizers.stream(tokens, row, ids)) for row in rows]
+
+
+def _drawn(
+    model: GPT,
+    tokens: Tokenizer,
+    ids: list[int],
+    o: Sampling,
+    seed: int,
+    first: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Iterator[Tensor]:
+    return stream(
+        model,
+        torch.tensor(ids, device=next(model.parameters()).device).expand(o.num_samples, -1),
+        o.max_new_tokens,
+        o.temperature,
+        o.top_k or None,
+        o.top_p,
+        draws(seed, o.num_samples, o.max_new_tokens, first),
+        tokens.size,
+        track,
+    )
+
+
+def encode_prompt(knob: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
+    """A prompt, or that of FILE:name, and its token ids, special tokens by their names.
+
+    Raises:
+        ValueError: there are none, or the model does not know them. FileNotFoundError: no such file. Names the knob.
+    """
+    prompt = _prompt(knob, start)
+    try:
+        ids: list[int] = tokens.encode(prompt, special=True).tolist()
+    except ValueError as error:
+        raise ValueError(f"{knob}: {error}") from None
+    if not ids:
+        raise ValueError(f"{knob} is empty: give at least one token to go on from")
+    if isinstance(shape.vocab_size, int) and max(ids) >= shape.vocab_size:
+        raise ValueError(f"{knob}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
+    return prompt, ids
+
+
+def _prompt(knob: str, start: str) -> str:
+    if not start.startswith("FILE:"):
+        return start
+    path = Path(start.removeprefix("FILE:"))
+    try:
+        return read_text(path, most=1 << 28).removeprefix("\ufeff")
+    except OSError as error:
+        raise FileNotFoundError(f"{knob}={start}: {path}: {error.strerror}") from None

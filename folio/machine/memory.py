@@ -1,0 +1,247 @@
+"""What a step needs of a device's memory, and what it sends to the others, worked out before anything runs.
+
+Nobody writes down here what a model keeps for its backward: the model itself runs one micro step on tensors that
+have shapes and no data, and the bytes of those that are alive are counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from folio.config.options import Data
+from folio.machine.runtime import Objective, recompute_blocks
+from folio.model import gpt as architecture
+from folio.model.gpt import GPT, GPTConfig, Mask
+
+NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
+FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two means
+
+
+@dataclass(frozen=True)
+class Step:
+    """A device's part of a step: ``micro_steps`` of at most ``rows`` rows, on a GPU or a CPU, in ``dtype``.
+
+    Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
+    A row has ``context`` tokens, as many as the model has positions unless fewer are given.
+    """
+
+    rows: int
+    micro_steps: int
+    dtype: torch.dtype
+    gpu: bool
+    recompute: bool = False
+    documents: bool = False
+    world: int = 1
+    shards: int = 1
+    context: int | None = None
+
+
+class Memory(NamedTuple):
+    """Bytes on one device at the moment of a step when they are most."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    copies: int  # of weights, for the arithmetic: in 16 bits, or gathered from other devices
+    activations: int
+    logits: int  # and what the loss keeps of their size
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def needed(shape: GPTConfig, step: Step) -> Memory:
+    """The memory of a step in eager mode, without what the device's library, allocator and network take for themselves.
+
+    FSDP's shares are exact. Of what it has whole for a while, counted are the weights outside the blocks' matrices,
+    which stay until the backward is over, those of two blocks, since the next are fetched during one, and the
+    gradients: of two blocks, or of the model where several micro steps are summed before they are exchanged.
+    """
+    count, block = _counts(shape)
+    # DDP's buckets hold all gradients from the beginning, and so does a second micro step
+    again = step.micro_steps > 1 or (step.world > 1 and step.shards == 1)
+    rows, context, sharded = step.rows, step.context or shape.block_size, step.shards > 1
+    most = _micro_step(shape, rows, context, step.dtype, step.gpu, step.recompute, step.documents, again, sharded)
+    gradients, copies = most["gradients"], most["copies"]
+    if sharded:
+        blocks = block * shape.n_layer
+        gradients += FLOAT32 * (blocks + block if step.micro_steps > 1 else count // step.shards + 2 * block)
+        copies += FLOAT32 * (count - blocks) + step.dtype.itemsize * 2 * block
+    share = FLOAT32 * count // step.shards
+    return Memory(share, 2 * share, gradients, copies, most["activations"], most["logits"])
+
+
+def sent(shape: GPTConfig, step: Step) -> int:
+    """Bytes that a device sends in a step, by the ring algorithms.
+
+    DDP sums the gradients once. FSDP fetches the blocks' matrices for the forward and the backward of each micro
+    step, in the step's dtype, and other weights once a micro step, in float32; it scatters the sums of the gradients
+    once, in float32, and sums each share over the copies of the model.
+    """
+    count, block = _counts(shape)
+    blocks, replicas = block * shape.n_layer, step.world // step.shards
+    gathered = step.micro_steps * (2 * blocks * step.dtype.itemsize + (count - blocks) * FLOAT32)
+    within = (gathered + FLOAT32 * count) * (step.shards - 1) / step.shards
+    across = 2 * FLOAT32 * count / step.shards * (replicas - 1) / replicas
+    return round(within + across)
+
+
+def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) -> str:
+    """Options that make it fit and leave the rows of a step as they are; "" where there are none.
+
+    Each way alone, else the first of several together; ``sharded``: several devices may share the model.
+    """
+    size, steps = data.batch_size, data.gradient_accumulation_steps
+    batches = [
+        {"batch_size": b, "gradient_accumulation_steps": steps * size // b} for b in range(size, 0, -1) if size % b == 0
+    ]
+    block = {"activation_checkpointing": "block"}
+    shared = [{"parallel": "fsdp"}] if sharded else []
+
+    def first(others: dict[str, Any]) -> list[dict[str, Any]]:
+        ways = [others | batch for batch in batches]
+        return [next(filter(fits, ways))] if fits(ways[-1]) else []
+
+    alone = [*first({}), *filter(fits, [block, *shared])]
+    together = [block, *shared, *(block | way for way in shared)]
+    found = alone or next(filter(None, map(first, together)), [])
+    told = {"gradient_accumulation_steps"} if data.total_batch_size else set()  # which follow from it
+    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in told) for way in found]
+    return ", or ".join(ways)
+
+
+def _counts(shape: GPTConfig) -> tuple[int, int]:
+    """Parameters of the model, and of a block's matrices."""
+    with torch.device("meta"):
+        model = GPT(shape)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _matrices(model)) // shape.n_layer
+
+
+def _matrices(model: GPT) -> list[nn.Parameter]:
+    """What FSDP fetches block by block, in the step's dtype: all of a block but its LayerNorms."""
+    return [p for name, p in model.transformer.h.named_parameters() if ".ln_" not in name]
+
+
+@functools.cache
+def _micro_step(
+    shape: GPTConfig,
+    rows: int,
+    context: int,
+    dtype: torch.dtype,
+    gpu: bool,
+    recompute: bool,
+    documents: bool,
+    again: bool,
+    sharded: bool,
+) -> Counter[str]:
+    """Bytes by kind, weights left out, at the moment of a micro step when they are most.
+
+    ``again``: the gradients of an earlier one are there. ``sharded``: the blocks' matrices come in
+    ``dtype``, and their gradients go when they are done.
+    """
+    with FakeTensorMode():
+        model = GPT(shape)
+        fetched = set(_matrices(model)) if sharded else set()
+        for p in fetched:
+            p.data = p.data.to(dtype)
+        if recompute:
+            recompute_blocks(model)
+        live = _Live(model)
+
+        def done(p: Tensor) -> None:
+            live.gradient(p)
+            if p in fetched:
+                p.grad = None
+
+        with live, _on_a_gpu(model) if gpu else nullcontext():
+            for p in model.parameters():
+                p.register_post_accumulate_grad_hook(done)  # type: ignore[no-untyped-call]
+                if again and p not in fetched:
+                    p.grad = torch.empty_like(p)
+                    live.gradient(p)
+            row = torch.zeros(rows, context + 1, dtype=torch.long)
+            # FlexAttention, which a GPU takes, keeps what attention without a mask does
+            apart = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
+            objective = Objective(model, model.loss, torch.device("cpu"), dtype)
+            objective(row[:, :-1], row[:, 1:], apart)[0].backward()
+        return live.most
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The bytes of all tensors that are alive, by kind; ``most`` is what they were when their sum was largest."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self._vocab_size = model.config.vocab_size
+        self._weights = {id(s): s for s in (p.untyped_storage() for p in model.parameters())}
+        self._alive: dict[int, tuple[weakref.ref[Any], str, int]] = {}  # by the storage's id
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and not self._is_weight(t) and id(t.untyped_storage()) not in self._alive:
+                copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
+                logits = t.dim() > 1 and t.size(-1) == self._vocab_size
+                self._count(t, "copies" if copy else "logits" if logits else "activations")
+        if self.now.total() > self.most.total():
+            self.most = self.now.copy()
+        return out
+
+    def gradient(self, p: Tensor) -> None:
+        """A weight's gradient is complete."""
+        assert p.grad is not None
+        self._free(id(p.grad.untyped_storage()))
+        self._count(p.grad, "gradients")
+
+    def _is_weight(self, t: Tensor) -> bool:
+        return id(t.untyped_storage()) in self._weights
+
+    def _count(self, t: Tensor, kind: str) -> None:
+        storage = t.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        self._alive[key] = weakref.ref(storage, lambda _: self._free(key)), kind, size
+        self.now[kind] += size
+
+    def _free(self, key: int) -> None:
+        if key in self._alive:
+            _, kind, size = self._alive.pop(key)
+            self.now[kind] -= size
+
+
+@contextmanager
+def _on_a_gpu(model: GPT) -> Iterator[None]:
+    """The model keeps what a GPU's kernels do: of dropout a byte an element, of attention no scores.
+
+    Tensors that pretend to be on a GPU would show it, but without a build for CUDA they have no gradients.
+    """
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+
+    def dropout(x: Tensor, p: float) -> Tensor:
+        return torch.native_dropout(x, p, True)[0]
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            module.forward = functools.partial(dropout, p=module.p)  # type: ignore[method-assign]
+    before, architecture.attend = architecture.attend, fused
+    try:
+        yield
+    finally:
+        architecture.attend = before

@@ -1,0 +1,153 @@
+"""Where the time and the memory of some steps go: PyTorch's profiler around them, and what is read from its trace."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from folio import files
+from folio.machine.runtime import here
+from folio.records.log import silent_stderr
+
+WARM_UP = 2  # steps before the first that is profiled: they compile, and make the optimiser's means
+TRACE, OPERATIONS, MEMORY = "trace.json", "operations.txt", "memory.json"
+Event = dict[str, Any]
+Events = list[Event]  # of a trace; times are microseconds
+_ROWS = 10
+_WITH_EVENTS = {"cpu": 0, "cuda": 1}  # whose allocators the profiler hears, by their number in a trace
+
+
+class Peak(NamedTuple):
+    """Bytes that a device's tensors take at the moment when they are most."""
+
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int  # and all the rest: logits, copies of weights, the batch
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Profiler:
+    """Profiles what this process does between ``start`` and ``finish``, and writes to ``folder``:
+
+    - ``trace.json``, for chrome://tracing and ui.perfetto.dev;
+    - ``operations.txt``: the operations that took most time themselves, without those that they call; on a GPU the
+      time of their kernels;
+    - ``memory.json``: bytes by kind at the peak, which is the largest sum that the allocator's events in the trace tell
+      of. Weights and optimiser are sums over the tensors that this process holds, of shared ones its part. Gradients
+      are those that had their memory at the peak: all of them from the second micro step on, fewer in a first one,
+      where they come as activations go. Activations are the rest. On a CPU the events count from ``start``, so what
+      else is older is left out; a device other than a CPU or CUDA's has none, and this file is not written.
+
+    A step's end is an update of ``optimizer``. What is computed stays the same to the bit.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, folder: Path) -> None:
+        self._optimizer, self._device, self._folder = optimizer, device, folder
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._updates: list[list[tuple[int, int]]] = []  # of each, the gradients' (address of storage, bytes)
+
+    def start(self) -> None:
+        """Raises OSError where the folder cannot be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._unfinished().cleanup()
+        except OSError as error:
+            raise OSError(
+                f"{self._folder} cannot be written ({error.strerror}): move away what is there, or write elsewhere"
+            ) from None
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr of each start and stop
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
+        self._profile = profile(activities=activities, profile_memory=True)
+        self._hook = self._optimizer.register_step_pre_hook(self._note_gradients)
+        earlier = torch.empty(1)
+        self._profile.start()
+        with silent_stderr():  # torch warns of the first tensor, of a thousand, that is older than the profile
+            del earlier
+
+    def _note_gradients(self, *_: Any) -> None:
+        gradients = [here(p.grad) for p in self._parameters if p.grad is not None]
+        self._updates.append([(g.untyped_storage().data_ptr(), g.nbytes) for g in gradients])
+
+    def finish(self) -> str:
+        """Ends the profile, writes its files and returns what they say. Raises OSError where they cannot be written."""
+        self._profile.stop()
+        self._hook.remove()
+        with self._unfinished() as unfinished:
+            trace = Path(unfinished, TRACE)
+            self._profile.export_chrome_trace(str(trace))
+            try:
+                events = json.loads(trace.read_bytes())["traceEvents"]
+            except (ValueError, FileNotFoundError):  # the profiler does not tell of a full disk
+                raise OSError(f"{self._folder} could not be written: make room there, or write elsewhere") from None
+            told = self._operations()
+            trace.with_name(OPERATIONS).write_text(told, encoding="utf-8")
+            if peak := self._peak(events):
+                files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})
+                told += _in_words(peak)
+            for path in trace.parent.iterdir():
+                path.replace(self._folder / path.name)
+        return f"{told}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
+
+    def _unfinished(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix=".profile-", dir=self._folder)
+
+    def _operations(self) -> str:
+        """A table of those with most time of their own."""
+        of = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        times = {e.key: (getattr(e, of), e.count) for e in self._profile.key_averages() if e.device_type.name == "CPU"}
+        total = sum(time for time, _ in times.values())
+        steps = len(self._updates)
+        lines = [
+            f"the costliest operations of {steps} step{'s' * (steps != 1)}",
+            f"{'ms':>12}  {'share':>6}  {'calls':>9}",
+        ]
+        costliest = sorted(times.items(), key=lambda item: -item[1][0])[:_ROWS]
+        lines += [
+            f"{time / 1000:>12,.2f}  {time / max(total, 1):>6.1%}  {calls:>9,}  {name}"
+            for name, (time, calls) in costliest
+        ]
+        return "\n".join([*lines, ""])
+
+    def _peak(self, events: Events) -> Peak | None:
+        """The kinds at the largest sum of the allocator's events; None where there are none."""
+        kind = _WITH_EVENTS.get(self._device.type)
+        found = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == kind]
+        if not found:
+            return None
+        found.sort(key=lambda event: event[0])
+        moment, fullest = max(found, key=lambda event: event[1]["Total Allocated"])
+        total = fullest["Total Allocated"]
+        updates = sorted(
+            (e["ts"], e["ts"] + e["dur"])
+            for e in events
+            if e.get("cat") == "user_annotation" and e["name"].startswith("Optimizer.step")
+        )
+        both = zip(updates, self._updates, strict=True)
+        update, noted = next((u for u in both if u[0][1] > moment), ((moment, moment), []))
+        allocated = {args["Addr"]: at for at, args in found if args["Bytes"] > 0 and at < update[0]}
+        gradients = sum(size for address, size in noted if allocated.get(address, 0) <= moment)
+        weights = sum(here(p).nbytes for p in self._parameters)
+        states = self._optimizer.state.values()
+        slots = sum(here(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        if self._device.type == "cpu":  # whose events count from the start, or from an earlier profile's
+            first = found[0][1]
+            older = sum(size for address, size in noted if address not in allocated)
+            total += weights + slots + older - (first["Total Allocated"] - first["Bytes"])
+        return Peak(weights, slots, gradients, total - weights - slots - gradients)
+
+
+def _in_words(peak: Peak) -> str:
+    words = ("weights", "optimizer", "gradients", "activations and the rest", "in all")
+    lines = [f"{size / 1e6:>12,.1f} MB  {kind}" for kind, size in zip(words, (*peak, peak.total), strict=True)]
+    return "\n".join(["memory at the moment when it was most", *lines, ""])

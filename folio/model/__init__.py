@@ -1,0 +1,1 @@
+"""The architecture; needs torch alone."""

@@ -1,0 +1,176 @@
+"""The data sets that are known by name, and how anything else that a user names is prepared.
+
+A recipe takes its folder, a ``source`` that stands in for its usual one, and by keyword what of it can be chosen.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from folio.config.options import DATA_SETS
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
+from folio.files import decode_text, download, read_text
+from folio.preparation.job import Recipe
+from folio.preparation.sources import Files, Hub, Source, Texts, find
+from folio.preparation.writer import Layout
+from folio.records.console import say
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+OPENWEBTEXT = "Skylion007/openwebtext"
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+SHARD_SIZE = 100_000_000
+_VAL_BYTES = 10_000_000  # of text that are enough for validation
+_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def shakespeare_char(folder: Path, source: str) -> Recipe:
+    """Tiny Shakespeare, or any UTF-8 text, by characters: the files of nanoGPT's recipe, byte by byte.
+
+    A text is read in Python's text mode, as there: every line end becomes \\n, a byte order mark is a character.
+    """
+    text = _shakespeare(folder, source)
+    characters = "".join(sorted(set(text)))
+    say(f"length of dataset in characters: {len(text):,}")
+    say(f"all the unique characters: {characters}")
+    say(f"vocab size: {len(characters):,}")
+    return _cut(folder, "shakespeare_char", text, Characters(characters))
+
+
+def shakespeare(folder: Path, source: str) -> Recipe:
+    """Tiny Shakespeare, or any UTF-8 text, in GPT-2's BPE: the files of nanoGPT's recipe, byte by byte."""
+    return _cut(folder, "shakespeare", _shakespeare(folder, source), Tiktoken("gpt2"))
+
+
+def stdlib(folder: Path, source: str) -> Recipe:
+    """Bytes of the running Python's own sources, in order of their path; every tenth file is for validation."""
+    root = Path(source or sysconfig.get_path("stdlib"))
+    files = list(_sources(root))
+    if not files:
+        raise ValueError(f"{root} holds no Python sources: give a folder that does as --source")
+    say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
+    train = "".join(text for i, text in enumerate(files) if i % 10 != 9)
+    made = {"dataset": "stdlib", "python": platform.python_version()}
+    return _of_texts(folder, made, train, "".join(files[9::10]), Bytes())
+
+
+def openwebtext(folder: Path, source: str) -> Recipe:
+    """OpenWebText in GPT-2's BPE: nanoGPT's files, with its split, its order and its end-of-text after each."""
+    texts = Hub(source or OPENWEBTEXT, config=None if source else "plain_text", held_out=0.0005)
+    return Recipe(texts, Tiktoken("gpt2"), Layout(eot="after"), keep_empty=True, given_splits=True)
+
+
+def fineweb_edu(folder: Path, source: str, shard_size: int = SHARD_SIZE) -> Recipe:
+    """FineWeb-Edu's sample of ten billion tokens, streamed: the shards of build-nanogpt's ``fineweb.py``."""
+    return sharded(source or FINEWEB_EDU, "sample-10BT", "edufineweb_{split}_{index:06d}.npy", shard_size)
+
+
+def sharded(source: str, config: str, name: str, shard_size: int, tokenizer: str = "gpt2") -> Recipe:
+    """A data set of the datasets library, streamed, as ``.npy`` shards of which the first is for validation."""
+    layout = Layout(name, shard_size, eot="before")
+    return Recipe(Hub(source, config, streaming=True), named(tokenizer), layout, keep_empty=True)
+
+
+_RECIPES = (shakespeare_char, shakespeare, stdlib, openwebtext, fineweb_edu)
+KNOWN: dict[str, Callable[..., Recipe]] = dict(zip(DATA_SETS, _RECIPES, strict=True))
+
+
+def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recipe:
+    """The recipe of a data set that is known by name, with what was chosen of it.
+
+    Raises:
+        ValueError: no such data set; something was chosen that is part of the recipe.
+    """
+    if name not in KNOWN:
+        close = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KNOWN)}"
+        raise ValueError(f"no data set, file or folder {name!r} to prepare: {hint}")
+    open_to_choice = list(inspect.signature(KNOWN[name]).parameters)[2:]
+    if fixed := [knob for knob in chosen if knob not in open_to_choice]:
+        raise ValueError(f"--{fixed[0]} is fixed in the recipe of {name}: name its files to prepare them otherwise")
+    return KNOWN[name](folder, source, **chosen)
+
+
+def named_by_user(
+    sources: Sequence[str],
+    name: str,
+    *,
+    tokenizer: str = "gpt2",
+    text_key: str = "text",
+    shard_size: int = 0,
+    val_fraction: float = 0.0,
+    val_documents: int = 0,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+) -> Recipe:
+    """Files, folders and globs, or one ``hf:NAME``.
+
+    With a ``shard_size`` the files are ``<name>_train_000001.npy`` …, documents follow an end-of-text, and the
+    first shard is for validation unless a share is given. Without, they are train.bin and val.bin, an
+    end-of-text follows each document, and validation is about 10 MB of the text, at most a tenth.
+    """
+    tokens = None if tokenizer == "char" else named(tokenizer)
+    source: Source
+    if sources[0].startswith("hf:"):
+        if len(sources) > 1:
+            raise ValueError(f"{sources[0]} goes alone: prepare {sources[1]} as another data set and mix them")
+        source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
+        fraction = val_fraction or 0.01
+    else:
+        paths, names = find(sources)
+        fraction = val_fraction or min(0.1, _VAL_BYTES / max(1, sum(p.stat().st_size for p in paths)))
+        source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
+    single = isinstance(source, Files) and source.single
+    if single and val_documents:
+        raise ValueError(f"{sources[0]} is one text, which is divided within: give --val_fraction, not --val_documents")
+    separated = tokens is not None and tokens.eot is not None
+    by_shard = shard_size and separated and not (val_fraction or val_documents or single)
+    layout = Layout(
+        f"{name}_{{split}}_{{index:06d}}.npy" if shard_size else "{split}.bin",
+        shard_size,
+        eot="before" if shard_size else "after",
+        val_documents=val_documents,
+        val_fraction=0.0 if by_shard or single or val_documents else fraction,
+    )
+    return Recipe(source, tokens, layout, text_key, given_splits=single, small_fraction=fraction)
+
+
+def _cut(folder: Path, name: str, text: str, tokenizer: Tokenizer) -> Recipe:
+    cut = int(len(text) * 0.9)
+    return _of_texts(folder, {"dataset": name}, text[:cut], text[cut:], tokenizer)
+
+
+def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenizer: Tokenizer) -> Recipe:
+    digest = hashlib.sha256(train.encode() + val.encode()).hexdigest()
+    if not (train and val):
+        raise ValueError(f"{folder / 'train.bin'} or val.bin would be empty: the text is too short to split")
+    texts = Texts({"sha256": digest}, {"train": [train], "val": [val]})
+    return Recipe(texts, tokenizer, Layout(eot="none"), given_splits=True, made=made)
+
+
+def _sources(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        if _NOT_SOURCES.isdisjoint(path.relative_to(root).parts) and path.is_file():
+            try:
+                yield decode_text(path.read_bytes())
+            except UnicodeDecodeError:
+                continue
+
+
+def _shakespeare(folder: Path, source: str) -> str:
+    """Its text: any UTF-8 file, or input.txt in the folder, downloaded and verified if need be."""
+    path = Path(source) if source else folder / "input.txt"
+    if not source and not path.exists():
+        download(SHAKESPEARE, SHAKESPEARE_SHA256, path, "give it as --source FILE")
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}: give a file that can be read as --source") from None

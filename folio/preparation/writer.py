@@ -1,0 +1,354 @@
+"""Ids of documents, in order → the files of a data set: whole, or not at all.
+
+Everything grows in a folder of its own beside the finished files' place. ``commit`` makes what was added so far
+durable, with the position of the source after it; a ``Writer`` made from that state cuts off whatever a killed
+process wrote beyond.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from folio.data.token_files import META, SPLITS, Eot, Split
+from folio.data.tokenizers import Ids
+from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
+from folio.preparation.sources import Block
+from folio.preparation.workers import Tokenised
+
+STATE = "state.json"
+_NPY_HEADER = 128  # bytes, whatever the number of tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become files.
+
+    ``name`` of a file, of ``{split}`` and, where there are shards, ``{index:06d}``; ``shard_size`` tokens are
+    in each shard but the last, 0: one file a split. Validation are the first ``val_documents``, or
+    ``val_fraction`` of the documents, evenly spread from the first on; or where both are 0 the first shard, as
+    in build-nanogpt's ``fineweb.py``, documents running on across shards.
+    """
+
+    name: str = "{split}.bin"
+    shard_size: int = 0
+    eot: Eot = "after"
+    val_documents: int = 0
+    val_fraction: float = 0.0
+
+
+class Stream:
+    """The tokens of one split, or of both where the first shard is validation, file after file."""
+
+    def __init__(self, folder: Path, layout: Layout, split: Split | None, dtype: np.dtype[Any], state: Any) -> None:
+        self.folder, self.layout, self.split, self.dtype = folder, layout, split, dtype
+        self.done: list[dict[str, Any]] = state["done"]
+        self.tokens: int = state["tokens"]  # in the file that grows
+        self.documents: int = state["documents"]
+        self._file: BinaryIO | None = None
+        if self.tokens:
+            size = self._offset + self.tokens * dtype.itemsize
+            if not self._path.is_file() or self._path.stat().st_size < size:
+                raise ValueError(f"{self._path} is damaged: remove {folder} to begin again")
+            self._file = self._path.open("r+b")
+            self._file.truncate(size)
+            self._file.seek(0, io.SEEK_END)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {"done": self.done, "tokens": self.tokens, "documents": self.documents}
+
+    @property
+    def total(self) -> int:
+        return self.tokens + sum(f["tokens"] for f in self.done)
+
+    @property
+    def _path(self) -> Path:
+        split = self.split or ("train" if self.done else "val")
+        index = len(self.done) + (self.split == "train")
+        return self.folder / self.layout.name.format(split=split, index=index)
+
+    @property
+    def _offset(self) -> int:
+        return _NPY_HEADER if self._path.suffix == ".npy" else 0
+
+    def append(self, ids: Ids, starts: Ids) -> None:
+        """Adds ids; ``starts`` are the places among them where documents begin."""
+        while len(ids):
+            room = self.layout.shard_size - self.tokens if self.layout.shard_size else len(ids)
+            if self._file is None:
+                self._file = self._path.open("wb")
+                self._file.write(bytes(self._offset))
+            self._file.write(ids[:room].data)
+            self.tokens += len(ids[:room])
+            self.documents += int((starts < room).sum())
+            ids, starts = ids[room:], starts[starts >= room] - room
+            if self.tokens == self.layout.shard_size:
+                self.close()
+
+    def close(self) -> None:
+        """Completes the file that grows, if there is one."""
+        if self._file is None:
+            return
+        self._finish(self._file)
+        path, self._file = self._path, None
+        entry = {"name": path.name, "tokens": self.tokens, "documents": self.documents, "sha256": sha256(path)}
+        self.done.append(entry)
+        self.tokens = self.documents = 0
+
+    def _finish(self, file: BinaryIO) -> None:
+        if self._offset:
+            header = io.BytesIO()
+            described = {"descr": self.dtype.newbyteorder("<").str, "fortran_order": False, "shape": (self.tokens,)}
+            np.lib.format.write_array_header_1_0(header, described)
+            assert header.tell() == _NPY_HEADER
+            file.seek(0)
+            file.write(header.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+
+    def release(self) -> None:
+        """Lets go of the file that grows, as it is."""
+        if self._file is not None:
+            self._file.close()
+
+    def sync(self) -> None:
+        """Makes all that was added durable."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Commits what a later process goes on from, with a sum that tells whether it is what was written."""
+    write_sealed(folder / STATE, state)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What an earlier process committed in a folder, or nothing.
+
+    Raises:
+        ValueError: it is damaged; says how to begin again.
+    """
+    path = folder / STATE
+    try:
+        state, _ = read_sealed(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove {folder} to begin again") from None
+    state.pop("sha256", None)
+    if not {"made", "block"} <= state.keys():
+        raise ValueError(f"{path} is damaged: remove {folder} to begin again")
+    return state
+
+
+class _Counted:
+    """What was taken so far, and how it is committed. ``state`` is what an earlier process committed here."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        self.folder, self.state = folder, state
+        self.documents: int = state.get("documents", 0)
+        self.text_bytes: int = state.get("text_bytes", 0)
+        self.disk_bytes: int = state.get("disk_bytes", 0)  # of the source that are done
+        self.skipped = Counter[str](state.get("skipped", {}))
+
+    def count(self, found: Tokenised, block: Block) -> None:
+        self.documents += len(found.lengths) - found.continues
+        self.text_bytes += found.size
+        self.disk_bytes += block.size
+        self.skipped += found.skipped
+
+    def save(self, **more: Any) -> None:
+        names = ("documents", "text_bytes", "disk_bytes", "skipped")
+        self.state |= {name: getattr(self, name) for name in names} | more
+        save_state(self.folder, self.state)
+
+
+class Writer(_Counted):
+    """Takes tokenised blocks in order, to the files of the data set."""
+
+    def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
+        super().__init__(folder, state)
+        self.layout, self.dtype = layout, dtype
+        self.given = given  # the source says which split a block belongs to
+        self.place = folder  # of the files
+        by_document = given or layout.val_documents or layout.val_fraction
+        kept = state.get("streams", {})
+        empty = {"done": [], "tokens": 0, "documents": 0}
+        splits: tuple[Split | None, ...] = SPLITS if by_document else (None,)
+        self.streams = {s: Stream(folder, layout, s, dtype, kept.get(str(s), {**empty, "done": []})) for s in splits}
+
+    @property
+    def tokens(self) -> int:
+        return sum(stream.total for stream in self.streams.values())
+
+    def add(self, found: Tokenised, block: Block) -> None:
+        """The ids of the next block."""
+        lengths = found.lengths
+        numbers = self.documents - found.continues + np.arange(len(lengths))
+        fresh = np.arange(len(lengths)) >= found.continues
+        if block.split or None in self.streams:
+            self.streams[block.split].append(found.ids, (np.cumsum(lengths) - lengths)[fresh])
+        else:
+            val = self._is_val(numbers)
+            for split, chosen in zip(SPLITS, (~val, val), strict=True):
+                places = np.cumsum(lengths * chosen) - lengths * chosen
+                ids = found.ids if chosen.all() else found.ids[np.repeat(chosen, lengths)]
+                self.streams[split].append(ids, places[chosen & fresh])
+        self.count(found, block)
+
+    def _is_val(self, numbers: Ids) -> Any:
+        if self.layout.val_documents:
+            return numbers < self.layout.val_documents
+        share = self.layout.val_fraction
+        return (np.floor(numbers * share) != np.floor((numbers - 1) * share)) | (numbers == 0)
+
+    def close(self) -> None:
+        """Lets go of the files; what was not committed is lost."""
+        for stream in self.streams.values():
+            stream.release()
+
+    def commit(self, position: Any) -> None:
+        """Makes everything added so far durable; a killed preparation goes on from here."""
+        for stream in self.streams.values():
+            stream.sync()
+        streams = {str(split): stream.state for split, stream in self.streams.items()}
+        self.save(position=position, streams=streams)
+
+    def finish(self, eot: int | None, fraction: float) -> dict[Split, list[dict[str, Any]]]:
+        """Completes all files: those of each split.
+
+        A corpus of less than one shard is divided by document after all, ``fraction`` of it for validation.
+
+        Raises:
+            ValueError: a split has no document.
+        """
+        for stream in self.streams.values():
+            stream.close()
+        if None in self.streams:
+            files = self.streams[None].done
+            if len(files) == 1 and eot is not None:
+                self._divide(files[0], eot, fraction)
+                return self.finish(None, 0.0)
+            return {"val": files[:1], "train": files[1:]}
+        for split, stream in self.streams.items():
+            if not stream.total and self.given:
+                raise ValueError(f"nothing is left for {split}: the text is too short to divide")
+            if not stream.total:
+                raise ValueError(
+                    f"no document is left for {split}, of {self.documents} in all: give more documents, or another "
+                    "--val_fraction or --val_documents (one text alone is divided if it is a .txt file)"
+                )
+        return {split: self.streams[split].done for split in SPLITS}
+
+    def _divide(self, only: dict[str, Any], eot: int, fraction: float) -> None:
+        path = self.place / only["name"]
+        ids = np.load(path) if path.suffix == ".npy" else np.fromfile(path, self.dtype)
+        ends = np.append(np.flatnonzero(ids == eot)[1:], len(ids))
+        whole = Tokenised(ids, np.diff(ends, prepend=0), False, 0, Counter())
+        self.place = self.folder / "divided"  # what was committed stays as it is until all is done
+        self.place.mkdir(exist_ok=True)
+        divided = Writer(self.place, replace(self.layout, val_fraction=fraction), self.dtype, False, {})
+        divided.add(whole, Block((), None, 0))
+        self.streams, self.documents = divided.streams, divided.documents
+
+
+class PartWriter(_Counted):
+    """Keeps the results of one part of a job for the process that will put all parts together."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        super().__init__(folder, state)
+        self.tokens: int = state.get("tokens", 0)
+        self._files = {}
+        for name in ("ids", "lengths", "blocks"):
+            self._files[name] = (folder / name).open("a+b")
+            self._files[name].truncate(state.get("sizes", {}).get(name, 0))
+            self._files[name].seek(0, io.SEEK_END)
+
+    def add(self, found: Tokenised, block: Block) -> None:
+        """The ids of the next block."""
+        self._files["ids"].write(found.ids.data)
+        self._files["lengths"].write(found.lengths.astype("<i8").data)
+        split = 0 if block.split is None else 1 + SPLITS.index(block.split)
+        row = [len(found.ids), len(found.lengths), found.continues, split, found.size, block.size]
+        self._files["blocks"].write(np.array(row, dtype="<i8").data)
+        self.tokens += len(found.ids)
+        self.count(found, block)
+
+    def close(self) -> None:
+        """Lets go of the files; what was not committed is lost."""
+        for file in self._files.values():
+            file.close()
+
+    def commit(self, position: Any, **more: Any) -> None:
+        """As a ``Writer``'s; ``complete=True`` says that the part is."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        self.save(position=position, sizes=sizes, tokens=self.tokens, **more)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all parts of a job made, in order, as if it were made here."""
+
+    folders: Sequence[Path]
+    dtype: np.dtype[Any]
+
+    def results(self, position: Any = None) -> Generator[tuple[Block, Tokenised]]:
+        """Each block with its ids; position: [part, blocks of it that are done]."""
+        first, done = position or (0, 0)
+        for number, folder in enumerate(self.folders):
+            if number < first:
+                continue
+            for name, size in read_state(folder)["sizes"].items():
+                if (folder / name).stat().st_size != size:
+                    raise ValueError(f"{folder / name} is damaged: remove {folder} to make that part again")
+            rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
+            skip = rows[: done if number == first else 0].sum(axis=0)
+            skipped = Counter[str](read_state(folder)["skipped"])
+            with (folder / "ids").open("rb") as ids, (folder / "lengths").open("rb") as lengths:
+                ids.seek(int(skip[0]) * self.dtype.itemsize if len(rows) else 0)
+                lengths.seek(int(skip[1]) * 8 if len(rows) else 0)
+                for i, (tokens, documents, continues, split, size, disk) in enumerate(rows.tolist()):
+                    if number == first and i < done:
+                        continue
+                    last = i == len(rows) - 1
+                    found = Tokenised(
+                        np.frombuffer(ids.read(tokens * self.dtype.itemsize), self.dtype),
+                        np.frombuffer(lengths.read(documents * 8), "<i8"),
+                        bool(continues),
+                        size,
+                        skipped if last else Counter(),
+                    )
+                    yield Block((), [number, i + 1], disk, (None, *SPLITS)[split]), found
+
+
+def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:
+    """Puts finished files into their place, ``meta.json`` last; one that describes what they replace goes first."""
+    (to / META).unlink(missing_ok=True)
+    for name in names:
+        if (folder / name).exists():
+            (folder / name).replace(to / name)
+    for name in set(replaces) - set(names):
+        (to / name).unlink(missing_ok=True)
+    write_json(to / META, meta)
+
+
+def listed(folder: Path) -> set[str]:
+    """The files of the data set that is there, if one is."""
+    try:
+        splits = read_json(folder / META)["splits"]
+        return {Path(f["name"]).name for split in splits.values() for f in split["files"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()

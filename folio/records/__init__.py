@@ -1,0 +1,1 @@
+"""What a run writes for its reader: metrics, lines on the console, plots, reports."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio.model import gpt
+from folio.model import attention
 
 SHAPES = {"B12 H4 T64 D32": (12, 4, 64, 32), "B16 H6 T256 D64": (16, 6, 256, 64), "B1 H12 T1024 D64": (1, 12, 1024, 64)}
 
@@ -28,7 +28,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return gpt.attend(q, k, v, None, 0.0)
+    return attention.attend(q, k, v, None, 0.0)
 
 
 def median_seconds(function, shape: tuple[int, ...], dtype: torch.dtype, calls: int = 20) -> float:  # type: ignore[no-untyped-def]
@@ -43,7 +43,7 @@ def median_seconds(function, shape: tuple[int, ...], dtype: torch.dtype, calls: 
 
 def main(rounds: int = 5) -> None:
     torch.set_float32_matmul_precision("medium")
-    gpt._SHORT = max(shape[2] for shape in SHAPES.values())  # the model writes short contexts out only
+    attention._SHORT = max(shape[2] for shape in SHAPES.values())  # the model writes short contexts out only
     for name, shape in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
             ratios = [

@@ -24,7 +24,8 @@ import torch
 from folio.checkpoints import checkpoint
 from folio.config.options import System
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
 
 

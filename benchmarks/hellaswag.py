@@ -36,8 +36,8 @@ OURS = """
 import sys, time
 from pathlib import Path
 from folio import hellaswag, pretrained
-from folio.config import System
-from folio.runtime import Runtime
+from folio.config.options import System
+from folio.machine.runtime import Runtime
 
 chosen, dtype = pretrained.find(sys.argv[1]), sys.argv[3]
 model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))

@@ -31,10 +31,12 @@ from folio.config.options import Data, System
 from folio.data.rows import Tokens
 from folio.evaluation.loss import evaluate
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
-from folio.records.log import METRICS, read_metrics
+from folio.records.log import read_metrics
+from folio.records.run_folder import METRICS
 
 SEED = 1337  # nanoGPT's
 ROOT = Path(__file__).resolve().parent.parent

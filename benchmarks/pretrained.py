@@ -21,7 +21,10 @@ import tempfile
 from pathlib import Path
 
 LOADS = {
-    "folio": ("from folio.model import GPT\nimport folio.pretrained, huggingface_hub", "GPT.from_pretrained('gpt2')"),
+    "folio": (
+        "from folio.model.gpt import GPT\nimport folio.checkpoints.hugging_face, huggingface_hub",
+        "GPT.from_pretrained('gpt2')",
+    ),
     "nanoGPT": ("from model import GPT\nimport transformers.models.gpt2", "GPT.from_pretrained('gpt2')"),
     "transformers": ("from transformers import GPT2LMHeadModel as GPT", "GPT.from_pretrained('gpt2')"),
 }

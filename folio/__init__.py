@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from folio.api import prepare as prepare
     from folio.api import train as train
     from folio.config.options import TrainConfig as TrainConfig
+    from folio.model.config import GPTConfig as GPTConfig
     from folio.model.gpt import GPT as GPT
-    from folio.model.gpt import GPTConfig as GPTConfig
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
     """What is public, imported when it is first asked for: torch takes its time."""
     if name not in __all__:
         raise AttributeError(f"module 'folio' has no attribute {name!r}")
-    module = {"GPT": "model.gpt", "GPTConfig": "model.gpt", "TrainConfig": "config.options"}.get(name, "api")
+    module = {"GPT": "model.gpt", "GPTConfig": "model.config", "TrainConfig": "config.options"}.get(name, "api")
     return getattr(importlib.import_module(f"folio.{module}"), name)
 
 

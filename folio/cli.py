@@ -66,7 +66,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
         console.say(sign + line, sys.stderr)
     with contextlib.suppress(OSError, ValueError):
         console.flush()
-    if processes := sys.modules.get("folio.processes"):
+    if processes := sys.modules.get("folio.machine.processes"):
         processes.leave(code)
     sys.exit(code)
 

@@ -58,11 +58,11 @@ for name in [n for n in os.environ if n.startswith(("XDG_", "HF_", "WANDB_", "TR
 os.environ["HOME"] = str(HOME)
 
 from folio import cli  # noqa: E402
-from folio.checkpoints import checkpoint  # noqa: E402
 from folio.commands import tokenizer as learn  # noqa: E402
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named  # noqa: E402
 from folio.preparation.job import prepare  # noqa: E402
 from folio.preparation.recipes import known  # noqa: E402
+from folio.records import run_folder  # noqa: E402
 from folio.records.log import read_metrics  # noqa: E402
 
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
@@ -410,11 +410,11 @@ def timeless(out: Path) -> list[dict[str, Any]]:
 def assert_same_bits(out: Path, other: Path) -> None:
     """Weights, optimiser, every loss and what is kept."""
     assert timeless(out) == timeless(other)
-    assert checkpoint.steps(out) == checkpoint.steps(other)
-    last = checkpoint.steps(other)[-1]
+    assert run_folder.steps(out) == run_folder.steps(other)
+    last = run_folder.steps(other)[-1]
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (checkpoint.folder(out, last) / name).read_bytes() == (
-            checkpoint.folder(other, last) / name
+        assert (run_folder.checkpoint_folder(out, last) / name).read_bytes() == (
+            run_folder.checkpoint_folder(other, last) / name
         ).read_bytes()
     assert (out / "best.json").read_bytes() == (other / "best.json").read_bytes()
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []

@@ -13,8 +13,8 @@ import torch
 from conftest import ROOT, SMALL, STORY, python, tree
 
 import folio
-from folio.checkpoints import checkpoint
 from folio.config.options import TrainConfig, override
+from folio.records import run_folder
 from folio.records.log import read_metrics
 
 TINY: dict[str, Any] = {}
@@ -31,7 +31,7 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_train_is_the_command(trained: Any, story: Path, tmp_path: Path, folio: Any) -> None:
     """The same bits."""
     assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path}").code == 0
-    paths = [checkpoint.folder(out, 10) / "model.safetensors" for out in (trained.out_dir, tmp_path)]
+    paths = [run_folder.checkpoint_folder(out, 10) / "model.safetensors" for out in (trained.out_dir, tmp_path)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert trained.state.step == 10
     assert trained.state.val_loss == read_metrics(tmp_path / "metrics.jsonl")[-1]["val_loss"]
@@ -51,7 +51,7 @@ def test_resume(story: Path, tmp_path: Path, trained: Any) -> None:
     half = {**TINY, "data_dir": story, "out_dir": tmp_path}
     folio.train(**{**half, "max_iters": 5})
     run = folio.train(out_dir=tmp_path, init_from="resume", max_iters=10)
-    paths = [checkpoint.folder(out, 10) / "model.safetensors" for out in (trained.out_dir, run.out_dir)]
+    paths = [run_folder.checkpoint_folder(out, 10) / "model.safetensors" for out in (trained.out_dir, run.out_dir)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -86,12 +86,12 @@ def test_ctrl_c_ends_the_program_too(story: Path, tmp_path: Path) -> None:
     script = (
         "import signal, folio\n"
         f"kw = {TINY!r} | {{'max_iters': 10**6, 'data_dir': {str(story)!r}, 'out_dir': {str(tmp_path / 'out')!r}}}\n"
-        "from folio import trainer\n"
-        "settle = trainer.settle\n"
+        "from folio.training import loop\n"
+        "settle = loop.settle\n"
         "def wrapped(run):\n"
         "    settle(run)\n"
         "    run.state.step == 7 and signal.raise_signal(signal.SIGINT)\n"
-        "trainer.settle = wrapped\n"
+        "loop.settle = wrapped\n"
         "folio.train(**kw)\n"
         "print('behind')\n"
     )
@@ -100,7 +100,7 @@ def test_ctrl_c_ends_the_program_too(story: Path, tmp_path: Path) -> None:
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert "behind" not in done.stdout
     assert "(SIGINT), folio train --init_from=resume" in done.stdout
-    assert checkpoint.steps(tmp_path / "out")[-1] in (7, 8)
+    assert run_folder.steps(tmp_path / "out")[-1] in (7, 8)
 
 
 def test_generate_and_evaluate(trained: Any, folio: Any) -> None:
@@ -167,7 +167,8 @@ def test_the_import_alone_is_light() -> None:
     """And torch comes when something is asked for, whatever was imported before."""
     done = python(
         "-c",
-        "import sys, folio; assert 'torch' not in sys.modules; from folio.trainer import build; import folio.sampling; "
+        "import sys, folio; assert 'torch' not in sys.modules; from folio.training.loop import build; "
+        "import folio.generation.sampling; "
         "assert callable(folio.train) and callable(folio.generate); from folio import GPT, GPTConfig; "
         "print(GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).get_num_params())",
         cwd=ROOT,

@@ -18,12 +18,13 @@ import torch
 from conftest import TINY, Outcome, assert_refused, python, succeed, tree
 
 from folio import rng
-from folio.checkpoints import checkpoint
 from folio.config.options import COMMAND_LINE, Data, TrainConfig, accumulated, override, read_file
 from folio.data.tokenizers import Tiktoken
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
+from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.training.loop import micro_batches
 from folio.training.optimizers import adamw, learning_rate
@@ -89,7 +90,7 @@ def beside(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A working folder that holds edu_fineweb10B/; no data lies in the clone."""
     (tmp_path / "edu_fineweb10B").symlink_to(shards)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("folio.tokens.CLONE", tmp_path / "clone")
+    monkeypatch.setattr("folio.data.rows.CLONE", tmp_path / "clone")
     return tmp_path
 
 
@@ -181,7 +182,7 @@ def test_bare_train_goes_on_where_it_was(folio: Folio, beside: Path, begin: str)
     assert folio("train", *shlex.split(f"{DOOR} --total_batch_size=64 --max_iters=1")).code == 0
     outcome = folio("train", f"--init_from={begin}", "--max_iters=2")
     assert (outcome.code, outcome.err) == (0, "")
-    assert checkpoint.steps(beside / "log") == [1, 2]
+    assert run_folder.steps(beside / "log") == [1, 2]
     assert not (beside / "out").exists()
 
 
@@ -354,4 +355,4 @@ def test_what_is_kept(folio: Folio, beside: Path) -> None:
     outcome = folio("train", *shlex.split(f"{TINY} {UNMEASURED} --total_batch_size=64 {flags}"))
     assert outcome.code == 0, outcome.err
     assert json.loads((beside / "log" / "best.json").read_text())["step"] == 2  # no later one is better
-    assert checkpoint.steps(beside / "log") == [2, 6, 9, 10]
+    assert run_folder.steps(beside / "log") == [2, 6, 9, 10]

@@ -19,7 +19,9 @@ from torch import Tensor
 from folio import files
 from folio.checkpoints import checkpoint
 from folio.config.options import TrainConfig, flat
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 from folio.training.optimizers import adamw
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
@@ -54,7 +56,7 @@ def save(out_dir: Path, step: int, *, run: str = "a1", best: tuple[int, float] |
         "model": asdict(model.config),
     }
     checkpoint.save(out_dir, step, *tensors(model, optimizer), state)
-    return checkpoint.folder(out_dir, step)
+    return run_folder.checkpoint_folder(out_dir, step)
 
 
 def cut(name: str) -> Damage:
@@ -159,7 +161,7 @@ def test_a_damaged_choice_names_another(tmp_path: Path, which: str) -> None:
     (path / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=f"^{path} is damaged: .*; --checkpoint=5 is another$"):
         checkpoint.choose(tmp_path, which)
-    shutil.rmtree(checkpoint.folder(tmp_path, 5))
+    shutil.rmtree(run_folder.checkpoint_folder(tmp_path, 5))
     with pytest.raises(ValueError, match=r"checksum$"):
         checkpoint.choose(tmp_path, which)
 
@@ -191,9 +193,9 @@ def test_an_unfinished_folder_never_counts(tmp_path: Path) -> None:
     ):
         (folder / name).mkdir()
     (folder / f"step-{'9' * 200}").mkdir()
-    assert checkpoint.steps(tmp_path) == [5]
+    assert run_folder.steps(tmp_path) == [5]
     assert checkpoint.choose(tmp_path, "latest").step == 5
-    assert checkpoint.steps(tmp_path / "nowhere") == []
+    assert run_folder.steps(tmp_path / "nowhere") == []
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +242,7 @@ def test_the_latest_that_verifies(tmp_path: Path, damage: Damage) -> None:
     for step in (5, 10, 15):
         save(tmp_path, step)
     for step in (10, 15):
-        damage(checkpoint.folder(tmp_path, step))
+        damage(run_folder.checkpoint_folder(tmp_path, step))
     found, lines = checkpoint.latest(tmp_path, "a1")
     assert found is not None
     assert (found.step, len(lines)) == (5, 2)
@@ -268,7 +270,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     save(tmp_path, 5)
     save(tmp_path, 10, run="b2")
     with pytest.raises(ValueError, match="it is of another run, b2"):
-        checkpoint.verify(checkpoint.folder(tmp_path, 10), "a1")
+        checkpoint.verify(run_folder.checkpoint_folder(tmp_path, 10), "a1")
     found, lines = checkpoint.latest(tmp_path, "a1")
     assert found is not None
     assert (found.step, len(lines)) == (5, 1)
@@ -293,7 +295,7 @@ def test_a_lost_best_json_is_rebuilt(tmp_path: Path, lost: str | None) -> None:
     """From the newest state that can be read."""
     for step in (5, 10, 15, 20):
         save(tmp_path, step, best=(10, 2.5) if step >= 10 else (5, 3.0))
-    (checkpoint.folder(tmp_path, 20) / "state.json").write_text("{")
+    (run_folder.checkpoint_folder(tmp_path, 20) / "state.json").write_text("{")
     if lost is not None:
         (tmp_path / "best.json").write_text(lost)
     assert checkpoint.best_step(tmp_path) == 10
@@ -331,7 +333,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, interval
     files.write_json(tmp_path / "best.json", {"step": 10, "loss": 2.5})
     (tmp_path / "checkpoints" / "notes").mkdir()
     checkpoint.prune(tmp_path, keep, interval)
-    assert checkpoint.steps(tmp_path) == (left or steps)
+    assert run_folder.steps(tmp_path) == (left or steps)
     assert (tmp_path / "checkpoints" / "notes").is_dir()
 
 
@@ -360,13 +362,13 @@ def full(tmp_path: Path) -> Path:
     more = {"model": asdict(SHAPE), "tokenizer": {"kind": "characters", "characters": "aé\n"}, "data": "0f", "row": 8}
     state = {"run": "a1", **known, **more, "scaler": {}, "resolved": {"device": "cpu", "threads": 1}}
     checkpoint.save(tmp_path, 60, *tensors(model, optimizer), state)
-    checkpoint.keep_asked(tmp_path, "a1", flat(TrainConfig()))
+    run_folder.keep_asked(tmp_path, "a1", flat(TrainConfig()))
     files.write_sealed(tmp_path / "best.json", {"step": 60, "loss": 2.3})
     return tmp_path
 
 
 def test_no_bit_of_a_state_can_change(full: Path) -> None:
-    path = checkpoint.folder(full, 60) / "state.json"
+    path = run_folder.checkpoint_folder(full, 60) / "state.json"
     content = path.read_bytes()
     for other in flips(content):
         path.write_bytes(other)
@@ -381,9 +383,9 @@ def test_no_bit_of_a_config_can_change(full: Path) -> None:
     for other in flips(content):
         (full / "config.json").write_bytes(other)
         with pytest.raises(ValueError, match=r"config\.json is damaged \("):
-            checkpoint.asked(full)
+            run_folder.asked(full)
     (full / "config.json").write_bytes(content)
-    assert checkpoint.asked(full).run == "a1"
+    assert run_folder.asked(full).run == "a1"
 
 
 def test_no_bit_of_the_best_can_change(full: Path) -> None:
@@ -396,20 +398,20 @@ def test_no_bit_of_the_best_can_change(full: Path) -> None:
 
 
 def test_white_space_is_no_damage(full: Path) -> None:
-    for path in (checkpoint.folder(full, 60) / "state.json", full / "config.json"):
+    for path in (run_folder.checkpoint_folder(full, 60) / "state.json", full / "config.json"):
         path.write_text(json.dumps(json.loads(path.read_text())) + "\n\n")
-    assert checkpoint.verify(checkpoint.folder(full, 60)).step == 60
-    assert checkpoint.asked(full).sealed
+    assert checkpoint.verify(run_folder.checkpoint_folder(full, 60)).step == 60
+    assert run_folder.asked(full).sealed
 
 
 def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
-    older(checkpoint.folder(full, 60) / "state.json")
+    older(run_folder.checkpoint_folder(full, 60) / "state.json")
     older(full / "config.json")
     older(full / "best.json")
     found, lines = checkpoint.latest(full, "a1")
     assert found is not None
     assert lines == [f"{found.path / 'state.json'} has no checksum, as older versions wrote it: it is used as it is"]
-    assert not checkpoint.asked(full).sealed
+    assert not run_folder.asked(full).sealed
     with pytest.warns(UserWarning, match="has no checksum"):
         assert checkpoint.choose(full).step == 60
 
@@ -431,7 +433,7 @@ def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_what_an_older_state_cannot_say(full: Path, changes: dict[str, Any], words: str) -> None:
-    path = checkpoint.folder(full, 60)
+    path = run_folder.checkpoint_folder(full, 60)
     older(path / "state.json", **changes)
     with pytest.raises(ValueError, match=f"step-00000060 is damaged: .*{words}"):
         checkpoint.state_of(path)
@@ -456,14 +458,14 @@ def test_what_was_asked_must_be_possible(full: Path, name: str, value: Any, word
     values = flat(TrainConfig()) | {name: value}
     (full / "config.json").write_text(json.dumps({"run": "a1", "folio": "0", "asked": values}))
     with pytest.raises(ValueError, match=rf"config\.json is damaged \({words}.*--init_from={full}"):
-        checkpoint.asked(full)
+        run_folder.asked(full)
     with pytest.warns(UserWarning, match="config.json is damaged"):
         assert checkpoint.choose(full).asked == {}
 
 
 def test_a_checkpoint_under_another_steps_name(full: Path) -> None:
     """Though each of its files is whole."""
-    shutil.copytree(checkpoint.folder(full, 60), checkpoint.folder(full, 70))
+    shutil.copytree(run_folder.checkpoint_folder(full, 60), run_folder.checkpoint_folder(full, 70))
     found, lines = checkpoint.latest(full, "a1")
     assert found is not None
     assert found.step == 60
@@ -482,7 +484,7 @@ def test_what_was_chosen_can_be_read_to_its_end(tmp_path: Path) -> None:
     for step in (10, 15, 20):
         save(tmp_path, step)
     checkpoint.prune(tmp_path, 1)
-    assert checkpoint.steps(tmp_path) == [20]
+    assert run_folder.steps(tmp_path) == [20]
     save(tmp_path, 5, seed=1)
     assert all(torch.equal(weights[name], weight) for name, weight in [first, *stored])
     assert len(dict(found.slots())) == 3 * len(weights)

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, SMALL, python
 
 from folio import __version__, cli
+from folio.config import options as config
 
 POSITIONAL = {
     ("prepare", "text"),
@@ -42,7 +43,7 @@ def test_the_help_of_a_command_shows_every_knob(folio, command) -> None:
     options = cli.module_of(command).Options
     code, out, err = folio(command, "--help")
     assert (code, err) == (0, "")
-    for name, knob in options.knobs(options).items():
+    for name, knob in config.knobs(options).items():
         if (command, name) not in POSITIONAL:
             assert f"--{name} " in out
         if knob.group:

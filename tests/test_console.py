@@ -18,11 +18,10 @@ import pytest
 from conftest import ROOT, SMALL, Outcome, assert_refused
 
 from folio import cli
-from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
-from folio.records import console
+from folio.records import console, run_folder
 
 Folio = Callable[..., Outcome]
 
@@ -186,7 +185,7 @@ def test_a_run_goes_on_without_its_console(story: Path, tmp_path: Path, console_
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("continuing without it") == warned
     assert done.stderr.count("\n") == warned
-    assert checkpoint.steps(tmp_path / "out") == [5, 10]
+    assert run_folder.steps(tmp_path / "out") == [5, 10]
     assert all(line[0].isdigit() for line in (tmp_path / "out" / "log.txt").read_text().splitlines())
 
 

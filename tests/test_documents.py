@@ -23,7 +23,10 @@ from folio.data.rows import Documents, Tokens
 from folio.data.token_files import open_folder
 from folio.files import sha256
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig, within_documents
+from folio.model.attention import within_documents
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 from folio.records.log import read_metrics
 
 GPT2_EOT = 50256
@@ -256,7 +259,7 @@ def test_training_under_the_mask(folio: Callable[..., Outcome], tmp_path: Path, 
         assert said in outcome.out
     assert "exact to rounding" not in resumed.out
     for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (checkpoint.folder(tmp_path / out, 6) / name for out in ("six", "three"))
+        a, b = (run_folder.checkpoint_folder(tmp_path / out, 6) / name for out in ("six", "three"))
         assert a.read_bytes() == b.read_bytes()
     records = read_metrics(tmp_path / "six" / "metrics.jsonl")
     found = checkpoint.choose(tmp_path / "six")

@@ -27,7 +27,8 @@ from folio.checkpoints import checkpoint, gguf, hugging_face, model_card
 from folio.checkpoints.checkpoint import State
 from folio.commands import train
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")

@@ -38,6 +38,7 @@ from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.machine import processes
 from folio.machine.runtime import Runtime
+from folio.records import run_folder
 from folio.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
@@ -52,7 +53,7 @@ FAULTY = """
 import os, sys, time
 from itertools import count
 from folio import checkpoint, cli, files
-from folio.runtime import Runtime
+from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 
 def after_step(step, do):
@@ -174,13 +175,13 @@ def test_a_rank_that_drifts(spawn: Spawn, faulty: Callable[[str], Path], story: 
     assert "the weights of rank 2 are no longer those of" in said[0]
     assert ", first transformer." in said[0]
     assert "resume from an earlier checkpoint" in said[0]
-    assert checkpoint.steps(out) == [5]
+    assert run_folder.steps(out) == [5]
 
 
 def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
     """Where the process group never lets go of a process, it ends, and its exit code says that it failed."""
     script = (
-        "import time\nfrom folio import runtime\nfrom folio.config import System\n"
+        "import time\nfrom folio.machine import runtime\nfrom folio.config.options import System\n"
         "runtime._CLEANUP = 0.5\n"
         "runtime.dist.destroy_process_group = lambda: time.sleep(600)\n"
         "made = runtime.Runtime(System(device='cpu'))\nprint('made', flush=True)\n"
@@ -214,7 +215,7 @@ def test_processes_that_do_not_meet(
 ) -> None:
     """Others that never come, a rank 0 that is not there, a port that is another program's: one line."""
     script = faulty(
-        "from datetime import timedelta\nfrom folio import runtime\nruntime._PATIENCE = timedelta(seconds=2)"
+        "from datetime import timedelta\nfrom folio.machine import runtime\nruntime._PATIENCE = timedelta(seconds=2)"
     )
     argv = (*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--timeout=1")
     port = free_port()
@@ -279,7 +280,7 @@ def test_a_group_goes_on_by_itself(
     flags = ("--init_from=scratch", "--check_replicas_every=9")
     child = spawn(*group(out, story, *flags, launcher=(*STANDALONE, "--max_restarts=2")), threads=1)
     for step, rank in ((7, 0), (24, 2)) if before_a_checkpoint else ((24, 1), (47, 0)):
-        child.wait_until(lambda: reached(out, step)() and (step < 20 or checkpoint.steps(out) != []))  # noqa: B023
+        child.wait_until(lambda: reached(out, step)() and (step < 20 or run_folder.steps(out) != []))  # noqa: B023
         child.kill([sorted(child.family()[1:])[rank]])
     said = to_its_end(child)
     assert child.left() == []
@@ -297,7 +298,7 @@ def test_launchers_of_two_machines_go_on(spawn: Spawn, story: Path, tmp_path: Pa
     launcher = (*common, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
     flags = ("--init_from=scratch", "--gradient_accumulation_steps=2", "--log_interval=1")
     children = [spawn(*group(out, story, *flags, launcher=launcher), threads=1) for _ in range(2)]
-    children[0].wait_until(lambda: reached(out, 24)() and checkpoint.steps(out) != [])
+    children[0].wait_until(lambda: reached(out, 24)() and run_folder.steps(out) != [])
     children[1].kill(children[1].family()[1:])
     said = "".join(to_its_end(child) for child in children)
     assert said.count(f"resuming {out} at step ") == 1
@@ -415,12 +416,12 @@ def test_a_checkpoint_that_is_written_slowly(
     monkeypatch.setattr(checkpoint, "save", slowly)
     go(story, out, *flags)
     assert went_on == [meanwhile, meanwhile, False]  # the last one is waited for
-    assert checkpoint.steps(out) == [4, 8, 12]
+    assert run_folder.steps(out) == [4, 8, 12]
     assert saved(out) == saved(tmp_path / "fast")
     assert timeless(out) == timeless(tmp_path / "fast")
     for step in (4, 8, 12):
         slow, fast = (
-            json.loads((checkpoint.folder(folder, step) / "state.json").read_text())
+            json.loads((run_folder.checkpoint_folder(folder, step) / "state.json").read_text())
             for folder in (out, tmp_path / "fast")
         )
         for state in (slow, fast):
@@ -442,15 +443,15 @@ def test_a_write_that_fails_in_the_thread(
     out, save_file = tmp_path / "out", checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
-        if path.name == checkpoint.OPTIMIZER and path.parent.name == f".step-{fails:08d}.unfinished":
+        if path.name == run_folder.OPTIMIZER and path.parent.name == f".step-{fails:08d}.unfinished":
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     argv = (*RUN, f"--data_dir={story}", f"--out_dir={out}", "--async_checkpoint=True")
-    assert_refused(folio("train", *argv), checkpoint.folder(out, fails), "No space left", "--out_dir")
-    assert checkpoint.steps(out) == kept
-    assert all(checkpoint.verify(checkpoint.folder(out, step)) for step in kept)
+    assert_refused(folio("train", *argv), run_folder.checkpoint_folder(out, fails), "No space left", "--out_dir")
+    assert run_folder.steps(out) == kept
+    assert all(checkpoint.verify(run_folder.checkpoint_folder(out, step)) for step in kept)
     saved(out)
     assert timeless(out)[-1]["step"] == min(fails + 4, 12)
 
@@ -465,7 +466,7 @@ def test_a_write_that_fails_ends_all(spawn: Spawn, faulty: Callable[[str], Path]
     )
     said = said_at_its_end(spawn(*group(out, story, *ENDLESS, script=script), threads=1))
     assert len(said) == 1, said
-    assert said[0].startswith(f"train.py: {checkpoint.folder(out, 20)} could not be written")
+    assert said[0].startswith(f"train.py: {run_folder.checkpoint_folder(out, 20)} could not be written")
     assert saved(out) == {}
     assert timeless(out)[-1]["step"] == 35
 
@@ -488,7 +489,7 @@ def test_killed_while_a_checkpoint_is_written(
     child.kill()
     assert child.end() == -signal.SIGKILL
     assert unfinished.exists()
-    assert checkpoint.steps(out) == [20, 35]
+    assert run_folder.steps(out) == [20, 35]
     said = to_its_end(spawn(*group(out, story, "--log_interval=1"), threads=1))
     assert f"resuming {out} at step 35" in said
     assert_same_bits(out, undisturbed("group"))
@@ -541,7 +542,7 @@ def test_two_machines(hosts: list[str], spawn: Spawn, story: Path, tmp_path: Pat
         ]
 
     first, second = started()
-    first.wait_until(lambda: reached(out, 24)() and checkpoint.steps(out) != [])
+    first.wait_until(lambda: reached(out, 24)() and run_folder.steps(out) != [])
     subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "down"], check=True)
     assert [child.end(30) for child in (first, second)] == [1, 1]
     for child, who in ((first, "rank 1"), (second, "rank 1: another process")):

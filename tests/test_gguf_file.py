@@ -19,7 +19,8 @@ from folio.checkpoints.checkpoint import State
 from folio.checkpoints.gguf import export
 from folio.data.tokenizers import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
 from folio.generation import sampling
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")

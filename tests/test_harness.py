@@ -19,7 +19,8 @@ from folio.data.tokenizers import Bytes, Tiktoken
 from folio.evaluation import harness, hellaswag
 from folio.evaluation.scoring import score
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 lm_eval = pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")  # which their HFLM needs
@@ -264,9 +265,9 @@ RANKS = """
 import json, sys
 import torch
 from folio import harness, pretrained
-from folio.config import Processes, System
-from folio.processes import leave
-from folio.runtime import Runtime
+from folio.config.options import Processes, System
+from folio.machine.processes import leave
+from folio.machine.runtime import Runtime
 
 model_folder, out, parallel, *tasks = sys.argv[1:]
 runtime = Runtime(System(device="cpu", dtype="float32", compile=False), Processes(parallel=parallel))

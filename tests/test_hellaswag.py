@@ -24,7 +24,8 @@ from folio.data.tokenizers import Bytes, Characters, Tokenizer, TokenizersFile, 
 from folio.evaluation import hellaswag
 from folio.evaluation.hellaswag import Item, Questions
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 Render = Callable[[dict[str, Any]], tuple[Tensor, Tensor, int]]  # (4, N) tokens, (4, N) mask, label
 GOOD = {

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from folio import cli
 from folio.checkpoints import checkpoint, hugging_face
 from folio.commands import train
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
+from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.training.loop import Run, build, finish, fit
 
@@ -163,7 +165,7 @@ def test_the_run_goes_on_in_nanogpt_s_folder(out_dir: Path, shakespeare: Path, f
         outcome = folio("train", *argv(out_dir, shakespeare, f"--max_iters={last}", begin=begin))
         assert (outcome.code, outcome.err) == (0, "")
         assert line in outcome.out.splitlines()
-        assert checkpoint.steps(out_dir)[-1] == last
+        assert run_folder.steps(out_dir)[-1] == last
     records = read_metrics(out_dir / "metrics.jsonl")
     trained = {r["step"]: r["tokens"] for r in records if r["kind"] == "train"}
     assert trained == {200 + n: BEFORE + (n + 1) * BATCH * 64 for n in range(4)}
@@ -176,7 +178,7 @@ def test_auto_takes_nanogpt_s_checkpoint(out_dir: Path, shakespeare: Path, folio
     outcome = folio("train", *argv(out_dir, shakespeare, "--max_iters=200", begin="auto"))
     assert outcome.code == 0
     assert f"resuming {out_dir / 'ckpt.pt'} at step 200" in outcome.out
-    assert checkpoint.steps(out_dir) == [200]
+    assert run_folder.steps(out_dir) == [200]
 
 
 @pytest.mark.parametrize("begin", ["resume", "auto"])
@@ -242,7 +244,7 @@ def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio)
     """Though no checkpoint of it was written; data goes on at the same token, and the best is looked for anew."""
     with run_of(imported, shakespeare, "--max_iters=300", "--block_size=32"):
         pass
-    assert [checkpoint.choose(imported, "latest").config().block_size, checkpoint.steps(imported)] == [64, [200]]
+    assert [checkpoint.choose(imported, "latest").config().block_size, run_folder.steps(imported)] == [64, [200]]
     with run_of(imported, shakespeare, "--max_iters=300") as run:
         assert run.model.config.block_size == run.tokens.block_size == 32
         assert (run.state.rows, run.state.tokens) == (400 * BATCH, BEFORE)
@@ -324,7 +326,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
     assert "step 200" in outcome.out
     assert f"--init_from=resume --out_dir={to}" in outcome.out
     one, two = hugging_face.find(str(out_dir)), hugging_face.find(str(to))
-    checkpoint.verify(two.path, checkpoint.asked(to)[0])
+    checkpoint.verify(two.path, run_folder.asked(to)[0])
     for mine, others in ((one.weights(), two.weights()), (one.slots(), two.slots())):
         assert_equal(dict(mine), dict(others))
     assert (two.step, two.asked) == (200, one.asked)
@@ -382,7 +384,7 @@ def test_import_replaces_nothing(out_dir: Path, tmp_path: Path, folio: Folio) ->
         assert tree(tmp_path) == before
     (to / "notes.txt").unlink()
     assert folio("import", out_dir / "ckpt.pt", "--to", to).code == 0
-    assert checkpoint.steps(to) == [200]
+    assert run_folder.steps(to) == [200]
 
 
 @pytest.mark.parametrize("part", [0.3, 0.999])

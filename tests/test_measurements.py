@@ -28,6 +28,7 @@ from conftest import (
 from folio.checkpoints import checkpoint
 from folio.evaluation import scoring
 from folio.machine.runtime import Runtime
+from folio.records import run_folder
 from folio.records.log import Log, read_metrics
 
 Run = Callable[..., Outcome]
@@ -64,7 +65,7 @@ def test_looking_changes_nothing(folio: Run, argv: list[str], tmp_path: Path) ->
     """A run that is watched ends in the bits of one that is not."""
     for name, flags in {"watched": WATCH, "alone": WATCH[-2:]}.items():
         assert folio("train", *argv, *flags, f"--out_dir={tmp_path / name}").code == 0
-    kept = [checkpoint.folder(tmp_path / name, 10) / "model.safetensors" for name in ("watched", "alone")]
+    kept = [run_folder.checkpoint_folder(tmp_path / name, 10) / "model.safetensors" for name in ("watched", "alone")]
     assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
@@ -88,7 +89,7 @@ def test_a_run_that_goes_on_measures_the_same(folio: Run, argv: list[str], tmp_p
     assert folio("train", *flags, f"--out_dir={whole}").code == 0
     shutil.copytree(whole, again)
     for step in (15, 20):
-        shutil.rmtree(checkpoint.folder(again, step))
+        shutil.rmtree(run_folder.checkpoint_folder(again, step))
     assert folio("train", *flags, f"--out_dir={again}", "--init_from=resume").code == 0
     assert_same_bits(again, whole)
     assert (again / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
@@ -146,7 +147,7 @@ def test_a_signal_ends_a_measurement(
     outcome = folio("train", *flags, f"--out_dir={out}")
     assert outcome.code == 128 + number, outcome
     assert f"\nstep {step} of 10 ({number.name})" in outcome.out
-    assert checkpoint.steps(out)[-1:] == ([step] if step else [])
+    assert run_folder.steps(out)[-1:] == ([step] if step else [])
     signalled(says, 1, signal.SIGTERM)  # again, in the same measurement if it is owed
     assert folio("train", *flags, f"--out_dir={out}").code == 143
     signalled("", -1, signal.SIGTERM)
@@ -251,7 +252,7 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert outcome.code == 0
     assert [r["step"] for r in lines(out, "eval")] == [0, 2, 4, 6]
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
-    assert checkpoint.steps(out)[-1] == 6
+    assert run_folder.steps(out)[-1] == 6
     how = f"folio train --init_from=resume --out_dir={out} --patience=4"
     assert f"step 6 of 10 (patience), {how} goes on; best" in outcome.out
     before = timeless(out)
@@ -259,7 +260,7 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert "nothing to do: no better loss in 2 evaluations: raise --patience=2 above that" in outcome.out
     assert timeless(out) == before
     assert folio("train", *flags, "--init_from=resume", "--patience=3").code == 0
-    assert checkpoint.steps(out)[-1] == 8
+    assert run_folder.steps(out)[-1] == 8
 
 
 def test_patience_starts_anew_where_the_loss_improves(folio: Run, argv: list[str], tmp_path: Path) -> None:
@@ -272,13 +273,13 @@ def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = [*argv, "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", f"--out_dir={out}"]
     outcome = folio("train", *flags, "--max_minutes=0.02")
-    (step,) = checkpoint.steps(out)
+    (step,) = run_folder.steps(out)
     assert outcome.code == 0
     assert f"step {step} of 1000000 (max_minutes), folio train --init_from=resume --out_dir=" in outcome.out
     assert [r["step"] for r in lines(out, "eval")] == [0, step]
     assert 0 < step < 1_000_000
     outcome = folio("train", *flags, "--init_from=resume", f"--max_iters={step + 2}")
-    assert checkpoint.steps(out)[-1] == step + 2
+    assert run_folder.steps(out)[-1] == step + 2
 
 
 def test_no_time_at_all(folio: Run, argv: list[str], tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_max_minutes_of_several_processes(spawn: Spawn, argv: list[str], tmp_pat
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     flags = ["--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", "--max_minutes=0.05"]
     said = to_its_end(spawn(*launcher, *argv, *flags, f"--out_dir={out}", threads=1))
-    assert f"step {checkpoint.steps(out)[-1]} of 1000000 (max_minutes)" in said
+    assert f"step {run_folder.steps(out)[-1]} of 1000000 (max_minutes)" in said
 
 
 # Bad input

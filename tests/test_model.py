@@ -12,7 +12,9 @@ from conftest import python
 from torch import Tensor
 
 from folio import rng
-from folio.model.gpt import GPT, GPTConfig, attend
+from folio.model.attention import attend
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 SHAPE = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 8}
 

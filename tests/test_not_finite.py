@@ -13,12 +13,13 @@ from conftest import SMALL, Outcome, assert_refused, tree
 from safetensors.torch import load_file, save_file
 
 from folio import cli, files, rng
-from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.config.options import System
 from folio.generation.sampling import draws, generate, pick
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 from folio.training.optimizers import adamw
 
 Folio = Callable[..., Outcome]
@@ -39,16 +40,16 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spoilt(trained: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the run, of which a tensor in the newest checkpoint was changed, before its sum was taken."""
 
-    def spoil(name: str, change: Callable[[torch.Tensor], Any], file: str = checkpoint.MODEL) -> Path:
+    def spoil(name: str, change: Callable[[torch.Tensor], Any], file: str = run_folder.MODEL) -> Path:
         out = tmp_path / "out"
         shutil.copytree(trained, out)
-        folder = checkpoint.folder(out, 10)
+        folder = run_folder.checkpoint_folder(out, 10)
         tensors = load_file(folder / file)
         change(tensors[name])
         save_file(tensors, folder / file)
-        state, _ = files.read_sealed(folder / checkpoint.STATE)
+        state, _ = files.read_sealed(folder / run_folder.STATE)
         state["sha256"][file] = files.sha256(folder / file)
-        files.write_sealed(folder / checkpoint.STATE, state)
+        files.write_sealed(folder / run_folder.STATE, state)
         return out
 
     return spoil
@@ -81,29 +82,31 @@ def test_weights_that_are_not_finite(
     more = {"hellaswag": [f"--data={items}"], "train": [f"--data_dir={story}", "--init_from=resume", "--max_iters=12"]}
     flags = more.get(argv[-1], []) + ([] if argv == ["train"] else ["--checkpoint=latest"])
     outcome = folio(*argv, *flags, *FLAGS, f"--out_dir={out}")
-    assert_refused(outcome, checkpoint.folder(out, 10), WEIGHT, "not finite", "--checkpoint=5", "move this folder away")
+    assert_refused(
+        outcome, run_folder.checkpoint_folder(out, 10), WEIGHT, "not finite", "--checkpoint=5", "move this folder away"
+    )
     assert "Traceback" not in outcome.err
     assert tree(out) == before
     if argv == ["train"]:  # as it says
-        shutil.move(checkpoint.folder(out, 10), out / "elsewhere")
+        shutil.move(run_folder.checkpoint_folder(out, 10), out / "elsewhere")
         outcome = folio(*argv, *flags, *FLAGS, f"--out_dir={out}")
         assert f"resuming {out} at step 5" in outcome.out
 
 
 def test_another_runs_weights_that_are_not_finite(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
     out = spoilt(WEIGHT, nan_in_the_middle)
-    shutil.rmtree(checkpoint.folder(out, 5))
+    shutil.rmtree(run_folder.checkpoint_folder(out, 5))
     outcome = folio("train", f"--init_from={out}", f"--data_dir={story}", *FLAGS, f"--out_dir={out.with_name('new')}")
-    assert_refused(outcome, checkpoint.folder(out, 10), WEIGHT, "not finite")
+    assert_refused(outcome, run_folder.checkpoint_folder(out, 10), WEIGHT, "not finite")
     assert not out.with_name("new").exists()
 
 
 def test_moments_that_are_not_finite(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
     """They would ruin the next update."""
-    out = spoilt(f"{WEIGHT}/exp_avg_sq", CHANGES["inf"], checkpoint.OPTIMIZER)
+    out = spoilt(f"{WEIGHT}/exp_avg_sq", CHANGES["inf"], run_folder.OPTIMIZER)
     before = tree(out)
     argv = ["train", "--init_from=resume", f"--data_dir={story}", f"--out_dir={out}", "--max_iters=12"]
-    assert_refused(folio(*argv), checkpoint.folder(out, 10), f"{WEIGHT}/exp_avg_sq", "not finite")
+    assert_refused(folio(*argv), run_folder.checkpoint_folder(out, 10), f"{WEIGHT}/exp_avg_sq", "not finite")
     assert tree(out) == before
 
 
@@ -113,7 +116,7 @@ def test_an_update_to_infinity_is_not_saved(folio: Folio, story: Path, tmp_path:
     flags = [*SMALL, "--learning_rate=1e39", "--decay_lr=False", "--weight_decay=0", "--eval_interval=100"]
     outcome = folio("train", *flags, f"--checkpoint_interval={first}", f"--data_dir={story}", f"--out_dir={tmp_path}")
     assert_refused(outcome, "is not finite", "lower --learning_rate", "there is no checkpoint yet", code=1)
-    assert checkpoint.steps(tmp_path) == []
+    assert run_folder.steps(tmp_path) == []
     assert (f"not finite after {first} steps" in outcome.err) == (first == 1)
 
 
@@ -125,20 +128,22 @@ def test_a_checkpoint_that_overflows_is_not_advised(
     out = spoilt(name, lambda tensor: tensor.copy_(tensor.sign() * 1e30))
     argv = ["train", "--init_from=resume", f"--data_dir={story}", *FLAGS, f"--out_dir={out}", "--max_iters=12"]
     outcome = folio(*argv)
-    assert_refused(outcome, "of step 10 is not finite", f"move {checkpoint.folder(out, 10)} away", "step 5", code=1)
+    assert_refused(
+        outcome, "of step 10 is not finite", f"move {run_folder.checkpoint_folder(out, 10)} away", "step 5", code=1
+    )
     assert "--learning_rate" not in outcome.err
-    shutil.move(checkpoint.folder(out, 10), out / "elsewhere")
+    shutil.move(run_folder.checkpoint_folder(out, 10), out / "elsewhere")
     assert f"resuming {out} at step 5" in folio(*argv).out
 
 
 def test_another_runs_weights_that_overflow(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
     """No learning rate would help, since nothing was trained."""
     out = spoilt("transformer.wte.weight", lambda tensor: tensor.copy_(tensor.sign() * 1e30))
-    shutil.rmtree(checkpoint.folder(out, 5))
+    shutil.rmtree(run_folder.checkpoint_folder(out, 5))
     new = out.with_name("new")
     outcome = folio("train", *SMALL, f"--init_from={out}", f"--data_dir={story}", f"--out_dir={new}")
     assert_refused(outcome, "is not finite at step 0", "begin with others", code=1)
-    assert checkpoint.steps(new) == []
+    assert run_folder.steps(new) == []
 
 
 def overflowing(spoilt: Callable[..., Path]) -> Path:
@@ -151,7 +156,7 @@ def test_logits_that_overflow_float16(folio: Folio, spoilt: Callable[..., Path],
     out = overflowing(spoilt)
     flags = ["--checkpoint=latest", "--device=cpu", f"--out_dir={out}", "--max_new_tokens=4"]
     outcome = folio(*argv, *flags, "--dtype=float16")
-    assert_refused(outcome, checkpoint.folder(out, 10), "logits are not finite", "--dtype=float32", code=1)
+    assert_refused(outcome, run_folder.checkpoint_folder(out, 10), "logits are not finite", "--dtype=float32", code=1)
     assert folio(*argv, *flags, "--dtype=float32").code == 0
 
 
@@ -163,7 +168,7 @@ def test_what_cannot_be_measured_in_float32(
     out = spoilt("transformer.ln_f.weight", lambda tensor: tensor.fill_(3e38))
     data = [f"--data={items}"] if argv[-1] == "hellaswag" else []
     outcome = folio(*argv, *data, "--checkpoint=latest", *FLAGS, f"--out_dir={out}")
-    assert_refused(outcome, checkpoint.folder(out, 10), "not finite", code=1)
+    assert_refused(outcome, run_folder.checkpoint_folder(out, 10), "not finite", code=1)
     assert not (out / "evaluations.jsonl").exists()
 
 
@@ -176,7 +181,7 @@ def test_a_run_from_weights_that_overflow(
     for more in ([], ["--eval_only"]):
         outcome = folio(*argv, *more)
         assert_refused(outcome, "the train loss is not finite at step 0", code=1)
-        assert checkpoint.steps(new) == []
+        assert run_folder.steps(new) == []
 
 
 def test_every_tensor_is_looked_at() -> None:

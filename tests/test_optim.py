@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from folio.config.options import Optimizer
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.training.optimizers import adamw, learning_rate
 
 

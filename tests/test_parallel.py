@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from folio import cli
 from folio.checkpoints import checkpoint
 from folio.commands import train
+from folio.records import run_folder
 from folio.records.log import read_metrics
 
 ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
@@ -41,8 +42,8 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 from folio import cli, trainer
-from folio.config import TrainConfig
-from folio.processes import leave
+from folio.config.options import TrainConfig
+from folio.machine.processes import leave
 
 folder, counted, changed, *argv = sys.argv[1:]
 run = trainer.build(cli.parse(TrainConfig, argv, "folio train", files=True))
@@ -73,9 +74,9 @@ leave(0)
 THREADS = """
 import torch
 alone = torch.get_num_threads()
-from folio.config import System
-from folio.processes import leave
-from folio.runtime import Runtime
+from folio.config.options import System
+from folio.machine.processes import leave
+from folio.machine.runtime import Runtime
 runtime = Runtime(System(device="cpu"))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())
 runtime.close()
@@ -206,18 +207,18 @@ def hsdp(scripted: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def assert_same_files(out: Path, other: Path) -> None:
     """Every checkpoint on the way as well."""
     assert_same_bits(out, other)
-    for step in checkpoint.steps(other):
-        for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-            a, b = (checkpoint.folder(folder, step) / name for folder in (out, other))
+    for step in run_folder.steps(other):
+        for name in (run_folder.MODEL, run_folder.OPTIMIZER):
+            a, b = (run_folder.checkpoint_folder(folder, step) / name for folder in (out, other))
             assert a.read_bytes() == b.read_bytes(), (step, name)
 
 
 def as_of(step: int, former: Path, out: Path) -> Path:
     """A copy of a run as it was when it had written the checkpoint of this step."""
     shutil.copytree(former, out)
-    for later in checkpoint.steps(out):
+    for later in run_folder.steps(out):
         if later > step:
-            shutil.rmtree(checkpoint.folder(out, later))
+            shutil.rmtree(run_folder.checkpoint_folder(out, later))
     return out
 
 
@@ -332,8 +333,10 @@ def test_a_checkpoint_of_shares_is_whole(
     """Every weight and every tensor of the optimiser by name, as one process writes them; and it can be sampled."""
     out = run(3, "--parallel=fsdp").out if parallel == "fsdp" else request.getfixturevalue("hsdp")[0]["out"]
     for step in (10, 50):
-        for name, error in ((checkpoint.MODEL, 1e-4), (checkpoint.OPTIMIZER, 1e-6)):
-            shares, whole = (load_file(checkpoint.folder(folder, step) / name) for folder in (out, run(1).out))
+        for name, error in ((run_folder.MODEL, 1e-4), (run_folder.OPTIMIZER, 1e-6)):
+            shares, whole = (
+                load_file(run_folder.checkpoint_folder(folder, step) / name) for folder in (out, run(1).out)
+            )
             torch.testing.assert_close(shares, whole, rtol=0, atol=error)
     found = checkpoint.choose(out, "latest")
     names = {name for name, _ in found.model().named_parameters()}

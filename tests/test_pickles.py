@@ -227,7 +227,7 @@ def test_little_is_taken_for_a_little_file(case: str, tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from folio import pickles
+from folio.data import pickles
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 try:
     print(type(pickles.loads(Path({str(tmp_path / "meta.pkl")!r}).read_bytes())).__name__)

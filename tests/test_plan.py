@@ -16,7 +16,7 @@ from folio import cli
 from folio.commands import plan
 from folio.machine.flops import GPUS
 from folio.machine.memory import Memory, Step, needed, sent
-from folio.model.gpt import GPTConfig
+from folio.model.config import GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
 GPT2 = GPTConfig(bias=False)
@@ -43,10 +43,11 @@ print("growth", status("VmHWM") - before)
 SENT = """
 import json, os, sys
 import torch
-from folio.config import Processes, System
-from folio.model import GPT, GPTConfig
-from folio.processes import leave
-from folio.runtime import Runtime
+from folio.config.options import Processes, System
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.machine.processes import leave
+from folio.machine.runtime import Runtime
 
 parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.environ["LOCAL_WORLD_SIZE"] = node

@@ -14,8 +14,8 @@ import pytest
 from conftest import SMALL, Outcome, assert_refused
 
 from folio.records import plot
-from folio.records.log import METRICS
 from folio.records.plot import draw, looks, names, smooth, span, thin
+from folio.records.run_folder import METRICS
 
 pytest.importorskip("matplotlib")
 

@@ -32,13 +32,13 @@ NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 
 ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïve – 渡し船, 🚢\r\n", "'" * 99]
 
 PLAIN = ("-m", "folio")
-OFTEN = ("-c", "from folio import cli; from folio.datasets import prepare; job.COMMIT_EVERY = 0.0; cli.main()")
+OFTEN = ("-c", "from folio import cli; from folio.preparation import job; job.COMMIT_EVERY = 0.0; cli.main()")
 HELD = (  # stands still before it moves the finished files
     "-c",
     """
 import os, signal
 from folio import cli
-from folio.datasets import prepare
+from folio.preparation import job
 def held(*args, move=job.move):
     os.kill(os.getpid(), signal.SIGSTOP)
     move(*args)
@@ -52,8 +52,8 @@ import json, os, sys, traceback
 from folio import cli
 import tyro
 from folio.commands import prepare as _
-from folio.datasets import prepare, sources, workers
-from folio.tokenizer import Tiktoken
+from folio.preparation import job, sources, workers
+from folio.data.tokenizers import Tiktoken
 Tiktoken("gpt2")
 job.COMMIT_EVERY, job.BLOCK, sources.BLOCK = 0.0, 2**17, 2**17  # many steps in a small text
 left = documents = 0

@@ -25,7 +25,9 @@ from folio.checkpoints import checkpoint, hugging_face
 from folio.checkpoints.checkpoint import State
 from folio.data import tokenizer_folder
 from folio.data.tokenizers import Tiktoken
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 
 transformers = pytest.importorskip("transformers")
 filter_repo_objects = pytest.importorskip("huggingface_hub.utils").filter_repo_objects
@@ -561,7 +563,7 @@ def test_the_hubs_cache(tmp_path) -> None:
     next((hub / "models--openai-community--gpt2-xl").rglob("snapshots/*/model.safetensors")).unlink()
     cached(hub, "gpt2-xl", n_layer=6)
     script = (
-        "import sys\nfrom folio.model import GPT\n"
+        "import sys\nfrom folio.model.gpt import GPT\n"
         "print([GPT.from_pretrained(n).config.n_layer for n in ('gpt2', 'gpt2-large', 'user/name.x', 'gpt2-xl')])\n"
         "print('transformers' in sys.modules)"
     )
@@ -750,7 +752,7 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
     assert (code, err) == (0, "")
     best = checkpoint.best_step(out)
     assert best in (40, 80)
-    assert checkpoint.steps(out) == [best, 120]
+    assert run_folder.steps(out) == [best, 120]
     text = {
         which: folio(*SAMPLE, f"--out_dir={out}", "--start=ROMEO:", "--max_new_tokens=20", *which.split())
         for which in ("", f"--checkpoint={best}", "--checkpoint=latest")

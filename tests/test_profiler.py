@@ -15,10 +15,11 @@ from conftest import SMALL, Outcome, Spawn, assert_refused, assert_same_bits, gr
 from torch import nn
 
 from folio import rng
-from folio.checkpoints import checkpoint
 from folio.machine.memory import Step, needed
 from folio.machine.profiler import Profiler
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 from folio.training.optimizers import adamw
 
 BENCH = [*SMALL[:9], "--vocab_size=64", "--real_data=False", "--profile=True"]
@@ -245,7 +246,7 @@ def test_a_run_goes_on_without_its_profile(train, tmp_path: Path, monkeypatch) -
     done = train("--profile=3")
     assert done.code == 0
     assert "no profile: " in done.out
-    assert checkpoint.steps(tmp_path / "out")
+    assert run_folder.steps(tmp_path / "out")
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:

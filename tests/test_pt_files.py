@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from folio.checkpoints import checkpoint, pt_files
 from folio.checkpoints.pt_files import PtFile
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 Folio = Callable[..., Outcome]
 Content = dict[str, Any]

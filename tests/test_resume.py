@@ -17,6 +17,7 @@ from folio import cli
 from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.machine.runtime import Runtime
+from folio.records import run_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -74,7 +75,7 @@ def test_killed_within_a_checkpoint(
     for name, count, when, kept in moments:
         child = spawn("-c", SUICIDE, name, str(count), when, *ALONE, f"--data_dir={story}", f"--out_dir={out}")
         assert child.end() == -signal.SIGKILL, child.output()
-        assert checkpoint.steps(out)[-1] == kept, name
+        assert run_folder.steps(out)[-1] == kept, name
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.endswith(".damaged")] == []
     to_its_end(spawn(*alone(out, story)))
     assert_same_bits(out, undisturbed("alone"))
@@ -99,14 +100,14 @@ def test_signals_save_first(
     child.wait_until(reached(out, 66))
     child.kill([child.process.pid], number)
     assert child.end() == code
-    step = checkpoint.steps(out)[-1]
+    step = run_folder.steps(out)[-1]
     assert step > 66
     assert f"step {step} of 230 ({number.name}), folio train --init_from=resume --out_dir=" in child.output()
     assert [r["step"] for r in timeless(out) if r["kind"] == "train"] == list(range(step))
     assert f"resuming {out} at step {step}" in to_its_end(spawn(*alone(out, story)))
     assert timeless(out) == timeless(undisturbed("alone"))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (checkpoint.folder(folder, 230) / name for folder in (out, undisturbed("alone")))
+        a, b = (run_folder.checkpoint_folder(folder, 230) / name for folder in (out, undisturbed("alone")))
         assert a.read_bytes() == b.read_bytes()
 
 
@@ -154,7 +155,7 @@ def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: 
     assert child.process.poll() is None  # the step goes on
     child.kill([child.process.pid], signal.SIGINT)
     assert child.end(5) == 130
-    assert checkpoint.steps(out) == []
+    assert run_folder.steps(out) == []
     assert "Traceback" not in child.output()
 
 
@@ -205,7 +206,7 @@ def test_a_group_that_is_killed(spawn: Spawn, undisturbed: Callable[[str], Path]
     child.wait_until(reached(out, 47))
     child.kill(child.family()[-1:])
     assert child.end() != 0
-    assert (kept := checkpoint.steps(out)[-1]) in (35, 40)  # the later one may not have been written yet
+    assert (kept := run_folder.steps(out)[-1]) in (35, 40)  # the later one may not have been written yet
     said = to_its_end(spawn(*group(out, story), threads=1))
     assert f"resuming {out} at step {kept}" in said
     assert "exact to rounding" not in said
@@ -225,11 +226,11 @@ def test_a_group_that_is_asked_to_end(
     child.wait_until(reached(out, 28))
     child.kill([{"launcher": launcher, "first rank": min(ranks), "last rank": max(ranks)}[who]], signal.SIGTERM)
     assert child.end(60) != 0
-    step = checkpoint.steps(out)[-1]
+    step = run_folder.steps(out)[-1]
     assert 28 < step < 70
     assert f"step {step} of 70 (SIGTERM), folio train --init_from=resume --out_dir=" in child.output()
     assert f"resuming {out} at step {step}" in to_its_end(spawn(*group(out, story), threads=1))
     assert timeless(out) == timeless(undisturbed("group"))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (checkpoint.folder(folder, 70) / name for folder in (out, undisturbed("group")))
+        a, b = (run_folder.checkpoint_folder(folder, 70) / name for folder in (out, undisturbed("group")))
         assert a.read_bytes() == b.read_bytes()

@@ -15,11 +15,11 @@ import torch
 from conftest import SMALL, Outcome, python
 
 from folio import cli
-from folio.checkpoints import checkpoint
 from folio.commands.train import Options
 from folio.config.options import Data
 from folio.data.rows import Rows, Tokens, parse_mixture, rows_per_epoch
 from folio.data.token_files import open_folder
+from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.training.loop import build, finish, micro_batches
 
@@ -371,5 +371,5 @@ def test_a_run_on_a_mixture_resumes_exactly(folio: Callable[..., Outcome], tmp_p
     assert f"resuming {tmp_path / 'three'} at step 3" in resumed.out
     assert "exact to rounding" not in resumed.out
     for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (checkpoint.folder(tmp_path / out, 6) / name for out in ("six", "three"))
+        a, b = (run_folder.checkpoint_folder(tmp_path / out, 6) / name for out in ("six", "three"))
         assert a.read_bytes() == b.read_bytes()

@@ -20,6 +20,7 @@ from folio import cli
 from folio.checkpoints import checkpoint
 from folio.config.options import TrainConfig
 from folio.records import run_folder
+from folio.training import ownership
 from folio.training.loop import Run, build, finish, fit
 
 Folio = Callable[..., Outcome]
@@ -77,7 +78,7 @@ def test_a_second_training_is_refused(train: Train, living: Run, out: Path, begi
     assert_refused(train("link", f"--init_from={begin}"), "another run trains there")
     assert tree(out) == before
     fit(living)
-    assert checkpoint.steps(out) == [5, 10]
+    assert run_folder.steps(out) == [5, 10]
 
 
 def test_one_that_only_reads_needs_no_lock(folio: Folio, train: Train, living: Run, story: Path, out: Path) -> None:
@@ -141,7 +142,7 @@ def test_two_processes_that_begin_together(spawn: Spawn, train: Train, story: Pa
     (first,) = (child for child in children if child is not second)
     assert second.end() == 2
     assert f"process {first.process.pid}, since" in second.output()
-    first.wait_until(lambda: checkpoint.steps(out) != [] and reached(out, 60)())
+    first.wait_until(lambda: run_folder.steps(out) != [] and reached(out, 60)())
     first.kill()
     first.end()
     assert (out / ".folio.lock").exists()
@@ -299,7 +300,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
     assert f"{out / 'config.json'} is missing: options that are not given now" in train("out", *options).out
     train("whole", *options)
     assert timeless(out) == timeless(whole)
-    assert checkpoint.asked(out) == checkpoint.asked(whole)
+    assert run_folder.asked(out) == run_folder.asked(whole)
     models = [dict(checkpoint.choose(o, "latest").weights()) for o in (out, whole)]
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
 
@@ -309,7 +310,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
 )
 def test_a_state_that_was_changed_is_set_aside(train: Train, out: Path, old: bytes, new: bytes) -> None:
     train("out", "--init_from=resume", "--max_iters=10")
-    path = checkpoint.folder(out, 10) / "state.json"
+    path = run_folder.checkpoint_folder(out, 10) / "state.json"
     path.write_bytes(path.read_bytes().replace(old.replace(b"5", b"10").replace(b"40", b"80"), new))
     said = train("out", "--init_from=resume", "--max_iters=10").out
     assert "step-00000010 is damaged: " in said
@@ -324,7 +325,7 @@ def test_an_older_run_goes_on_with_a_line(train: Train, out: Path) -> None:
         path.write_text(json.dumps({k: v for k, v in value.items() if v != {} or k != "sha256"}))
     said = train("out", "--init_from=resume", "--max_iters=10").out
     assert said.count("has no checksum, as older versions wrote it") == 2
-    assert checkpoint.steps(out) == [5, 10]
+    assert run_folder.steps(out) == [5, 10]
 
 
 def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_path: Path) -> None:
@@ -333,14 +334,14 @@ def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_p
     pytest.importorskip("tensorboard")
     assert train("out", "--log_txt", "--track=tensorboard", "--profile=1").code == 0
     assert folio("plot", str(out)).code == folio("eval", f"--out_dir={out}", "--device=cpu").code == 0
-    run_folder.move_aside(out, log_txt=True)
+    ownership.move_aside(out, log_txt=True)
     assert [p.name for p in out.iterdir()] == ["previous-1"]
 
 
 def test_the_clone_itself(train: Train, clone: Path) -> None:
     """Has no file of a run's names, and nothing in it moves."""
     before = tree(clone)
-    run_folder.refuse_foreign(clone, log_txt=True, going_on=False)
-    assert run_folder.move_aside(clone, log_txt=True) == ""
+    ownership.refuse_foreign(clone, log_txt=True, going_on=False)
+    assert ownership.move_aside(clone, log_txt=True) == ""
     assert tree(clone) == before
     assert (clone / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()

@@ -15,7 +15,8 @@ from conftest import SMALL, Outcome, python
 from folio import rng
 from folio.config.options import System
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
 
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -28,11 +29,12 @@ import hashlib, json, sys
 from pathlib import Path
 import torch
 from folio import rng
-from folio.config import System
-from folio.model import GPT, GPTConfig
-from folio.optim import adamw
-from folio.processes import leave
-from folio.runtime import Runtime
+from folio.config.options import System
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.training.optimizers import adamw
+from folio.machine.processes import leave
+from folio.machine.runtime import Runtime
 
 runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
 seen = {"world": runtime.world}

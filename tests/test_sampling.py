@@ -17,7 +17,8 @@ from folio import cli, rng
 from folio.commands import train
 from folio.data.tokenizers import from_json
 from folio.generation.sampling import draws, encode_prompt, generate, pick, stream
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import named_by_user
 

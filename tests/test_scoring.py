@@ -17,7 +17,8 @@ from folio.evaluation import scoring
 from folio.evaluation.scoring import Query, Scores, fitted, score
 from folio.generation.sampling import generate
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 BLOCK, VOCAB = 24, 67
 
@@ -203,9 +204,9 @@ import json, sys
 sys.path.insert(0, "tests")
 from test_scoring import model_of, queries
 from folio import scoring
-from folio.config import Processes, System
-from folio.processes import leave
-from folio.runtime import Runtime
+from folio.config.options import Processes, System
+from folio.machine.processes import leave
+from folio.machine.runtime import Runtime
 
 out, parallel = sys.argv[1:]
 scoring._TOKENS["cpu"] = 90

@@ -656,7 +656,7 @@ def test_a_worker_that_is_killed(corpus, tok, tmp_path) -> None:
     for n, text in enumerate(texts):
         (corpus / f"{n:02}.txt").write_bytes(text.encode())
     out = tmp_path / "out"
-    small_blocks = "from folio import cli; from folio.datasets import sources; sources.BLOCK = 2**18; cli.main()"
+    small_blocks = "from folio import cli; from folio.preparation import sources; sources.BLOCK = 2**18; cli.main()"
     argv = ["prepare", str(corpus), f"--tokenizer={tok}", f"--data_dir={out}", "--val_documents=1", "--workers=2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", small_blocks, *argv]

@@ -16,6 +16,7 @@ from folio.checkpoints import checkpoint
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, TokenizersFile, difference, named
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known, named_by_user
+from folio.records import run_folder
 
 Folio = Callable[..., Outcome]
 
@@ -206,7 +207,7 @@ def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Fo
     assert_refused(folio("sample", f"--out_dir={out}"), "nothing says what its 300 token ids mean")
     argv = [*SMALL, "--max_iters=1", f"--init_from={out}", f"--data_dir={story}", f"--out_dir={tmp_path / 'tuned'}"]
     tuned = folio("train", *argv)
-    assert f"nothing says what the token ids of {checkpoint.folder(out, 1)} mean" in tuned.out
+    assert f"nothing says what the token ids of {run_folder.checkpoint_folder(out, 1)} mean" in tuned.out
 
 
 def test_a_mixture_of_the_same_ids(tmp_path: Path, gpt2: Tiktoken, folio: Folio) -> None:

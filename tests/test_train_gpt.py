@@ -27,6 +27,7 @@ from folio.doors.train_gpt import BEFORE_AND_AFTER, Options
 from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import sharded
+from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.training.showcase import show
 
@@ -197,7 +198,7 @@ def test_going_on(script: Script, folio: Callable[..., Outcome], here: Path) -> 
     for step in (2, 4):
         shutil.copytree("log", f"from-{step}")
         for later in range(step + 1, 7):
-            shutil.rmtree(checkpoint.folder(Path(f"from-{step}"), later))
+            shutil.rmtree(run_folder.checkpoint_folder(Path(f"from-{step}"), later))
         outcome = folio("train", "--init_from=resume", f"--out_dir=from-{step}")
         assert (outcome.code, outcome.err) == (0, "")
         assert "a row had" not in outcome.out

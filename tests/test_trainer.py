@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from folio import api
 from folio.checkpoints import checkpoint
 from folio.machine import flops
+from folio.records import run_folder
 from folio.records.log import read_metrics
 
 Folio = Callable[..., Outcome]
@@ -70,7 +71,7 @@ def timeless(out: Path) -> list[dict[str, Any]]:
 
 def updates(out: Path, step: int) -> set[float]:
     """How many updates the optimiser has made, by its own count."""
-    slots = load_file(checkpoint.folder(out, step) / "optimizer.safetensors")
+    slots = load_file(run_folder.checkpoint_folder(out, step) / "optimizer.safetensors")
     return {float(t) for name, t in slots.items() if name.endswith("/step")}
 
 
@@ -180,7 +181,7 @@ def test_a_run_is_a_function_of_its_config(train: Train) -> None:
     first, again, other = train("a", *flags), train("b", *flags), train("c", *flags, "--seed=2")
     assert timeless(first) == timeless(again) != timeless(other)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        paths = [checkpoint.folder(out, 10) / name for out in (first, again)]
+        paths = [run_folder.checkpoint_folder(out, 10) / name for out in (first, again)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -235,7 +236,7 @@ def test_steps(train: Train, flags: list[str], trained: Sequence[int], evaluated
     out = train("out", "--learning_rate=1e-2", *flags)
     assert records(out, "train", "step") == list(trained)
     assert records(out, "eval", "step") == evaluated
-    assert checkpoint.steps(out) == kept
+    assert run_folder.steps(out) == kept
     if kept:
         assert updates(out, kept[-1]) == {float(evaluated[-1])}
         state = checkpoint.choose(out, "latest").state
@@ -273,7 +274,7 @@ def test_lines_are_nanogpts(train: Train) -> None:
     assert all(re.fullmatch(rf"step \d+: train loss {numbers}, val loss {numbers}", line) for line in evals)
     pattern = rf"iter \d+: loss {numbers}, time \d+\.\d\dms(, mfu \d+\.\d\d%)?"
     assert all(re.fullmatch(pattern, line) for line in iters)
-    assert f"saving checkpoint to {checkpoint.folder(out, 5)}" in lines
+    assert f"saving checkpoint to {run_folder.checkpoint_folder(out, 5)}" in lines
     assert re.fullmatch(r"number of parameters: \d+\.\d\dM", lines[2])
 
 
@@ -304,7 +305,7 @@ def test_auto_starts_or_resumes(train: Train) -> None:
     train("out", "--init_from=auto")
     assert not (out / "previous-2").exists()
     assert f"resuming {out} at step 5" in said(out)
-    assert checkpoint.steps(out) == [5, 10]
+    assert run_folder.steps(out) == [5, 10]
 
 
 @pytest.mark.parametrize("begin", ["auto", "resume"])
@@ -344,13 +345,13 @@ def test_weights_of_another_run(train: Train, where: str) -> None:
     best = records(source, "eval", "val_loss")[-1]
     run_id = json.loads((source / "config.json").read_text())["run"]
     out = train(where, f"--init_from={source}", "--max_iters=5", "--dropout=0.2", "--n_layer=2")
-    assert any(line.startswith(f"weights of {checkpoint.folder(source, 10)}, step 10") for line in said(out))
+    assert any(line.startswith(f"weights of {run_folder.checkpoint_folder(source, 10)}, step 10") for line in said(out))
     assert records(out, "eval", "val_loss")[0] == best
     assert records(out, "train", "step") == list(range(5))
     assert updates(out, 5) == {5.0}
     assert json.loads((out / "config.json").read_text())["run"] != run_id
     kept = source / "previous-1" if where == "out" else source
-    assert checkpoint.steps(kept) == [5, 10]
+    assert run_folder.steps(kept) == [5, 10]
 
 
 def test_files_yield_to_the_checkpoint_and_flags_do_not(
@@ -421,7 +422,7 @@ def test_resume_is_exact_in_this_process(train: Train) -> None:
     assert not any("exact to rounding" in line for line in said(halves))
     assert timeless(halves) == timeless(whole)
     for name in ("model.safetensors", "optimizer.safetensors"):
-        a, b = (checkpoint.folder(out, 10) / name for out in (whole, halves))
+        a, b = (run_folder.checkpoint_folder(out, 10) / name for out in (whole, halves))
         assert a.read_bytes() == b.read_bytes()
 
 
@@ -458,9 +459,9 @@ def test_metrics_are_rewound(train: Train, half: str) -> None:
     """A run that died after its checkpoint of step 5 writes each later line once, and no half line stays."""
     flags = ("--dropout=0.1", "--learning_rate=1e-2")
     whole, out = train("whole", *flags), train("out", *flags)
-    for path in checkpoint.folder(out, 10).iterdir():
+    for path in run_folder.checkpoint_folder(out, 10).iterdir():
         path.unlink()
-    checkpoint.folder(out, 10).rmdir()
+    run_folder.checkpoint_folder(out, 10).rmdir()
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(lines[:-2]) + half)
     train("out", *flags, "--init_from=auto")
@@ -488,7 +489,7 @@ def test_the_best_and_the_latest_are_kept(train: Train) -> None:
     out = train("out", "--learning_rate=1e-2")
     ruin = ("--learning_rate=3.0", "--decay_lr=False", "--always_save_checkpoint=False", "--max_iters=25")
     train("out", "--init_from=resume", *ruin)
-    assert checkpoint.steps(out) == [10, 25]
+    assert run_folder.steps(out) == [10, 25]
     assert json.loads((out / "best.json").read_text())["step"] == 10
     assert checkpoint.choose(out).step == 10
     assert checkpoint.choose(out, "latest").state["evaluations_without_improvement"] == 3
@@ -507,13 +508,13 @@ def test_keep_checkpoints_spares_the_best(train: Train) -> None:
     """The newest two, and the best besides."""
     out = train("out", "--learning_rate=1e-2")
     train("out", "--init_from=resume", "--learning_rate=3.0", "--decay_lr=False", "--max_iters=25")
-    assert checkpoint.steps(out) == [10, 20, 25]
+    assert run_folder.steps(out) == [10, 20, 25]
 
 
 def test_a_damaged_checkpoint_is_skipped(train: Train) -> None:
     """It is named and set aside, and the run goes on from the one before, exactly."""
     whole, out = train("whole"), train("out")
-    model = checkpoint.folder(out, 10) / "model.safetensors"
+    model = run_folder.checkpoint_folder(out, 10) / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8])
     train("out", "--init_from=resume")
     assert any("step-00000010 is damaged" in line and "set aside" in line for line in said(out))

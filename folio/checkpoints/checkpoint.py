@@ -15,24 +15,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from folio import __version__, files
+from folio import files
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
-from folio.config.options import OF_THE_CALL, model_config, possible
+from folio.config.options import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
 from folio.machine.runtime import is_finite, laid_out_as
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
+from folio.records.run_folder import BEST, CHECKPOINTS, MODEL, OPTIMIZER, STATE
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
-CONFIG, BEST, EVALUATIONS = "config.json", "best.json", "evaluations.jsonl"
-CHECKPOINTS = "checkpoints"
 _HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
 Tensors = Iterator[tuple[str, Tensor]]
 Shaped = TypeVar("Shaped", Tensor, StoredTensor)
@@ -88,7 +88,7 @@ class Checkpoint:
     """A model on disk, what is known of it (as ``state.json`` has it), and what was asked of its run.
 
     Tensors are read one at a time, when asked for. Other programs' files are subclasses of this
-    (``folio.pretrained``, ``folio.pt_files``).
+    (``folio.checkpoints.hugging_face``, ``folio.checkpoints.pt_files``).
     """
 
     path: Path
@@ -130,7 +130,7 @@ class Checkpoint:
     def not_finite(self, name: str) -> ValueError:
         """What is said of a checkpoint of which a tensor holds NaN or infinity."""
         mine = self.path.parent.name == CHECKPOINTS
-        earlier = [step for step in steps(self.path.parent.parent) if step < self.step] if mine else []
+        earlier = [step for step in run_folder.steps(self.path.parent.parent) if step < self.step] if mine else []
         remedy = f": take --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
         return ValueError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
 
@@ -234,10 +234,6 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def folder(out_dir: Path, step: int) -> Path:
-    return out_dir / CHECKPOINTS / f"step-{step:08d}"
-
-
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes, syncs, and only then renames into place. A checkpoint of the same step is replaced.
 
@@ -246,7 +242,7 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
     """
-    final = folder(out_dir, step)
+    final = run_folder.checkpoint_folder(out_dir, step)
     unfinished = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -278,12 +274,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
-
-
-def steps(out_dir: Path) -> list[int]:
-    """The steps that have a checkpoint, in order; not verified."""
-    there = [p for p in (out_dir / CHECKPOINTS).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
-    return sorted(step for p in there if p == folder(out_dir, step := int(p.name[5:])) and p.is_dir())
 
 
 def state_of(path: Path) -> tuple[dict[str, Any], bool]:
@@ -341,8 +331,8 @@ def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tupl
     Those are set ``aside`` as ``….damaged``, so that a later look does not meet them again.
     """
     lines: list[str] = []
-    for step in reversed(steps(out_dir)):
-        path = folder(out_dir, step)
+    for step in reversed(run_folder.steps(out_dir)):
+        path = run_folder.checkpoint_folder(out_dir, step)
         try:
             found = verify(path, run_id)
             return found, [*lines, *filter(None, [unsealed(found)])]
@@ -356,45 +346,6 @@ def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tupl
     return None, lines
 
 
-class Asked(NamedTuple):
-    """What ``config.json`` says."""
-
-    run: str  # its id
-    options: dict[str, Any]  # that it was asked for, by flat name
-    sealed: bool  # a sum bears it out, as older files have none
-
-
-def asked(out_dir: Path) -> Asked:
-    """What a run was asked for, held to the types and bounds of the options; those that are no more are passed over.
-
-    Raises:
-        FileNotFoundError: there is no ``config.json``.
-        ValueError: its checksum does not match, or its content is not valid; names the remedy.
-    """
-    path = out_dir / CONFIG
-    try:
-        raw, sealed = files.read_sealed(path)
-        if not sealed and raw.keys() != {"run", "folio", "asked"}:
-            raise ValueError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
-        if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
-            raise ValueError(f"{path}: its run is not text, or its asked is not an object")
-        return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, LookupError) as error:
-        why = str(error).removeprefix(f"{path}").lstrip(": ")
-        raise ValueError(
-            f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
-            f"--init_from=resume; --init_from={out_dir} loads the weights alone"
-        ) from None
-
-
-def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
-    kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
-    files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})
-
-
 def best_step(out_dir: Path) -> int | None:
     """The step of ``best.json``; where that is lost or damaged, the best that the newest checkpoint knows of."""
     try:
@@ -403,9 +354,9 @@ def best_step(out_dir: Path) -> int | None:
             return best["step"]
     except (OSError, ValueError, LookupError):
         pass
-    for step in reversed(steps(out_dir)):
+    for step in reversed(run_folder.steps(out_dir)):
         try:
-            best = state_of(folder(out_dir, step))[0]["best"]
+            best = state_of(run_folder.checkpoint_folder(out_dir, step))[0]["best"]
             return int(best["step"]) if best else None
         except (ValueError, LookupError, TypeError):
             continue
@@ -422,16 +373,16 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
     while True:
         step = _chosen(out_dir, which)
         try:
-            found = verify(folder(out_dir, step))
+            found = verify(run_folder.checkpoint_folder(out_dir, step))
             break
         except ValueError as error:
-            if step in (have := steps(out_dir)):
+            if step in (have := run_folder.steps(out_dir)):
                 others = [other for other in have if other != step]
                 remedy = f"; --checkpoint={others[-1]} is another" if others else ""
                 raise ValueError(f"{error}{remedy}") from None
     knobs: dict[str, Any] = {}
     try:
-        knobs = asked(out_dir).options
+        knobs = run_folder.asked(out_dir).options
     except FileNotFoundError:
         pass
     except ValueError as error:  # a model is of use without what was asked for
@@ -442,7 +393,7 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
 
 
 def _chosen(out_dir: Path, which: str) -> int:
-    have = steps(out_dir)
+    have = run_folder.steps(out_dir)
     if not have:
         raise FileNotFoundError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first")
     if which == "best":
@@ -465,12 +416,12 @@ def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
     """
     for path in (out_dir / CHECKPOINTS).glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    there = steps(out_dir)
+    there = run_folder.steps(out_dir)
     kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
     for step in there:
         if step not in kept:
             with suppress(OSError):
-                _remove(folder(out_dir, step))
+                _remove(run_folder.checkpoint_folder(out_dir, step))
 
 
 def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:

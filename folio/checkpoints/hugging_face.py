@@ -1,7 +1,8 @@
 """GPT-2 models of other programs, in and out: OpenAI's weights, Hugging Face folders and the hub, ``.pt`` files.
 
-Weights are read one tensor at a time, from safetensors or files of ``torch.save`` (``folio.torch_files``). No code that
-a folder brings is ever run. transformers only writes: configs and tokenizer files.
+Weights are read one tensor at a time, from safetensors or files of ``torch.save``
+(``folio.checkpoints.torch_files``). No code that a folder brings is ever run. transformers only
+writes: configs and tokenizer files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from folio.config.options import Optimizer, Source, TrainConfig, model_config, t
 from folio.data import tokenizer_folder
 from folio.data.token_files import GPT2
 from folio.data.tokenizers import Tokenizer
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # The key table, for both directions: parameters have the same names on both sides, but Hugging Face keeps these,
@@ -107,9 +110,9 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
     Raises:
         FileNotFoundError, ValueError: as ``find``.
     """
-    if not checkpoint.steps(path):
-        if (path / pt_files.NANOGPT).exists():
-            return _the_only(pt_files.read(path / pt_files.NANOGPT), which)
+    if not run_folder.steps(path):
+        if (path / run_folder.NANOGPT).exists():
+            return _the_only(pt_files.read(path / run_folder.NANOGPT), which)
         if _weight_files(path):
             return _the_only(hugging_face(path), which)
     return checkpoint.choose(path, which)

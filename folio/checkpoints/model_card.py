@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from folio import __version__
-from folio.checkpoints.checkpoint import EVALUATIONS, Checkpoint
+from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.tokenizers import Tokenizer, decode
-from folio.records.log import METRICS, hellaswag_line, read_metrics
+from folio.records.log import hellaswag_line, read_metrics
+from folio.records.run_folder import EVALUATIONS, METRICS
 
 UNKNOWN = "not known"
 _SETTINGS = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")

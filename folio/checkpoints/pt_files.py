@@ -26,9 +26,8 @@ from folio.data import pickles
 from folio.data.pickles import Fields, shown
 from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
 from folio.data.tokenizers import IDS_ONLY
-from folio.model.gpt import GPTConfig
+from folio.model.config import GPTConfig
 
-NANOGPT = "ckpt.pt"
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
 _PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DDP
 _BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks of old versions

@@ -1,7 +1,7 @@
 """Reads files of ``torch.save``; each tensor stays in the file until it is loaded.
 
 Both formats are supported: zip archives, stored or deflated, whose checksums are verified, and the format before
-torch 1.6. Objects become plain values (``folio.pickles``); no code that a file names is run.
+torch 1.6. Objects become plain values (``folio.data.pickles``); no code that a file names is run.
 Source: torch/serialization.py and torch/_utils.py.
 """
 
@@ -134,7 +134,7 @@ def number(value: Any) -> float | int:
 def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
     """The content of a file of ``torch.save`` as plain values and ``StoredTensor``, after verifying checksums.
 
-    ``known`` has replacements for globals in addition to torch's own names, as in ``folio.pickles``.
+    ``known`` has replacements for globals in addition to torch's own names, as in ``folio.data.pickles``.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is not a file of ``torch.save``, is damaged, or names

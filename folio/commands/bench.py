@@ -14,7 +14,8 @@ from folio.data.rows import Tokens
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.records.console import show
 from folio.training.optimizers import adamw
 

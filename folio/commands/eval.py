@@ -16,7 +16,7 @@ from rich.progress import track
 
 from folio import files
 from folio.checkpoints import hugging_face
-from folio.checkpoints.checkpoint import EVALUATIONS, Checkpoint
+from folio.checkpoints.checkpoint import Checkpoint
 from folio.config.options import (
     EACH,
     Data,
@@ -36,6 +36,7 @@ from folio.machine import shortage
 from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
 from folio.records.log import hellaswag_line, to_json
+from folio.records.run_folder import EVALUATIONS
 
 _DATA = {f.name for f in fields(Data)}
 _OF = {  # what a knob is for, where not for all

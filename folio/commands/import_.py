@@ -13,7 +13,8 @@ from torch.nn import functional
 from folio import files
 from folio.checkpoints import checkpoint, hugging_face
 from folio.config.options import ITSELF, knob
-from folio.model.gpt import AUTO
+from folio.model.config import AUTO
+from folio.records import run_folder
 from folio.records.console import say
 
 
@@ -45,9 +46,9 @@ def main(options: Options) -> None:
         slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
         checkpoint.save(out_dir, found.step, weights, slots, state)
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
-        checkpoint.keep_asked(out_dir, state["run"], asked)
+        run_folder.keep_asked(out_dir, state["run"], asked)
         if state["best"]:
-            files.write_sealed(out_dir / checkpoint.BEST, state["best"])
+            files.write_sealed(out_dir / run_folder.BEST, state["best"])
     if state["tokenizer"] is None:
         say(
             f"nothing says what its {model.config.vocab_size} token ids mean: training works with ids alone, "

@@ -15,7 +15,8 @@ from folio.data.rows import Tokens
 from folio.machine import flops, shortage
 from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
 from folio.machine.runtime import DTYPES, Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.records.console import show
 from folio.records.log import counted
 from folio.training.loop import step_of_a_device, vocab_size_of

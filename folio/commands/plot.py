@@ -10,8 +10,8 @@ import tyro
 
 from folio.config.options import ITSELF, knob
 from folio.records.console import say
-from folio.records.log import PICTURE
 from folio.records.plot import draw
+from folio.records.run_folder import PICTURE
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The knobs, each once, in groups by what they are about; and how files and flags become one frozen object.
 
 A knob's metadata holds its help, its bounds, and whether it names a place. Files are read, never run
-(``folio.assignments``).
+(``folio.config.assignments``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tyro
 
 from folio.config import assignments
 from folio.files import parse_json, require_file
-from folio.model.gpt import AUTO, GPTConfig
+from folio.model.config import AUTO, GPTConfig
 
 T = TypeVar("T")
 COMMAND_LINE = "the command line"

@@ -6,7 +6,7 @@
    the seed and the row's number, whatever the step, the rank or the number of ranks.
 
 A split is one range of positions, file after file and data set after data set; no row reaches over the end of a
-file. The files' formats are in ``folio.token_files``.
+file. The files' formats are in ``folio.data.token_files``.
 """
 
 from __future__ import annotations

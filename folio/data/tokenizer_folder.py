@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, as the JSON that ``folio.tokenizer.from_json`` reads.
+"""The tokenizer of a Hugging Face folder, as the JSON that ``folio.data.tokenizers.from_json`` reads.
 
 ``tokenizer.json`` is used as it is. Older folders have ``vocab.json`` and ``merges.txt`` (byte pairs over the bytes of
 UTF-8, as GPT-2's) or ``vocab.txt`` (WordPiece, as BERT's), and small files that name the special tokens. Source:

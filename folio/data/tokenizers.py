@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
     """Ids are 0 … size − 1; ``eot`` separates documents where the tokenizer has such a token.
 
     ``special`` are the ids that stand for no text, ``eot`` among them. ``divisible`` says that a text may be encoded in
-    parts, as ``folio.datasets.workers`` cuts them.
+    parts, as ``folio.preparation.workers`` cuts them.
     """
 
     size: int

@@ -21,7 +21,8 @@ from folio.data.token_files import CLONE
 from folio.data.tokenizers import Tokenizer
 from folio.evaluation.scoring import Query, fitted, score
 from folio.machine.runtime import Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"  # of its 10,042 items

@@ -14,7 +14,9 @@ from folio.config.options import Sampling
 from folio.data import tokenizers
 from folio.data.tokenizers import Tokenizer
 from folio.files import read_text
-from folio.model.gpt import GPT, GPTConfig, KVCache
+from folio.model.attention import KVCache
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 
 LINE = "-" * 15
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from folio.config.options import Data
 from folio.machine.runtime import Objective, recompute_blocks
-from folio.model import gpt as architecture
-from folio.model.gpt import GPT, GPTConfig, Mask
+from folio.model.attention import Mask
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT, CausalSelfAttention
 
 NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
 FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two means
@@ -167,7 +167,9 @@ def _micro_step(
             if p in fetched:
                 p.grad = None
 
-        with live, _on_a_gpu(model) if gpu else nullcontext():
+        if gpu:
+            _set_gpu_kernels(model)
+        with live:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(done)  # type: ignore[no-untyped-call]
                 if again and p not in fetched:
@@ -224,8 +226,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now[kind] -= size
 
 
-@contextmanager
-def _on_a_gpu(model: GPT) -> Iterator[None]:
+def _set_gpu_kernels(model: GPT) -> None:
     """The model keeps what a GPU's kernels do: of dropout a byte an element, of attention no scores.
 
     Tensors that pretend to be on a GPU would show it, but without a build for CUDA they have no gradients.
@@ -240,8 +241,5 @@ def _on_a_gpu(model: GPT) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p:
             module.forward = functools.partial(dropout, p=module.p)  # type: ignore[method-assign]
-    before, architecture.attend = architecture.attend, fused
-    try:
-        yield
-    finally:
-        architecture.attend = before
+        elif isinstance(module, CausalSelfAttention):
+            module.attend = fused

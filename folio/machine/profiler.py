@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from folio import files
 from folio.machine.runtime import here
 from folio.records.log import silent_stderr
+from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 
 WARM_UP = 2  # steps before the first that is profiled: they compile, and make the optimiser's means
-TRACE, OPERATIONS, MEMORY = "trace.json", "operations.txt", "memory.json"
 Event = dict[str, Any]
 Events = list[Event]  # of a trace; times are microseconds
 _ROWS = 10

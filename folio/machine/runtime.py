@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from folio.config.options import Processes, System
 from folio.machine import processes
 from folio.machine.flops import peak
-from folio.model.gpt import GPT, within_documents
+from folio.model.attention import within_documents
+from folio.model.gpt import GPT
 from folio.records.console import say
 
 T = TypeVar("T")

@@ -8,129 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Union
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from folio.model.attention import KVCache, Mask, attend
+from folio.model.config import GPTConfig
+
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
     from torch.optim import AdamW
-
-AUTO = Literal["auto"]
-Mask = Union[Tensor, "BlockMask"]
-_SHORT = 256  # tokens up to which attention is written out on a CPU
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64."""
-
-    block_size: int = field(default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000})
-    vocab_size: int | AUTO = field(
-        default=50304,
-        metadata={"help": "token ids the model knows; auto: the data set's", "min": 1, "max": 100_000_000},
-    )
-    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000})
-    n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1})
-    n_embd: int = field(default=768, metadata={"help": "width", "min": 1, "max": 100_000})
-    dropout: float = field(default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1})
-    bias: bool = field(default=True, metadata={"help": "biases in Linears and LayerNorms, as GPT-2 has"})
-    qkv_bias: bool | AUTO = field(
-        default="auto", metadata={"help": "bias of the query, key and value projection; auto: as bias"}
-    )
-    activation: Literal["gelu", "gelu_tanh"] = field(
-        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2"}
-    )
-    tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding"})
-
-    def check(self) -> None:
-        """Raises ValueError where two fields do not go together."""
-        if self.n_embd % self.n_head:
-            heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
-            near = [*[n for n in heads if n < self.n_head][-1:], *[n for n in heads if n > self.n_head][:1]]
-            width = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                f"choose n_head={' or '.join(map(str, near))}, or n_embd={width}"
-            )
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for each block: two (B, n_head, capacity, head) buffers."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, n_head, T, head) after what is there and returns all of it."""
-        if block not in self._buffers:
-            B, H, _, D = k.shape
-            self._buffers[block] = (k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D))
-        keys, values = self._buffers[block]
-        end = self.length + k.size(2)
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
-
-    With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
-    where a query may look, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash kernel does
-    it. On a CPU
-    the fused kernel's backward is slow for short contexts, so there attention that will be differentiated is
-    written out (benchmarks/attention.py).
-    """
-    T, S = q.size(2), k.size(2)
-    if mask is not None and not isinstance(mask, Tensor):
-        return _flex_attention(q.device.type)(q, k, v, block_mask=mask)
-    if mask is None and 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if q.device.type != "cpu" or not q.requires_grad or S > _SHORT:
-        causal = mask is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-    if mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
-    scores = (q * (1.0 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + bias
-    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
-
-
-def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
-    """The number of each token's document (B, T) → positions (B, T) from 0 in each, and a causal mask within it.
-
-    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's blocks, most of which it never computes: on
-    CUDA by default, but for dropout, which FlexAttention lacks.
-    """
-    B, T = documents.shape
-    t = torch.arange(T, device=documents.device)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    positions = t - torch.where(begins, t, 0).cummax(dim=1).values
-    if flex if flex is not None else documents.is_cuda and not dropout:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (q >= k) & (documents[b, q] == documents[b, k])
-
-        return positions, create_block_mask(visible, B, None, T, T, device=documents.device)
-    same = documents[:, :, None] == documents[:, None, :]
-    return positions, (same & (t[:, None] >= t))[:, None]
-
-
-@cache
-def _flex_attention(device: str) -> Callable[..., Tensor]:
-    """FlexAttention, compiled where that is what makes it fast."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]
 
 
 class LayerNorm(nn.Module):
@@ -158,13 +47,14 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.block = block
+        self.attend = attend  # another kernel may be set here
 
     def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(self.block, k, v)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)
+        y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -344,13 +234,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
-        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another source; see ``folio.pretrained.from_pretrained``."""
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another source; see ``folio.checkpoints.hugging_face``."""
         from folio.checkpoints.hugging_face import from_pretrained
 
         return from_pretrained(model_type, override_args)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-        """(B, T) → (B, T + max_new_tokens); see ``folio.sampling.generate``."""
+        """(B, T) → (B, T + max_new_tokens); see ``folio.generation.sampling``."""
         from folio.generation.sampling import generate
 
         return generate(self, idx, max_new_tokens, temperature=temperature, top_k=top_k)
@@ -358,7 +248,7 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> AdamW:
-        """See ``folio.optim.adamw``; ``device_type`` is nanoGPT's and tells nothing that the weights do not."""
+        """See ``folio.training.optimizers``; ``device_type`` is nanoGPT's and tells nothing that the weights do not."""
         from folio.training.optimizers import adamw
 
         return adamw(self, learning_rate, betas, weight_decay)

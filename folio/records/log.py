@@ -27,12 +27,10 @@ from rich.progress import (
 
 from folio import files
 from folio.records.console import accompanying, printable, say
+from folio.records.run_folder import LOG_TXT, METRICS
 from folio.records.trackers import Identity, Record, Trackers
 
-METRICS = "metrics.jsonl"
 AGAIN = ("train", "start")  # kinds of records that a resumed run writes of the step it begins at
-LOG_TXT = "log.txt"
-PICTURE = "loss.png"
 _BEGINNING = b'{"kind": '  # of a record, and of nothing within one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
 

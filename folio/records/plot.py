@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from folio import files
-from folio.checkpoints import checkpoint
-from folio.records.log import METRICS, read_metrics
+from folio.records import run_folder
+from folio.records.log import read_metrics
+from folio.records.run_folder import METRICS
 
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
 GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # its acc_norm: build-nanogpt, lm-evaluation-harness
@@ -89,7 +90,7 @@ def read(out_dir: Path) -> Records:
 def asked(out_dir: Path) -> dict[str, Any]:
     """The knobs that a run was asked for; none where it does not tell."""
     with suppress(ValueError, OSError):
-        return checkpoint.asked(out_dir).options
+        return run_folder.asked(out_dir).options
     return {}
 
 

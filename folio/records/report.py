@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from folio.checkpoints.checkpoint import EVALUATIONS
 from folio.config.options import TrainConfig, defaults
 from folio.records.log import read_metrics
 from folio.records.plot import (
@@ -33,6 +32,7 @@ from folio.records.plot import (
     unit_of,
     write,
 )
+from folio.records.run_folder import EVALUATIONS
 
 BLUE, ORANGE, GREY, FAINT = "#3a86c8", "#d9731a", "#808080", "rgba(128,128,128,.4)"  # on white and on black
 

@@ -1,40 +1,40 @@
-"""The folder of a run: its lock, and which of the files in it belong to a run."""
+"""The folder of a run: every name in it, its lock, and what ``config.json`` keeps."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from folio import files
-from folio.checkpoints import checkpoint, pt_files
-from folio.checkpoints.checkpoint import BEST, CHECKPOINTS, CONFIG, EVALUATIONS
-from folio.checkpoints.pt_files import NANOGPT
-from folio.machine import profiler
-from folio.records import log, trackers
-from folio.records.log import LOG_TXT, METRICS, PICTURE
-from folio.records.trackers import TENSORBOARD
+from folio import __version__, files
+from folio.config.options import OF_THE_CALL, possible
 
-PROFILE = "profile"  # folder of the profiler's files
+CONFIG = "config.json"  # the options that were given, and the run's id
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"  # of `folio eval`
+BEST = "best.json"  # step and loss of the best evaluation
+CHECKPOINTS = "checkpoints"
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"  # in a folder of CHECKPOINTS
+PICTURE = "loss.png"
+LOG_TXT = "log.txt"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+TRACE, OPERATIONS, MEMORY = "trace.json", "operations.txt", "memory.json"  # in the folder PROFILE
+NANOGPT = "ckpt.pt"  # nanoGPT's checkpoint
+MOVING = ".previous.unfinished"
 _LOCK = ".folio.lock"
-_MOVING = ".previous.unfinished"
-_NAMES = (
-    CONFIG,
-    METRICS,
-    f"{METRICS}.damaged*",
-    EVALUATIONS,
-    BEST,
-    CHECKPOINTS,
-    PROFILE,
-    TENSORBOARD,
-    NANOGPT,
-    PICTURE,
-)
-_OVERWRITTEN = (METRICS, BEST)  # by a resumed run, besides the config.json that it reads
-_STEP = re.compile(r"step-\d{8,}(\.damaged)?")
-_LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
+
+
+def checkpoint_folder(out_dir: Path, step: int) -> Path:
+    return out_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def steps(out_dir: Path) -> list[int]:
+    """The steps that have a checkpoint, in order; not verified."""
+    there = [p for p in (out_dir / CHECKPOINTS).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
+    return sorted(step for p in there if p == checkpoint_folder(out_dir, step := int(p.name[5:])) and p.is_dir())
 
 
 def hold(out_dir: Path) -> files.Lock:
@@ -45,119 +45,56 @@ def hold(out_dir: Path) -> files.Lock:
     """
     lock = files.Lock(out_dir / _LOCK, "another run trains there", "wait for its end, or choose another --out_dir")
     try:
-        if (moving := out_dir / _MOVING).is_dir():
+        if (moving := out_dir / MOVING).is_dir():
             for path in list(moving.iterdir()):
                 if not os.path.lexists(out_dir / path.name):
                     path.rename(out_dir / path.name)
-            moving.rename(_aside(out_dir)) if any(moving.iterdir()) else moving.rmdir()
+            moving.rename(next_previous(out_dir)) if any(moving.iterdir()) else moving.rmdir()
     except BaseException:
         lock.release()
         raise
     return lock
 
 
-def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
-    """Checks that every file that a run would overwrite or move belongs to an earlier run, by the file's own content.
-
-    nanoGPT's ``ckpt.pt`` and a ``log.txt`` in a known format count as files of a run. ``going_on``: the run resumes
-    from the checkpoints, or the ``ckpt.pt``, that may be there.
-
-    Raises:
-        ValueError: a file belongs to another program, or no file says that it belongs to a run; names it and the
-            remedy.
-    """
-    names = (name for name in _NAMES if not (going_on and name == NANOGPT))
-    said = {path: _is_ours(path) for path in _there(out_dir, names)}
-    ours = any(mine for path, mine in said.items() if path.name != NANOGPT)
-    if going_on and any(_has_state(checkpoint.folder(out_dir, step)) for step in checkpoint.steps(out_dir)):
-        ours, said = True, {path: mine for path, mine in said.items() if path.name in _OVERWRITTEN}
-    said |= {path: _is_log(path) for path in _there(out_dir, [LOG_TXT] if log_txt else [])}
-    for path, mine in said.items():
-        if not (ours if mine is None else mine):
-            raise ValueError(
-                f"{path} was not written by a run of Folio, and this run would replace it: choose another --out_dir, "
-                "or move it away"
-            )
-
-
-def move_aside(out_dir: Path, log_txt: bool) -> str:
-    """Moves all files of an earlier run, or none, to the first free ``previous-N``; returns a line about that."""
-    there = _there(out_dir, [*_NAMES, *[LOG_TXT] * log_txt])
-    if not there:
-        return ""
-    moving = out_dir / _MOVING
-    moving.mkdir()
-    for path in there:
-        path.rename(moving / path.name)
-    aside = _aside(out_dir)
-    moving.rename(aside)
-    files.sync(out_dir)
-    return f"an earlier run was in {out_dir}: its files were moved to {aside}"
-
-
-def _there(out_dir: Path, names: Iterable[str]) -> list[Path]:
-    """The paths that exist, without empty folders."""
-    paths = (path for name in names for path in sorted(out_dir.glob(name)))
-    return [path for path in paths if not (path.is_dir() and not any(path.iterdir()))]
-
-
-def _aside(out_dir: Path) -> Path:
+def next_previous(out_dir: Path) -> Path:
+    """The first free ``previous-N``."""
     return next(p for n in itertools.count(1) if not os.path.lexists(p := out_dir / f"previous-{n}"))
 
 
-def _is_ours(path: Path) -> bool | None:
-    """Whether a file or folder belongs to a run, by its own content; None if its content does not say."""
-    if path.is_dir() != (path.name in (CHECKPOINTS, PROFILE, TENSORBOARD)):
-        return False
+class Asked(NamedTuple):
+    """What ``config.json`` says."""
+
+    run: str  # its id
+    options: dict[str, Any]  # that it was asked for, by flat name
+    sealed: bool  # a sum bears it out, as older files have none
+
+
+def asked(out_dir: Path) -> Asked:
+    """What a run was asked for, held to the types and bounds of the options; those that are no more are passed over.
+
+    Raises:
+        FileNotFoundError: there is no ``config.json``.
+        ValueError: its checksum does not match, or its content is not valid; names the remedy.
+    """
+    path = out_dir / CONFIG
     try:
-        match path.name:
-            case checkpoint.CHECKPOINTS:
-                return _are_checkpoints(path)
-            case "profile":
-                return _only(path, {profiler.TRACE, profiler.OPERATIONS, profiler.MEMORY}.__contains__)
-            case trackers.TENSORBOARD:
-                return _only(path, lambda name: name.startswith("events.out.tfevents"))
-            case checkpoint.CONFIG:
-                return files.read_sealed(path)[0].keys() >= {"run", "asked"}
-            case checkpoint.BEST:
-                best, sealed = files.read_sealed(path)
-                return sealed or (None if best.keys() == {"step", "loss"} else False)
-            case log.METRICS | checkpoint.EVALUATIONS:
-                return log.holds_records(path)
-            case pt_files.NANOGPT:
-                pt_files.read(path)
-                return True
-    except (ValueError, OSError):
-        return False if path.name == NANOGPT else None
-    return None
+        raw, sealed = files.read_sealed(path)
+        if not sealed and raw.keys() != {"run", "folio", "asked"}:
+            raise ValueError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
+        if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
+            raise ValueError(f"{path}: its run is not text, or its asked is not an object")
+        return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError) as error:
+        why = str(error).removeprefix(f"{path}").lstrip(": ")
+        raise ValueError(
+            f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
+            f"--init_from=resume; --init_from={out_dir} loads the weights alone"
+        ) from None
 
 
-def _only(path: Path, known: Callable[[str], bool]) -> bool | None:
-    """None for a folder with known names only, which other programs may use as well; False for any other."""
-    return None if all(known(child.name) for child in path.iterdir() if not child.name.startswith(".")) else False
-
-
-def _are_checkpoints(path: Path) -> bool | None:
-    """False for a folder with foreign files, True if a ``state.json`` is one of a run, None otherwise."""
-    parts = {checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE}
-    folders = [child for child in path.iterdir() if not child.name.startswith(".")]
-    for child in folders:
-        if not _STEP.fullmatch(child.name) or not child.is_dir() or _only(child, parts.__contains__) is False:
-            return False
-    return any(_has_state(child) for child in folders) or None
-
-
-def _has_state(path: Path) -> bool:
-    try:
-        return bool(files.read_json(path / checkpoint.STATE).keys() >= {"run", "sha256"})
-    except (ValueError, OSError, AttributeError):
-        return False
-
-
-def _is_log(path: Path) -> bool:
-    """Whether the first line of a ``log.txt`` is in one of the known formats."""
-    try:
-        with files.require_file(path).open("rb") as file:
-            return bool(_LOG_LINE.fullmatch(file.readline(1 << 16)))
-    except (ValueError, OSError):
-        return False
+def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
+    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
+    kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
+    files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from folio.records.run_folder import TENSORBOARD
+
 Record = dict[str, Any]
-TENSORBOARD = "tensorboard"  # folder of a run's event files, in its out_dir
 
 _FIGURES = {  # field of a record → name in the trackers
     "train": {

@@ -24,7 +24,7 @@ from torch import Tensor
 from folio import files, rng
 from folio.checkpoints import checkpoint, hugging_face, pt_files
 from folio.checkpoints.checkpoint import State
-from folio.checkpoints.pt_files import NANOGPT, PtFile
+from folio.checkpoints.pt_files import PtFile
 from folio.config.options import (
     COMMAND_LINE,
     OF_THE_CALL,
@@ -47,10 +47,13 @@ from folio.machine import processes, shortage
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.machine.runtime import Loss, Runtime
-from folio.model.gpt import GPT, GPTConfig
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.records import run_folder, trackers
-from folio.records.log import METRICS, Log, counted, rewind
+from folio.records.log import Log, counted, rewind
+from folio.records.run_folder import METRICS, NANOGPT
 from folio.records.trackers import Record
+from folio.training import ownership
 from folio.training.optimizers import adamw, learning_rate
 
 if TYPE_CHECKING:
@@ -269,12 +272,12 @@ def _largest(wishes: float) -> str:
 
 def _not_finite(run: Run, what: str, updates: int) -> FloatingPointError:
     """What is said after so many ``updates``; before the first of this process its weights are the cause."""
-    kept = checkpoint.steps(run.out_dir)
+    kept = run_folder.steps(run.out_dir)
     remedy = "lower --learning_rate, " + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
     if updates == run.begun:
         earlier = [step for step in kept if step < updates]
         remedy = "that is of the weights with which it began: " + (
-            f"move {checkpoint.folder(run.out_dir, updates)} away and resume from step {earlier[-1]}"
+            f"move {run_folder.checkpoint_folder(run.out_dir, updates)} away and resume from step {earlier[-1]}"
             if earlier
             else "begin with others, or with another --dtype"
         )
@@ -524,14 +527,14 @@ def save(run: Run) -> tuple[()]:
     def write() -> None:
         checkpoint.save(run.out_dir, step, weights, slots, state)
         if best:
-            files.write_sealed(run.out_dir / checkpoint.BEST, best)
+            files.write_sealed(run.out_dir / run_folder.BEST, best)
         if output.always_save_checkpoint:
             interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
             checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
         else:
             checkpoint.prune(run.out_dir, 1)
 
-    run.log.say(f"saving checkpoint to {checkpoint.folder(run.out_dir, step)}")
+    run.log.say(f"saving checkpoint to {run_folder.checkpoint_folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)
     return ()
 
@@ -627,7 +630,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
     again = processes.former_run(number)  # whatever init_from says: this job has begun already
     if lock:
         going_on = again is not None or begin in ("resume", "auto")
-        run_folder.refuse_foreign(out_dir, bool(config.logging.log_txt), going_on)
+        ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), going_on)
     former = (_former(out_dir, "auto", again) if again is not None else None) or _former(out_dir, begin)
     if former is not None:
         lines += former.lines
@@ -833,14 +836,14 @@ class _Former(NamedTuple):
 
 def has_run(out_dir: Path) -> bool:
     """Whether there is a run that ``init_from=resume`` or ``auto`` would go on with."""
-    return bool(checkpoint.steps(out_dir)) or (out_dir / NANOGPT).is_file()
+    return bool(run_folder.steps(out_dir)) or (out_dir / NANOGPT).is_file()
 
 
 def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
     """What ``init_from`` finds in the folder; where an id is ``known``, nothing but that run."""
     if begin not in ("resume", "auto"):
         return None
-    have = checkpoint.steps(out_dir)
+    have = run_folder.steps(out_dir)
     if not have and (out_dir / NANOGPT).exists():
         nanogpt = pt_files.read(out_dir / NANOGPT)
         return _Former(nanogpt.state["run"], nanogpt)
@@ -848,15 +851,15 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
         if begin == "auto":
             return None
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
-    path = out_dir / checkpoint.CONFIG
+    path = out_dir / run_folder.CONFIG
     try:
-        run_id, asked, sealed = checkpoint.asked(out_dir)
+        run_id, asked, sealed = run_folder.asked(out_dir)
         lines = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
     except FileNotFoundError:
         run_id, asked = "", {}
         lines = (f"{path} is missing: options that are not given now have their defaults",)
     for step in reversed(have):
-        path = checkpoint.folder(out_dir, step)
+        path = run_folder.checkpoint_folder(out_dir, step)
         try:
             state, _ = checkpoint.state_of(path)
         except ValueError:
@@ -1003,14 +1006,14 @@ def _take_folder(run: Run, number: int, former: _Former | None) -> list[str]:
     out_dir, lines = run.out_dir, []
     try:
         if former and not run.state.best:
-            (out_dir / checkpoint.BEST).unlink(missing_ok=True)
+            (out_dir / run_folder.BEST).unlink(missing_ok=True)
         if former:
             imported = former.found.state["data"] is None  # and has measured nothing here
             interval = 0 if imported else former.found.asked.get("log_interval", 1)
             lines = rewind(out_dir / METRICS, run.begun, run.owed, interval)
         else:
-            lines = [*filter(None, [run_folder.move_aside(out_dir, bool(run.config.logging.log_txt))])]
-        checkpoint.keep_asked(out_dir, run.id, flat(run.config))
+            lines = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
+        run_folder.keep_asked(out_dir, run.id, flat(run.config))
         processes.remember(number, run.id)
     except OSError as error:
         raise _unwritable(out_dir, error) from None

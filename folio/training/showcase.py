@@ -5,8 +5,8 @@ from __future__ import annotations
 from folio.config.options import Sampling, TrainConfig
 from folio.generation.sampling import LINE, continuations
 from folio.records.console import say
-from folio.records.log import PICTURE
 from folio.records.plot import draw
+from folio.records.run_folder import PICTURE
 from folio.training.loop import EXIT, Run, build, finish, fit
 
 

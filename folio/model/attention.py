@@ -1,0 +1,92 @@
+"""Attention: the kernels, the masks, the cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Union
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask = Union[Tensor, "BlockMask"]
+_SHORT = 256  # tokens up to which attention is written out on a CPU
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for each block: two (B, n_head, capacity, head) buffers."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores (B, n_head, T, head) after what is there and returns all of it."""
+        if block not in self._buffers:
+            B, H, _, D = k.shape
+            self._buffers[block] = (k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D))
+        keys, values = self._buffers[block]
+        end = self.length + k.size(2)
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
+
+    With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
+    where a query may look, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash kernel does
+    it. On a CPU
+    the fused kernel's backward is slow for short contexts, so there attention that will be differentiated is
+    written out (benchmarks/attention.py).
+    """
+    T, S = q.size(2), k.size(2)
+    if mask is not None and not isinstance(mask, Tensor):
+        return _flex_attention(q.device.type)(q, k, v, block_mask=mask)
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if q.device.type != "cpu" or not q.requires_grad or S > _SHORT:
+        causal = mask is None and T > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+    scores = (q * (1.0 / math.sqrt(q.size(-1)))) @ k.transpose(-2, -1) + bias
+    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+
+
+def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
+    """The number of each token's document (B, T) → positions (B, T) from 0 in each, and a causal mask within it.
+
+    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's blocks, most of which it never computes: on
+    CUDA by default, but for dropout, which FlexAttention lacks.
+    """
+    B, T = documents.shape
+    t = torch.arange(T, device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    positions = t - torch.where(begins, t, 0).cummax(dim=1).values
+    if flex if flex is not None else documents.is_cuda and not dropout:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & (documents[b, q] == documents[b, k])
+
+        return positions, create_block_mask(visible, B, None, T, T, device=documents.device)
+    same = documents[:, :, None] == documents[:, None, :]
+    return positions, (same & (t[:, None] >= t))[:, None]
+
+
+@cache
+def _flex_attention(device: str) -> Callable[..., Tensor]:
+    """FlexAttention, compiled where that is what makes it fast."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]

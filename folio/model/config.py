@@ -1,0 +1,42 @@
+"""The model's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+AUTO = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64."""
+
+    block_size: int = field(default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000})
+    vocab_size: int | AUTO = field(
+        default=50304,
+        metadata={"help": "token ids the model knows; auto: the data set's", "min": 1, "max": 100_000_000},
+    )
+    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000})
+    n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1})
+    n_embd: int = field(default=768, metadata={"help": "width", "min": 1, "max": 100_000})
+    dropout: float = field(default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1})
+    bias: bool = field(default=True, metadata={"help": "biases in Linears and LayerNorms, as GPT-2 has"})
+    qkv_bias: bool | AUTO = field(
+        default="auto", metadata={"help": "bias of the query, key and value projection; auto: as bias"}
+    )
+    activation: Literal["gelu", "gelu_tanh"] = field(
+        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2"}
+    )
+    tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding"})
+
+    def check(self) -> None:
+        """Raises ValueError where two fields do not go together."""
+        if self.n_embd % self.n_head:
+            heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
+            near = [*[n for n in heads if n < self.n_head][-1:], *[n for n in heads if n > self.n_head][:1]]
+            width = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                f"choose n_head={' or '.join(map(str, near))}, or n_embd={width}"
+            )

@@ -45,7 +45,7 @@ def test_a_warning_of_another_package_is_no_error(module: str) -> None:
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)
 
 
-@pytest.mark.parametrize("module", ["folio", "folio.model.gpt", "test_model", "conftest"])
+@pytest.mark.parametrize("module", ["folio", "folio.model.gpt", "test_gpt", "conftest"])
 def test_a_warning_that_this_project_causes_is_an_error(module: str) -> None:
     with pytest.raises(DeprecationWarning):
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)

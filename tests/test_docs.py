@@ -36,7 +36,7 @@ NOT_RUN = {
             "torchrun --nproc_per_node=8 --nnodes=1:4 --max_restarts=3 --rdzv_id=7 --rdzv_backend=c10d "
             "--rdzv_endpoint=10.0.0.1:29500 train.py --init_from=auto",
         ),
-        "several machines; tests/test_parallel.py and test_failures.py have several launchers",
+        "several machines; tests/machine/test_parallel.py and test_failures.py have several launchers",
     ),
     "from datatrove.executor import LocalPipelineExecutor": "tests/test_front_door.py runs it, on real documents",
 }

@@ -186,7 +186,7 @@ def test_a_file_in_nanogpts_style_is_read(read) -> None:
     }
 
 
-# The names of a .py file (what its expressions are worth: tests/test_assignments.py)
+# The names of a .py file (what its expressions are worth: tests/config/test_assignments.py)
 
 
 def test_a_helper_sets_nothing_by_itself(read) -> None:

@@ -201,9 +201,9 @@ def test_beside_a_compiled_loss(request) -> None:
 
 SCRIPT = """
 import json, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/evaluation")
 from test_scoring import model_of, queries
-from folio import scoring
+from folio.evaluation import scoring
 from folio.config.options import Processes, System
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime

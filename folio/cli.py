@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args
 
+from folio.errors import UserError
 from folio.records import console
 
 COMMANDS = {
@@ -83,12 +84,13 @@ def _told(error: Exception) -> tuple[int, str]:
         code, line = 2, f"the package {package!r} is missing: pip install {package}"
     elif isinstance(error, FloatingPointError):
         code, line = 1, str(error)
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (UserError, OSError)):
         code, line = 2, _describe(error)
     elif shortage := _shortage(error):
         code, line = 2, shortage
     else:
-        code, line = 1, traceback.format_exc().rstrip()
+        defect = "this is a defect of Folio: please report it with these lines and the command"
+        code, line = 1, f"{traceback.format_exc().rstrip()}\n{defect}"
     if "RANK" in os.environ and package != "torch":
         from folio.machine.processes import told_by_the_first
 
@@ -119,7 +121,7 @@ def _main(command: str | None, argv: list[str]) -> int:
         command, argv = argv[0], argv[1:]
         if command not in COMMANDS:
             close = difflib.get_close_matches(command, COMMANDS, n=1)
-            raise ValueError(
+            raise UserError(
                 f"no command {command!r}: " + (f"did you mean {close[0]!r}?" if close else "folio --help lists them")
             )
     module = module_of(command)
@@ -165,12 +167,12 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
             if not equals and name not in known and off in known and _is_switch(known[off].type, []):
                 name, equals, value = off, "=", "False"
             if name not in known:
-                raise ValueError(config.unknown(name, options))
+                raise UserError(config.unknown(name, options))
             if not equals and _is_switch(known[name].type, waiting):
                 value = "True"
             elif not equals:
                 if not waiting:
-                    raise ValueError(f"--{name} needs a value: --{name}=…")
+                    raise UserError(f"--{name} needs a value: --{name}=…")
                 value = waiting.pop(0)
             names[name] = config.typed_text(name, value, options)
             flags[name] = str(names[name])
@@ -201,7 +203,7 @@ def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
             )
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_one_line(said.getvalue())) from None
+            raise UserError(_one_line(said.getvalue())) from None
         raise
     if hasattr(parsed, "sources"):
         parsed.sources.update(sources)

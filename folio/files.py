@@ -22,6 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from folio.errors import UserError
+
 _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: texts, and what stands between them
 _TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -69,17 +71,17 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         value = parse_json(content)
         if not isinstance(value, dict):
-            raise ValueError("it holds no object")
+            raise UserError("it holds no object")
         hashes = value.get("sha256", {})
         if not isinstance(hashes, dict):
-            raise ValueError("its sha256 is no object")
+            raise UserError("its sha256 is no object")
         if path.name not in hashes:
             return value, False
         own = hashes[path.name]
         if not isinstance(own, str) or _sum(content.decode("utf-8-sig"), own) != own:
-            raise ValueError("its text does not match its checksum")
+            raise UserError("its text does not match its checksum")
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     return value, True
 
 
@@ -97,7 +99,7 @@ def require_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
         kind = next((kind for kind, is_it in kinds.items() if is_it(mode)), "a device")
-        raise ValueError(f"{path} is {kind}, not a file")
+        raise UserError(f"{path} is {kind}, not a file")
     return path
 
 
@@ -112,7 +114,7 @@ def read_json(path: Path, most: int = 1 << 28) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def read_text(path: Path, most: int | None = None) -> str:
@@ -123,12 +125,12 @@ def read_text(path: Path, most: int | None = None) -> str:
     """
     size = require_file(path).stat().st_size
     if most is not None and size > most:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that such a text can have")
+        raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a text can have")
     raw = path.read_bytes()
     try:
         return decode_text(raw)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}{other_encoding(raw)}") from None
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}{other_encoding(raw)}") from None
 
 
 def decode_text(raw: bytes) -> str:
@@ -149,7 +151,7 @@ def other_encoding(raw: bytes) -> str:
 
 def _content(path: Path, most: int) -> bytes:
     if (size := require_file(path).stat().st_size) > most:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
+        raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
     return path.read_bytes()
 
 
@@ -159,12 +161,12 @@ def parse_json(text: str | bytes) -> Any:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise UserError("it is nested too deeply") from None
 
 
 def _finite(digits: str) -> float:
     if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits[:20]} is not a finite number")
+        raise UserError(f"{digits[:20]} is not a finite number")
     return number
 
 
@@ -221,9 +223,9 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        raise ValueError(f"the download of {url} failed ({error}): {remedy}") from None
+        raise UserError(f"the download of {url} failed ({error}): {remedy}") from None
     if (actual := hashlib.sha256(content).hexdigest()) != digest:
-        raise ValueError(f"the download has SHA-256 {actual}, not {digest}: {remedy}")
+        raise UserError(f"the download has SHA-256 {actual}, not {digest}: {remedy}")
     write(path, content)
 
 
@@ -242,7 +244,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class InUseError(ValueError):
+class InUseError(UserError):
     """Another process, or another thread of this one, holds a lock."""
 
 

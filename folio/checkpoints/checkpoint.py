@@ -27,6 +27,7 @@ from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.options import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
+from folio.errors import UserError
 from folio.machine.runtime import is_finite, laid_out_as
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -59,12 +60,12 @@ class State:
             best = (state.best["step"], state.best["loss"]) if state.best else ()
             counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
             if not all(type(n) is int and n >= 0 for n in counts):
-                raise ValueError("its counts are not whole numbers from 0 on")
+                raise UserError("its counts are not whole numbers from 0 on")
             losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
             if not all(map(math.isfinite, (state.seconds, *losses, *best))):
-                raise ValueError("its losses or seconds are not finite")
+                raise UserError("its losses or seconds are not finite")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the state of a run: {error}") from None
+            raise UserError(f"not the state of a run: {error}") from None
         return state
 
 
@@ -106,7 +107,7 @@ class Checkpoint:
             with torch.device("meta"):
                 return {name: p.shape for name, p in GPT(replace(self.config(), **changes)).named_parameters()}
         except RuntimeError:
-            raise ValueError(f"{self.path}: a model of its shape does not fit into memory") from None
+            raise UserError(f"{self.path}: a model of its shape does not fit into memory") from None
 
     def weights(self) -> Tensors:
         """Each parameter by its name.
@@ -122,17 +123,17 @@ class Checkpoint:
         for name, weight in stored:
             if (shape := wanted.pop(name, None)) != weight.shape:
                 model = "has it not, or once only" if shape is None else f"wants {tuple(shape)}"
-                raise ValueError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, its model {model}")
+                raise UserError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, its model {model}")
             yield name, weight
         if wanted:
-            raise ValueError(f"{self.path}: {min(wanted)} is not among its weights")
+            raise UserError(f"{self.path}: {min(wanted)} is not among its weights")
 
-    def not_finite(self, name: str) -> ValueError:
+    def not_finite(self, name: str) -> UserError:
         """What is said of a checkpoint of which a tensor holds NaN or infinity."""
         mine = self.path.parent.name == CHECKPOINTS
         earlier = [step for step in run_folder.steps(self.path.parent.parent) if step < self.step] if mine else []
         remedy = f": take --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
-        return ValueError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
+        return UserError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
 
     def _stored(self) -> Tensors:
         return read(self.path / MODEL, opened=self.opened.get(MODEL))
@@ -154,7 +155,7 @@ class Checkpoint:
         try:
             model = GPT.empty(config if dropout is None else replace(config, dropout=dropout))
         except RuntimeError:
-            raise ValueError(f"{self.path}: a model of its shape does not fit into memory") from None
+            raise UserError(f"{self.path}: a model of its shape does not fit into memory") from None
         load_weights(model, self.weights())
         for name, p in model.named_parameters():
             if not is_finite(p):
@@ -175,14 +176,14 @@ class Checkpoint:
     def tokenizer(self) -> Tokenizer:
         """Raises ValueError where its vocabulary is not known."""
         if self.tokenizer_spec is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
                 "or a tokenizer.json beside it"
             )
         try:
             return from_json(self.state["tokenizer"])
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+            raise UserError(f"{self.path}: {error}") from None
 
 
 def _floating(path: Path, tensors: Tensors) -> Tensors:
@@ -190,7 +191,7 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
     for name, tensor in tensors:
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{path}: {name[:100]} is of type {kind}, not of floating-point numbers as a weight is")
+            raise UserError(f"{path}: {name[:100]} is of type {kind}, not of floating-point numbers as a weight is")
         yield name, tensor
 
 
@@ -222,7 +223,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
     with files.require_file(here).open("rb") as raw:
         header = int.from_bytes(raw.read(8), "little")
     if header > _HEADER:
-        raise ValueError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
+        raise UserError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
     try:
         with safe_open(here, "pt") as file:
             names = filter(wanted, file.keys())
@@ -231,7 +232,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
             with safe_open(here, "pt") as file:
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -285,16 +286,16 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         state, sealed = files.read_sealed(path / STATE)
         if state["sha256"].keys() != {MODEL, OPTIMIZER, *[STATE] * sealed}:
-            raise ValueError(f"its sha256 names {', '.join(map(str, state['sha256'])) or 'nothing'}")
+            raise UserError(f"its sha256 names {', '.join(map(str, state['sha256'])) or 'nothing'}")
         if path.name != f"step-{state['step']:08d}":
-            raise ValueError(f"it says step {state['step']}")
+            raise UserError(f"it says step {state['step']}")
         if not sealed:
             known = State.of(state)
             if known.rows * int(state.get("row", 0)) > known.tokens:
-                raise ValueError(f"its {known.rows} rows are more than its {known.tokens} tokens make")
+                raise UserError(f"its {known.rows} rows are more than its {known.tokens} tokens make")
             model_config(path, state["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {error}") from None
     return state, sealed
 
 
@@ -309,12 +310,12 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
         state, _ = state_of(path)
         for name, file in opened.items():
             if files.sha256(file.path) != state["sha256"][name]:
-                raise ValueError(f"{name} does not match its checksum")
+                raise UserError(f"{name} does not match its checksum")
         if run_id is not None and state["run"] != run_id:
-            raise ValueError(f"it is of another run, {state['run']}")
+            raise UserError(f"it is of another run, {state['run']}")
     except (OSError, ValueError, KeyError) as error:
         sign = f"{path} is damaged: "
-        raise ValueError(f"{sign}{str(error).removeprefix(sign)}") from None
+        raise UserError(f"{sign}{str(error).removeprefix(sign)}") from None
     return Checkpoint(path, state, opened=opened)
 
 
@@ -379,7 +380,7 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
             if step in (have := run_folder.steps(out_dir)):
                 others = [other for other in have if other != step]
                 remedy = f"; --checkpoint={others[-1]} is another" if others else ""
-                raise ValueError(f"{error}{remedy}") from None
+                raise UserError(f"{error}{remedy}") from None
     knobs: dict[str, Any] = {}
     try:
         knobs = run_folder.asked(out_dir).options
@@ -430,12 +431,12 @@ def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
     with torch.no_grad():
         for name, weight in weights:
             if (p := wanted.pop(name, None)) is None:
-                raise ValueError(f"the weights do not fit the model: it has no {name}, or has it once only")
+                raise UserError(f"the weights do not fit the model: it has no {name}, or has it once only")
             if p.shape != weight.shape:
-                raise ValueError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
+                raise UserError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
             p.copy_(laid_out_as(p, weight))
     if wanted:
-        raise ValueError(f"the weights do not fit the model: {min(wanted)} is not among them")
+        raise UserError(f"the weights do not fit the model: {min(wanted)} is not among them")
 
 
 def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tuple[str, Tensor]]) -> None:

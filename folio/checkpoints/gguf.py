@@ -16,6 +16,7 @@ from folio import files
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.checkpoints.hugging_face import complete, expressible, rounded, vocabulary
 from folio.data.tokenizers import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
+from folio.errors import UserError
 
 _NO_MERGE = "\u2581 \u2581"  # of no text: llama.cpp wants a list of merges, and the library writes no empty one
 _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}  # llama.cpp's, of tensor and file
@@ -36,7 +37,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
 
     tokenizer = vocabulary(found)
     if tokenizer is None:
-        raise ValueError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
+        raise UserError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
     config = expressible(found)
     tensors = dict(_tensors(found, tokenizer, dtype))
     if config.activation == "gelu":
@@ -110,7 +111,7 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
         words = spec["pre_tokenizer"] or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not isinstance(tokenizer, Bytes)}
         if spec["model"]["type"] != "BPE" or spec["normalizer"] or not gpt2.items() <= words.items():
-            raise ValueError(
+            raise UserError(
                 "the tokenizer splits text otherwise than GPT-2's, as no GGUF file of GPT-2 does: export a folder"
             )
         added = {t["id"]: t for t in spec["added_tokens"]}

@@ -25,6 +25,7 @@ from folio.config.options import Optimizer, Source, TrainConfig, model_config, t
 from folio.data import tokenizer_folder
 from folio.data.token_files import GPT2
 from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
@@ -70,7 +71,7 @@ def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> G
     """
     changes = {"dropout": 0.0, **(override_args or {})}
     if odd := sorted(changes.keys() - {"dropout"}):
-        raise ValueError(f"override_args: {odd[0]} is what the weights say, only dropout can be chosen")
+        raise UserError(f"override_args: {odd[0]} is what the weights say, only dropout can be chosen")
     return find(name).model(**changes)
 
 
@@ -99,7 +100,7 @@ def find(name: str, which: str = "best") -> Checkpoint:
     if path.suffix == ".pt":
         return _the_only(pt_files.read(path), which)
     if path.is_file():
-        raise ValueError(f"{path}: a model is a folder or a .pt file")
+        raise UserError(f"{path}: a model is a folder or a .pt file")
     by_name = GPT2 if name.removeprefix("openai-community/") in OPENAI else None
     return _the_only(hugging_face(_download(name), by_name), which)
 
@@ -128,7 +129,7 @@ def _the_only(found: Checkpoint, which: str) -> Checkpoint:
 def _download(name: str) -> Path:
     """The folder of a model of the hub, from the hub's cache or, where it is not there, by the hub's library."""
     if close := difflib.get_close_matches(name, ("scratch", "resume", "auto"), n=1, cutoff=0.7):
-        raise ValueError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
+        raise UserError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise FileNotFoundError(f"{name}: there is no such file or folder")
     try:
@@ -179,11 +180,11 @@ def _weight_files(folder: Path) -> list[Path]:
             try:
                 names = sorted(set(raw["weight_map"].values()))
                 if any(Path(name).name != name for name in names):
-                    raise ValueError("it names files elsewhere")
+                    raise UserError("it names files elsewhere")
                 if odd := [name for name in names if not name.endswith(Path(base).suffix)]:
-                    raise ValueError(f"it names {odd[0][:80]!r}, which is no {Path(base).suffix} file")
+                    raise UserError(f"it names {odd[0][:80]!r}, which is no {Path(base).suffix} file")
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index}: not an index of weights: {error}") from None
+                raise UserError(f"{index}: not an index of weights: {error}") from None
             return [folder / name for name in names]
     return []
 
@@ -214,7 +215,7 @@ class HuggingFace(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         if self.state["tokenizer"] is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: "
                 f"{tokenizer_folder.lack(self.path)}"
             )
@@ -239,7 +240,7 @@ def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> Hugging
         files.require_file(needed)
     raw = files.read_json(path)
     if not isinstance(raw, dict) or not isinstance(kept := raw.get("folio") or {}, dict):
-        raise ValueError(f"{path}: not a model's config: it is not a JSON object")
+        raise UserError(f"{path}: not a model's config: it is not a JSON object")
     shape = _shape(path, raw)
     tokenizer = _tokenizer(folder, kept) or assumed
     if not kept:
@@ -250,7 +251,7 @@ def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> Hugging
         told = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
         asked = {name: typed(path, name, value, TrainConfig) for name, value in told.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
+        raise UserError(f"{path}: 'folio': {type(error).__name__} {error}: take that part out") from None
     shape = replace(shape, dropout=was.dropout)
     found = HuggingFace(folder, {**checkpoint.state_of_elsewhere(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
@@ -264,14 +265,14 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     """Our shape from transformers' ``GPT2Config``; what is missing there has its defaults."""
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
-            raise ValueError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
+            raise UserError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
     for key, value in raw.items():
         if value and key not in _FIXED and _OF_OTHERS.search(key):
-            raise ValueError(f"{path}: {key} = {repr(value)[:80]}: neither GPT-2 nor Folio supports it")
+            raise UserError(f"{path}: {key} = {repr(value)[:80]}: neither GPT-2 nor Folio supports it")
     activation = str(raw.get("activation_function", "gelu_new"))
     if activation not in _ACTIVATIONS:
         known = ", ".join(_ACTIVATIONS)
-        raise ValueError(f"{path}: activation_function = {activation[:80]!r}: only {known} can be read")
+        raise UserError(f"{path}: activation_function = {activation[:80]!r}: only {known} can be read")
     shape = {
         "block_size": raw.get("n_positions", 1024),
         "vocab_size": raw.get("vocab_size", 50257),
@@ -283,10 +284,10 @@ def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     }
     for key, value in shape.items():
         if len(repr(value)) > 80:
-            raise ValueError(f"{path}: {key} = {repr(value)[:80]} …: no number is that long")
+            raise UserError(f"{path}: {key} = {repr(value)[:80]} …: no number is that long")
     config = model_config(path, shape)
     if raw.get("n_inner") not in (None, 4 * config.n_embd):
-        raise ValueError(f"{path}: n_inner = {repr(raw['n_inner'])[:80]}: only 4 × n_embd can be read")
+        raise UserError(f"{path}: n_inner = {repr(raw['n_inner'])[:80]}: only 4 × n_embd can be read")
     return config
 
 
@@ -294,7 +295,7 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
     """What an export kept, else what the folder's files say."""
     if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
         if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
-            raise ValueError(f"{folder / 'config.json'}: 'folio': its tokenizer is not valid: remove that part")
+            raise UserError(f"{folder / 'config.json'}: 'folio': its tokenizer is not valid: remove that part")
         return spec
     return tokenizer_folder.read(folder)
 
@@ -372,7 +373,7 @@ def expressible(found: Checkpoint) -> GPTConfig:
         default = f.default if f.default_factory is MISSING else f.default_factory()
         known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS.values())
         if not known and value != default:
-            raise ValueError(
+            raise UserError(
                 f"{found.path}: {f.name}={value!r}: other programs' GPT-2 does not support it, so it cannot be exported"
             )
     return config
@@ -384,11 +385,11 @@ def rounded(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
     if made.isfinite().all():
         return made
     if not weight.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: "
             "export an earlier checkpoint"
         )
-    raise ValueError(
+    raise UserError(
         f"{found.path}: {name} has a value of {weight.abs().max():g}, beyond {dtype}'s largest, "
         f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
     )
@@ -402,7 +403,7 @@ def vocabulary(found: Checkpoint) -> Tokenizer | None:
         return None
     tokenizer = found.tokenizer()
     if tokenizer.size > size:
-        raise ValueError(
+        raise UserError(
             f"{found.path}: its tokenizer has {tokenizer.size} token ids, its model {size}: they are of different runs"
         )
     return tokenizer
@@ -436,7 +437,7 @@ def _public(asked: dict[str, Any]) -> dict[str, Any]:
 def check_hub_name(name: str) -> None:
     """Raises ValueError where the hub can have no such model."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"push_to_hub={name}: must be USER/NAME")
+        raise UserError(f"push_to_hub={name}: must be USER/NAME")
 
 
 def push(folder: Path, name: str) -> str:

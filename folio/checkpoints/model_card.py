@@ -10,6 +10,7 @@ from typing import Any
 from folio import __version__
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.tokenizers import Tokenizer, decode
+from folio.errors import UserError
 from folio.records.log import hellaswag_line, read_metrics
 from folio.records.run_folder import EVALUATIONS, METRICS
 
@@ -38,10 +39,10 @@ def facts(found: Checkpoint) -> dict[str, str]:
 def checked(told: Any) -> dict[str, str]:
     """Facts from an untrusted file. Raises ValueError if they are not short lines of text."""
     if not isinstance(told, dict):
-        raise ValueError("its facts are not an object")
+        raise UserError("its facts are not an object")
     for what, value in told.items():
         if not isinstance(value, str) or len(what + value) > 1000 or not (what + value).isprintable():
-            raise ValueError(f"its fact {what[:80]!r} is not a line of text")
+            raise UserError(f"its fact {what[:80]!r} is not a line of text")
     return told
 
 

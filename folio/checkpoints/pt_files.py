@@ -26,6 +26,7 @@ from folio.data import pickles
 from folio.data.pickles import Fields, shown
 from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
 from folio.data.tokenizers import IDS_ONLY
+from folio.errors import UserError
 from folio.model.config import GPTConfig
 
 _CONFIG_CLASSES = ("__main__.GPTConfig", "train_gpt2.GPTConfig", "gpt_from_scratch.models.utils.GPTConfig")
@@ -64,17 +65,17 @@ class PtFile(Checkpoint):
         try:
             for key, slots in self.optimizer.get("state", {}).items():
                 if key not in range(len(names)) or slots.keys() != _SLOTS:
-                    raise ValueError(f"of parameter {shown(key)} it holds {', '.join(map(shown, slots))[:80]}")
+                    raise UserError(f"of parameter {shown(key)} it holds {', '.join(map(shown, slots))[:80]}")
                 for slot, value in slots.items():
                     name = f"{names[key]}/{slot}"
                     if isinstance(value, StoredTensor) and (reason := unfit(value)):
-                        raise ValueError(f"{name} is {reason}")
+                        raise UserError(f"{name} is {reason}")
                     shape = value.shape if isinstance(value, StoredTensor) else torch.tensor(number(value)).shape
                     if shape != (() if slot == "step" else self.tensors[names[key]].shape):
-                        raise ValueError(f"{slot} of {names[key]} has the shape {tuple(shape)}")
+                        raise UserError(f"{slot} of {names[key]} has the shape {tuple(shape)}")
                     found[name] = value
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: its optimizer does not fit its model: {error}; --init_from={self.path} "
                 "takes the weights alone"
             ) from None
@@ -98,12 +99,12 @@ def read(path: Path) -> PtFile:
         elif isinstance(content.get("config"), Fields):
             shape, step, loss = _of_config_class(content)
         else:
-            raise ValueError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
+            raise UserError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
         for name, value in shape.items():
             if not isinstance(value, (bool, int, float, str)) or len(str(value)) > 100:
-                raise ValueError(f"{shown(name)} is not a number")
+                raise UserError(f"{shown(name)} is not a number")
         if not 0 <= step < 2**53:
-            raise ValueError(f"its step is {step}")
+            raise UserError(f"its step is {step}")
     except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         raise _foreign(path, f"{type(error).__name__} {error}") from None
     config = model_config(path, shape)
@@ -133,11 +134,11 @@ def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     """
     content = torch_files.load(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
-        raise ValueError(f"{path}: it holds more than weights by name")
+        raise UserError(f"{path}: it holds more than weights by name")
     found = {name: tensor for name, tensor in content.items() if isinstance(name, str) and wanted(name)}
     for name, tensor in found.items():
         if reason := unfit(tensor):
-            raise ValueError(f"{path}: {name[:100]} is {reason}, not of floating-point numbers as a weight is")
+            raise UserError(f"{path}: {name[:100]} is {reason}, not of floating-point numbers as a weight is")
     yield from _loaded(path, found)
 
 
@@ -147,12 +148,12 @@ def _loaded(path: Path, stored: Mapping[str, StoredTensor]) -> Tensors:
         try:
             whole = tensor.load()
         except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it has changed since it was verified
-            raise ValueError(f"{path} is damaged: {name}: {error}") from None
+            raise UserError(f"{path} is damaged: {name}: {error}") from None
         yield name, whole
 
 
-def _foreign(path: Path, why: str) -> ValueError:
-    return ValueError(f"{path}: not a checkpoint of nanoGPT, build-nanogpt or GPT-from-scratch: {why}")
+def _foreign(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: not a checkpoint of nanoGPT, build-nanogpt or GPT-from-scratch: {why}")
 
 
 def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
@@ -170,7 +171,7 @@ def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, floa
     best = None if loss is None else float(number(loss))
     config = content["config"]
     if not all(isinstance(value, (int, float)) for value in config.values()):
-        raise ValueError("its config holds more than numbers")
+        raise UserError("its config holds more than numbers")
     if "emb_dim" not in config:
         return {**config, "bias": True, "activation": "gelu_tanh"}, int(number(content.get("step", 0))), best
     shape = {
@@ -202,7 +203,7 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
         if _BUFFER.search(name) or (config.tie_weights and name == "lm_head.weight"):
             continue
         if reason := unfit(tensor):
-            raise ValueError(f"{path}: {name} is {reason}, not of floating-point numbers as a weight is")
+            raise UserError(f"{path}: {name} is {reason}, not of floating-point numbers as a weight is")
         if name in found:
             raise _foreign(path, f"it holds {name} twice")
         found[name] = tensor

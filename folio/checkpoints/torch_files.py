@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from folio.data import pickles
+from folio.errors import UserError
 from folio.files import require_file
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
@@ -72,7 +73,7 @@ class _File:
                     view[at : at + len(piece)] = piece
                     at += len(piece)
             if at < size:
-                raise ValueError(f"its storage {key} is cut short")
+                raise UserError(f"its storage {key} is cut short")
             self._last = (key, raw)
         return self._last[1]
 
@@ -102,7 +103,7 @@ class StoredTensor:
     def load(self) -> Tensor:
         """The tensor, in memory of its own. Raises ValueError if it has a ``problem`` or the file is damaged."""
         if self.problem or self.storage is None or self.dtype is None:
-            raise ValueError(f"it is {self.problem}")
+            raise UserError(f"it is {self.problem}")
         raw, size = self.storage.file.read(self.storage.key), self.dtype.itemsize
         numbers = raw[: len(raw) // size * size].view(self.dtype)
         tensor = numbers.as_strided(self.shape, self.strides, self.offset).clone(memory_format=torch.contiguous_format)
@@ -146,10 +147,10 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
         read = _legacy if begins_as_pickle or not zipfile.is_zipfile(path) else _archive
         return read(path, {**_KNOWN, **known})
     except pickles.RefusedError as error:
-        raise ValueError(f"{path}: refused: {error}") from None
+        raise UserError(f"{path}: refused: {error}") from None
     except (ValueError, TypeError, LookupError, RuntimeError, EOFError, OSError, *_ZIP_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path} is damaged, or not a file of torch.save: {reason}") from None
+        raise UserError(f"{path} is damaged, or not a file of torch.save: {reason}") from None
 
 
 # The two formats
@@ -160,7 +161,7 @@ class _Bounded(io.FileIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MOST_AT_ONCE:
-            raise ValueError(f"it asks for {size:,} bytes at once")
+            raise UserError(f"it asks for {size:,} bytes at once")
         return super().read(size)
 
     def __del__(self) -> None:
@@ -172,20 +173,20 @@ def _archive(path: Path, known: Mapping[str, Any]) -> Any:
     archive = zipfile.ZipFile(_Bounded(path))  # stays open: tensors are read later
     records = {record.filename: record for record in archive.infolist()}
     if len(records) < len(archive.infolist()):
-        raise ValueError("it has two records of one name")
+        raise UserError("it has two records of one name")
     for name, record in records.items():
         if record.flag_bits & 1:
-            raise ValueError(f"its record {name} is encrypted")
+            raise UserError(f"its record {name} is encrypted")
         if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(f"its record {name} is compressed in a way that torch does not know")
+            raise UserError(f"its record {name} is compressed in a way that torch does not know")
     whole = sum(record.file_size for record in records.values())
     if whole > 2**30 + _DENSE * path.stat().st_size:
-        raise ValueError(f"its {path.stat().st_size:,} bytes would become {whole:,}: it is a zip bomb")
+        raise UserError(f"its {path.stat().st_size:,} bytes would become {whole:,}: it is a zip bomb")
     base = next((name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")), "")
     if (pickled := records.get(f"{base}data.pkl")) is None:
-        raise ValueError("the archive holds no data.pkl")
+        raise UserError("the archive holds no data.pkl")
     if pickled.file_size > pickles.MOST:
-        raise ValueError(f"its data.pkl has {pickled.file_size:,} bytes, more than a model's {pickles.MOST:,}")
+        raise UserError(f"its data.pkl has {pickled.file_size:,} bytes, more than a model's {pickles.MOST:,}")
     content = archive.read(pickled)
     order = records.get(f"{base}byteorder")
     file = _File(swapped=order is not None and order.file_size == 3 and archive.read(order) == b"big")
@@ -196,7 +197,7 @@ def _archive(path: Path, known: Mapping[str, Any]) -> Any:
     for name, record in records.items():
         with archive.open(record) as stored:  # which verifies its checksum at its end
             if sum(map(len, iter(partial(stored.read, _PIECE), b""))) != record.file_size:
-                raise ValueError(f"its record {name} is cut short")
+                raise UserError(f"its record {name} is cut short")
     return made
 
 
@@ -209,7 +210,7 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     with path.open("rb") as raw:
         stream = io.BytesIO(raw.read(pickles.MOST))
     if pickles.load(stream) != _MAGIC or pickles.load(stream) != 1001:
-        raise ValueError("it is in neither of torch's formats")
+        raise UserError("it is in neither of torch's formats")
     pickles.load(stream)  # of the machine that wrote it: the numbers are little-endian on all
     file, used = _File(), dict[str, _Storage]()
 
@@ -221,14 +222,14 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     made = pickles.load(stream, known, storage)
     keys, at, end = pickles.load(stream), stream.tell(), path.stat().st_size
     if not isinstance(keys, list) or not used.keys() <= set(map(str, keys)):
-        raise ValueError("it lacks some of its numbers")
+        raise UserError("it lacks some of its numbers")
     with path.open("rb") as raw:
         for key in map(str, keys):
             raw.seek(at)
             (count,) = struct.unpack("<q", raw.read(8))
             size = used[key].dtype.itemsize * count
             if count < used[key].first + used[key].count or at + 8 + size > end:
-                raise ValueError(f"its storage {key} is cut short")
+                raise UserError(f"its storage {key} is cut short")
             file.records[key] = (size, _opener_at(path, at + 8))
             at += 8 + size
     return made
@@ -247,14 +248,14 @@ def _storage(file: _File, pid: Any, records: Mapping[str, tuple[int, Any]] | Non
     """The storage that a persistent id names; its length is checked if the records are known."""
     what, kind, key, _, count, *view = pid
     if what != "storage" or not isinstance(kind, torch.dtype) or type(count) is not int or count < 0:
-        raise ValueError("a storage is described in a way that is not torch's")
+        raise UserError("a storage is described in a way that is not torch's")
     if records is not None and records[str(key)][0] < count * kind.itemsize:
-        raise ValueError(f"its storage {key} is cut short")
+        raise UserError(f"its storage {key} is cut short")
     first = 0
     if view and view[0] is not None:  # torch 0.4 and before
         _, first, length = view[0]
         if not 0 <= first <= first + length <= count:
-            raise ValueError(f"a view reaches beyond storage {key}")
+            raise UserError(f"a view reaches beyond storage {key}")
         count = length
     return _Storage(file, str(key), kind, count, first)
 

@@ -11,6 +11,7 @@ import torch
 from folio import rng
 from folio.config.options import Data, Processes, System, knob
 from folio.data.rows import Tokens
+from folio.errors import UserError
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.machine.runtime import Runtime
@@ -39,7 +40,7 @@ class Options:
 def main(options: Options) -> None:
     shape, size, seed = options.model, options.data.batch_size, options.system.seed
     if shape.vocab_size == "auto":
-        raise ValueError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
+        raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
     rows: torch.Tensor
     if options.real_data:
         tokens = Tokens.open(options.data, shape.block_size, seed)

@@ -30,6 +30,7 @@ from folio.config.options import (
 )
 from folio.data.rows import Tokens
 from folio.data.token_files import Split
+from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate, text_size
 from folio.machine import shortage
@@ -82,7 +83,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     """What was found, and that in words; of a run it is kept in its folder as well."""
     o = options
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
-        raise ValueError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
+        raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
     chosen = hugging_face.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
@@ -118,7 +119,7 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     if (known := tokens.known_vocab_size or 0) > tokens.vocab_size:
         why = f"there are {known:,} of them, and it has {tokens.vocab_size:,}"
     if why:
-        raise ValueError(
+        raise UserError(
             f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows ({why}): "
             "give the tokens of the same tokenizer as --data_dir"
         )

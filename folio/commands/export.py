@@ -8,6 +8,7 @@ from typing import Literal
 
 from folio.checkpoints import gguf, hugging_face
 from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.errors import UserError
 from folio.records.console import say
 
 
@@ -29,7 +30,7 @@ def main(options: Options) -> None:
     found = hugging_face.in_folder(Path(options.out_dir), options.checkpoint)
     if to.suffix == ".gguf":
         if options.push_to_hub:
-            raise ValueError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
+            raise UserError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
         gguf.export(found, to, options.dtype)
     else:
         hugging_face.export(found, to, options.dtype, options.push_to_hub)

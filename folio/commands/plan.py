@@ -12,6 +12,7 @@ import tyro
 
 from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
 from folio.data.rows import Tokens
+from folio.errors import UserError
 from folio.machine import flops, shortage
 from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
 from folio.machine.runtime import DTYPES, Runtime
@@ -79,12 +80,12 @@ def main(options: Options) -> None:
 def _check(options: Options) -> None:
     gpus, node = options.gpus, options.gpus_per_node
     if options.init_from not in ("scratch", "resume", "auto"):
-        raise ValueError(
+        raise UserError(
             f"init_from={options.init_from}: the shape of that model is not looked up here: set --init_from=scratch, "
             "and --n_layer, --n_head, --n_embd as it has them"
         )
     if options.processes.parallel == "hsdp" and (not 1 < node < gpus or gpus % node):
-        raise ValueError(
+        raise UserError(
             f"parallel=hsdp shares the model within each machine, but gpus={gpus} are not several machines of "
             f"gpus_per_node={node}: use --parallel=fsdp, or change one of the two"
         )
@@ -104,15 +105,15 @@ def device_of(options: Options) -> Device:
         if plain(options.gpu) not in names:
             close = difflib.get_close_matches(plain(options.gpu), names, n=1)
             hint = f"did you mean {names[close[0]]!r}?" if close else f"choose {', '.join(flops.GPUS)} or cpu"
-            raise ValueError(f"gpu={options.gpu}: it is not known: {hint}")
+            raise UserError(f"gpu={options.gpu}: it is not known: {hint}")
         name = names[plain(options.gpu)]
         gpu = flops.GPUS[name]
         if asked == "bfloat16" and not gpu.bfloat16:
-            raise ValueError(f"dtype=bfloat16: {name} has no such units: use --dtype=float16 or --dtype=float32")
+            raise UserError(f"dtype=bfloat16: {name} has no such units: use --dtype=float16 or --dtype=float32")
         dtype = DTYPES[("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked]
         found = Device(name, dtype, gpu.memory * 1e9, gpu.peak(dtype))
     if found.dtype == torch.float16 and parallel != "ddp":
-        raise ValueError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=float32, or another --gpu")
+        raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=float32, or another --gpu")
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from folio.config.options import ITSELF, knob
+from folio.errors import UserError
 from folio.preparation.job import prepare
 from folio.preparation.recipes import KNOWN, known, named_by_user
 from folio.preparation.sources import kind_of
@@ -61,10 +62,10 @@ def main(options: Options) -> None:
 def run(options: Options) -> Path:
     """Prepares, and returns the folder."""
     if not any(options.text):
-        raise ValueError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
+        raise UserError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
     if options.val_fraction and options.val_documents:
-        raise ValueError("--val_fraction and --val_documents exclude each other: give one")
+        raise UserError("--val_fraction and --val_documents exclude each other: give one")
     first = options.text[0]
     by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
     name = options.name or (first if by_name else _name(first))
@@ -72,7 +73,7 @@ def run(options: Options) -> Path:
     if by_name:
         recipe = known(first, folder, options.source, chosen)
     elif options.source:
-        raise ValueError("--source is for a known data set: name files themselves")
+        raise UserError("--source is for a known data set: name files themselves")
     else:
         recipe = named_by_user(options.text, name, **chosen)
     prepare(
@@ -103,4 +104,4 @@ def _part(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
-    raise ValueError(f"shard_of={text}: must be I/N with I from 0 to N − 1, such as 0/4")
+    raise UserError(f"shard_of={text}: must be I/N with I from 0 to N − 1, such as 0/4")

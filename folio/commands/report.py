@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.errors import UserError
 from folio.records.console import say
 from folio.records.report import report
 
@@ -27,6 +28,6 @@ def main(options: Options) -> None:
     out_dir = Path(options.out_dir)
     page = Path(options.output) if options.output else out_dir / "report.html"
     if page.suffix not in (".html", ".htm"):
-        raise ValueError(f"{page}: its suffix must be .html")
+        raise UserError(f"{page}: its suffix must be .html")
     report(out_dir, page)
     say(f"wrote {page}")

@@ -13,6 +13,7 @@ import tyro
 
 from folio.config.options import ITSELF, knob
 from folio.data.tokenizers import END_OF_TEXT
+from folio.errors import UserError
 from folio.preparation.sources import Files, find
 from folio.preparation.workers import Flaw, Work, documents, refusal
 from folio.records.console import say
@@ -39,11 +40,11 @@ def main(options: Options) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not options.text:
-        raise ValueError("no text to train on: name files, folders or globs")
+        raise UserError("no text to train on: name files, folders or globs")
     if Path(options.out).suffix != ".json":
-        raise ValueError(f"out={options.out}: must end in .json")
+        raise UserError(f"out={options.out}: must end in .json")
     if Path(options.out).is_dir():
-        raise ValueError(f"out={options.out}: is a directory")
+        raise UserError(f"out={options.out}: is a directory")
     source = Files(*find(options.text), options.text_key)
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from folio.errors import UserError
 
 BITS, CHARACTERS, EXPONENT, WIDTH = 1024, 4096, 64, 64  # of one value, at most
 
@@ -92,11 +93,11 @@ def read(path: Path, text: str, names: Mapping[str, Any]) -> Assignments:
         file = _File(path, names)
         file.run(tree.body)
     except (SyntaxError, ValueError, MemoryError) as error:  # MemoryError: nested too deep
-        raise ValueError(f"{path}: not Python: {error or 'nested too deep'}") from None
+        raise UserError(f"{path}: not Python: {error or 'nested too deep'}") from None
     except RecursionError:
-        raise ValueError(f"{path}: it is nested too deep to be a config file") from None
+        raise UserError(f"{path}: it is nested too deep to be a config file") from None
     except _RefusedError as refused:
-        raise ValueError(f"{path}:{refused.line}: {refused.reason}") from None
+        raise UserError(f"{path}:{refused.line}: {refused.reason}") from None
     used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
     return Assignments(file.assigned, file.lines, used)
 
@@ -197,7 +198,7 @@ class _File:
                 given = [self._value(arg) for arg in args]
                 named = {str(k.arg): self._value(k.value) for k in keywords}
                 if called is round and any(n and abs(n) > WIDTH for n in [*given[1:], named.get("ndigits")]):
-                    raise ValueError(f"more than {WIDTH} digits")
+                    raise UserError(f"more than {WIDTH} digits")
                 return called(*given, **named)
             case ast.Attribute(value=ast.Name(id=module), attr=name) if isinstance(
                 constant := self.modules.get(module, {}).get(name), float
@@ -281,32 +282,32 @@ def _cut(code: str) -> str:
 def _check_size(op: ast.operator, a: Any, b: Any) -> None:
     """Raises ValueError if an operation would take long, or its result would be too large."""
     if isinstance(op, ast.Pow) and not (isinstance(b, (int, float)) and abs(b) <= EXPONENT):
-        raise ValueError(f"an exponent above {EXPONENT}")
+        raise UserError(f"an exponent above {EXPONENT}")
     if isinstance(op, ast.LShift) and isinstance(b, int) and b > BITS:
-        raise ValueError(f"a number above 2**{BITS}")
+        raise UserError(f"a number above 2**{BITS}")
     if isinstance(op, ast.Mod) and isinstance(a, str):
         for spec in re.findall("%[^a-zA-Z%]*", a):
             if "*" in spec or "(" in spec:
-                raise ValueError("a format with * or names: an f-string does that")
+                raise UserError("a format with * or names: an f-string does that")
             _check_widths(spec)
     if isinstance(op, ast.Mult):
         for many, count in ((a, b), (b, a)):
             if isinstance(many, (str, list, tuple)) and isinstance(count, int) and len(many) * count > CHARACTERS:
-                raise ValueError(f"more than {CHARACTERS} characters")
+                raise UserError(f"more than {CHARACTERS} characters")
 
 
 def _check_widths(text: str) -> None:
     if any(len(digits) > 4 or int(digits) > WIDTH for digits in re.findall("[0-9]+", text)):
-        raise ValueError(f"a width above {WIDTH}")
+        raise UserError(f"a width above {WIDTH}")
 
 
 def _bounded(value: Any) -> Any:
     if isinstance(value, int) and value.bit_length() > BITS:
-        raise ValueError(f"a number above 2**{BITS}")
+        raise UserError(f"a number above 2**{BITS}")
     if not isinstance(value, (bool, int, float, str, list, tuple, dict, type(None))):
         raise TypeError(f"a value of the type {type(value).__name__}")
     if _length(value) > CHARACTERS:
-        raise ValueError(f"more than {CHARACTERS} characters")
+        raise UserError(f"more than {CHARACTERS} characters")
     return value
 
 

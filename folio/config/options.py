@@ -25,6 +25,7 @@ import tyro
 from folio.config import assignments
 from folio.files import parse_json, require_file
 from folio.model.config import AUTO, GPTConfig
+from folio.errors import UserError
 
 T = TypeVar("T")
 COMMAND_LINE = "the command line"
@@ -216,7 +217,7 @@ class Data:
     def row(self, block_size: int) -> int:
         """Tokens of a row for a model of so many positions. Raises ValueError where it does not know as many."""
         if self.window > block_size:
-            raise ValueError(
+            raise UserError(
                 f"window={self.window} is above block_size={block_size}: the positions of the model; lower --window"
             )
         return self.window or block_size
@@ -380,19 +381,19 @@ def check(config: Any) -> None:
     if isinstance(model := getattr(config, "model", None), GPTConfig):
         model.check()
     if values.get("min_lr", 0) > values.get("learning_rate", math.inf) and values["decay_lr"]:
-        raise ValueError(
+        raise UserError(
             f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
             "lower --min_lr, or set --decay_lr=False"
         )
     sources = getattr(config, "sources", {})
     asked = {sources.get(name) for name in EITHER}
     if len(asked) == 1 and asked != {None} and values["total_batch_size"]:
-        raise ValueError(
+        raise UserError(
             f"total_batch_size={values['total_batch_size']} and gradient_accumulation_steps="
             f"{values['gradient_accumulation_steps']} exclude each other: give one of them"
         )
     if values.get("check_replicas_every") and values["parallel"] == "fsdp":
-        raise ValueError(
+        raise UserError(
             f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
             "nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
         )
@@ -413,13 +414,13 @@ def accumulated(data: Data, row: int, sources: Mapping[str, str]) -> Data:
     if not total:
         return data
     if total // micro > MICRO_STEPS:
-        raise ValueError(
+        raise UserError(
             f"total_batch_size={total} is {total // micro:,} micro steps of {micro} tokens, above {MICRO_STEPS:,}: "
             "lower it, or raise --batch_size"
         )
     if total % micro:
         sizes = [size for size in range(1, data.batch_size) if total % (size * row) == 0]
-        raise ValueError(
+        raise UserError(
             f"total_batch_size={total} is no multiple of batch_size × tokens of a row = {data.batch_size} × {row} = "
             f"{micro}: --total_batch_size={max(1, round(total / micro)) * micro} fits"
             + (f", or --batch_size={sizes[-1]}" if sizes else "")
@@ -434,14 +435,14 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
         ValueError: a field that is not known, or whose value is not possible; names the file.
     """
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
-        raise ValueError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
+        raise UserError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
     config = GPTConfig(**{f.name: possible(path, f.name, values.get(f.name, f.default)) for f in fields(GPTConfig)})
     if config.vocab_size == "auto":
-        raise ValueError(f"{path}: vocab_size = {values.get('vocab_size', 'auto')!r}: must be a number")
+        raise UserError(f"{path}: vocab_size = {values.get('vocab_size', 'auto')!r}: must be a number")
     try:
         config.check()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -457,7 +458,7 @@ def possible(path: Path, name: str, value: Any) -> Any:
     try:
         _check_bounds(name, value, found.field.metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     return value
 
 
@@ -474,9 +475,9 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     shown = f"{'-' * (value < 0)}2**63 or more" if huge else value
     for rule, holds, words in rules:
         if rule in bounds and not holds(value, bounds[rule]):
-            raise ValueError(f"{name}={shown}: must be {words} {bounds[rule]}")
+            raise UserError(f"{name}={shown}: must be {words} {bounds[rule]}")
     if huge or not math.isfinite(value):
-        raise ValueError(f"{name}={shown}: must be {'below 2**63' if huge else 'a finite number'}")
+        raise UserError(f"{name}={shown}: must be {'below 2**63' if huge else 'a finite number'}")
 
 
 def unknown(name: str, options: type) -> str:
@@ -513,7 +514,7 @@ def read_file(
     path = find_file(name)
     text, suffix = _text(path), path.suffix.lower()
     if suffix in (".yaml", ".yml"):
-        raise ValueError(f"{path}: a config file is .py, .toml or .json")
+        raise UserError(f"{path}: a config file is .py, .toml or .json")
     lines: dict[str, int] = {}
     if suffix in (".toml", ".json"):
         values = _table(path, text, tomllib.loads if suffix == ".toml" else parse_json)
@@ -535,9 +536,9 @@ def _text(path: Path) -> str:
         try:
             text = file.read(LONGEST + 1)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
+            raise UserError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
     if len(text) > LONGEST:
-        raise ValueError(f"{path} has more than {LONGEST:,} characters: that is no config file")
+        raise UserError(f"{path} has more than {LONGEST:,} characters: that is no config file")
     return text
 
 
@@ -547,12 +548,12 @@ def _table(path: Path, text: str, parse: Callable[[str], Any]) -> dict[str, Any]
         values = parse(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}: not a valid {path.suffix[1:]} file: {reason}") from None
+        raise UserError(f"{path}: not a valid {path.suffix[1:]} file: {reason}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold knobs and their values at its top level")
+        raise UserError(f"{path}: must hold knobs and their values at its top level")
     for name, value in values.items():
         if isinstance(value, dict):
-            raise ValueError(f"{path}: {name!r} is a table: write what it holds at the top level, without tables")
+            raise UserError(f"{path}: {name!r} is a table: write what it holds at the top level, without tables")
     return values
 
 
@@ -617,7 +618,7 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
     """
     known = knobs(options)
     if name not in known:
-        raise ValueError(f"{path}: {unknown(name, options)}")
+        raise UserError(f"{path}: {unknown(name, options)}")
     kind, metadata = known[name].type, known[name].field.metadata
     choices = _choices(kind)
     if value is None:
@@ -629,7 +630,7 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
     given = f"--{name}={shown}" if path == COMMAND_LINE else f"{path}: {name} = {shown}"
-    raise ValueError(f"{given}: must be {_wanted(kind)}")
+    raise UserError(f"{given}: must be {_wanted(kind)}")
 
 
 def typed_text(name: str, text: str, options: type) -> Any:
@@ -709,5 +710,5 @@ def _expanded(name: str, value: Any, where: str) -> Any:
     place = os.path.expanduser(value.removeprefix(before).lstrip(" "))
     if place.startswith("~"):
         user = place.partition("/")[0]
-        raise ValueError(f"{name}={value}: {user} has no home folder here: write the whole path, or ./{place}")
+        raise UserError(f"{name}={value}: {user} has no home folder here: write the whole path, or ./{place}")
     return before + place

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from folio.errors import UserError
+
 MOST = 8 * 2**20  # bytes of a pickle: GPT-2 XL with its optimizer takes a quarter of a million
 _MOST_OPCODES = 5_000_000
 _MOST_COPIED = 1 << 24  # values and bytes that calls may copy, beside as many as the pickle has bytes
@@ -26,7 +28,7 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _NUMBERS_AND_TEXT = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[US]\d{1,9})")  # NumPy's names of their types
 
 
-class RefusedError(ValueError):
+class RefusedError(UserError):
     """The pickle names something unknown, which an ordinary unpickler would import and call."""
 
 
@@ -53,12 +55,12 @@ class _Dtype:
         ):
             raise TypeError
         if len(content) != math.prod(shape) * self.dtype.itemsize:
-            raise ValueError("a NumPy value is not as long as it says")
+            raise UserError("a NumPy value is not as long as it says")
         if not content:
             return [] if shape else self.dtype.type().item()
         codes = np.dtype("u4").newbyteorder(self.dtype.byteorder)
         if self.dtype.kind == "U" and np.frombuffer(content, codes).max(initial=0) > sys.maxunicode:
-            raise ValueError("a NumPy text has an invalid character")
+            raise UserError("a NumPy text has an invalid character")
         return np.frombuffer(content, self.dtype).reshape(shape, order="F" if order == "F" else "C").tolist()
 
 
@@ -81,17 +83,17 @@ def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[A
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= _MOST_OPCODES:
-                raise ValueError(f"it has more than {_MOST_OPCODES:,} parts")
+                raise UserError(f"it has more than {_MOST_OPCODES:,} parts")
             machine.do(opcode.name, argument)
         return machine.stack.pop()
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"not a valid pickle ({type(error).__name__})") from None
+        raise UserError(f"not a valid pickle ({type(error).__name__})") from None
 
 
 def loads(content: bytes) -> Any:
     """As ``load``, for a pickle of at most ``MOST`` bytes."""
     if len(content) > MOST:
-        raise ValueError(f"it has {len(content):,} bytes, more than the {MOST:,} that such a pickle can have")
+        raise UserError(f"it has {len(content):,} bytes, more than the {MOST:,} that such a pickle can have")
     return load(io.BytesIO(content))
 
 
@@ -198,7 +200,7 @@ class _Machine:
                 self.spend(state if isinstance(state, tuple) else (state,))
                 _build(stack[-1], state)
             case _:
-                raise ValueError(f"a pickle with the opcode {name}")
+                raise UserError(f"a pickle with the opcode {name}")
 
     def above(self) -> list[Any]:
         """Removes and returns the values above the last mark."""
@@ -218,7 +220,7 @@ class _Machine:
         sizes = (len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, list, dict, tuple)))
         self.copied += len(arguments) + sum(sizes)
         if self.copied > _MOST_COPIED + MOST:
-            raise ValueError("its calls copy too much")
+            raise UserError("its calls copy too much")
 
     def named(self, module: str, what: str) -> Any:
         name = f"{_PYTHON_2.get(module, module)}.{what}"
@@ -244,9 +246,9 @@ def _fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
     for key, value in zip(keys, values, strict=True):
         flat = key if type(key) is tuple else (key,)
         if len(flat) > 64 or not all(part is None or isinstance(part, (str, bytes, int, float)) for part in flat):
-            raise ValueError("a key is neither text nor a number")
+            raise UserError("a key is neither text nor a number")
         if not isinstance(key, str) and len(target) >= _KEYS:
-            raise ValueError(f"more than {_KEYS:,} keys of one dict are no text")
+            raise UserError(f"more than {_KEYS:,} keys of one dict are no text")
         target[key] = value
     return target
 

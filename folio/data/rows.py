@@ -39,6 +39,7 @@ from folio.data.token_files import (
     open_folder,
 )
 from folio.data.tokenizers import IDS_ONLY, difference, from_json
+from folio.errors import UserError
 
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
@@ -92,7 +93,7 @@ class Shards:
         self.sizes = np.array([file.tokens for file in self.files], dtype=np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes  # position of each file's first token
         if self.sizes.max() <= block_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.files[0].path}: {self.sizes.max()} tokens are fewer than block_size + 1 = {block_size + 1}: "
                 "lower --block_size or prepare more text"
             )
@@ -189,7 +190,7 @@ class Shards:
         if vocab_size is not None and ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             remedy = "prepare the data again" if wrong < 0 else "set --vocab_size above it, or prepare the data again"
-            raise ValueError(
+            raise UserError(
                 f"{self.files[shard].path}: token id {wrong} is outside the vocabulary of {vocab_size}: {remedy}"
             )
         return ids
@@ -245,7 +246,7 @@ class Tokens:
         folders = [find(config, name) for name in names] if names else [find(config)]
         for folder in folders[1:]:
             if why := difference(folder.tokenizer or GPT2, folders[0].tokenizer or GPT2):
-                raise ValueError(
+                raise UserError(
                     f"{folder.path} and {folders[0].path} have different tokenizers, so they cannot be mixed ({why})"
                 )
         return cls(
@@ -371,13 +372,13 @@ class Tokens:
                 continue
             heads = [folder.splits[split][0].map()[:_SEARCHED] for split in SPLITS]
             if not any((head == token).any() for head in heads):
-                raise ValueError(
+                raise UserError(
                     f"{folder.path}: no token {token} near the beginning of its files, so that documents cannot be "
                     "told apart: give the id that separates them as --eot, or set --document_mask=False"
                 )
             found.append((Documents(token, any(head[0] == token for head in heads)), f"the files in {folder.path}"))
         if len({documents for documents, _ in found}) > 1:
-            raise ValueError(f"documents begin or end in different ways in {self.name}: they cannot be mixed so")
+            raise UserError(f"documents begin or end in different ways in {self.name}: they cannot be mixed so")
         self.documents, source = found[0]
         return f"token {self.documents.eot} {'begins' if self.documents.first else 'ends'} a document, by {source}"
 
@@ -388,7 +389,7 @@ def _eot_of(folder: Folder) -> int:
         eot = 50256 if folder.tokenizer in (None, GPT2) else from_json(folder.tokenizer).eot
     if eot is None:
         named = f" of {folder.tokenizer['name']}" if folder.tokenizer and "name" in folder.tokenizer else ""
-        raise ValueError(
+        raise UserError(
             f"{folder.path} has no known token{named} between documents, which --document_mask needs: "
             "give its id as --eot, or prepare the text with a tokenizer that has one, such as gpt2"
         )
@@ -414,12 +415,12 @@ def parse_mixture(text: str) -> dict[str, float]:
         except ValueError:
             value = -1.0
         if not (equals and name and 0 < value < 1e9) or name in weights:
-            raise ValueError(f"data_mixture={text}: {item.strip()!r} must be NAME=WEIGHT, each name once")
+            raise UserError(f"data_mixture={text}: {item.strip()!r} must be NAME=WEIGHT, each name once")
         weights[name] = value
     shares = _largest_remainders(list(weights.values()), MIXED)
     if not shares.all():
         name = list(weights)[int(shares.argmin())]
-        raise ValueError(f"data_mixture={text}: the weight of {name} is too small to have one row in {MIXED}")
+        raise UserError(f"data_mixture={text}: the weight of {name} is too small to have one row in {MIXED}")
     return weights
 
 

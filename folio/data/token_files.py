@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from folio.config.options import TokenDtype
 from folio.data import pickles
 from folio.data.tokenizers import IDS_ONLY, from_json
+from folio.errors import UserError
 from folio.files import read_json, require_file, sha256
 
 Split = Literal["train", "val"]
@@ -173,7 +174,7 @@ def _split_of(path: Path) -> Split | None:
     for name in (path.name, path.parent.name if path.suffix == ".ds" else ""):
         found = [split for split in SPLITS if _NAMED[split].search(name)]
         if len(found) > 1:
-            raise ValueError(f"{path} has both train and val in its name: rename it after the one that it is")
+            raise UserError(f"{path} has both train and val in its name: rename it after the one that it is")
         if found:
             return found[0]
     return None
@@ -191,7 +192,7 @@ def _found_by_glob(pattern: Path) -> tuple[list[Path], str]:
         raise FileNotFoundError(f"{pattern} contains no token files (.bin, .npy, .ds): prepare it")
     if len(suffixes := sorted({p.suffix for p in files})) > 1:
         first = ", ".join(next(p.name for p in files if p.suffix == s) for s in suffixes)
-        raise ValueError(
+        raise UserError(
             f"{pattern} finds {' and '.join(suffixes)} files, {first}: name those of one format, such as "
             f"--data_dir='{files[0].parent / '*'}{suffixes[0]}'"
         )
@@ -238,7 +239,7 @@ def _families(files: Sequence[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def _ambiguous(folder: Path, families: list[list[Path]]) -> ValueError:
+def _ambiguous(folder: Path, families: list[list[Path]]) -> UserError:
     """With a glob that finds the files of one family and no others, where there is one."""
     names = [p.name for family in families for p in family]
     example = ""
@@ -247,7 +248,7 @@ def _ambiguous(folder: Path, families: list[list[Path]]) -> ValueError:
         if pattern := next((p for p in (stem, f"*{stem}") if fnmatch.filter(names, p) == own), None):
             example = f", such as --data_dir='{glob.escape(str(folder))}/{pattern}'"
             break
-    return ValueError(
+    return UserError(
         f"{folder} holds several data sets ({_some([family[0].name for family in families])}): name the files of "
         f"one with a glob{example}, or move the others away"
     )
@@ -257,7 +258,7 @@ def _incomplete(folder: Path, named: list[Path], files: list[Path]) -> Exception
     """Why no files of a folder are both to train on and to validate."""
     firsts = {split: next((p for p in named if _split_of(p) == split), None) for split in SPLITS}
     if (train := firsts["train"]) and (val := firsts["val"]):
-        return ValueError(
+        return UserError(
             f"{train} and {val.name} are not of one data set, since their names differ in more than the split and a "
             "number: rename them, or name both with a glob as --data_dir"
         )
@@ -279,7 +280,7 @@ def _refuse_twins(family: list[Path]) -> None:
         split, _, number, _ = _name(path)
         twin = seen.get((split, number)) or seen.get((split, None)) or (first.get(split) if number is None else None)
         if twin:
-            raise ValueError(
+            raise UserError(
                 f"{twin} and {path.name} cannot both be in one data set, by their numbers: remove one of them, "
                 "or choose files with a glob as --data_dir"
             )
@@ -329,10 +330,10 @@ def _refuse_mixture(files: list[TokenFile]) -> None:
     one = files[0]
     for other in files[1:]:
         if other.dtype != one.dtype:
-            raise ValueError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
+            raise UserError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
         if (other.offset > 0) != (one.offset > 0):
             bare, headed = sorted((one, other), key=lambda file: file.offset)
-            raise ValueError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
+            raise UserError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
 
 
 def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile, ...]]:
@@ -357,7 +358,7 @@ def _last_documents(file: TokenFile) -> int:
     index = file.path.with_name(file.path.name + ".index")
     ends = np.memmap(index, "<u8", "r")
     if (ends[1:] < ends[:-1]).any():
-        raise ValueError(f"{index}: a document in it ends before the one that it follows: {_AGAIN}")
+        raise UserError(f"{index}: a document in it ends before the one that it follows: {_AGAIN}")
     wanted = file.tokens - min(max(1, file.tokens // 10), 10_000_000)
     least = max(0, 2 * wanted - file.tokens)  # no more than twice what is wanted
     near = ends[np.searchsorted(ends, least) : np.searchsorted(ends, file.tokens)].astype(np.int64)
@@ -376,16 +377,16 @@ def _open(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:
     bare = np.dtype("uint16" if token_dtype == "auto" else token_dtype).newbyteorder("<")
     file = _bin(path, bare) if path.suffix == ".bin" else _FORMATS[path.suffix](path)
     if token_dtype != "auto" and file.dtype != bare:
-        raise ValueError(f"token_dtype={token_dtype}: {path} states its own type, {file.dtype}: remove --token_dtype")
+        raise UserError(f"token_dtype={token_dtype}: {path} states its own type, {file.dtype}: remove --token_dtype")
     return file
 
 
 def _raw(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
     size = path.stat().st_size - offset
     if size <= 0:
-        raise ValueError(f"{path} is empty: {_AGAIN}")
+        raise UserError(f"{path} is empty: {_AGAIN}")
     if size % dtype.itemsize:
-        raise ValueError(
+        raise UserError(
             f"{path}: {size} bytes are not whole {dtype} tokens: it is cut short or of another type; {_AGAIN}"
             + (", or say the type with --token_dtype" if not offset else "")
         )
@@ -397,17 +398,17 @@ def _bin(path: Path, bare: np.dtype[Any] = _BARE) -> TokenFile:
     with path.open("rb") as file:
         head = file.read(12)
     if other := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
-        raise ValueError(f"{path} is {other}, not a .bin file of token ids: {_AGAIN}")
+        raise UserError(f"{path} is {other}, not a .bin file of token ids: {_AGAIN}")
     magic, version, count = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
     if magic not in _HEADERS:
         if magic in _DATES:
-            raise ValueError(f"{path}: its header, {magic}, is that of another kind of llm.c's files, without tokens")
+            raise UserError(f"{path}: its header, {magic}, is that of another kind of llm.c's files, without tokens")
         return _raw(path, bare)
     if path.stat().st_size < _HEADER:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {_AGAIN}")
+        raise UserError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {_AGAIN}")
     dtype, versions = _HEADERS[magic]
     if version not in versions:
-        raise ValueError(
+        raise UserError(
             f"{path}: its header, {magic}, is of version {version}, and only {' and '.join(map(str, versions))} can "
             f"be read: {_AGAIN}"
         )
@@ -419,7 +420,7 @@ def _bin(path: Path, bare: np.dtype[Any] = _BARE) -> TokenFile:
 def _same_count(path: Path, tokens: int, said: int) -> None:
     if tokens != said:
         why = "is cut short" if tokens < said else "holds more than that"
-        raise ValueError(f"{path}: {tokens:,} tokens, but its header says {said:,}: it {why}; {_AGAIN}")
+        raise UserError(f"{path}: {tokens:,} tokens, but its header says {said:,}: it {why}; {_AGAIN}")
 
 
 def _npy(path: Path) -> TokenFile:
@@ -432,9 +433,9 @@ def _npy(path: Path) -> TokenFile:
         offset = file.tell()
     except (ValueError, OSError, SyntaxError, TokenError, TypeError, RecursionError, MemoryError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:80]
-        raise ValueError(f"{path}: not a .npy file ({reason}): {_AGAIN}") from None
+        raise UserError(f"{path}: not a .npy file ({reason}): {_AGAIN}") from None
     if len(shape) != 1 or dtype.kind not in "ui":
-        raise ValueError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids; {_AGAIN}")
+        raise UserError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids; {_AGAIN}")
     found = _raw(path, dtype, offset)
     _same_count(path, found.tokens, shape[0])
     return found
@@ -446,14 +447,14 @@ def _datatrove(path: Path) -> TokenFile:
     if not index.is_file() or index.stat().st_size < 8:
         raise FileNotFoundError(f"{index} is missing: datatrove writes it with save_index=True")
     if index.stat().st_size % 8:
-        raise ValueError(f"{index}: {index.stat().st_size} bytes are not a multiple of 8: it is cut short; {_AGAIN}")
+        raise UserError(f"{index}: {index.stat().st_size} bytes are not a multiple of 8: it is cut short; {_AGAIN}")
     with index.open("rb") as file:
         file.seek(-8, io.SEEK_END)
         tokens = int.from_bytes(file.read(8), "little")
     width, rest = divmod(path.stat().st_size, max(tokens, 1))
     said = _datatrove_says(path)[1]
     if rest or width not in (2, 4) or said not in ("", str(width)):
-        raise ValueError(
+        raise UserError(
             f"{path}: {path.stat().st_size} bytes for the {tokens:,} tokens of its index: it is cut short; {_AGAIN}"
         )
     return _raw(path, np.dtype("<u2" if width == 2 else "<u4"))
@@ -500,7 +501,7 @@ def _refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:
     if not bare:
         return
     if vocab_size and vocab_size > 2**16:
-        raise ValueError(
+        raise UserError(
             f"{bare[0].path}: {META_PKL} says {vocab_size:,} token ids, for which nanoGPT's uint16 is too narrow: say "
             "the type with --token_dtype, such as --token_dtype=uint32"
         )
@@ -517,9 +518,7 @@ def _refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:
         said = f"which is not read: np.fromfile(FILE, {dtype.str!r}).astype({fit!r}).tofile(FILE) {option} it fit"
     else:
         said = f"not uint16 as nanoGPT's: set --token_dtype={name}"
-    raise ValueError(
-        f"{path} seems to hold {_described(dtype)}, {said}; --token_dtype=uint16 reads it as uint16 anyway"
-    )
+    raise UserError(f"{path} seems to hold {_described(dtype)}, {said}; --token_dtype=uint16 reads it as uint16 anyway")
 
 
 def _type_seen(path: Path, vocab_size: int | None) -> np.dtype[Any]:
@@ -579,7 +578,7 @@ def _as_said(own: Folder, token_dtype: TokenDtype) -> Folder:
     """The folder, unless another type is asked for than its meta file says; then raises ValueError."""
     meta, dtype = own.path / META, own.meta["dtype"]
     if token_dtype not in ("auto", dtype):
-        raise ValueError(
+        raise UserError(
             f"token_dtype={token_dtype}: {meta} states the type of its files, {dtype}: remove --token_dtype"
         )
     return own
@@ -593,7 +592,7 @@ def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
     if not found:
         return None
     if odd := next((p for p in paths if p not in found), None):
-        raise ValueError(f"{odd} is not in {own.path / META}, as {min(found).name} is: name the folder, or other files")
+        raise UserError(f"{odd} is not in {own.path / META}, as {min(found).name} is: name the folder, or other files")
     for split in SPLITS:
         if not splits[split]:
             raise _missing(own.path, split, paths[-1])
@@ -607,19 +606,19 @@ def _own(path: Path) -> Folder:
         raw = read_json(meta)
         dtype, eot = raw["dtype"], raw["eot"]
         if set(raw["splits"]) != set(SPLITS) or dtype not in ("uint16", "uint32"):
-            raise ValueError("its splits or dtype are unknown")
+            raise UserError("its splits or dtype are unknown")
         vocab_size = whole(raw["vocab_size"], "vocab_size", 1, np.iinfo(dtype).max + 1)
         if eot not in ("before", "after", "none"):
-            raise ValueError(f"eot={str(eot)[:20]}")
+            raise UserError(f"eot={str(eot)[:20]}")
         listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
         if not all(listed.values()) or any(Path(name).name != name for files in listed.values() for name, *_ in files):
-            raise ValueError("its splits list no files, or files elsewhere")
+            raise UserError("its splits list no files, or files elsewhere")
         tokenizer = dict(raw["tokenizer"])
         _check_counts(raw)
     except FileNotFoundError:
         raise FileNotFoundError(f"{meta} is a link to a file that is not there: {_AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{meta}: not a meta file of this program: {error}; {_AGAIN}") from None
+        raise UserError(f"{meta}: not a meta file of this program: {error}; {_AGAIN}") from None
     splits = {
         split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
         for split in SPLITS
@@ -648,11 +647,11 @@ def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> Token
     require_file(path)
     file = _npy(path) if path.suffix == ".npy" else _raw(path, dtype)
     if file.tokens != tokens or file.dtype != dtype:
-        raise ValueError(f"{path}: {file.tokens:,} tokens, but its {META} says {tokens:,}: {_AGAIN}")
+        raise UserError(f"{path}: {file.tokens:,} tokens, but its {META} says {tokens:,}: {_AGAIN}")
     stat = path.stat()
     changed = stat.st_mtime_ns > path.with_name(META).stat().st_mtime_ns
     if changed and stat.st_size <= _REHASH and sha256(path) != digest:
-        raise ValueError(f"{path} is not what its {META} describes: {_AGAIN}")
+        raise UserError(f"{path} is not what its {META} describes: {_AGAIN}")
     return file._replace(sha256=digest)
 
 
@@ -671,7 +670,7 @@ def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
         vocab_size = whole(size[0] if isinstance(size, list) and len(size) == 1 else size, "vocab_size", 1, 2**32)
     except (LookupError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"{path}: not nanoGPT's meta.pkl ({reason}): {_AGAIN}") from None
+        raise UserError(f"{path}: not nanoGPT's meta.pkl ({reason}): {_AGAIN}") from None
     itos = raw.get("itos")
     characters = []
     if isinstance(itos, (dict, list)) and len(itos) >= vocab_size:
@@ -688,7 +687,7 @@ def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
         value = int(value)
     if type(value) is not int or not least <= value <= most:
         told = f"{value:,}" if type(value) is int and value.bit_length() < 128 else str(type(value).__name__)
-        raise ValueError(f"{name}={told} is not a whole number from {least} to {most:,}")
+        raise UserError(f"{name}={told} is not a whole number from {least} to {most:,}")
     return value
 
 
@@ -696,12 +695,12 @@ def _read_pickle(path: Path) -> Any:
     """Plain values; nothing that the pickle names is imported or called."""
     try:
         if (size := require_file(path).stat().st_size) > pickles.MOST:
-            raise ValueError(f"it has {size:,} bytes, more than the {pickles.MOST:,} that such a file can have")
+            raise UserError(f"it has {size:,} bytes, more than the {pickles.MOST:,} that such a file can have")
         return pickles.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is a link to a file that is not there: {_AGAIN}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: refused: {str(error).removeprefix(f'{path} ')}; {_AGAIN}") from None
+        raise UserError(f"{path}: refused: {str(error).removeprefix(f'{path} ')}; {_AGAIN}") from None
 
 
 def _ends(data: Array, count: int = 2**15) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from folio import files
 from folio.data.token_files import GPT2
 from folio.data.tokenizers import byte_characters
+from folio.errors import UserError
 
 FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
@@ -36,7 +37,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if path.exists():
         if not isinstance(spec := files.read_json(path), dict):
-            raise ValueError(f"{path}: not a file of the tokenizers library: it is not a JSON object")
+            raise UserError(f"{path}: not a file of the tokenizers library: it is not a JSON object")
         return {"kind": "tokenizers", "file": spec}
     config = _object(folder / "tokenizer_config.json")
     kind = _kind(config)
@@ -66,17 +67,17 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     if not isinstance(value := files.read_json(path), dict):
-        raise ValueError(f"{path}: it is not a JSON object")
+        raise UserError(f"{path}: it is not a JSON object")
     return value
 
 
 def _lines(path: Path) -> list[str]:
     if (size := files.require_file(path).stat().st_size) > _MOST:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {_MOST:,} that such a file can have")
+        raise UserError(f"{path} has {size:,} bytes, more than the {_MOST:,} that such a file can have")
     try:
         return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+        raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
 def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -84,18 +85,18 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     path = folder / "vocab.json"
     vocabulary = _object(path)
     if odd := [token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number from 0 to 2**31 - 1")
+        raise UserError(f"{path}: the id of {odd[0][:80]!r} is not a whole number from 0 to 2**31 - 1")
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError(f"{path}: two of its {len(vocabulary):,} tokens have the same id")
+        raise UserError(f"{path}: two of its {len(vocabulary):,} tokens have the same id")
     if lacking := [c for c in byte_characters().values() if c not in vocabulary]:
-        raise ValueError(
+        raise UserError(
             f"{path} is not byte-level: it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
             "put a tokenizer.json in its place"
         )
     merges = [line.rstrip("\r") for line in _lines(folder / "merges.txt")]
     merges = [line for line in merges if line and not line.startswith("#version")]
     if wrong := [line for line in merges if len(line.split(" ")) != 2]:
-        raise ValueError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is not a pair of tokens")
+        raise UserError(f"{folder / 'merges.txt'}: {wrong[0][:80]!r} is not a pair of tokens")
     added = _added(folder, config, vocabulary, default="<|endoftext|>")
     prefix = bool(config.get("add_prefix_space", False))
     if not prefix and digest(vocabulary, merges) == _GPT2 and len(added) == 1:
@@ -115,7 +116,7 @@ def _word_pieces(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer of a ``vocab.txt`` with one token per line."""
     vocabulary = {token.rstrip("\r"): i for i, token in enumerate(_lines(folder / "vocab.txt"))}
     if "[UNK]" not in vocabulary:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'vocab.txt'} is not a WordPiece vocabulary, since it lacks [UNK]: put a tokenizer.json there"
         )
     normalizer = {
@@ -154,12 +155,12 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
     path = folder / "added_tokens.json"
     ids: dict[str, Any] = dict(_object(path))
     if odd := [token for token, i in ids.items() if type(i) is not int]:
-        raise ValueError(f"{path}: the id of {odd[0][:80]!r} is not a whole number")
+        raise UserError(f"{path}: the id of {odd[0][:80]!r} is not a whole number")
     flags: dict[str, dict[str, Any]] = {}
     decoder = config.get("added_tokens_decoder") or {}
     for i, token in decoder.items() if isinstance(decoder, dict) else [("", None)]:
         if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdecimal():
-            raise ValueError(
+            raise UserError(
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry that is not a token"
             )
         ids[content], flags[content] = int(i), token
@@ -180,7 +181,7 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
         if vocabulary.get(token["content"]) == token["id"]:
             continue
         if token["id"] != following:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the added token {token['content'][:80]!r} has the id {token['id']}, and not {following}, "
                 "which comes next: put a tokenizer.json there"
             )

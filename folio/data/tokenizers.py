@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from folio.errors import UserError
 from folio.files import require_file
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Characters:
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
             missing = sorted(set(text) - set(self.characters))
-            raise ValueError(
+            raise UserError(
                 f"the vocabulary of {self.size} characters lacks {', '.join(map(repr, missing[:5]))}"
                 f"{' …' if len(missing) > 5 else ''}: leave them out of the text"
             )
@@ -139,7 +140,7 @@ class Tiktoken:
         try:
             self._encoding = tiktoken.get_encoding(name)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"no tokenizer {name!r}: char, bytes, a file of the tokenizers library (FILE.json), or an encoding of "
                 f"tiktoken: {', '.join(tiktoken.list_encoding_names())}"
             ) from None
@@ -198,7 +199,7 @@ class TokenizersFile:
         try:
             self._fast = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # it raises plain Exceptions
-            raise ValueError(f"not a file of the tokenizers library ({error})") from None
+            raise UserError(f"not a file of the tokenizers library ({error})") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         self._text = text
@@ -224,7 +225,7 @@ class TokenizersFile:
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         except BaseException as error:  # it raises plain Exceptions, and panics where a pattern takes too long
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise ValueError(f"the tokenizer cannot encode it: {error}") from None
+                raise UserError(f"the tokenizer cannot encode it: {error}") from None
             raise
 
     def bytes(self, ids: Iterable[int]) -> bytes:
@@ -294,12 +295,12 @@ def named(name: str) -> Tokenizer:
         return Tiktoken(name)
     try:
         if (size := require_file(Path(name)).stat().st_size) > _LARGEST_FILE:
-            raise ValueError(f"it has {size:,} bytes, more than the {_LARGEST_FILE:,} that such a file can have")
+            raise UserError(f"it has {size:,} bytes, more than the {_LARGEST_FILE:,} that such a file can have")
         return TokenizersFile(Path(name).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FileNotFoundError(f"tokenizer {name}: {error.strerror}: folio tokenizer train makes one") from None
     except ValueError as error:
-        raise ValueError(f"tokenizer {name}: {error}") from None
+        raise UserError(f"tokenizer {name}: {error}") from None
 
 
 def from_json(spec: dict[str, Any]) -> Tokenizer:
@@ -314,11 +315,11 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
         case {"kind": "tokenizers", "file": dict(file)}:
             return TokenizersFile(json.dumps(file))
         case {"kind": "ids"}:
-            raise ValueError(
+            raise UserError(
                 "nothing says what the token ids mean: the meta.pkl of the data holds no character for each, so there "
                 "is no text of them"
             )
-    raise ValueError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
+    raise UserError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
 def describe(spec: dict[str, Any]) -> str:

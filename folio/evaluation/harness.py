@@ -18,6 +18,7 @@ import torch
 from folio import rng
 from folio.data import tokenizers
 from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
 from folio.evaluation.scoring import Query, Scores, fitted, score
 from folio.generation import sampling
 from folio.machine.runtime import Runtime
@@ -93,7 +94,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
             raise FileNotFoundError(f"{name}: there is no such task file")
         close = difflib.get_close_matches(name, manager.all_tasks)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "lm-eval ls tasks lists them"
-        raise ValueError(f"no task {name!r} in the lm-evaluation-harness: {hint}")
+        raise UserError(f"no task {name!r} in the lm-evaluation-harness: {hint}")
     try:
         found = manager.load(name)
     except Exception as error:  # the hub's, its client's and the network's, or of a task file whatever it is
@@ -101,7 +102,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
             raise
         remedy = "; its data comes from the Hugging Face hub, once" if isinstance(error, OSError) else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"task {name} could not be loaded: {reason}{remedy}") from None
+        raise UserError(f"task {name} could not be loaded: {reason}{remedy}") from None
     groups = found["groups"]
     return [groups[name]] if name in groups else list(found["tasks"].values())
 
@@ -130,13 +131,13 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
         @property
         def eot_token_id(self) -> int:
             if tokens.eot is None:
-                raise ValueError("a task asks about text without context: that needs a tokenizer with an end of text")
+                raise UserError("a task asks about text without context: that needs a tokenizer with an end of text")
             return tokens.eot
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             ids: list[int] = tokens.encode(string, special=True).tolist()
             if max(ids, default=0) >= model.transformer.wte.num_embeddings:
-                raise ValueError(f"a task's token id {max(ids)} is not among the model's {model.config.vocab_size}")
+                raise UserError(f"a task's token id {max(ids)} is not among the model's {model.config.vocab_size}")
             return ids
 
         def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Answer]:
@@ -146,7 +147,7 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             for i in order:
                 texts, context, continuation = requests[i]
                 if not continuation:
-                    raise ValueError(f"a task asks about no token: {texts}")
+                    raise UserError(f"a task asks about no token: {texts}")
                 last = queries[-1] if queries else None
                 if last and last.context == context and last.length + len(continuation) - 1 <= block_size:
                     last.continuations.append(continuation)
@@ -177,7 +178,7 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             how = normalize_gen_kwargs(asked)
             new, until = how["max_gen_toks"], [stop for stop in how["until"] if stop]
             if (room := block_size - new) < 1:
-                raise ValueError(
+                raise UserError(
                     f"a task asks for {new} new tokens, which a model with block_size={block_size} has no room for"
                 )
             ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]

@@ -19,6 +19,7 @@ from folio import files
 from folio.config.options import HellaSwagStyle
 from folio.data.token_files import CLONE
 from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
 from folio.evaluation.scoring import Query, fitted, score
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
@@ -93,37 +94,37 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
                 break
             try:
                 if len(line) > _LONGEST_LINE:
-                    raise ValueError(f"the line is longer than {_LONGEST_LINE:,} bytes")
+                    raise UserError(f"the line is longer than {_LONGEST_LINE:,} bytes")
                 items.append(_item(files.parse_json(line), style))
             except KeyError as error:
-                raise ValueError(f"{path}:{number}: not a HellaSwag item: it has no {error}") from None
+                raise UserError(f"{path}:{number}: not a HellaSwag item: it has no {error}") from None
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: not a HellaSwag item: {error}") from None
+                raise UserError(f"{path}:{number}: not a HellaSwag item: {error}") from None
     if not items:
-        raise ValueError(f"{path}: it holds no items: give a file of HellaSwag's, such as hellaswag_val.jsonl")
+        raise UserError(f"{path}: it holds no items: give a file of HellaSwag's, such as hellaswag_val.jsonl")
     return items
 
 
 def _item(raw: Any, style: HellaSwagStyle) -> Item:
     if not isinstance(raw, dict):
-        raise ValueError("the line is not a JSON object")
+        raise UserError("the line is not a JSON object")
     endings, label = raw["endings"], raw["label"]
     if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
-        raise ValueError("its endings are not four texts")
+        raise UserError("its endings are not four texts")
     if label == "":
-        raise ValueError("its label is empty, as in the test split: the validation split has labels")
+        raise UserError("its label is empty, as in the test split: the validation split has labels")
     if str(label) not in ("0", "1", "2", "3"):
         told = f"{label!r:.40}" if isinstance(label, (str, int, float)) else f"a {type(label).__name__}"
-        raise ValueError(f"its label is {told}: must be 0, 1, 2 or 3")
+        raise UserError(f"its label is {told}: must be 0, 1, 2 or 3")
     parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
     if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
-        raise ValueError("its context is empty or not text")
+        raise UserError("its context is empty or not text")
     if style == "completion":
         return Item(parts[0], [f" {e}" for e in endings], None, int(label))
     activity, start, end = parts
     endings = [_clean(e) for e in endings]
     if not all(endings):
-        raise ValueError("an ending is empty but for WikiHow's marks")
+        raise UserError("an ending is empty but for WikiHow's marks")
     whole = _clean(f"{activity}: {start} {end.capitalize()}")
     context = whole.rstrip()
     return Item(context, [f"{whole[len(context) :]} {e}" for e in endings], [len(e) for e in endings], int(label))
@@ -165,12 +166,12 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
         try:
             contexts, endings = zip(*pairs(item), strict=True)
             if not all(endings):
-                raise ValueError("the tokenizer merges an ending into its context: take the other style")
+                raise UserError("the tokenizer merges an ending into its context: take the other style")
             if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
-                raise ValueError(f"its tokens are not all among the model's {shape.vocab_size}")
+                raise UserError(f"its tokens are not all among the model's {shape.vocab_size}")
         except ValueError as error:
             reason = str(error).replace("leave them out of the text", "HellaSwag needs a tokenizer of bytes or words")
-            raise ValueError(f"HellaSwag item {number}: {reason}") from None
+            raise UserError(f"HellaSwag item {number}: {reason}") from None
         parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
         queries += parts
         cut += len(parts) > 1

@@ -13,6 +13,7 @@ from folio import rng
 from folio.config.options import Sampling
 from folio.data import tokenizers
 from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
 from folio.files import read_text
 from folio.model.attention import KVCache
 from folio.model.config import GPTConfig
@@ -163,11 +164,11 @@ def encode_prompt(knob: str, start: str, tokens: Tokenizer, shape: GPTConfig) ->
     try:
         ids: list[int] = tokens.encode(prompt, special=True).tolist()
     except ValueError as error:
-        raise ValueError(f"{knob}: {error}") from None
+        raise UserError(f"{knob}: {error}") from None
     if not ids:
-        raise ValueError(f"{knob} is empty: give at least one token to go on from")
+        raise UserError(f"{knob} is empty: give at least one token to go on from")
     if isinstance(shape.vocab_size, int) and max(ids) >= shape.vocab_size:
-        raise ValueError(f"{knob}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
+        raise UserError(f"{knob}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
     return prompt, ids
 
 

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from folio.errors import UserError
+
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
 _STORES: dict[str, Any] = {}  # keys of the "job", which may be started anew, and of this "start"
@@ -32,13 +34,13 @@ def place() -> tuple[int, int, int]:
     if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
         return 0, 1, 0
     if missing := [name for name in _LAUNCHER if name not in os.environ]:
-        raise ValueError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
+        raise UserError(f"{missing[0]} is not set, but {', '.join(_LAUNCHER)} go together: use torchrun")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         if not (value := os.environ.get(name, "1")).isdecimal() or (name.endswith("SIZE") and int(value) == 0):
-            raise ValueError(f"{name}={value}: must be a whole number, as torchrun sets it")
+            raise UserError(f"{name}={value}: must be a whole number, as torchrun sets it")
     rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not max(rank, local_rank) < world:
-        raise ValueError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
+        raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank}: both must be below WORLD_SIZE={world}")
     return rank, world, local_rank
 
 

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from folio.config.options import Processes, System
+from folio.errors import UserError
 from folio.machine import processes
 from folio.machine.flops import peak
 from folio.model.attention import within_documents
@@ -127,7 +128,7 @@ class Runtime:
             dtype = _fast_dtype(self.device)
         self.dtype = DTYPES[dtype]
         if self.parallel != "ddp" and dtype == "float16":
-            raise ValueError(
+            raise UserError(
                 f"dtype=float16 does not go with parallel={self.parallel}: use --dtype=bfloat16 or --dtype=float32"
             )
         if self.device.type == "cpu" and self.world > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -370,7 +371,7 @@ class Runtime:
         every = self.gather(found)
         for rank, other in enumerate(every):
             if what := next((name for name in found if other[name] != every[0][name]), None):
-                raise ValueError(
+                raise UserError(
                     f"{what} is {every[0][what]} on rank 0 and {other[what]} on rank {rank}: all processes need the "
                     "same knobs, data and out_dir"
                 )
@@ -537,7 +538,7 @@ def _shards(parallel: str, world: int) -> int:
         return world if parallel == "fsdp" else 1
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     if not local.isdecimal() or not 1 < int(local) < world or world % int(local):
-        raise ValueError(
+        raise UserError(
             f"parallel=hsdp shares the model within each machine, but WORLD_SIZE={world} and "
             f"LOCAL_WORLD_SIZE={local or 'not set'}: that needs several machines of as many processes; use fsdp"
         )
@@ -556,15 +557,15 @@ def _device(asked: str, before: str | None, local_rank: int, world: int) -> torc
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ValueError(f"device={asked}: must be auto, cpu, cuda, cuda:0 … or mps") from None
+        raise UserError(f"device={asked}: must be auto, cpu, cuda, cuda:0 … or mps") from None
     if not have.get(device.type, False):
-        raise ValueError(f"device={asked}: there is none on this machine; use --device=cpu or --device=auto")
+        raise UserError(f"device={asked}: there is none on this machine; use --device=cpu or --device=auto")
     if device.type != "cuda":
         return device
     index = local_rank if world > 1 else (device.index or 0)
     last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank finds it
     if last >= (count := torch.cuda.device_count()):
-        raise ValueError(
+        raise UserError(
             f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs: start a process for each of them"
         )
     return torch.device("cuda", index)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from folio.errors import UserError
+
 if sys.platform != "win32":
     import resource
 
@@ -65,7 +67,7 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
             helps = advice()
         except (MemoryError, RuntimeError):
             helps = "folio plan says what a run needs, and what would fit"
-        raise ValueError(line(error, doing, helps)) from None
+        raise UserError(line(error, doing, helps)) from None
 
 
 def room(device: torch.device) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from folio.errors import UserError
+
 AUTO = Literal["auto"]
 
 
@@ -36,7 +38,7 @@ class GPTConfig:
             heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = [*[n for n in heads if n < self.n_head][-1:], *[n for n in heads if n > self.n_head][:1]]
             width = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ValueError(
+            raise UserError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                 f"choose n_head={' or '.join(map(str, near))}, or n_embd={width}"
             )

@@ -33,6 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from folio.data.token_files import META, SPLITS, UNFINISHED
 from folio.data.tokenizers import Characters, Tokenizer, stored
+from folio.errors import UserError
 from folio.files import InUseError, Lock, read_json
 from folio.preparation.sources import BLOCK, Block, Files, Source
 from folio.preparation.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
@@ -129,16 +130,16 @@ def _finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite
         if (folder / UNFINISHED / STATE).exists():
             return False
         if found := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".npy", ".ds")):
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
             ) from None
         return False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
+        raise UserError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
     _refuse_difference(f"{folder} was made", made, described, recipe.source)
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
-        raise ValueError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
+        raise UserError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
     say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
 
@@ -150,7 +151,7 @@ def _refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], sour
         return
     if changed:
         told = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
-        raise ValueError(f"{what} with other settings ({told}): --overwrite makes it anew")
+        raise UserError(f"{what} with other settings ({told}): --overwrite makes it anew")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -228,7 +229,7 @@ class _Job:
                         files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
                     except ValueError as error:
                         (work / STATE).unlink()  # going on would end here again
-                        raise ValueError(f"{folder}: {error}{_count(writer.skipped)}") from None
+                        raise UserError(f"{folder}: {error}{_count(writer.skipped)}") from None
                 state["meta"] = self._meta(writer, tokenizer, files)
                 state["place"] = "" if writer.place == work else writer.place.name
                 state["replaces"] = sorted(listed(folder))
@@ -300,7 +301,7 @@ class _Job:
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise ValueError("a worker process was killed, perhaps for memory: run it again to go on") from None
+            raise UserError("a worker process was killed, perhaps for memory: run it again to go on") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from folio.config.options import DATA_SETS
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
+from folio.errors import UserError
 from folio.files import decode_text, download, read_text
 from folio.preparation.job import Recipe
 from folio.preparation.sources import Files, Hub, Source, Texts, find
@@ -54,7 +55,7 @@ def stdlib(folder: Path, source: str) -> Recipe:
     root = Path(source or sysconfig.get_path("stdlib"))
     files = list(_sources(root))
     if not files:
-        raise ValueError(f"{root} holds no Python sources: give a folder that does as --source")
+        raise UserError(f"{root} holds no Python sources: give a folder that does as --source")
     say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
     train = "".join(text for i, text in enumerate(files) if i % 10 != 9)
     made = {"dataset": "stdlib", "python": platform.python_version()}
@@ -91,10 +92,10 @@ def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recip
     if name not in KNOWN:
         close = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KNOWN)}"
-        raise ValueError(f"no data set, file or folder {name!r} to prepare: {hint}")
+        raise UserError(f"no data set, file or folder {name!r} to prepare: {hint}")
     open_to_choice = list(inspect.signature(KNOWN[name]).parameters)[2:]
     if fixed := [knob for knob in chosen if knob not in open_to_choice]:
-        raise ValueError(f"--{fixed[0]} is fixed in the recipe of {name}: name its files to prepare them otherwise")
+        raise UserError(f"--{fixed[0]} is fixed in the recipe of {name}: name its files to prepare them otherwise")
     return KNOWN[name](folder, source, **chosen)
 
 
@@ -121,7 +122,7 @@ def named_by_user(
     source: Source
     if sources[0].startswith("hf:"):
         if len(sources) > 1:
-            raise ValueError(f"{sources[0]} goes alone: prepare {sources[1]} as another data set and mix them")
+            raise UserError(f"{sources[0]} goes alone: prepare {sources[1]} as another data set and mix them")
         source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
         fraction = val_fraction or 0.01
     else:
@@ -130,7 +131,7 @@ def named_by_user(
         source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
     single = isinstance(source, Files) and source.single
     if single and val_documents:
-        raise ValueError(f"{sources[0]} is one text, which is divided within: give --val_fraction, not --val_documents")
+        raise UserError(f"{sources[0]} is one text, which is divided within: give --val_fraction, not --val_documents")
     separated = tokens is not None and tokens.eot is not None
     by_shard = shard_size and separated and not (val_fraction or val_documents or single)
     layout = Layout(
@@ -151,7 +152,7 @@ def _cut(folder: Path, name: str, text: str, tokenizer: Tokenizer) -> Recipe:
 def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenizer: Tokenizer) -> Recipe:
     digest = hashlib.sha256(train.encode() + val.encode()).hexdigest()
     if not (train and val):
-        raise ValueError(f"{folder / 'train.bin'} or val.bin would be empty: the text is too short to split")
+        raise UserError(f"{folder / 'train.bin'} or val.bin would be empty: the text is too short to split")
     texts = Texts({"sha256": digest}, {"train": [train], "val": [val]})
     return Recipe(texts, tokenizer, Layout(eot="none"), given_splits=True, made=made)
 

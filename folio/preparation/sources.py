@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from folio.data.token_files import Split
+from folio.errors import UserError
 from folio.files import other_encoding, require_file
 from folio.preparation.workers import LONGEST_LINE, Span, Spans, cut
 from folio.records.console import say
@@ -393,7 +394,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
             here = {p: p.relative_to(path).as_posix() for p in _below(path)}
         elif path.exists():
             if kind_of(require_file(path)) is None:
-                raise ValueError(f"{path}: not a known kind of text file: {', '.join(_KINDS)}{_remedy([path])}")
+                raise UserError(f"{path}: not a known kind of text file: {', '.join(_KINDS)}{_remedy([path])}")
             here = {path: path.name}
         else:
             here = {p: p.name for p in map(Path, sorted(glob.glob(name, recursive=True))) if not p.is_dir()}
@@ -404,7 +405,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         if not taken:
             has = f" ({_counted(others)})" if others else ""
             known = f"of a known kind: {', '.join(_KINDS)}{_remedy(others)}"
-            raise ValueError(f"{name}: none of its {len(here)} files{has} is {known}")
+            raise UserError(f"{name}: none of its {len(here)} files{has} is {known}")
         if others:
             say(f"{name}: other files, left out: {len(others)} ({_counted(others)})")
         for p in taken:
@@ -502,7 +503,7 @@ class Hub:
     def _stream(self, data: Any, position: Any, part: tuple[int, int]) -> Iterator[Block]:
         if part[1] > 1:
             if data.num_shards < part[1]:
-                raise ValueError(f"{self._label} has {data.num_shards} files: --shard_of takes as many parts at most")
+                raise UserError(f"{self._label} has {data.num_shards} files: --shard_of takes as many parts at most")
             data = data.shard(num_shards=part[1], index=part[0], contiguous=True)
         number = 0
         if position:
@@ -528,15 +529,15 @@ class Hub:
             files = [str(p) for p in find([path])[0]]
             kinds = {kind_of(Path(f)) for f in files}
             if len(kinds) > 1 or not kinds <= {"lines", "packed", "parquet"}:
-                raise ValueError(f"{path}: the datasets library takes parquet or JSON lines, not a mixture or text")
+                raise UserError(f"{path}: the datasets library takes parquet or JSON lines, not a mixture or text")
             path, local = ("parquet" if kinds == {"parquet"} else "json"), {"data_files": {self.split: files}}
         config = None if local else self.config
         try:
             data = datasets.load_dataset(path, config, split=self.split, streaming=self.streaming, **local)
         except Exception as error:  # the library raises almost anything
             reason = next(iter(chain(str(error).splitlines(), [type(error).__name__])))
-            raise ValueError(f"hf:{self.name} cannot be loaded ({type(error).__name__}: {reason})") from None
+            raise UserError(f"hf:{self.name} cannot be loaded ({type(error).__name__}: {reason})") from None
         names = data.column_names
         if names and self.text_key not in names:
-            raise ValueError(f"hf:{self.name} has no column {self.text_key!r} but {', '.join(names)}: --text_key=…")
+            raise UserError(f"hf:{self.name} has no column {self.text_key!r} but {', '.join(names)}: --text_key=…")
         return data.select_columns(self.text_key)

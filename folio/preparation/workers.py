@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from folio.data.tokenizers import Ids, Tokenizer, from_json, stored
+from folio.errors import UserError
 from folio.files import decode_text, other_encoding
 
 LONGEST_LINE = 2**27  # bytes: a line that is longer is no document but a mistake, or an attack
@@ -241,9 +242,9 @@ def cut(file: BinaryIO, at: int, size: int) -> int:
         length *= 2
 
 
-def refusal(span: Span, i: int, flaw: Flaw) -> ValueError:
+def refusal(span: Span, i: int, flaw: Flaw) -> UserError:
     """What is said of the i-th line or document of a span where it ends the work."""
-    return ValueError(f"{place(span, i)}: {flaw.what}{flaw.more} (--on_error=skip leaves such documents out)")
+    return UserError(f"{place(span, i)}: {flaw.what}{flaw.more} (--on_error=skip leaves such documents out)")
 
 
 def place(span: Span, i: int) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 
 from folio.data.token_files import META, SPLITS, Eot, Split
 from folio.data.tokenizers import Ids
+from folio.errors import UserError
 from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
 from folio.preparation.sources import Block
 from folio.preparation.workers import Tokenised
@@ -56,7 +57,7 @@ class Stream:
         if self.tokens:
             size = self._offset + self.tokens * dtype.itemsize
             if not self._path.is_file() or self._path.stat().st_size < size:
-                raise ValueError(f"{self._path} is damaged: remove {folder} to begin again")
+                raise UserError(f"{self._path} is damaged: remove {folder} to begin again")
             self._file = self._path.open("r+b")
             self._file.truncate(size)
             self._file.seek(0, io.SEEK_END)
@@ -144,10 +145,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove {folder} to begin again") from None
+        raise UserError(f"{path} is damaged ({error}): remove {folder} to begin again") from None
     state.pop("sha256", None)
     if not {"made", "block"} <= state.keys():
-        raise ValueError(f"{path} is damaged: remove {folder} to begin again")
+        raise UserError(f"{path} is damaged: remove {folder} to begin again")
     return state
 
 
@@ -242,9 +243,9 @@ class Writer(_Counted):
             return {"val": files[:1], "train": files[1:]}
         for split, stream in self.streams.items():
             if not stream.total and self.given:
-                raise ValueError(f"nothing is left for {split}: the text is too short to divide")
+                raise UserError(f"nothing is left for {split}: the text is too short to divide")
             if not stream.total:
-                raise ValueError(
+                raise UserError(
                     f"no document is left for {split}, of {self.documents} in all: give more documents, or another "
                     "--val_fraction or --val_documents (one text alone is divided if it is a .txt file)"
                 )
@@ -313,7 +314,7 @@ class Parts:
                 continue
             for name, size in read_state(folder)["sizes"].items():
                 if (folder / name).stat().st_size != size:
-                    raise ValueError(f"{folder / name} is damaged: remove {folder} to make that part again")
+                    raise UserError(f"{folder / name} is damaged: remove {folder} to make that part again")
             rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
             skip = rows[: done if number == first else 0].sum(axis=0)
             skipped = Counter[str](read_state(folder)["skipped"])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from folio import files
+from folio.errors import UserError
 from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.records.run_folder import METRICS
@@ -83,7 +84,7 @@ def read(out_dir: Path) -> Records:
     for record in {tuple(map(str, map(r.get, ("kind", "step", "style", "number")))): r for r in found}.values():
         records[record["kind"]].append(record)
     if not records:
-        raise ValueError(f"{path} holds nothing yet: let the run get to its first loss")
+        raise UserError(f"{path} holds nothing yet: let the run get to its first loss")
     return records
 
 
@@ -198,7 +199,7 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
         OSError: the picture cannot be written.
     """
     if picture.suffix.lower() not in FORMATS:
-        raise ValueError(f"{picture}: its suffix must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        raise UserError(f"{picture}: its suffix must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -207,7 +208,7 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
     histories = [history(name, read(path), asked(path)) for name, path in named]
     for h, path in zip(histories, folders.values(), strict=True):
         if not (h.train.size or h.validation.size or any(p.size for p in h.hellaswag.values())):
-            raise ValueError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
+            raise UserError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name; a box stands there

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from folio import __version__, files
 from folio.config.options import OF_THE_CALL, possible
+from folio.errors import UserError
 
 CONFIG = "config.json"  # the options that were given, and the run's id
 METRICS = "metrics.jsonl"
@@ -80,15 +81,15 @@ def asked(out_dir: Path) -> Asked:
     try:
         raw, sealed = files.read_sealed(path)
         if not sealed and raw.keys() != {"run", "folio", "asked"}:
-            raise ValueError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
+            raise UserError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
         if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
-            raise ValueError(f"{path}: its run is not text, or its asked is not an object")
+            raise UserError(f"{path}: its run is not text, or its asked is not an object")
         return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, LookupError) as error:
         why = str(error).removeprefix(f"{path}").lstrip(": ")
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
             f"--init_from=resume; --init_from={out_dir} loads the weights alone"
         ) from None

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from folio.errors import UserError
 from folio.records.run_folder import TENSORBOARD
 
 Record = dict[str, Any]
@@ -152,7 +153,7 @@ def parse(track: str) -> tuple[str, ...]:
     names = tuple(filter(None, map(str.strip, track.split(","))))
     for name in names:
         if name not in KNOWN:
-            raise ValueError(f"track={track}: there is no tracker {name!r}: choose from {', '.join(KNOWN)}")
+            raise UserError(f"track={track}: there is no tracker {name!r}: choose from {', '.join(KNOWN)}")
     return names
 
 

@@ -40,6 +40,7 @@ from folio.config.options import (
 from folio.data.rows import Tokens
 from folio.data.token_files import GPT2, Split
 from folio.data.tokenizers import Tokenizer, from_json
+from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate
 from folio.generation.sampling import continuations, encode_prompt
@@ -133,7 +134,7 @@ class Run:
     def vocabulary(self) -> Tokenizer:
         """Raises ValueError where nothing says what the token ids mean."""
         if self.tokenizer is None:
-            raise ValueError(
+            raise UserError(
                 f"nothing says what the token ids of {self.tokens.name} mean, so no text can be made of them: "
                 "put a meta.json or meta.pkl beside the token files"
             )
@@ -304,7 +305,7 @@ def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int
         below = next(w for w in range(world, 0, -1) if rows % w == 0)
         near_world = next((w for w in range(world, 2 * world - below) if rows % w == 0), below)
         near_rows = max(1, round(rows / world)) * world
-        raise ValueError(
+        raise UserError(
             f"gradient_accumulation_steps × batch_size = {steps} × {size} = {counted(rows, 'row')} cannot be shared by "
             f"{counted(world, 'process')}: {counted(near_world, 'process')} or {counted(near_rows, 'row')} would fit"
         )
@@ -657,7 +658,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         remedy = (
             "give --data_dir the data that the run was trained on" if former else "set --vocab_size to that or more"
         )
-        raise ValueError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
+        raise UserError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
     if config.data.document_mask:
         lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
     _check_size(shape)
@@ -758,7 +759,7 @@ def _check_size(shape: GPTConfig) -> None:
     """Raises ValueError for weights that this machine cannot hold: the system might kill the process without a word."""
     with shortage.explained("building the model", lambda: _SMALLER):
         if 4 * _count(shape) > shortage.machine():
-            raise ValueError(f"out of memory while building the model: {_least(shape)}")
+            raise UserError(f"out of memory while building the model: {_least(shape)}")
 
 
 def _count(shape: GPTConfig) -> int:
@@ -791,7 +792,7 @@ def _measurements(run: Run, lines: list[str]) -> Iterator[Work]:
         _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
         room = o.sample_tokens - len(prompt)
         if room < 1:
-            raise ValueError(
+            raise UserError(
                 f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
             )
         how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
@@ -867,7 +868,7 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
         if state.keys() >= _PARTS:
             found = _Former(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), lines)
             return None if known and found.id != known else found
-    raise ValueError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
+    raise UserError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 
 def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> TrainConfig:
@@ -909,7 +910,7 @@ def _shape_of(given: GPTConfig, config: TrainConfig, former: _Former | None, lin
             chosen[name] = mine
             lines.append(f"{name} {'cropped' if cropped else 'grown'} from {theirs} to {mine}")
         elif source == COMMAND_LINE:
-            raise ValueError(f"--{name}={mine} does not fit the checkpoint, which has {name}={theirs}")
+            raise UserError(f"--{name}={mine} does not fit the checkpoint, which has {name}={theirs}")
         else:
             lines.append(f"{name}={theirs} from the checkpoint, not {mine} from {source}")
     return replace(given, **chosen)
@@ -939,7 +940,7 @@ def _tokenizer_of(
     if why and model:
         line = f"the token ids of {tokens.name} mean something else to the model of {model.path}: they are {why}"
         if resumed:
-            raise ValueError(
+            raise UserError(
                 f"{line}: give --data_dir the data that the run was trained on, or start afresh with "
                 "--init_from=scratch"
             )
@@ -959,7 +960,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
         )
         lines += damaged
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
             )
     state, positions, row = found.state, run.model.config.block_size, run.tokens.block_size
@@ -977,7 +978,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     try:
         run.state, run.owed = State.of(state), set(state.get("owed", ()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
+        raise UserError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
     run.id, run.begun = former.id, run.state.step
     run.started -= run.state.seconds
     lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")

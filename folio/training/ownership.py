@@ -8,6 +8,7 @@ from pathlib import Path
 
 from folio import files
 from folio.checkpoints import pt_files
+from folio.errors import UserError
 from folio.records import log, run_folder
 from folio.records.run_folder import (
     BEST,
@@ -67,7 +68,7 @@ def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
     said |= {path: _is_log(path) for path in _there(out_dir, [LOG_TXT] if log_txt else [])}
     for path, mine in said.items():
         if not (ours if mine is None else mine):
-            raise ValueError(
+            raise UserError(
                 f"{path} was not written by a run of Folio, and this run would replace it: choose another --out_dir, "
                 "or move it away"
             )

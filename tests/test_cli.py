@@ -127,4 +127,4 @@ def test_a_bug_of_folio_itself_is_not_hidden(folio, monkeypatch) -> None:
     code, _, err = folio("train")
     assert code == 1
     assert err.startswith("Traceback")
-    assert err.endswith("AttributeError: a bug\n")
+    assert "AttributeError: a bug\nthis is a defect of Folio: please report it" in err

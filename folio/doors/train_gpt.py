@@ -8,6 +8,7 @@ from typing import Literal
 
 from folio.config.options import ITSELF, Sampling, TrainConfig, knob, override
 from folio.data.rows import find
+from folio.errors import UserError
 from folio.training.loop import EXIT
 from folio.training.showcase import show
 
@@ -95,9 +96,9 @@ def main(options: Options) -> int:
         ) from None
     try:
         return EXIT.get(show(config, BEFORE_AND_AFTER).stop, 0)
-    except (ValueError, OSError, FloatingPointError) as error:  # which speak of folio train's knobs
+    except (UserError, OSError, FloatingPointError) as error:  # which speak of folio train's knobs
         if isinstance(error, OSError) and error.strerror:
             raise
         flags = {ours: theirs for theirs, ours in KNOBS.items()}
         line = re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], str(error))
-        raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(line) from None
+        raise (FloatingPointError if isinstance(error, FloatingPointError) else UserError)(line) from None

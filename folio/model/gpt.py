@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from folio.errors import UserError
 from folio.model.attention import KVCache, Mask, attend
 from folio.model.config import GPTConfig
 
@@ -118,7 +119,7 @@ class GPT(nn.Module):
         super().__init__()
         config.check()
         if config.vocab_size == "auto":
-            raise ValueError("vocab_size='auto' is for the trainer, which knows the data: give a number")
+            raise UserError("vocab_size='auto' is for the trainer, which knows the data: give a number")
         self.config = config
         self.transformer = Transformer(config, config.vocab_size)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -167,7 +168,7 @@ class GPT(nn.Module):
         T = idx.size(1)
         if positions is None:
             if start + T > self.config.block_size:
-                raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
+                raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)
         body = self.transformer
         x = body.drop(body.wte(idx) + body.wpe(positions))  # (B, T, C)
@@ -204,7 +205,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Keeps the first ``block_size`` positions; raises ValueError where there are fewer."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} is not within 1 … {self.config.block_size}")
+            raise UserError(f"block_size={block_size} is not within 1 … {self.config.block_size}")
         if block_size == self.config.block_size:
             return
         self.config = replace(self.config, block_size=block_size)
@@ -219,7 +220,7 @@ class GPT(nn.Module):
         "Initializing New Word Embeddings for Pretrained Language Models", 2021).
         """
         if vocab_size < (old := self.transformer.wte.num_embeddings):
-            raise ValueError(f"vocab_size={vocab_size} is below the {old} that the model has")
+            raise UserError(f"vocab_size={vocab_size} is below the {old} that the model has")
         if vocab_size == old:
             return
         self.config = replace(self.config, vocab_size=vocab_size)

@@ -35,11 +35,12 @@ evaluate(sys.argv[1], "cpu")
 OURS = """
 import sys, time
 from pathlib import Path
-from folio import hellaswag, pretrained
+from folio.checkpoints import hugging_face
+from folio.evaluation import hellaswag
 from folio.config.options import System
 from folio.machine.runtime import Runtime
 
-chosen, dtype = pretrained.find(sys.argv[1]), sys.argv[3]
+chosen, dtype = hugging_face.find(sys.argv[1]), sys.argv[3]
 model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))
 runtime.wrap(model, None)
 began = time.perf_counter()

@@ -774,7 +774,7 @@ def test_memory_of_loading(tmp_path, form) -> None:
         torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=form == "ckpt.pt")
     script = f"""
 import re, torch
-from folio import pretrained
+from folio.checkpoints import hugging_face
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()

@@ -264,7 +264,8 @@ def test_drawn_texts(pair, gpt2) -> None:
 RANKS = """
 import json, sys
 import torch
-from folio import harness, pretrained
+from folio.checkpoints import hugging_face
+from folio.evaluation import harness
 from folio.config.options import Processes, System
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime

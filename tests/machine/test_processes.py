@@ -52,7 +52,8 @@ RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--
 FAULTY = """
 import os, sys, time
 from itertools import count
-from folio import checkpoint, cli, files
+from folio import cli, files
+from folio.checkpoints import checkpoint
 from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 

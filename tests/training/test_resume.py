@@ -24,7 +24,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals
 # Trains, and kills itself without warning when a function is called for the nth time, or after it
 SUICIDE = """
 import os, signal, sys
-from folio import checkpoint, cli, files, log
+from folio import cli, files
+from folio.checkpoints import checkpoint
+from folio.records import log
 name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
 owner = {"checkpoint": checkpoint, "files": files, "log": log.Log}[name.split(".")[0]]
 function, calls = getattr(owner, name.split(".")[1]), 0

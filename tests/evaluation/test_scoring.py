@@ -201,7 +201,7 @@ def test_beside_a_compiled_loss(request) -> None:
 
 SCRIPT = """
 import json, sys
-sys.path.insert(0, "tests/evaluation")
+sys.path[:0] = ["tests", "tests/evaluation"]
 from test_scoring import model_of, queries
 from folio.evaluation import scoring
 from folio.config.options import Processes, System

@@ -12,7 +12,10 @@ from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
 from folio.config.options import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
-from folio.training.loop import EXIT, Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run, finish
+from folio.training.start import build
+from folio.training.stopping import EXIT
 
 T = TypeVar("T")
 

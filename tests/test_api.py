@@ -167,7 +167,7 @@ def test_the_import_alone_is_light() -> None:
     """And torch comes when something is asked for, whatever was imported before."""
     done = python(
         "-c",
-        "import sys, folio; assert 'torch' not in sys.modules; from folio.training.loop import build; "
+        "import sys, folio; assert 'torch' not in sys.modules; from folio.training.start import build; "
         "import folio.generation.sampling; "
         "assert callable(folio.train) and callable(folio.generate); from folio import GPT, GPTConfig; "
         "print(GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).get_num_params())",

@@ -9,7 +9,11 @@ from folio.config.options import COMMAND_LINE, override, read_file
 from folio.config.options import TrainConfig as Options
 from folio.data.rows import find
 from folio.records.console import say
-from folio.training.loop import EXIT, build, finish, fit, has_run
+from folio.training.loop import fit
+from folio.training.resume import has_run
+from folio.training.run import finish
+from folio.training.start import build
+from folio.training.stopping import EXIT
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 _CHOICES = {"dataset", "data_dir", "data_mixture"}

@@ -151,3 +151,7 @@ def _is_log(path: Path) -> bool:
             return bool(_LOG_LINE.fullmatch(file.readline(1 << 16)))
     except (ValueError, OSError):
         return False
+
+
+def unwritable(out_dir: Path, error: OSError) -> OSError:
+    return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir")

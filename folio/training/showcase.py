@@ -7,7 +7,10 @@ from folio.generation.sampling import LINE, continuations
 from folio.records.console import say
 from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
-from folio.training.loop import EXIT, Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run, finish
+from folio.training.start import build
+from folio.training.stopping import EXIT
 
 
 def show(config: TrainConfig, how: Sampling) -> Run:

@@ -39,7 +39,7 @@ from folio.commands import train
 from folio.machine import processes
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
-from folio.training import loop
+from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -319,7 +319,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         monkeypatch.setattr(processes, "_STORES", {})
-        monkeypatch.setattr(loop, "_NUMBERS", count())  # as of a process that has just begun
+        monkeypatch.setattr(start, "_NUMBERS", count())  # as of a process that has just begun
         LEFT.append([])
         monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):

@@ -21,7 +21,9 @@ from folio.checkpoints import checkpoint
 from folio.config.options import TrainConfig
 from folio.records import run_folder
 from folio.training import ownership
-from folio.training.loop import Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run, finish
+from folio.training.start import build
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Outcome]

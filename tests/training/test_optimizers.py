@@ -10,7 +10,8 @@ import torch
 from folio.config.options import Optimizer
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.training.optimizers import adamw, learning_rate
+from folio.training.optimizers import adamw
+from folio.training.schedule import learning_rate
 
 
 def _model(**shape: object) -> GPT:

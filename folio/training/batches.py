@@ -17,22 +17,22 @@ from folio.training.run import Run
 
 
 class MicroBatch(NamedTuple):
-    """One forward and backward: tokens, targets and the number of each token's document, (B, T); dropout's seed."""
+    """What one forward and backward takes: (B, T) each, and the seed of its dropout."""
 
     idx: Tensor
     targets: Tensor
-    documents: Tensor | None
+    documents: Tensor | None  # the number of each token's document
     seed: int
 
 
 def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int]]:
     """This rank's share of a step's rows: (first row, rows, global micro step) of each micro step.
 
-    Where the world divides the accumulation, the micro steps are dealt out and a rank's are those of one
-    process. Else each rank takes its share of the rows in micro batches of at most ``batch_size``.
+    If the world divides the accumulation, the ranks take the micro steps of one process in turn. Else each rank takes
+    an equal share of the rows, in micro batches of at most ``batch_size``.
 
     Raises:
-        ValueError: the world does not divide the rows; names the nearest that fit.
+        UserError: the world does not divide the rows; names the nearest numbers that fit.
     """
     steps, size = data.gradient_accumulation_steps, data.batch_size
     rows = steps * size

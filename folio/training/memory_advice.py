@@ -1,4 +1,4 @@
-"""What a step needs of a device's memory, and which options need less."""
+"""How much memory a step needs, and which options need less."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def step_of_a_device(
     data: Data, several: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
 ) -> memory.Step:
-    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    """What the first device does in a step. Raises UserError if the devices do not divide the rows."""
     from folio.machine.memory import Step
 
     share = micro_batches(data, 0, world)
@@ -34,7 +34,7 @@ _SMALLER = "lower --block_size, --n_layer or --n_embd"
 
 
 def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
-    """What a step needs by the arithmetic of ``folio plan``, and which options need less."""
+    """A line: the memory that a step needs, computed as ``folio plan`` does, and options that need less."""
     from folio.machine import memory
 
     def total(way: dict[str, Any]) -> int:
@@ -59,7 +59,7 @@ def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
 
 
 def check_size(shape: GPTConfig) -> None:
-    """Raises ValueError for weights that this machine cannot hold: the system might kill the process without a word."""
+    """Raises UserError for weights that this machine cannot hold; else the system might kill the process silently."""
     with shortage.explained("building the model", lambda: _SMALLER):
         if 4 * _count(shape) > shortage.machine():
             raise UserError(f"out of memory while building the model: {least(shape)}")
@@ -71,6 +71,7 @@ def _count(shape: GPTConfig) -> int:
 
 
 def least(shape: GPTConfig) -> str:
+    """A line: the least memory that a model of this shape takes."""
     count = _count(shape)
     return (
         f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "

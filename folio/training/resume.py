@@ -1,4 +1,4 @@
-"""What an earlier run left, and how a run resumes from it."""
+"""How a run finds an earlier one in its folder and resumes it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State
 
 
 class Former(NamedTuple):
-    """What an earlier run left: its id, the newest checkpoint whose state can be read, and what is to be said of it."""
+    """An earlier run: its id, and its newest checkpoint with a readable state."""
 
     id: str
     found: checkpoint.Checkpoint
-    lines: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # for the reader
 
 
 def has_run(out_dir: Path) -> bool:
-    """Whether there is a run that ``init_from=resume`` or ``auto`` would go on with."""
+    """Whether there is a run that ``init_from=resume`` or ``auto`` would resume."""
     return bool(run_folder.steps(out_dir)) or (out_dir / NANOGPT).is_file()
 
 
 def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
-    """What ``init_from`` finds in the folder; where an id is ``known``, nothing but that run."""
+    """The run that ``begin`` (``init_from``) resumes; only the run with the ``known`` id, if one is given.
+
+    Raises:
+        FileNotFoundError: there is none, and ``begin`` is ``resume``.
+        UserError: every checkpoint is damaged.
+    """
     if begin not in ("resume", "auto"):
         return None
     have = run_folder.steps(out_dir)
@@ -54,10 +59,10 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
     path = out_dir / run_folder.CONFIG
     try:
         run_id, asked, sealed = run_folder.asked(out_dir)
-        lines = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
+        notes = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
     except FileNotFoundError:
         run_id, asked = "", {}
-        lines = (f"{path} is missing: options that are not given now have their defaults",)
+        notes = (f"{path} is missing: options that are not given now have their defaults",)
     for step in reversed(have):
         path = run_folder.checkpoint_folder(out_dir, step)
         try:
@@ -65,41 +70,44 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
         except ValueError:
             continue
         if state.keys() >= _PARTS:
-            found = Former(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), lines)
+            found = Former(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), notes)
             return None if known and found.id != known else found
     raise UserError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 
-def overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> TrainConfig:
-    """defaults < files < what the checkpoint's run was asked < command line."""
+def overlay(config: TrainConfig, former: Former) -> tuple[TrainConfig, list[str]]:
+    """defaults < files < the options of the former run < command line; and notes about it and its options."""
+    asked, notes = former.found.asked, list(former.notes)
     mine, values = flat(config), {}
     for name, value in asked.items():
         source = config.sources.get(name)
         if name in OF_THE_CALL or name not in mine or source == COMMAND_LINE:
             continue
         if source and mine[name] != value:
-            lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
+            notes.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
         values[name] = value
     merged = override(config, values)
     o = merged.optimizer
     longer = o.max_iters > max(asked.get("max_iters", o.max_iters), o.lr_decay_iters)
     if longer and o.decay_lr and not o.restart_interval and o.lr_decay_iters == asked.get("lr_decay_iters"):
-        lines.append(
+        notes.append(
             f"max_iters grew from {asked['max_iters']} to {o.max_iters}: beyond lr_decay_iters={o.lr_decay_iters} "
             f"the learning rate stays at min_lr={o.min_lr:g}"
         )
-    return merged
+    return merged, notes
 
 
-def shape_of(given: GPTConfig, config: TrainConfig, former: Former | None, lines: list[str]) -> GPTConfig:
-    """The given model's shape with this run's dropout, and with fewer positions or more token ids where asked for.
+def shape_of(given: GPTConfig, config: TrainConfig, former: Former | None) -> tuple[GPTConfig, list[str]]:
+    """The given model's shape with this run's dropout, with fewer positions or more token ids if asked for; and notes.
 
-    Any other shape that was typed and differs is refused.
+    Raises:
+        UserError: any other number of the shape was typed and differs.
     """
+    notes = []
     chosen: dict[str, Any] = {"dropout": config.model.dropout}
     for name in _SHAPE:
         mine, theirs, source = getattr(config.model, name), getattr(given, name), config.sources.get(name)
-        # a crop that was asked for by a run that ended before its first checkpoint
+        # the former run asked for this crop, and ended before its first checkpoint
         was_asked = name == "block_size" and former and former.found.asked.get(name) == mine
         if mine == theirs or mine == "auto" or not (source or was_asked):
             continue
@@ -107,27 +115,22 @@ def shape_of(given: GPTConfig, config: TrainConfig, former: Former | None, lines
         grown = name == "vocab_size" and mine > theirs and not former
         if cropped or grown:
             chosen[name] = mine
-            lines.append(f"{name} {'cropped' if cropped else 'grown'} from {theirs} to {mine}")
+            notes.append(f"{name} {'cropped' if cropped else 'grown'} from {theirs} to {mine}")
         elif source == COMMAND_LINE:
             raise UserError(f"--{name}={mine} does not fit the checkpoint, which has {name}={theirs}")
         else:
-            lines.append(f"{name}={theirs} from the checkpoint, not {mine} from {source}")
-    return replace(given, **chosen)
+            notes.append(f"{name}={theirs} from the checkpoint, not {mine} from {source}")
+    return replace(given, **chosen), notes
 
 
-def restore(run: Run, former: Former, lines: list[str]) -> None:
-    """Weights, optimiser and position of the newest checkpoint that verifies."""
-    found: checkpoint.Checkpoint | None = former.found
-    if not isinstance(found, PtFile):
-        found, damaged = run.runtime.broadcast(
-            lambda: checkpoint.latest(run.out_dir, former.id, aside=not run.config.evaluation.eval_only)
-        )
-        lines += damaged
-        if found is None:
-            raise UserError(
-                f"{'; '.join(damaged)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
-            )
-    state, positions, row = found.state, run.model.config.block_size, run.tokens.block_size
+def restore(run: Run, former: Former) -> list[str]:
+    """Loads weights, optimizer and position of the newest checkpoint that verifies; returns notes.
+
+    Raises:
+        UserError: no checkpoint is whole, or its tensors do not fit.
+    """
+    found, notes = _whole_checkpoint(run, former)
+    state, positions = found.state, run.model.config.block_size
 
     def cropped(tensors: checkpoint.Tensors) -> checkpoint.Tensors:
         for name, tensor in tensors:
@@ -143,43 +146,62 @@ def restore(run: Run, former: Former, lines: list[str]) -> None:
         run.state, run.owed = State.of(state), set(state.get("owed", ()))
     except (TypeError, ValueError) as error:
         raise UserError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
-    run.id, run.begun = former.id, run.state.step
-    run.started -= run.state.seconds
-    lines.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
+    run.begun = run.state.step
+    run.clock.started -= run.state.seconds
+    notes.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
     if run.begun and not run.optimizer.state:
-        lines.append("the checkpoint has no optimizer state: Adam's moments start from zero")
+        notes.append("the checkpoint has no optimizer state: Adam's moments start from zero")
+    return notes + _compare(run, found)
+
+
+def _whole_checkpoint(run: Run, former: Former) -> tuple[checkpoint.Checkpoint, list[str]]:
+    """The checkpoint to restore, and notes about damaged ones, which are set aside unless the run is read-only."""
+    if isinstance(former.found, PtFile):
+        return former.found, []
+    found, notes = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id, aside=not run.read_only))
+    if found is None:
+        raise UserError(
+            f"{'; '.join(notes)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"
+        )
+    return found, notes
+
+
+def _compare(run: Run, found: checkpoint.Checkpoint) -> list[str]:
+    """Adapts the position to this run's rows; returns notes on what differs from the run that made the checkpoint."""
+    state, notes, row = found.state, [], run.tokens.block_size
     if (before := state.get("row", found.config().block_size)) != row:
-        lines.append(
-            f"a row had {before} tokens: the data goes on at the same token, and the best evaluation is looked for anew"
+        notes.append(
+            f"a row had {before} tokens: the data continues at the same token, and the best evaluation is reset"
         )
         run.state.rows = run.state.rows * before // row
         run.state.best, run.state.evaluations_without_improvement = None, 0
     why = run.runtime.differences(state["resolved"])
     if state["data"] is None:
-        lines.append("the data goes on in this program's order: what the other has read is not known")
+        notes.append("the data continues in this program's order: which rows the other program read is unknown")
     elif state["data"] != run.tokens.fingerprint():
         why.append(f"the data in {run.tokens.name} changed")
     if why:
-        lines.append(f"exact to rounding only: {'; '.join(why)}")
+        notes.append(f"exact to rounding only: {'; '.join(why)}")
+    return notes
 
 
 def take_folder(run: Run, number: int, former: Former | None) -> list[str]:
     """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics.
 
-    Returns what is to be said of it.
+    Returns notes. Raises OSError if the folder cannot be written.
     """
-    out_dir, lines = run.out_dir, []
+    out_dir, notes = run.out_dir, []
     try:
         if former and not run.state.best:
             (out_dir / run_folder.BEST).unlink(missing_ok=True)
         if former:
-            imported = former.found.state["data"] is None  # and has measured nothing here
+            imported = former.found.state["data"] is None  # so this program measured nothing yet
             interval = 0 if imported else former.found.asked.get("log_interval", 1)
-            lines = rewind(out_dir / METRICS, run.begun, run.owed, interval)
+            notes = rewind(out_dir / METRICS, run.begun, run.owed, interval)
         else:
-            lines = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
+            notes = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         run_folder.keep_asked(out_dir, run.id, flat(run.config))
         processes.remember(number, run.id)
     except OSError as error:
         raise unwritable(out_dir, error) from None
-    return lines
+    return notes

@@ -1,11 +1,12 @@
-"""A run: all its parts, and how it ends."""
+"""A run: all its parts, its clock, and how it ends."""
 
 from __future__ import annotations
 
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,52 +25,93 @@ from folio.model.gpt import GPT
 from folio.records.log import Log, counted
 from folio.records.trackers import Record
 
-Work = tuple[Callable[["Run"], bool], Callable[["Run"], Iterable[Record]]]  # due, function → records
+
+class Work(NamedTuple):
+    """A kind of work between updates: whether it is done at this step, and a function that returns its records."""
+
+    scheduled: Callable[[Run], bool]
+    do: Callable[[Run], Iterable[Record]]
 
 
 class Figures(NamedTuple):
-    """A step's [nats, tokens, signal, gradient norm], perhaps still on their way from the device."""
+    """What a step computed, perhaps still on its way from the device."""
 
     step: int
-    lr: float
-    at: float  # when they were asked for
-    read: Callable[[], list[float]]
+    learning_rate: float
+    requested_at: float  # by the clock of time.perf_counter
+    read: Callable[[], list[float]]  # [nats, tokens, one number per stop request, gradient norm]
+
+
+@dataclass
+class Clock:
+    """The wall time of a run, its limit, and the speed of its updates without the work between them; in seconds."""
+
+    started: float = field(default_factory=time.perf_counter)  # when this process began, less the seconds before it
+    deadline: float = math.inf
+    steps_per_second: float = math.nan  # of the last lap
+    _lap: tuple[int, float] = field(default=(0, 0.0), init=False)  # step and time at which this lap began
+    _paused: float = field(default=0.0, init=False)  # seconds of this lap
+
+    def seconds(self, at: float | None = None) -> float:
+        """Since the run began, those of earlier processes included; now or ``at`` a time of ``time.perf_counter``."""
+        return (time.perf_counter() if at is None else at) - self.started
+
+    @property
+    def expired(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def limit(self, minutes: float) -> None:
+        """Expires so many minutes from now."""
+        self.deadline = time.perf_counter() + 60 * minutes
+
+    def begin_lap(self, step: int) -> None:
+        self._lap, self._paused = (step, time.perf_counter()), 0.0
+
+    def end_lap(self, step: int, at: float) -> None:
+        """Measures the speed since the lap began, and begins the next one."""
+        first, began = self._lap
+        self.steps_per_second = (step - first) / (at - began - self._paused)
+        self._lap, self._paused = (step, at), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside does not count into the speed."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
 
 @dataclass
 class Run:
-    """All parts of a run; ``work`` is what is done between updates, as (due, function → records)."""
+    """All parts of a run."""
 
     config: TrainConfig
     id: str
     model: GPT
     loss: Loss
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     tokens: Tokens
-    tokenizer: dict[str, Any] | None  # as JSON; None where nothing says what the ids mean
+    tokenizer: dict[str, Any] | None  # as JSON; None if the meaning of the token ids is unknown
     runtime: Runtime
     log: Log
     state: State
-    lock: files.Lock | None = None  # on the folder, for all ranks
-    work: list[Work] = field(default_factory=list)
+    lock: files.Lock | None = None  # on the folder, held by rank 0 for all ranks
+    read_only: bool = False  # eval_only: measures the loss once and writes no file
+    work: list[Work] = field(default_factory=list)  # between updates
+    clock: Clock = field(default_factory=Clock)
     begun: int = 0  # the step this process began at
-    until: float = math.inf  # when max_minutes are over
-    stop: str = ""  # why the loop ends: one of ENDS or EXIT
+    stop: str = ""  # why the loop ends: one of stopping.ENDS or stopping.EXIT
     signal: str = ""  # that this rank received
-    owed: set[str] = field(default_factory=set)  # measurements of this step that a signal ended
-    late: bool = False  # some that an earlier process owed were made here
+    owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted
+    caught_up: bool = False  # this process made a measurement that an earlier one owed
     pending: Figures | None = None  # of the last step, read one step late
-    speed: float = math.nan  # tokens per second, without the work between updates
-    started: float = field(default_factory=time.perf_counter)  # when this process began, less former seconds
-    lap: tuple[int, float] = (0, 0.0)  # step and time of the last line
-    aside: float = 0.0  # seconds of work between updates since then
 
     @property
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
 
     def vocabulary(self) -> Tokenizer:
-        """Raises ValueError where nothing says what the token ids mean."""
+        """The tokenizer of the data. Raises UserError if the meaning of the token ids is unknown."""
         if self.tokenizer is None:
             raise UserError(
                 f"nothing says what the token ids of {self.tokens.name} mean, so no text can be made of them: "
@@ -86,31 +128,24 @@ class Run:
         return self.rows_per_step * self.tokens.block_size
 
     @property
+    def tokens_per_second(self) -> float:
+        """The speed of training; NaN before it is known."""
+        return self.tokens_per_step * self.clock.steps_per_second
+
+    @property
     def mfu(self) -> float:
-        """Share of the devices' peak in use, NaN where that is unknown."""
+        """Model FLOPs utilization: share of the devices' peak in use; NaN if unknown."""
         runtime = self.runtime
-        return mfu(self.model, self.speed, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size)
+        return mfu(
+            self.model, self.tokens_per_second, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size
+        )
 
 
 def finish(run: Run) -> None:
-    """Says how it went, where it did, and gives everything back; belongs on every path."""
-    state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
+    """Reports how the run ended and releases what it holds; must be called on every path."""
     try:
-        if run.stop == "max_iters" and run.begun == state.step > 0 and not run.late:
-            run.log.say(f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that")
-        elif run.stop == "patience" and run.begun == state.step > 0 and not run.late:
-            in_vain = counted(state.evaluations_without_improvement, "evaluation")
-            run.log.say(f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that")
-        elif run.stop:
-            further = f", folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}"
-            further += f" --patience={2 * patience}" if run.stop == "patience" else ""
-            why = "" if run.stop == "max_iters" else f" ({run.stop}){f'{further} goes on' if state.step else ''}"
-            best = (
-                f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
-                if state.best
-                else ""
-            )
-            run.log.say(f"step {state.step} of {max_iters}{why}{best}")
+        if run.stop:
+            run.log.say(_last_line(run))
         run.log.close()
     finally:
         try:
@@ -118,3 +153,23 @@ def finish(run: Run) -> None:
         finally:
             if run.lock:
                 run.lock.release()
+
+
+def _last_line(run: Run) -> str:
+    state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
+    if run.begun == state.step > 0 and not run.caught_up:
+        if run.stop == "max_iters":
+            return f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that"
+        if run.stop == "patience":
+            in_vain = counted(state.evaluations_without_improvement, "evaluation")
+            return f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that"
+    why = best = ""
+    if run.stop != "max_iters":
+        why = f" ({run.stop})"
+        if state.step:
+            more = f" --patience={2 * patience}" if run.stop == "patience" else ""
+            folder = shlex.quote(str(run.out_dir))
+            why += f", folio train --init_from=resume --out_dir={folder}{more} resumes it"
+    if state.best:
+        best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
+    return f"step {state.step} of {max_iters}{why}{best}"

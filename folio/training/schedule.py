@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def learning_rate(step: int, config: Optimizer) -> float:
     """The rate of the update that follows ``step`` updates: a pure function of the two.
 
-    Linear warm-up to ``learning_rate``, cosine to ``min_lr`` at ``lr_decay_iters``, then ``min_lr``; all of it anew
+    Linear warm-up to ``learning_rate``, cosine to ``min_lr`` at ``lr_decay_iters``, then ``min_lr``; restarted
     every ``restart_interval`` steps (Loshchilov and Hutter, "SGDR", 2017).
     ``warmup="nanogpt"`` divides by ``warmup_iters + 1``, as nanoGPT's ``get_lr`` does.
     """

@@ -1,9 +1,8 @@
-"""What is done between updates: measurements, checks, checkpoints, a profile."""
+"""The work between updates: measurements, checks, checkpoints, a profile."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,72 +22,141 @@ from folio.records import run_folder
 from folio.records.trackers import Record
 from folio.training.run import Run, Work
 from folio.training.schedule import learning_rate
-from folio.training.stopping import ENDS, EXIT, WISHES, finished, largest, not_finite
+from folio.training.stopping import ENDS, EXIT, finished, most_urgent, not_finite
 
 T = TypeVar("T")
 
 
-def do_what_is_due(run: Run) -> None:
-    """The work between updates; its time does not count into the speed of training."""
-    began = time.perf_counter()
-    for due, work in run.work:
-        for record in work(run) if due(run) else ():
+def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
+    """All work between updates in its order, and notes about it for the reader."""
+    config = run.config
+    loss = measurement("eval", config.evaluation.eval_interval, evaluate_loss)
+    if run.read_only:
+        return [loss], []
+    measurements, notes = _measurements_of_text(run)
+    work = [loss, *measurements]
+    if config.processes.check_replicas_every:
+        work.append(Work(_replicas_scheduled, check_replicas))
+    work.append(Work(_checkpoint_scheduled, save_checkpoint))
+    if config.logging.profile:
+        ends, begins = profiling(run)
+        work = [ends, *work, begins]
+    return work, notes
+
+
+def run_scheduled_work(run: Run) -> None:
+    """Does the work that is scheduled at this step, which may stop the run."""
+    with run.clock.pause():
+        for work in run.work:
+            if work.scheduled(run):
+                for record in work.do(run):
+                    run.log.write(record)
+            run.stop = run.stop or finished(run)
+        if not run.stop:
+            run.owed.clear()
+
+
+def measure_once(run: Run) -> None:
+    """Does all work at once, whatever the step."""
+    for work in run.work:
+        for record in work.do(run):
             run.log.write(record)
-        run.stop = run.stop or finished(run)
-    if not run.stop:
-        run.owed.clear()
-    run.aside += time.perf_counter() - began
+
+
+def scheduled(run: Run, interval: int, *, at_end: bool, first: int = 0, again: bool = False) -> bool:
+    """Whether the step is a multiple of ``interval``, or ``at_end``; not before step ``first``.
+
+    An earlier process did the work of the step at which this one resumed, unless it is to be done ``again``.
+    """
+    step = run.state.step
+    new = again or run.begun == 0 or step != run.begun
+    return new and step >= first and (step % interval == 0 or at_end)
+
+
+# Measurements
 
 
 def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]], first: int = 0) -> Work:
-    """Due from step ``first`` on at multiples of ``interval``, and at the end.
+    """Scheduled at multiples of ``interval`` from step ``first`` on, and where training is over.
 
-    A signal ends it. Then the checkpoint says that it is owed, and the run that resumes there makes it first.
+    A signal interrupts it. The checkpoint then notes that it is owed, and a run that resumes there makes it first.
     """
 
-    def due(run: Run) -> bool:
-        step = run.state.step
-        fresh = run.begun == 0 or step != run.begun or kind in run.owed  # else an earlier process has done it
-        return fresh and step >= first and (step % interval == 0 or run.stop in ENDS or bool(finished(run)))
+    def is_scheduled(run: Run) -> bool:
+        at_end = run.stop in ENDS or bool(finished(run))
+        return scheduled(run, interval, at_end=at_end, first=first, again=kind in run.owed)
 
-    def work(run: Run) -> list[Record]:
+    def do(run: Run) -> list[Record]:
         owed = kind in run.owed
         run.owed.add(kind)
         if run.stop in EXIT:
             return []
         try:
             records = measure(run)
-        except _GivenUpError:
+        except _InterruptedError:
             return []
         except FloatingPointError as error:
             raise not_finite(run, f"{error} at step {run.state.step}", run.state.step) from None
         run.owed.discard(kind)
-        run.late |= owed
+        run.caught_up |= owed
         return records
 
-    return due, work
+    return Work(is_scheduled, do)
 
 
-class _GivenUpError(Exception):
-    """A signal ended a measurement, on all ranks, after as many of its parts."""
+def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
+    """HellaSwag and samples, which need the tokenizer; and notes about them.
+
+    Raises:
+        UserError: an option of theirs does not fit the model or the data.
+    """
+    o, shape = run.config.evaluation, run.model.config
+    if not (o.hellaswag_interval or o.sample_interval):
+        return [], []
+    tokenizer = run.vocabulary()
+    work: list[Work] = []
+    notes: list[str] = []
+    if o.hellaswag_interval:
+        asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
+        questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
+        notes += filter(None, [questions.note])
+        do = partial(evaluate_hellaswag, questions=questions)
+        work.append(measurement("hellaswag", o.hellaswag_interval, do))
+    if o.sample_interval:
+        _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
+        room = o.sample_tokens - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
+            )
+        how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
+        work.append(measurement("sample", o.sample_interval, partial(sample, tokenizer=tokenizer, how=how), first=1))
+    return work, notes
+
+
+class _InterruptedError(Exception):
+    """A signal interrupted a measurement, on all ranks after the same number of its parts."""
 
 
 def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
-    """Parts of a measurement as they go by, shown at the bar; all ranks take as many, and a signal to any ends it."""
+    """Shows the parts of a measurement in the progress bar as they are done; a signal to any rank interrupts it.
+
+    All ranks must have the same number of parts.
+    """
 
     def track(parts: Sequence[T]) -> Iterator[T]:
         for number, part in enumerate(parts, 1):
-            if name := largest(run.runtime.total(WISHES.get(run.signal, 0.0))):
-                run.stop = name
-                raise _GivenUpError
+            if run.runtime.total(float(bool(run.signal))):
+                run.stop = most_urgent(run.runtime.gather(run.signal))
+                raise _InterruptedError
             run.log.busy(f"{what} {number} of {len(parts)}")
             yield part
 
     return track
 
 
-def validate(run: Run) -> list[Record]:
-    """The loss over both splits, as many windows of each; remembers the best."""
+def evaluate_loss(run: Run) -> list[Record]:
+    """Measures the loss over both splits, as many windows of each; keeps the best validation loss."""
     state, size = run.state, run.config.data.batch_size
     windows = run.config.evaluation.eval_iters * size
 
@@ -113,19 +181,19 @@ def validate(run: Run) -> list[Record]:
         "lr": learning_rate(state.step, run.config.optimizer),
         "mfu": run.mfu,
         "tokens": state.tokens,
-        "seconds": time.perf_counter() - run.started,
+        "seconds": run.clock.seconds(),
     }
     return [record]
 
 
-def answer(run: Run, questions: hellaswag.Questions) -> list[Record]:
-    """How much of HellaSwag the model gets right."""
+def evaluate_hellaswag(run: Run, questions: hellaswag.Questions) -> list[Record]:
+    """The share of HellaSwag's questions that the model answers correctly."""
     found = hellaswag.evaluate(run.model, questions, run.runtime, track=watched(run, "HellaSwag, batch"))
     return [{"kind": "hellaswag", "step": run.state.step, **found, "tokens": run.state.tokens}]
 
 
-def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
-    """What the model makes of a prompt, on each rank, from the same draws each time."""
+def sample(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
+    """Samples from a prompt, some on each rank, drawn with the same random numbers each time."""
     runtime, seed = run.runtime, run.config.system.seed
     first = runtime.rank * how.num_samples
     watch = watched(run, "sampling, token")
@@ -136,33 +204,34 @@ def write(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
     ]
 
 
-def check_due(run: Run) -> bool:
-    every = run.config.processes.check_replicas_every
-    return every > 0 and run.state.step > run.begun and (run.state.step % every == 0 or bool(run.stop))
+# Checks, checkpoints, a profile
+
+
+def _replicas_scheduled(run: Run) -> bool:
+    return scheduled(run, run.config.processes.check_replicas_every, at_end=bool(run.stop), first=1)
 
 
 def check_replicas(run: Run) -> tuple[()]:
-    """That the processes still hold the same weights."""
+    """Checks that the processes still have the same weights. Raises FloatingPointError if not."""
     run.runtime.check_replicas(run.model)
     return ()
 
 
-def checkpoint_due(run: Run) -> bool:
-    config, step = run.config, run.state.step
-    interval = config.output.checkpoint_interval
+def _checkpoint_scheduled(run: Run) -> bool:
+    interval = run.config.output.checkpoint_interval
     if interval == "auto":
-        interval = config.evaluation.eval_interval
-    best = run.state.best is not None and run.state.best["step"] == step
-    return (step > run.begun or run.late) and (step % interval == 0 or best or bool(run.stop))
+        interval = run.config.evaluation.eval_interval
+    best = run.state.best is not None and run.state.best["step"] == run.state.step
+    return scheduled(run, interval, at_end=best or bool(run.stop), first=1, again=run.caught_up)
 
 
-def save(run: Run) -> tuple[()]:
-    """A checkpoint of this step; then ``best.json``; then older ones may go.
+def save_checkpoint(run: Run) -> tuple[()]:
+    """Writes a checkpoint of this step, then ``best.json``, then removes older checkpoints.
 
-    Training may go on while it is written, from a copy on the CPU; there is one such copy at a time.
+    Training may continue while a thread writes it from a copy on the CPU; there is one such copy at a time.
 
     Raises:
-        FloatingPointError: the last update made something that is not finite, and nothing is saved.
+        FloatingPointError: a weight or moment is not finite; nothing is saved.
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
     if name := runtime.not_finite(run.model, run.optimizer):
@@ -174,7 +243,7 @@ def save(run: Run) -> tuple[()]:
         meanwhile = runtime.world > 1 or runtime.device.type == "cuda"
     meanwhile = meanwhile and not run.stop
     weights, slots = runtime.full_state(run.model, run.optimizer, copy=meanwhile)
-    run.state.seconds = time.perf_counter() - run.started
+    run.state.seconds = run.clock.seconds()
     state = {
         "run": run.id,
         **asdict(run.state),
@@ -204,7 +273,7 @@ def save(run: Run) -> tuple[()]:
 
 
 def profiling(run: Run) -> tuple[Work, Work]:
-    """What ends a profile, before all other work; and what begins it, or ends it where the run ends, after all."""
+    """Two kinds of work: the first ends a profile, the last begins it or, if the run stops earlier, ends it."""
     profiler = Profiler(run.optimizer, run.runtime.device, run.out_dir / run_folder.PROFILE)
     first = run.begun + WARM_UP
     last = first + run.config.logging.profile
@@ -228,27 +297,4 @@ def profiling(run: Run) -> tuple[Work, Work]:
     def begins(run: Run) -> bool:
         return run.state.step == first or (bool(run.stop) and run.state.step < last)
 
-    return (lambda run: run.state.step == last, end), (begins, begin)
-
-
-def measurements(run: Run, lines: list[str]) -> Iterator[Work]:
-    """What is measured between updates: the loss, HellaSwag, samples."""
-    o, shape = run.config.evaluation, run.model.config
-    yield measurement("eval", o.eval_interval, validate)
-    if o.eval_only or not (o.hellaswag_interval or o.sample_interval):
-        return
-    tokenizer = run.vocabulary()
-    if o.hellaswag_interval:
-        asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
-        questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
-        lines += filter(None, [questions.note])
-        yield measurement("hellaswag", o.hellaswag_interval, partial(answer, questions=questions))
-    if o.sample_interval:
-        _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
-        room = o.sample_tokens - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
-            )
-        how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
-        yield measurement("sample", o.sample_interval, partial(write, tokenizer=tokenizer, how=how), first=1)
+    return Work(lambda run: run.state.step == last, end), Work(begins, begin)

@@ -343,7 +343,7 @@ def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_p
 def test_the_clone_itself(train: Train, clone: Path) -> None:
     """Has no file of a run's names, and nothing in it moves."""
     before = tree(clone)
-    ownership.refuse_foreign(clone, log_txt=True, going_on=False)
+    ownership.refuse_foreign(clone, log_txt=True, resuming=False)
     assert ownership.move_aside(clone, log_txt=True) == ""
     assert tree(clone) == before
     assert (clone / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()

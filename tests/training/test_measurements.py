@@ -137,7 +137,7 @@ def test_a_signal_ends_a_measurement(
     moment: str,
     number: signal.Signals,
 ) -> None:
-    """It is given up and its step saved; the run that goes on makes it first, and is one that nothing happened to."""
+    """It is abandoned and its step saved; the resumed run makes it first and ends as an uninterrupted one."""
     says, times, step = GIVEN_UP[moment]
     monkeypatch.setitem(scoring._TOKENS, "cpu", 64)  # in several batches
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -189,7 +189,7 @@ def test_a_signal_before_a_measurement(
 def test_an_owed_measurement_that_is_not_due_any_more(
     folio: Run, argv: list[str], tmp_path: Path, signalled: Any
 ) -> None:
-    """As of a run that goes on with another interval: it is not made, and not owed at later steps."""
+    """A run resumes with another interval: the measurement is not made, and not owed at later steps."""
     out = tmp_path / "out"
     signalled("evaluating, batch 1 of 2", 4, signal.SIGTERM)
     assert folio("train", *argv, f"--out_dir={out}").code == 143
@@ -254,7 +254,7 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
     assert run_folder.steps(out)[-1] == 6
     how = f"folio train --init_from=resume --out_dir={out} --patience=4"
-    assert f"step 6 of 10 (patience), {how} goes on; best" in outcome.out
+    assert f"step 6 of 10 (patience), {how} resumes it; best" in outcome.out
     before = timeless(out)
     outcome = folio("train", *flags, "--init_from=resume")
     assert "nothing to do: no better loss in 2 evaluations: raise --patience=2 above that" in outcome.out
@@ -269,7 +269,7 @@ def test_patience_starts_anew_where_the_loss_improves(folio: Run, argv: list[str
 
 
 def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """The run ends with an evaluation and a checkpoint of the step it has come to, and goes on from there."""
+    """The run ends with an evaluation and a checkpoint of the step it has reached, and resumes from there."""
     out = tmp_path / "out"
     flags = [*argv, "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", f"--out_dir={out}"]
     outcome = folio("train", *flags, "--max_minutes=0.02")

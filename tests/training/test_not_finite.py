@@ -142,7 +142,7 @@ def test_another_runs_weights_that_overflow(folio: Folio, spoilt: Callable[..., 
     shutil.rmtree(run_folder.checkpoint_folder(out, 5))
     new = out.with_name("new")
     outcome = folio("train", *SMALL, f"--init_from={out}", f"--data_dir={story}", f"--out_dir={new}")
-    assert_refused(outcome, "is not finite at step 0", "begin with others", code=1)
+    assert_refused(outcome, "is not finite at step 0", "begin with other weights", code=1)
     assert run_folder.steps(new) == []
 
 

@@ -18,13 +18,16 @@ from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
+from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
 # Trains, and kills itself without warning when a function is called for the nth time, or after it
 SUICIDE = """
 import os, signal, sys
-from folio import checkpoint, cli, files, log
+from folio import cli, files
+from folio.checkpoints import checkpoint
+from folio.records import log
 name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
 owner = {"checkpoint": checkpoint, "files": files, "log": log.Log}[name.split(".")[0]]
 function, calls = getattr(owner, name.split(".")[1]), 0
@@ -169,7 +172,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         return train.main(cli.parse(train.Options, [*argv, f"--out_dir={out}"], "folio train", files=True))
 
     assert go(tmp_path / "undisturbed") == 0
-    build, update = train.build, Runtime.update
+    build, update = start.build, Runtime.update
 
     def disturbed(config: Any) -> Any:
         run = build(config)
@@ -182,7 +185,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Runtime, "update", last)
         return run
 
-    monkeypatch.setattr(train, "build", disturbed)
+    monkeypatch.setattr(start, "build", disturbed)
     go(tmp_path / "out")
     monkeypatch.undo()
     assert go(tmp_path / "out") == 0

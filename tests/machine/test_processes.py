@@ -52,7 +52,8 @@ RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--
 FAULTY = """
 import os, sys, time
 from itertools import count
-from folio import checkpoint, cli, files
+from folio import cli, files
+from folio.checkpoints import checkpoint
 from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 
@@ -155,7 +156,7 @@ def test_a_defect_on_one_rank(spawn: Spawn, faulty: Callable[[str], Path], story
     assert child.left() == []
     output = child.output()
     assert output.count("rank 1: Traceback (most recent call last)") == 1
-    assert output.count(f'File "{ROOT / "folio" / "trainer.py"}", line') == 1  # in fit
+    assert output.count(f'File "{ROOT / "folio" / "training" / "loop.py"}", line') == 1  # in fit
     assert output.count("AttributeError: 'AdamW' object has no attribute 'nothing'") == 1
     assert "does not answer" not in output
 

@@ -57,9 +57,9 @@ def test_accumulation_is_one_large_batch(train: Train) -> None:
 def test_rows_and_steps_counted_in_tokens(
     folio: Folio, story: Path, tmp_path: Path, flags: list[str], same: list[str]
 ) -> None:
-    """Rows shorter than the model's positions leave the others out; tokens a step become micro steps.
+    """A shorter window uses fewer positions; a total of tokens becomes micro steps.
 
-    But those of a file yield to micro steps that are typed.
+    Typed micro steps override the total of a file.
     """
     preset = tmp_path / "preset.toml"
     preset.write_text("\n".join(flag.removeprefix("--") for flag in flags[:1]) + "\n")
@@ -87,7 +87,7 @@ def test_a_run_is_a_function_of_its_config(train: Train) -> None:
 
 @pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
 def test_it_learns(train: Train, sampling: str) -> None:
-    """In any order of the rows the validation loss falls by far more than chance."""
+    """In any order of the rows the validation loss falls far below chance."""
     rate = ("--learning_rate=1e-2", "--min_lr=1e-3", "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=60")
     out = train("out", *rate, f"--sampling={sampling}", "--eval_iters=20")
     before, after = records(out, "eval", "val_loss")
@@ -109,14 +109,14 @@ def test_the_evaluation_counts_every_token_once(train: Train, story: Path) -> No
 
 
 def test_dropout_is_off_in_evaluation(train: Train) -> None:
-    """The evaluation at step 0 does not know of it; the training loss does."""
+    """It changes the training loss, not the evaluation at step 0."""
     with_it, without = train("with", "--dropout=0.5"), train("without")
     assert records(with_it, "eval", "val_loss")[0] == records(without, "eval", "val_loss")[0]
     assert records(with_it, "train", "loss")[0] != records(without, "train", "loss")[0]
 
 
 def test_a_compiler_that_fails_warns_once(tmp_path: Path, story: Path) -> None:
-    """compile=True goes on without, and gets the same losses."""
+    """compile=True continues in eager mode, with the same losses."""
     env = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = python(
         *("-m", "folio", "train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}"),

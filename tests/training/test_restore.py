@@ -1,4 +1,4 @@
-"""What a run that resumes in the same process restores, continues and reports."""
+"""What a resumed run restores and reports."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from folio.records import run_folder
 Folio = Callable[..., Outcome]
 
 
-def test_the_learning_rate_and_the_data_begin_again(train: Train) -> None:
-    """Every restart_interval steps, also of a run that is resumed within."""
+def test_learning_rate_and_data_restart(train: Train) -> None:
+    """Every restart_interval steps, also if the run resumes between them."""
     flags = ["--restart_interval=4", "--lr_decay_iters=4", "--max_iters=12", "--eval_interval=6"]
     out = train("out", *flags)
     rates = records(out, "train", "lr")
@@ -32,8 +32,8 @@ def test_the_learning_rate_and_the_data_begin_again(train: Train) -> None:
     assert records(again, "train", "step", "loss") == records(out, "train", "step", "loss")
 
 
-def test_data_and_learning_rate_begin_again_together(train: Train) -> None:
-    """Also where a resumed run has smaller batches, so that other rows were read before."""
+def test_learning_rate_and_data_restart_together(train: Train) -> None:
+    """Also if a resumed run has smaller batches, so that its steps read other rows than before."""
     flags = ["--restart_interval=4", "--max_iters=6", "--learning_rate=0", "--min_lr=0"]
     out = train("out", *flags)
     train("out", *flags, "--init_from=resume", "--max_iters=16", "--batch_size=2")
@@ -42,8 +42,8 @@ def test_data_and_learning_rate_begin_again_together(train: Train) -> None:
     assert len(set(losses[8:12])) == 4
 
 
-def test_a_longer_run_goes_on_at_min_lr(train: Train) -> None:
-    """And says so; the shorter one's records stay."""
+def test_a_longer_run_continues_at_min_lr(train: Train) -> None:
+    """And reports it; the shorter run's records stay."""
     flags = ("--learning_rate=1e-2", "--min_lr=1e-3")
     out = train("out", *flags)
     before = timeless(out)
@@ -54,7 +54,7 @@ def test_a_longer_run_goes_on_at_min_lr(train: Train) -> None:
     assert updates(out, 13) == {13.0}
 
 
-def test_a_longer_run_within_its_decay_has_nothing_to_say(train: Train) -> None:
+def test_a_longer_run_within_its_decay_reports_nothing(train: Train) -> None:
     out = train("out", "--lr_decay_iters=600")
     train("out", "--init_from=resume", "--max_iters=11")
     assert not any("grew" in line for line in said(out))
@@ -62,7 +62,7 @@ def test_a_longer_run_within_its_decay_has_nothing_to_say(train: Train) -> None:
 
 
 def test_resuming_a_finished_run(train: Train) -> None:
-    """There is nothing to do, and that is what it says; the files stay as they are."""
+    """It reports that there is nothing to do; the files stay as they are."""
     out = train("out")
     before = tree(out / "checkpoints"), timeless(out)
     train("out", "--init_from=resume")
@@ -84,14 +84,14 @@ def test_resume_is_exact_in_this_process(train: Train) -> None:
 
 
 def test_the_position_in_the_data_is_kept(train: Train) -> None:
-    """Rows seen, not steps: another batch size goes on behind the last row."""
+    """The position counts rows, not steps: another batch size continues after the last row."""
     out = train("out", "--max_iters=5")
     train("out", "--init_from=resume", "--batch_size=8")
     state = checkpoint.choose(out, "latest").state
     assert (state["rows"], state["tokens"]) == (5 * 8 + 5 * 16, 5 * 128 + 5 * 256)
 
 
-def test_what_differs_on_resume_is_said(train: Train) -> None:
+def test_differences_on_resume_are_reported(train: Train) -> None:
     """Another number of threads: exact to rounding only, and why."""
     out = train("out", "--max_iters=5")
     torch.set_num_threads(2)
@@ -99,7 +99,7 @@ def test_what_differs_on_resume_is_said(train: Train) -> None:
     assert "exact to rounding only: threads was 1 and is 2" in said(out)
 
 
-def test_other_data_on_resume_is_said(folio: Folio, train: Train, tmp_path: Path, story: Path) -> None:
+def test_other_data_on_resume_is_reported(folio: Folio, train: Train, tmp_path: Path, story: Path) -> None:
     """The fingerprint of the data is part of the state."""
     out = train("out", "--max_iters=5")
     moved = tmp_path / "moved"
@@ -113,7 +113,7 @@ def test_other_data_on_resume_is_said(folio: Folio, train: Train, tmp_path: Path
 
 @pytest.mark.parametrize("half", ['{"kind": "train", "step": 9, "lo', ""])
 def test_metrics_are_rewound(train: Train, half: str) -> None:
-    """A run that died after its checkpoint of step 5 writes each later line once, and no half line stays."""
+    """A run that died after its checkpoint of step 5 writes each later line once, and removes the half line."""
     flags = ("--dropout=0.1", "--learning_rate=1e-2")
     whole, out = train("whole", *flags), train("out", *flags)
     for path in run_folder.checkpoint_folder(out, 10).iterdir():
@@ -127,7 +127,7 @@ def test_metrics_are_rewound(train: Train, half: str) -> None:
 
 
 def test_a_damaged_checkpoint_is_skipped(train: Train) -> None:
-    """It is named and set aside, and the run goes on from the one before, exactly."""
+    """It is named and set aside, and the run resumes exactly from the one before."""
     whole, out = train("whole"), train("out")
     model = run_folder.checkpoint_folder(out, 10) / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8])
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_skipped(train: Train) -> None:
 
 
 def test_float16_trains_with_a_scaler(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU too; the scaler's state is in the checkpoint, and a resumed run goes on exactly."""
+    """On a CPU too; the scaler's state is in the checkpoint, and a resumed run is exact."""
     monkeypatch.setattr(flops, "peak", lambda device, dtype: None)  # slow to measure where float16 is
     flags = ("--dtype=float16", "--learning_rate=1e-2", "--dropout=0.1")
     whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")

@@ -17,7 +17,7 @@ Folio = Callable[..., Outcome]
 
 
 def test_scratch_moves_an_earlier_run_aside(train: Train) -> None:
-    """Whole, into previous-1, and the next one into previous-2; other files stay where they are."""
+    """All of its files move to previous-1, those of the next run to previous-2; other files stay."""
     out = train("out")
     (out / "notes.txt").write_text("mine")
     first = tree(out)
@@ -33,7 +33,7 @@ def test_scratch_moves_an_earlier_run_aside(train: Train) -> None:
 
 
 def test_auto_starts_or_resumes(train: Train) -> None:
-    """From scratch where there is no checkpoint, also beside a run that never saved one; else from it."""
+    """From scratch if there is no checkpoint, also beside a run that never saved one; else from the checkpoint."""
     out = train("out", "--init_from=auto", "--max_iters=0")
     train("out", "--init_from=auto", "--max_iters=5")
     assert (out / "previous-1" / "metrics.jsonl").is_file()
@@ -45,10 +45,10 @@ def test_auto_starts_or_resumes(train: Train) -> None:
 
 @pytest.mark.parametrize("begin", ["auto", "resume"])
 @pytest.mark.parametrize("how", ["flag", "file", "call"])
-def test_a_run_that_is_there_knows_its_data(
+def test_an_existing_run_keeps_its_data(
     folio: Folio, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str, how: str
 ) -> None:
-    """Though no data is named, OpenWebText is not there and build-nanogpt's shards are."""
+    """Also if no data is named, OpenWebText is missing and build-nanogpt's shards are there."""
     out = train("out", "--max_iters=5")
     (tmp_path / "edu_fineweb10B").mkdir()
     (tmp_path / "edu_fineweb10B" / "edufineweb_train_000001.npy").write_bytes(b"")
@@ -66,7 +66,7 @@ def test_a_run_that_is_there_knows_its_data(
 
 
 def test_resume_needs_a_checkpoint(folio: Folio, story: Path, tmp_path: Path) -> None:
-    """One line that says so, and nothing is written."""
+    """One line reports that there is none, and nothing is written."""
     outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--init_from=resume")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert f"nothing to resume in {tmp_path / 'out'}" in outcome.err
@@ -75,7 +75,7 @@ def test_resume_needs_a_checkpoint(folio: Folio, story: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("where", ["other", "out"])
 def test_weights_of_another_run(train: Train, where: str) -> None:
-    """init_from=<out_dir> takes its best weights and nothing else: a fresh optimiser, step 0, a new folder."""
+    """init_from=<out_dir> uses its best weights and nothing else: a fresh optimizer, step 0, a new folder."""
     source = train("out", "--learning_rate=1e-2")
     best = records(source, "eval", "val_loss")[-1]
     run_id = json.loads((source / "config.json").read_text())["run"]
@@ -90,7 +90,7 @@ def test_weights_of_another_run(train: Train, where: str) -> None:
 
 
 def test_a_resumed_runs_own_file_does_not_undo_its_total(folio: Folio, story: Path, tmp_path: Path) -> None:
-    """A step keeps its tokens, though the file names micro steps, since the checkpoint's knobs win over a file's."""
+    """A step keeps its tokens, though the file names micro steps, since the checkpoint's options override a file's."""
     preset = tmp_path / "preset.toml"
     preset.write_text("gradient_accumulation_steps = 40\n")
     small = [flag for flag in SMALL if "accumulation" not in flag]
@@ -103,7 +103,7 @@ def test_a_resumed_runs_own_file_does_not_undo_its_total(folio: Folio, story: Pa
 def test_files_yield_to_the_checkpoint_and_flags_do_not(
     folio: Folio, train: Train, tmp_path: Path, story: Path
 ) -> None:
-    """defaults < files < checkpoint < command line; what a file loses is printed, a typed dropout is taken."""
+    """defaults < files < checkpoint < command line; overridden values of a file are printed, a typed one counts."""
     out = train("out", "--max_iters=5", "--learning_rate=1e-3", "--min_lr=1e-4", "--weight_decay=0.3")
     config = tmp_path / "mine.py"
     config.write_text("learning_rate = 5.0\nn_layer = 7\nbeta2 = 0.95\nbatch_size = 4\nlog_interval = 2\n")
@@ -127,12 +127,12 @@ def test_files_yield_to_the_checkpoint_and_flags_do_not(
     assert checkpoint.choose(out, "latest").state["model"]["dropout"] == 0.1
 
 
-def test_one_of_a_kind_is_singular(train: Train) -> None:
+def test_counts_of_one_are_singular(train: Train) -> None:
     assert any(line.endswith(", 1 thread, 1 process") for line in said(train("out", "--max_iters=0")))
 
 
 def test_an_out_dirs_weights_bring_their_shape(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:
-    """What is not typed of the shape, the context length too, is the checkpoint's."""
+    """Without typed values the shape is the checkpoint's, the context length too."""
     assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'first'}").code == 0
     others = [flag for flag in SMALL if not flag.startswith(("--block_size", "--n_layer", "--n_head", "--n_embd"))]
     flags = [f"--data_dir={story}", f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}"]

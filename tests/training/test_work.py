@@ -1,4 +1,4 @@
-"""What is done between updates: when, and which checkpoints and records are left."""
+"""The work between updates: its steps, its records, and the checkpoints that are kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_lines_are_nanogpts(train: Train) -> None:
     assert re.fullmatch(r"number of parameters: \d+\.\d\dM", lines[2])
 
 
-def test_without_monitor_files_alone_are_told(train: Train) -> None:
+def test_without_monitor_only_files_get_records(train: Train) -> None:
     loud, still = train("loud"), train("still", "--no-monitor")
     assert timeless(still) == timeless(loud)
     assert [line for line in said(still) if line.startswith(("iter", "step 5"))] == []
@@ -85,7 +85,7 @@ def test_without_monitor_files_alone_are_told(train: Train) -> None:
 
 
 def test_eval_only_writes_nothing(train: Train) -> None:
-    """It prints the loss of the weights that are there: new ones, or the latest checkpoint's."""
+    """It prints the loss of new weights, or of the latest checkpoint."""
     out = train("out", "--eval_only=True")
     assert not out.exists()
     assert re.match(r"step 0: train loss 4\.\d+, val loss 4\.", said(out)[-1])
@@ -97,7 +97,7 @@ def test_eval_only_writes_nothing(train: Train) -> None:
 
 
 def test_the_best_and_the_latest_are_kept(train: Train) -> None:
-    """always_save_checkpoint=False keeps these two, where the loss rises again; sampling takes the best."""
+    """always_save_checkpoint=False keeps these two when the loss rises again; sampling uses the best."""
     out = train("out", "--learning_rate=1e-2")
     ruin = ("--learning_rate=3.0", "--decay_lr=False", "--always_save_checkpoint=False", "--max_iters=25")
     train("out", "--init_from=resume", *ruin)
@@ -108,7 +108,7 @@ def test_the_best_and_the_latest_are_kept(train: Train) -> None:
 
 
 def test_the_first_evaluation_is_never_the_best(train: Train) -> None:
-    """It is of weights that nobody trained, and no checkpoint holds them, however bad it gets."""
+    """Its weights are untrained and no checkpoint has them, however large the later losses are."""
     out = train("out", "--learning_rate=3.0", "--decay_lr=False")
     steps = records(out, "eval", "step", "val_loss")
     assert min(steps, key=lambda r: r[1])[0] == 0
@@ -117,14 +117,14 @@ def test_the_first_evaluation_is_never_the_best(train: Train) -> None:
 
 
 def test_keep_checkpoints_spares_the_best(train: Train) -> None:
-    """The newest two, and the best besides."""
+    """It keeps the newest two, and the best too."""
     out = train("out", "--learning_rate=1e-2")
     train("out", "--init_from=resume", "--learning_rate=3.0", "--decay_lr=False", "--max_iters=25")
     assert run_folder.steps(out) == [10, 20, 25]
 
 
 def test_losses_that_are_not_finite(folio: Folio, train: Train, story: Path) -> None:
-    """Exit code 1 and one line; the checkpoints before stay, and what they hold is finite."""
+    """Exit code 1 and one line; earlier checkpoints stay, and their weights are finite."""
     out = train("out", "--max_iters=5", "--eval_interval=100", "--checkpoint_interval=5")
     ruin = ("--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0", "--max_iters=50", "--checkpoint_interval=1")
     outcome = folio("train", f"--data_dir={story}", f"--out_dir={out}", "--init_from=resume", *ruin)

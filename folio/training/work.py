@@ -77,7 +77,7 @@ def scheduled(run: Run, interval: int, *, at_end: bool, first: int = 0, again: b
 
 
 def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]], first: int = 0) -> Work:
-    """Scheduled at multiples of ``interval`` from step ``first`` on, and where training is over.
+    """Scheduled at multiples of ``interval`` from step ``first`` on, and when training is complete.
 
     A signal interrupts it. The checkpoint then notes that it is owed, and a run that resumes there makes it first.
     """
@@ -93,7 +93,7 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
             return []
         try:
             records = measure(run)
-        except _InterruptedError:
+        except _AbandonedError:
             return []
         except FloatingPointError as error:
             raise not_finite(run, f"{error} at step {run.state.step}", run.state.step) from None
@@ -134,7 +134,7 @@ def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
     return work, notes
 
 
-class _InterruptedError(Exception):
+class _AbandonedError(Exception):
     """A signal interrupted a measurement, on all ranks after the same number of its parts."""
 
 
@@ -148,7 +148,7 @@ def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
         for number, part in enumerate(parts, 1):
             if run.runtime.total(float(bool(run.signal))):
                 run.stop = most_urgent(run.runtime.gather(run.signal))
-                raise _InterruptedError
+                raise _AbandonedError
             run.log.busy(f"{what} {number} of {len(parts)}")
             yield part
 

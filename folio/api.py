@@ -12,7 +12,10 @@ from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
 from folio.config.options import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
-from folio.training.loop import EXIT, Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run
+from folio.training.start import running
+from folio.training.stopping import EXIT
 
 T = TypeVar("T")
 
@@ -48,11 +51,8 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **knobs: Any) -> Run:
         ValueError, FileNotFoundError, OSError: one line that names the file or knob, the value and the remedy.
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
-    run = build(_options(TrainConfig(), "train", knobs, *config))
-    try:
+    with running(_options(TrainConfig(), "train", knobs, *config)) as run:
         fit(run)
-    finally:
-        finish(run)
     if run.stop == "SIGINT":
         raise KeyboardInterrupt
     if run.stop in EXIT:

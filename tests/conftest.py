@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +94,7 @@ KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their 
 
 
 Spawn = Callable[..., "Child"]
+Train = Callable[..., Path]  # folder, *argv → folder
 
 
 class Outcome(NamedTuple):
@@ -398,6 +400,36 @@ def reached(out: Path, step: int) -> Callable[[], bool]:
         return any(r["kind"] == "train" and r["step"] >= step for r in lines)
 
     return look
+
+
+@pytest.fixture
+def train(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> Train:
+    """Runs ``folio train`` into a folder, which is returned: ``train("out", "--max_iters=3")``."""
+
+    def run(name: str, *argv: str, code: int = 0) -> Path:
+        outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / name}", *argv)
+        assert outcome.code == code, outcome.err
+        (tmp_path / f"{name}.txt").write_text(outcome.out)
+        return tmp_path / name
+
+    return run
+
+
+def said(out: Path) -> list[str]:
+    """The lines that the last run into this folder printed."""
+    return out.with_name(f"{out.name}.txt").read_text().splitlines()
+
+
+def records(out: Path, kind: str, *names: str) -> list[Any]:
+    """What the lines of one kind say, in order: their fields, or their one field."""
+    found = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == kind]
+    return [r[names[0]] for r in found] if len(names) == 1 else [tuple(r[name] for name in names) for r in found]
+
+
+def updates(out: Path, step: int) -> set[float]:
+    """How many updates the optimiser has made, by its own count."""
+    slots = load_file(run_folder.checkpoint_folder(out, step) / "optimizer.safetensors")
+    return {float(t) for name, t in slots.items() if name.endswith("/step")}
 
 
 def timeless(out: Path) -> list[dict[str, Any]]:

@@ -87,11 +87,11 @@ def test_ctrl_c_ends_the_program_too(story: Path, tmp_path: Path) -> None:
         "import signal, folio\n"
         f"kw = {TINY!r} | {{'max_iters': 10**6, 'data_dir': {str(story)!r}, 'out_dir': {str(tmp_path / 'out')!r}}}\n"
         "from folio.training import loop\n"
-        "settle = loop.settle\n"
+        "log_step = loop.log_step\n"
         "def wrapped(run):\n"
-        "    settle(run)\n"
+        "    log_step(run)\n"
         "    run.state.step == 7 and signal.raise_signal(signal.SIGINT)\n"
-        "loop.settle = wrapped\n"
+        "loop.log_step = wrapped\n"
         "folio.train(**kw)\n"
         "print('behind')\n"
     )
@@ -167,7 +167,7 @@ def test_the_import_alone_is_light() -> None:
     """And torch comes when something is asked for, whatever was imported before."""
     done = python(
         "-c",
-        "import sys, folio; assert 'torch' not in sys.modules; from folio.training.loop import build; "
+        "import sys, folio; assert 'torch' not in sys.modules; from folio.training.start import build; "
         "import folio.generation.sampling; "
         "assert callable(folio.train) and callable(folio.generate); from folio import GPT, GPTConfig; "
         "print(GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=4)).get_num_params())",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from folio import rng
-from folio.config.options import Data, Processes, System, knob
+from folio.config.options import Data, Optimizer, Processes, System, knob
 from folio.data.rows import Tokens
 from folio.errors import UserError
 from folio.machine.flops import flops_per_token, mfu
@@ -18,7 +18,9 @@ from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import show
-from folio.training.optimizers import adamw
+from folio.training import optimizers
+from folio.training.batches import MicroBatch
+from folio.training.loop import micro_step
 
 BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 
@@ -57,12 +59,12 @@ def main(options: Options) -> None:
     runtime = Runtime(options.system, options.processes, flops=flops * 1000)
     try:
         loss = runtime.wrap(model, (size, context))
-        optimizer = adamw(model, 1e-4, (0.9, 0.95), 1e-2)
+        optimizer = optimizers.optimizer(Optimizer(learning_rate=1e-4, weight_decay=1e-2), model)
         rows = runtime.move(rows)
+        batch = MicroBatch(rows[:, :-1], rows[:, 1:], None, seed)
 
         def step() -> float:
-            nats, counted = loss(rows[:, :-1], rows[:, 1:])
-            runtime.backward(nats / tokens_per_step)
+            nats, counted = micro_step(runtime, loss, batch, runtime.world * tokens_per_step)
             runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
             return nats.item() / counted.item()  # waits for the device
 

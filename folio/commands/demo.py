@@ -13,8 +13,8 @@ from folio.data.token_files import META
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records.console import say
-from folio.training.loop import EXIT
 from folio.training.showcase import show
+from folio.training.stopping import EXIT
 
 FIRST = ["train_stdlib"]
 

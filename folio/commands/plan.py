@@ -20,7 +20,8 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import show
 from folio.records.log import counted
-from folio.training.loop import step_of_a_device, vocab_size_of
+from folio.training.memory_advice import step_of_a_device
+from folio.training.start import vocab_size_of
 
 _KINDS = {
     "weights": "weights",

@@ -9,18 +9,18 @@ from folio.config.options import COMMAND_LINE, override, read_file
 from folio.config.options import TrainConfig as Options
 from folio.data.rows import find
 from folio.records.console import say
-from folio.training.loop import EXIT, build, finish, fit, has_run
+from folio.training.loop import fit
+from folio.training.resume import has_run
+from folio.training.start import running
+from folio.training.stopping import EXIT
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 _CHOICES = {"dataset", "data_dir", "data_mixture"}
 
 
 def main(options: Options) -> int:
-    run = build(_beside_fineweb(options))
-    try:
+    with running(_beside_fineweb(options)) as run:
         return EXIT.get(fit(run), 0)
-    finally:
-        finish(run)
 
 
 def _beside_fineweb(options: Options) -> Options:

@@ -9,8 +9,8 @@ from typing import Literal
 from folio.config.options import ITSELF, Sampling, TrainConfig, knob, override
 from folio.data.rows import find
 from folio.errors import UserError
-from folio.training.loop import EXIT
 from folio.training.showcase import show
+from folio.training.stopping import EXIT
 
 KNOBS = {  # of folio train, where it has another name
     "data_root": "data_dir",

@@ -1,8 +1,7 @@
-"""AdamW with GPT-2's parameter groups, and the learning rate at a step."""
+"""The optimizer: AdamW with GPT-2's parameter groups."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,9 @@ _FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 
 def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays tensors of two and more dimensions, embeddings too, as nanoGPT does.
+    """AdamW with weight decay for tensors of two and more dimensions, embeddings too, as in nanoGPT.
 
-    The fused kernel is used wherever torch has one, which includes the CPU.
+    Uses torch's fused kernel where there is one, which includes the CPU.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -27,19 +26,6 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=params[0].device.type in _FUSED)
 
 
-def learning_rate(step: int, config: Optimizer) -> float:
-    """The rate of the update that follows ``step`` updates: a pure function of the two.
-
-    Linear warm-up to ``learning_rate``, cosine to ``min_lr`` at ``lr_decay_iters``, then ``min_lr``; all of it anew
-    every ``restart_interval`` steps (Loshchilov and Hutter, "SGDR", 2017).
-    ``warmup="nanogpt"`` divides by ``warmup_iters + 1``, as nanoGPT's ``get_lr`` does.
-    """
-    if not config.decay_lr:
-        return config.learning_rate
-    step %= config.restart_interval or step + 1
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + (config.warmup == "nanogpt"))
-    if step >= config.lr_decay_iters:
-        return config.min_lr
-    done = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1.0 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+def optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a run. To train with another ``torch.optim.Optimizer``, return it here."""
+    return adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)

@@ -50,20 +50,20 @@ _STEP = re.compile(r"step-\d{8,}(\.damaged)?")
 _LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
 
 
-def refuse_foreign(out_dir: Path, log_txt: bool, going_on: bool) -> None:
+def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
     """Checks that every file that a run would overwrite or move belongs to an earlier run, by the file's own content.
 
-    nanoGPT's ``ckpt.pt`` and a ``log.txt`` in a known format count as files of a run. ``going_on``: the run resumes
+    nanoGPT's ``ckpt.pt`` and a ``log.txt`` in a known format count as files of a run. ``resuming``: the run resumes
     from the checkpoints, or the ``ckpt.pt``, that may be there.
 
     Raises:
-        ValueError: a file belongs to another program, or no file says that it belongs to a run; names it and the
+        UserError: a file belongs to another program, or no file says that it belongs to a run; names it and the
             remedy.
     """
-    names = (name for name in _NAMES if not (going_on and name == NANOGPT))
+    names = (name for name in _NAMES if not (resuming and name == NANOGPT))
     said = {path: _is_ours(path) for path in _there(out_dir, names)}
     ours = any(mine for path, mine in said.items() if path.name != NANOGPT)
-    if going_on and any(_has_state(checkpoint_folder(out_dir, step)) for step in steps(out_dir)):
+    if resuming and any(_has_state(checkpoint_folder(out_dir, step)) for step in steps(out_dir)):
         ours, said = True, {path: mine for path, mine in said.items() if path.name in _OVERWRITTEN}
     said |= {path: _is_log(path) for path in _there(out_dir, [LOG_TXT] if log_txt else [])}
     for path, mine in said.items():
@@ -151,3 +151,8 @@ def _is_log(path: Path) -> bool:
             return bool(_LOG_LINE.fullmatch(file.readline(1 << 16)))
     except (ValueError, OSError):
         return False
+
+
+def unwritable(out_dir: Path, error: OSError) -> OSError:
+    """The error for a folder that cannot be written, with the remedy."""
+    return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir")

@@ -1,4 +1,4 @@
-"""A run that shows what it learns: what the model writes before and after, and the figure."""
+"""A run that shows what the model learns: samples before and after training, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from folio.generation.sampling import LINE, continuations
 from folio.records.console import say
 from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
-from folio.training.loop import EXIT, Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run
+from folio.training.start import running
+from folio.training.stopping import EXIT
 
 
 def show(config: TrainConfig, how: Sampling) -> Run:
-    """Trains, and lets the model write before and after; draws the losses into the run's folder at the end."""
-    run = build(config)
-    try:
-        _write(run, how)
+    """Trains, and samples before and after; at the end draws the losses into the run's folder."""
+    with running(config) as run:
+        _show_samples(run, how)
         if fit(run) in EXIT:
             return run
-        _write(run, how)
-    finally:
-        finish(run)
-    if run.log.main and not config.evaluation.eval_only:
+        _show_samples(run, how)
+    if run.log.main and not run.read_only:
         picture = run.out_dir / PICTURE
         try:
             draw([run.out_dir], picture)
@@ -30,7 +30,7 @@ def show(config: TrainConfig, how: Sampling) -> Run:
     return run
 
 
-def _write(run: Run, how: Sampling) -> None:
+def _show_samples(run: Run, how: Sampling) -> None:
     vocabulary, seed = run.vocabulary(), run.config.system.seed
     texts = run.runtime.infer(lambda: continuations(run.model, vocabulary, how, seed))
     who = f"The model after {run.state.step:,} steps" if run.state.step else "The untrained model"

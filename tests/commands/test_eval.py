@@ -32,13 +32,15 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of characters; a session's fixture cannot capture what it prints."""
     from folio import cli
     from folio.config.options import TrainConfig
-    from folio.training import loop
+    from folio.training.loop import fit
+    from folio.training.run import finish
+    from folio.training.start import build
 
     out = tmp_path_factory.mktemp("trained") / "out"
     argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
-    run = loop.build(cli.parse(TrainConfig, argv, "folio train", files=True))
-    loop.fit(run)
-    loop.finish(run)
+    run = build(cli.parse(TrainConfig, argv, "folio train", files=True))
+    fit(run)
+    finish(run)
     return out
 
 

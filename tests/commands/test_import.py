@@ -24,7 +24,9 @@ from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
 from folio.records.log import read_metrics
-from folio.training.loop import Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run, finish
+from folio.training.start import build
 
 Folio = Callable[..., Outcome]
 WPE = "transformer.wpe.weight"

@@ -21,7 +21,7 @@ from folio.data.token_files import open_folder
 from folio.data.tokenizers import Bytes
 from folio.preparation import recipes
 from folio.preparation.job import prepare
-from folio.training.loop import micro_batches
+from folio.training.batches import micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]
 

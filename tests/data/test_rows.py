@@ -21,7 +21,9 @@ from folio.data.rows import Rows, Tokens, parse_mixture, rows_per_epoch
 from folio.data.token_files import open_folder
 from folio.records import run_folder
 from folio.records.log import read_metrics
-from folio.training.loop import build, finish, micro_batches
+from folio.training.batches import micro_batches
+from folio.training.run import finish
+from folio.training.start import build
 
 Sampling = Literal["epoch", "random", "sequential"]
 SHARD = 10**6  # token p of shard s is s · SHARD + p, so that each tells where it lies

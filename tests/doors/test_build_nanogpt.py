@@ -26,8 +26,9 @@ from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
 from folio.records.log import read_metrics
-from folio.training.loop import micro_batches
-from folio.training.optimizers import adamw, learning_rate
+from folio.training.batches import micro_batches
+from folio.training.optimizers import adamw
+from folio.training.schedule import learning_rate
 
 Folio = Callable[..., Outcome]
 

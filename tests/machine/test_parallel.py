@@ -42,12 +42,13 @@ from pathlib import Path
 import torch
 from torch.profiler import profile
 from folio import cli
-from folio.training import loop
 from folio.config.options import TrainConfig
 from folio.machine.processes import leave
+from folio.training import loop, start
+from folio.training.run import finish
 
 folder, counted, changed, *argv = sys.argv[1:]
-run = loop.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+run = start.build(cli.parse(TrainConfig, argv, "folio train", files=True))
 runtime, seen = run.runtime, {"replicas": []}
 if counted == "steps alone":
     run.work = []
@@ -67,7 +68,7 @@ for change in (False, True):
     except FloatingPointError as error:
         seen["replicas"].append(str(error))
 Path(folder, f"{runtime.rank}.json").write_text(json.dumps(seen))
-loop.finish(run)
+finish(run)
 leave(0)
 """
 

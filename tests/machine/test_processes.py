@@ -39,7 +39,7 @@ from folio.commands import train
 from folio.machine import processes
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
-from folio.training import loop
+from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -156,7 +156,7 @@ def test_a_defect_on_one_rank(spawn: Spawn, faulty: Callable[[str], Path], story
     assert child.left() == []
     output = child.output()
     assert output.count("rank 1: Traceback (most recent call last)") == 1
-    assert output.count(f'File "{ROOT / "folio" / "trainer.py"}", line') == 1  # in fit
+    assert output.count(f'File "{ROOT / "folio" / "training" / "loop.py"}", line') == 1  # in fit
     assert output.count("AttributeError: 'AdamW' object has no attribute 'nothing'") == 1
     assert "does not answer" not in output
 
@@ -320,7 +320,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         monkeypatch.setattr(processes, "_STORES", {})
-        monkeypatch.setattr(loop, "_NUMBERS", count())  # as of a process that has just begun
+        monkeypatch.setattr(start, "_NUMBERS", count())  # as of a process that has just begun
         LEFT.append([])
         monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):

@@ -21,7 +21,9 @@ from folio.checkpoints import checkpoint
 from folio.config.options import TrainConfig
 from folio.records import run_folder
 from folio.training import ownership
-from folio.training.loop import Run, build, finish, fit
+from folio.training.loop import fit
+from folio.training.run import Run, finish
+from folio.training.start import build
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Outcome]
@@ -341,7 +343,7 @@ def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_p
 def test_the_clone_itself(train: Train, clone: Path) -> None:
     """Has no file of a run's names, and nothing in it moves."""
     before = tree(clone)
-    ownership.refuse_foreign(clone, log_txt=True, going_on=False)
+    ownership.refuse_foreign(clone, log_txt=True, resuming=False)
     assert ownership.move_aside(clone, log_txt=True) == ""
     assert tree(clone) == before
     assert (clone / "README.md").read_bytes() == (ROOT / "README.md").read_bytes()

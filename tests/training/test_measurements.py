@@ -48,7 +48,7 @@ def lines(out: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def test_each_has_its_own_interval(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """And all are measured at the end; nothing is sampled of an untrained model."""
+    """All are measured at the end too; an untrained model is not sampled."""
     out = tmp_path / "out"
     outcome = folio("train", *argv, *WATCH, f"--out_dir={out}")
     assert outcome.code == 0, outcome.err
@@ -61,8 +61,8 @@ def test_each_has_its_own_interval(folio: Run, argv: list[str], tmp_path: Path) 
     assert "step 9: sample 1: The ferry" in outcome.out
 
 
-def test_looking_changes_nothing(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """A run that is watched ends in the bits of one that is not."""
+def test_measuring_changes_nothing(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """A run with measurements ends in the same bits as one without."""
     for name, flags in {"watched": WATCH, "alone": WATCH[-2:]}.items():
         assert folio("train", *argv, *flags, f"--out_dir={tmp_path / name}").code == 0
     kept = [run_folder.checkpoint_folder(tmp_path / name, 10) / "model.safetensors" for name in ("watched", "alone")]
@@ -70,7 +70,7 @@ def test_looking_changes_nothing(folio: Run, argv: list[str], tmp_path: Path) ->
 
 
 def test_the_commands_find_the_same(folio: Run, argv: list[str], items: Path, tmp_path: Path) -> None:
-    """folio eval says of a checkpoint what its run said of that step."""
+    """folio eval finds the same numbers for a checkpoint as its run found at that step."""
     out = tmp_path / "out"
     assert folio("train", *argv, *WATCH, f"--out_dir={out}", "--eval_iters=0").code == 0
     flags = [f"--out_dir={out}", "--checkpoint=latest", "--dtype=float32", "--device=cpu"]
@@ -82,8 +82,8 @@ def test_the_commands_find_the_same(folio: Run, argv: list[str], items: Path, tm
     assert answers == {name: last[name] for name in ("kind", "step", "style", "acc", "acc_norm", "total")}
 
 
-def test_a_run_that_goes_on_measures_the_same(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """From the middle, in another folder: every line of an undisturbed run, and none twice."""
+def test_a_resumed_run_measures_the_same(folio: Run, argv: list[str], tmp_path: Path) -> None:
+    """Resumed in another folder: every line of an uninterrupted run, and none twice."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     flags = [*argv, *WATCH, "--max_iters=20", "--lr_decay_iters=20", "--log_txt=True", "--keep_checkpoints=9"]
     assert folio("train", *flags, f"--out_dir={whole}").code == 0
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_measures_the_same(folio: Run, argv: list[str], tmp_p
     assert steps == ["0", "4", "8", "12", "16", "20"]
 
 
-GIVEN_UP = {  # what the bar says when the signal comes, at which of such moments, and its step
+INTERRUPTED = {  # what the bar says when the signal comes, at which of such moments, and its step
     "the first loss": ("evaluating", 1, 0),
     "an evaluation": ("evaluating, batch 1 of 2", 4, 5),
     "answers": ("HellaSwag, batch 1 of", 3, 8),
@@ -126,7 +126,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, signal.Sig
     return after
 
 
-@pytest.mark.parametrize("moment", GIVEN_UP)
+@pytest.mark.parametrize("moment", INTERRUPTED)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_ends_a_measurement(
     folio: Run,
@@ -137,8 +137,8 @@ def test_a_signal_ends_a_measurement(
     moment: str,
     number: signal.Signals,
 ) -> None:
-    """It is given up and its step saved; the run that goes on makes it first, and is one that nothing happened to."""
-    says, times, step = GIVEN_UP[moment]
+    """It is abandoned and its step saved; the resumed run makes it first and ends as an uninterrupted one."""
+    says, times, step = INTERRUPTED[moment]
     monkeypatch.setitem(scoring._TOKENS, "cpu", 64)  # in several batches
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = [*argv, *WATCH, "--log_txt=True", "--init_from=auto"]
@@ -168,7 +168,7 @@ def test_a_signal_ends_a_measurement(
 def test_a_signal_before_a_measurement(
     folio: Run, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the step that leads to it: it is not begun, and owed all the same."""
+    """In the step before it: the measurement is not begun, and is owed."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = [*argv, *WATCH, "--init_from=auto"]
     assert folio("train", *flags, f"--out_dir={whole}").code == 0
@@ -186,10 +186,10 @@ def test_a_signal_before_a_measurement(
     assert_same_bits(out, whole)
 
 
-def test_an_owed_measurement_that_is_not_due_any_more(
+def test_an_owed_measurement_that_is_no_longer_scheduled(
     folio: Run, argv: list[str], tmp_path: Path, signalled: Any
 ) -> None:
-    """As of a run that goes on with another interval: it is not made, and not owed at later steps."""
+    """A run resumes with another interval: the measurement is not made, and not owed at later steps."""
     out = tmp_path / "out"
     signalled("evaluating, batch 1 of 2", 4, signal.SIGTERM)
     assert folio("train", *argv, f"--out_dir={out}").code == 143
@@ -232,7 +232,7 @@ def test_several_processes_measure_the_same(
 
 @pytest.mark.slow
 def test_beside_torch_compile(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """What is measured is what an eager run measures, and nothing is said of recompiling."""
+    """It measures the same as an eager run, without messages about recompiling."""
     flags = [*argv, *WATCH[:-1], "--max_iters=4", "--lr_decay_iters=4"]
     compiled = python("-m", "folio", "train", *flags, "--compile=True", f"--out_dir={tmp_path / 'compiled'}")
     assert (compiled.returncode, compiled.stderr) == (0, "")
@@ -254,7 +254,7 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert [r["step"] for r in lines(out, "hellaswag")] == [0, 6]
     assert run_folder.steps(out)[-1] == 6
     how = f"folio train --init_from=resume --out_dir={out} --patience=4"
-    assert f"step 6 of 10 (patience), {how} goes on; best" in outcome.out
+    assert f"step 6 of 10 (patience), {how} resumes it; best" in outcome.out
     before = timeless(out)
     outcome = folio("train", *flags, "--init_from=resume")
     assert "nothing to do: no better loss in 2 evaluations: raise --patience=2 above that" in outcome.out
@@ -263,13 +263,13 @@ def test_patience(folio: Run, argv: list[str], tmp_path: Path) -> None:
     assert run_folder.steps(out)[-1] == 8
 
 
-def test_patience_starts_anew_where_the_loss_improves(folio: Run, argv: list[str], tmp_path: Path) -> None:
+def test_patience_restarts_when_the_loss_improves(folio: Run, argv: list[str], tmp_path: Path) -> None:
     outcome = folio("train", *argv, "--learning_rate=1e-2", "--patience=1", f"--out_dir={tmp_path / 'out'}")
     assert "step 10 of 10; best validation loss" in outcome.out
 
 
 def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """The run ends with an evaluation and a checkpoint of the step it has come to, and goes on from there."""
+    """The run ends with an evaluation and a checkpoint of the step it has reached, and resumes from there."""
     out = tmp_path / "out"
     flags = [*argv, "--max_iters=1000000", "--eval_interval=1000000", "--log_interval=1000", f"--out_dir={out}"]
     outcome = folio("train", *flags, "--max_minutes=0.02")
@@ -283,7 +283,7 @@ def test_max_minutes(folio: Run, argv: list[str], tmp_path: Path) -> None:
 
 
 def test_no_time_at_all(folio: Run, argv: list[str], tmp_path: Path) -> None:
-    """Nothing was trained, and nothing is promised."""
+    """Nothing was trained, so no command to resume is printed."""
     outcome = folio("train", *argv, "--max_minutes=1e-9", f"--out_dir={tmp_path / 'out'}")
     assert outcome.code == 0
     assert outcome.out.splitlines()[-1] == "step 0 of 10 (max_minutes)"

@@ -1,4 +1,4 @@
-"""NaN and infinity, in weights, moments, logits and losses: one line, and nothing is saved or made from them."""
+"""NaN and infinity, in weights, moments, logits and losses: one line, and nothing is saved or generated from them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def spoilt(trained: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A copy of the run, of which a tensor in the newest checkpoint was changed, before its sum was taken."""
+def damaged(trained: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the run, with one tensor of its newest checkpoint changed, and the checksum made to match."""
 
-    def spoil(name: str, change: Callable[[torch.Tensor], Any], file: str = run_folder.MODEL) -> Path:
+    def damage(name: str, change: Callable[[torch.Tensor], Any], file: str = run_folder.MODEL) -> Path:
         out = tmp_path / "out"
         shutil.copytree(trained, out)
         folder = run_folder.checkpoint_folder(out, 10)
@@ -52,7 +52,7 @@ def spoilt(trained: Path, tmp_path: Path) -> Callable[..., Path]:
         files.write_sealed(folder / run_folder.STATE, state)
         return out
 
-    return spoil
+    return damage
 
 
 def nan_in_the_middle(tensor: torch.Tensor) -> None:
@@ -74,10 +74,10 @@ CHANGES: dict[str, Callable[[torch.Tensor], Any]] = {
     ids=" ".join,
 )
 def test_weights_that_are_not_finite(
-    folio: Folio, spoilt: Callable[..., Path], story: Path, items: Path, change: str, argv: list[str]
+    folio: Folio, damaged: Callable[..., Path], story: Path, items: Path, change: str, argv: list[str]
 ) -> None:
     """Every command names the checkpoint, the weight and the checkpoint before; resume changes nothing."""
-    out = spoilt(WEIGHT, CHANGES[change])
+    out = damaged(WEIGHT, CHANGES[change])
     before = tree(out)
     more = {"hellaswag": [f"--data={items}"], "train": [f"--data_dir={story}", "--init_from=resume", "--max_iters=12"]}
     flags = more.get(argv[-1], []) + ([] if argv == ["train"] else ["--checkpoint=latest"])
@@ -93,17 +93,17 @@ def test_weights_that_are_not_finite(
         assert f"resuming {out} at step 5" in outcome.out
 
 
-def test_another_runs_weights_that_are_not_finite(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
-    out = spoilt(WEIGHT, nan_in_the_middle)
+def test_another_runs_weights_that_are_not_finite(folio: Folio, damaged: Callable[..., Path], story: Path) -> None:
+    out = damaged(WEIGHT, nan_in_the_middle)
     shutil.rmtree(run_folder.checkpoint_folder(out, 5))
     outcome = folio("train", f"--init_from={out}", f"--data_dir={story}", *FLAGS, f"--out_dir={out.with_name('new')}")
     assert_refused(outcome, run_folder.checkpoint_folder(out, 10), WEIGHT, "not finite")
     assert not out.with_name("new").exists()
 
 
-def test_moments_that_are_not_finite(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
+def test_moments_that_are_not_finite(folio: Folio, damaged: Callable[..., Path], story: Path) -> None:
     """They would ruin the next update."""
-    out = spoilt(f"{WEIGHT}/exp_avg_sq", CHANGES["inf"], run_folder.OPTIMIZER)
+    out = damaged(f"{WEIGHT}/exp_avg_sq", CHANGES["inf"], run_folder.OPTIMIZER)
     before = tree(out)
     argv = ["train", "--init_from=resume", f"--data_dir={story}", f"--out_dir={out}", "--max_iters=12"]
     assert_refused(folio(*argv), run_folder.checkpoint_folder(out, 10), f"{WEIGHT}/exp_avg_sq", "not finite")
@@ -112,7 +112,7 @@ def test_moments_that_are_not_finite(folio: Folio, spoilt: Callable[..., Path], 
 
 @pytest.mark.parametrize("first", [1, 5])
 def test_an_update_to_infinity_is_not_saved(folio: Folio, story: Path, tmp_path: Path, first: int) -> None:
-    """The loss was finite and the update was not: the checkpoint that is due then is refused, and no step advised."""
+    """The loss was finite and the update was not: the scheduled checkpoint is refused, and no step is suggested."""
     flags = [*SMALL, "--learning_rate=1e39", "--decay_lr=False", "--weight_decay=0", "--eval_interval=100"]
     outcome = folio("train", *flags, f"--checkpoint_interval={first}", f"--data_dir={story}", f"--out_dir={tmp_path}")
     assert_refused(outcome, "is not finite", "lower --learning_rate", "there is no checkpoint yet", code=1)
@@ -121,11 +121,11 @@ def test_an_update_to_infinity_is_not_saved(folio: Folio, story: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.ln_f.weight"])
-def test_a_checkpoint_that_overflows_is_not_advised(
-    folio: Folio, spoilt: Callable[..., Path], story: Path, name: str
+def test_a_checkpoint_that_overflows_is_not_suggested(
+    folio: Folio, damaged: Callable[..., Path], story: Path, name: str
 ) -> None:
-    """Its weights are finite and what is computed with them is not: the one before is named, and it does resume."""
-    out = spoilt(name, lambda tensor: tensor.copy_(tensor.sign() * 1e30))
+    """Its weights are finite, its loss is not: the error names the checkpoint before, and that one resumes."""
+    out = damaged(name, lambda tensor: tensor.copy_(tensor.sign() * 1e30))
     argv = ["train", "--init_from=resume", f"--data_dir={story}", *FLAGS, f"--out_dir={out}", "--max_iters=12"]
     outcome = folio(*argv)
     assert_refused(
@@ -136,24 +136,24 @@ def test_a_checkpoint_that_overflows_is_not_advised(
     assert f"resuming {out} at step 5" in folio(*argv).out
 
 
-def test_another_runs_weights_that_overflow(folio: Folio, spoilt: Callable[..., Path], story: Path) -> None:
+def test_another_runs_weights_that_overflow(folio: Folio, damaged: Callable[..., Path], story: Path) -> None:
     """No learning rate would help, since nothing was trained."""
-    out = spoilt("transformer.wte.weight", lambda tensor: tensor.copy_(tensor.sign() * 1e30))
+    out = damaged("transformer.wte.weight", lambda tensor: tensor.copy_(tensor.sign() * 1e30))
     shutil.rmtree(run_folder.checkpoint_folder(out, 5))
     new = out.with_name("new")
     outcome = folio("train", *SMALL, f"--init_from={out}", f"--data_dir={story}", f"--out_dir={new}")
-    assert_refused(outcome, "is not finite at step 0", "begin with others", code=1)
+    assert_refused(outcome, "is not finite at step 0", "begin with other weights", code=1)
     assert run_folder.steps(new) == []
 
 
-def overflowing(spoilt: Callable[..., Path]) -> Path:
+def overflowing(damaged: Callable[..., Path]) -> Path:
     """Weights that float32 holds and float16 does not."""
-    return spoilt("transformer.ln_f.weight", lambda tensor: tensor.fill_(1e6))
+    return damaged("transformer.ln_f.weight", lambda tensor: tensor.fill_(1e6))
 
 
 @pytest.mark.parametrize("argv", [["sample", "--temperature=0"], ["sample", "--num_samples=1"]], ids=" ".join)
-def test_logits_that_overflow_float16(folio: Folio, spoilt: Callable[..., Path], argv: list[str]) -> None:
-    out = overflowing(spoilt)
+def test_logits_that_overflow_float16(folio: Folio, damaged: Callable[..., Path], argv: list[str]) -> None:
+    out = overflowing(damaged)
     flags = ["--checkpoint=latest", "--device=cpu", f"--out_dir={out}", "--max_new_tokens=4"]
     outcome = folio(*argv, *flags, "--dtype=float16")
     assert_refused(outcome, run_folder.checkpoint_folder(out, 10), "logits are not finite", "--dtype=float32", code=1)
@@ -162,10 +162,10 @@ def test_logits_that_overflow_float16(folio: Folio, spoilt: Callable[..., Path],
 
 @pytest.mark.parametrize("argv", [["eval"], ["eval", "hellaswag"]], ids=" ".join)
 def test_what_cannot_be_measured_in_float32(
-    folio: Folio, spoilt: Callable[..., Path], items: Path, argv: list[str]
+    folio: Folio, damaged: Callable[..., Path], items: Path, argv: list[str]
 ) -> None:
     """Finite weights that overflow it, too."""
-    out = spoilt("transformer.ln_f.weight", lambda tensor: tensor.fill_(3e38))
+    out = damaged("transformer.ln_f.weight", lambda tensor: tensor.fill_(3e38))
     data = [f"--data={items}"] if argv[-1] == "hellaswag" else []
     outcome = folio(*argv, *data, "--checkpoint=latest", *FLAGS, f"--out_dir={out}")
     assert_refused(outcome, run_folder.checkpoint_folder(out, 10), "not finite", code=1)
@@ -173,10 +173,10 @@ def test_what_cannot_be_measured_in_float32(
 
 
 def test_a_run_from_weights_that_overflow(
-    folio: Folio, spoilt: Callable[..., Path], story: Path, tmp_path: Path
+    folio: Folio, damaged: Callable[..., Path], story: Path, tmp_path: Path
 ) -> None:
-    """It ends at its first evaluation, whose step it names, and saves nothing; --eval_only says the same."""
-    out, new = spoilt("transformer.ln_f.weight", lambda tensor: tensor.fill_(3e38)), tmp_path / "new"
+    """It ends at its first evaluation with the step in the error, and saves nothing; so does --eval_only."""
+    out, new = damaged("transformer.ln_f.weight", lambda tensor: tensor.fill_(3e38)), tmp_path / "new"
     argv = ["train", f"--init_from={out}", f"--data_dir={story}", *FLAGS, f"--out_dir={new}", "--eval_iters=1"]
     for more in ([], ["--eval_only"]):
         outcome = folio(*argv, *more)

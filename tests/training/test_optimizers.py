@@ -1,4 +1,4 @@
-"""AdamW's groups, and the learning rate as a function of the step."""
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from folio.config.options import Optimizer
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.training.optimizers import adamw, learning_rate
+from folio.training.optimizers import adamw, optimizer
+from folio.training.schedule import learning_rate
 
 
 def _model(**shape: object) -> GPT:
@@ -40,14 +41,20 @@ def test_matrices_decay_and_vectors_do_not(tied: bool) -> None:
 
 
 def test_the_fused_kernel_is_used_on_a_cpu() -> None:
-    """With the knobs as given."""
-    optimizer = adamw(_model(), 1e-3, (0.8, 0.9), 0.3)
-    assert optimizer.defaults["fused"] is True
-    assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (1e-3, (0.8, 0.9))
+    """With the options as given."""
+    found = adamw(_model(), 1e-3, (0.8, 0.9), 0.3)
+    assert found.defaults["fused"] is True
+    assert (found.defaults["lr"], found.defaults["betas"]) == (1e-3, (0.8, 0.9))
+
+
+def test_the_runs_optimizer_follows_its_options() -> None:
+    made = optimizer(Optimizer(learning_rate=1e-2, beta1=0.8, beta2=0.9, weight_decay=0.3), _model())
+    assert (made.defaults["lr"], made.defaults["betas"]) == (1e-2, (0.8, 0.9))
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
 
 
 def test_frozen_parameters_are_left_out() -> None:
-    """What needs no gradient has no optimiser state."""
+    """What needs no gradient has no optimizer state."""
     model = _model()
     model.transformer.wpe.weight.requires_grad_(False)
     params = [p for group in adamw(model, 1e-3, (0.9, 0.95), 0.1).param_groups for p in group["params"]]
@@ -57,11 +64,11 @@ def test_frozen_parameters_are_left_out() -> None:
 def test_an_update_is_adamws() -> None:
     """One step from zero moments: decay by lr · wd, then lr in the direction of the gradient's sign."""
     model = _model()
-    optimizer = adamw(model, 0.01, (0.9, 0.95), 0.5)
+    found = adamw(model, 0.01, (0.9, 0.95), 0.5)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    found.step()
     for name, p in model.named_parameters():
         decayed = before[name] * (1 - 0.01 * 0.5) if p.dim() >= 2 else before[name]
         torch.testing.assert_close(p, decayed - 0.01)

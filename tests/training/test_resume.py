@@ -1,4 +1,4 @@
-"""A run that is killed anywhere and resumed ends in the bits of one that was not."""
+"""A run that is killed anywhere and resumed ends in the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
+from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -46,7 +47,7 @@ cli.main("train")
 
 @pytest.mark.slow
 def test_killed_at_three_moments(spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path) -> None:
-    """SIGKILL before the first checkpoint, between two, and late; every time the same command goes on."""
+    """SIGKILL before the first checkpoint, between two, and late; every time the same command resumes."""
     out = tmp_path / "out"
     for step in (7, 93, 171):
         child = spawn(*alone(out, story))
@@ -67,7 +68,7 @@ def test_killed_within_a_checkpoint(
     """SIGKILL while files are written, before they count, after that, before and after best.json, and in a line."""
     out = tmp_path / "out"
     moments = [  # and the newest checkpoint that counts then; each process begins at the one before
-        ("checkpoint.save_file", 4, "before", 20),  # the checkpoint of 40 lacks its optimiser
+        ("checkpoint.save_file", 4, "before", 20),  # the checkpoint of 40 lacks its optimizer
         ("files.sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
         ("checkpoint.save", 1, "after", 40),  # it is renamed, and nothing else is done
         ("files.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
@@ -96,7 +97,7 @@ def test_signals_save_first(
     number: signal.Signals,
     code: int,
 ) -> None:
-    """The step is finished and saved, the exit code tells the signal, and the run goes on exactly from there."""
+    """The step is finished and saved, the exit code names the signal, and the run resumes exactly from there."""
     out = tmp_path / "out"
     child = spawn(*alone(out, story))
     child.wait_until(reached(out, 66))
@@ -125,7 +126,7 @@ def test_a_hangup_that_nohup_ignores(spawn: Spawn, story: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("who", ["alone", "first rank", "last rank"])
 def test_a_signal_in_a_long_evaluation(spawn: Spawn, story: Path, tmp_path: Path, who: str) -> None:
-    """Of any rank: all give it up at once, and save the step; the evaluation is made where the run goes on."""
+    """To any rank: all ranks abandon it at once and save the step; the resumed run makes the evaluation."""
     out = tmp_path / "out"
     flags = ["--eval_interval=6", "--log_interval=1", "--n_embd=256", "--n_layer=4", "--batch_size=1"]
     argv = [*(alone(out, story) if who == "alone" else group(out, story)), *flags]
@@ -154,7 +155,7 @@ def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: 
     child.kill([child.process.pid], signal.SIGINT)
     child.wait_until(lambda: "SIGINT: finishing the step and saving; Ctrl-C to leave at once" in child.output())
     time.sleep(0.2)
-    assert child.process.poll() is None  # the step goes on
+    assert child.process.poll() is None  # the step continues
     child.kill([child.process.pid], signal.SIGINT)
     assert child.end(5) == 130
     assert run_folder.steps(out) == []
@@ -163,7 +164,7 @@ def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The run that ends anyway, or the one that resumes it, makes the last evaluation as one undisturbed does."""
+    """The run, or the one that resumes it, makes the same last evaluation as an uninterrupted one."""
     torch.set_num_threads(1)
     argv = [*SMALL, f"--data_dir={story}", "--learning_rate=1e-2", "--max_iters=7", "--init_from=auto"]
 
@@ -171,7 +172,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         return train.main(cli.parse(train.Options, [*argv, f"--out_dir={out}"], "folio train", files=True))
 
     assert go(tmp_path / "undisturbed") == 0
-    build, update = train.build, Runtime.update
+    build, update = start.build, Runtime.update
 
     def disturbed(config: Any) -> Any:
         run = build(config)
@@ -184,7 +185,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Runtime, "update", last)
         return run
 
-    monkeypatch.setattr(train, "build", disturbed)
+    monkeypatch.setattr(start, "build", disturbed)
     go(tmp_path / "out")
     monkeypatch.undo()
     assert go(tmp_path / "out") == 0
@@ -196,7 +197,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_group_that_is_killed(spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path) -> None:
-    """All of three ranks at once, then one of them, after which the launcher ends the others: exact still."""
+    """All three ranks at once, then one, after which the launcher ends the others: resuming stays exact."""
     out = tmp_path / "out"
     child = spawn(*group(out, story), threads=1)
     child.wait_until(reached(out, 24))

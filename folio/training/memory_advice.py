@@ -1,0 +1,80 @@
+"""How much memory a step needs, and which options need less."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from folio.config.options import Data, Processes, TrainConfig, override
+from folio.errors import UserError
+from folio.machine import shortage
+from folio.machine.runtime import Runtime
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.training.batches import micro_batches
+
+if TYPE_CHECKING:
+    from folio.machine import memory
+
+
+def step_of_a_device(
+    data: Data, several: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
+) -> memory.Step:
+    """What the first device does in a step. Raises UserError if the devices do not divide the rows."""
+    from folio.machine.memory import Step
+
+    share = micro_batches(data, 0, world)
+    recompute = several.activation_checkpointing == "block"
+    most = max(rows for _, rows, _ in share)
+    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context)
+
+
+_SMALLER = "lower --block_size, --n_layer or --n_embd"
+
+
+def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
+    """A line: the memory that a step needs, computed as ``folio plan`` does, and options that need less."""
+    from folio.machine import memory
+
+    def total(way: dict[str, Any]) -> int:
+        changed = override(config, way)
+        data, several = changed.data, changed.processes
+        shards = runtime.world if several.parallel == "fsdp" else runtime.shards
+        gpu, context = runtime.device.type != "cpu", data.row(shape.block_size)
+        step = step_of_a_device(data, several, context, runtime.dtype, gpu, runtime.world, shards)
+        return memory.needed(shape, step).total
+
+    need, room = total({}), shortage.room(runtime.device)
+    limit = room if need > room else 0.75 * need
+    sharded = runtime.world > 1 and runtime.dtype != torch.float16
+    ways = memory.remedies(config.data, sharded, lambda way: total(way) <= limit)
+    remedy = (
+        f"{'what fits:' if need > room else 'to need less:'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
+    )
+    return (
+        f"by folio plan's count a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
+        f"without what torch itself takes; {remedy}"
+    )
+
+
+def check_size(shape: GPTConfig) -> None:
+    """Raises UserError for weights that this machine cannot hold; else the system might kill the process silently."""
+    with shortage.explained("building the model", lambda: _SMALLER):
+        if 4 * _count(shape) > shortage.machine():
+            raise UserError(f"out of memory while building the model: {least(shape)}")
+
+
+def _count(shape: GPTConfig) -> int:
+    with torch.device("meta"):
+        return GPT(shape).get_num_params(False)
+
+
+def least(shape: GPTConfig) -> str:
+    """A line: the least memory that a model of this shape takes."""
+    count = _count(shape)
+    return (
+        f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
+        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
+        f"--n_embd={shape.n_embd}, --vocab_size={shape.vocab_size} or --block_size={shape.block_size}"
+    )

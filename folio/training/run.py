@@ -1,0 +1,175 @@
+"""A run: all its parts, its clock, and how it ends."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from folio import files
+from folio.checkpoints.checkpoint import State
+from folio.config.options import TrainConfig
+from folio.data.rows import Tokens
+from folio.data.tokenizers import Tokenizer, from_json
+from folio.errors import UserError
+from folio.machine.flops import mfu
+from folio.machine.runtime import Loss, Runtime
+from folio.model.gpt import GPT
+from folio.records.log import Log, counted
+from folio.records.trackers import Record
+
+
+class Work(NamedTuple):
+    """A kind of work between updates: whether it is done at this step, and a function that returns its records."""
+
+    scheduled: Callable[[Run], bool]
+    do: Callable[[Run], Iterable[Record]]
+
+
+class Figures(NamedTuple):
+    """What a step computed, perhaps still on its way from the device."""
+
+    step: int
+    learning_rate: float
+    requested_at: float  # by the clock of time.perf_counter
+    read: Callable[[], list[float]]  # [nats, tokens, one number per stop request, gradient norm]
+
+
+@dataclass
+class Clock:
+    """The wall time of a run, its limit, and the speed of its updates without the work between them; in seconds."""
+
+    started: float = field(default_factory=time.perf_counter)  # when this process began, less the seconds before it
+    deadline: float = math.inf
+    steps_per_second: float = math.nan  # of the last lap
+    _lap: tuple[int, float] = field(default=(0, 0.0), init=False)  # step and time at which this lap began
+    _paused: float = field(default=0.0, init=False)  # seconds of this lap
+
+    def seconds(self, at: float | None = None) -> float:
+        """Since the run began, those of earlier processes included; now or ``at`` a time of ``time.perf_counter``."""
+        return (time.perf_counter() if at is None else at) - self.started
+
+    @property
+    def expired(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def limit(self, minutes: float) -> None:
+        """Expires so many minutes from now."""
+        self.deadline = time.perf_counter() + 60 * minutes
+
+    def begin_lap(self, step: int) -> None:
+        self._lap, self._paused = (step, time.perf_counter()), 0.0
+
+    def end_lap(self, step: int, at: float) -> None:
+        """Measures the speed since the lap began, and begins the next one."""
+        first, began = self._lap
+        self.steps_per_second = (step - first) / (at - began - self._paused)
+        self._lap, self._paused = (step, at), 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time inside does not count into the speed."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+
+@dataclass
+class Run:
+    """All parts of a run."""
+
+    config: TrainConfig
+    id: str
+    model: GPT
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    tokens: Tokens
+    tokenizer: dict[str, Any] | None  # as JSON; None if the meaning of the token ids is unknown
+    runtime: Runtime
+    log: Log
+    state: State
+    lock: files.Lock | None = None  # on the folder, held by rank 0 for all ranks
+    read_only: bool = False  # eval_only: measures the loss once and writes no file
+    work: list[Work] = field(default_factory=list)  # between updates
+    clock: Clock = field(default_factory=Clock)
+    begun: int = 0  # the step this process began at
+    stop: str = ""  # why the loop ends: one of stopping.ENDS or stopping.EXIT
+    signal: str = ""  # that this rank received
+    owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted
+    caught_up: bool = False  # this process made a measurement that an earlier one owed
+    pending: Figures | None = None  # of the last step, read one step late
+
+    @property
+    def out_dir(self) -> Path:
+        return Path(self.config.output.out_dir)
+
+    def vocabulary(self) -> Tokenizer:
+        """The tokenizer of the data. Raises UserError if the meaning of the token ids is unknown."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"nothing says what the token ids of {self.tokens.name} mean, so no text can be made of them: "
+                "put a meta.json or meta.pkl beside the token files"
+            )
+        return from_json(self.tokenizer)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.data.gradient_accumulation_steps * self.config.data.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.tokens.block_size
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The speed of training; NaN before it is known."""
+        return self.tokens_per_step * self.clock.steps_per_second
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: share of the devices' peak in use; NaN if unknown."""
+        runtime = self.runtime
+        return mfu(
+            self.model, self.tokens_per_second, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size
+        )
+
+
+def finish(run: Run) -> None:
+    """Reports how the run ended and releases what it holds; must be called on every path."""
+    try:
+        if run.stop:
+            run.log.say(_last_line(run))
+        run.log.close()
+    finally:
+        try:
+            run.runtime.close()
+        finally:
+            if run.lock:
+                run.lock.release()
+
+
+def _last_line(run: Run) -> str:
+    state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
+    if run.begun == state.step > 0 and not run.caught_up:
+        if run.stop == "max_iters":
+            return f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that"
+        if run.stop == "patience":
+            in_vain = counted(state.evaluations_without_improvement, "evaluation")
+            return f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that"
+    why = best = ""
+    if run.stop != "max_iters":
+        why = f" ({run.stop})"
+        if state.step:
+            more = f" --patience={2 * patience}" if run.stop == "patience" else ""
+            folder = shlex.quote(str(run.out_dir))
+            why += f", folio train --init_from=resume --out_dir={folder}{more} resumes it"
+    if state.best:
+        best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
+    return f"step {state.step} of {max_iters}{why}{best}"

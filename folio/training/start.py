@@ -1,0 +1,315 @@
+"""From a config to a run."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from folio import files, rng
+from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints.checkpoint import State
+from folio.checkpoints.pt_files import PtFile
+from folio.config.options import COMMAND_LINE, TrainConfig, accumulated, check, flat
+from folio.data.rows import Tokens
+from folio.data.token_files import GPT2
+from folio.errors import UserError
+from folio.machine import processes, shortage
+from folio.machine.flops import flops_per_token
+from folio.machine.runtime import Loss, Runtime
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.records import run_folder, trackers
+from folio.records.log import Log, counted
+from folio.training import optimizers, ownership
+from folio.training.batches import micro_batches
+from folio.training.memory_advice import check_size, least, what_fits
+from folio.training.ownership import unwritable
+from folio.training.resume import Former, find_former, overlay, restore, shape_of, take_folder
+from folio.training.run import Run, finish
+from folio.training.work import save_checkpoint, scheduled_work
+
+_OWN = (  # options that may differ between the ranks
+    "out_dir",
+    "init_from",
+    "data_dir",
+    "dataset",
+    "data_mixture",
+    "hellaswag_data",
+    "wandb_run_name",
+)
+_NUMBERS = itertools.count()  # of the runs that this process builds
+
+
+@contextmanager
+def running(config: TrainConfig) -> Iterator[Run]:
+    """A run, built from a config and finished on every path; raises what ``build`` raises."""
+    run = build(config)
+    try:
+        yield run
+    finally:
+        finish(run)
+
+
+def build(config: TrainConfig) -> Run:
+    """Builds and checks everything that a run needs; until all of it is in place, only a lock on the folder is written.
+
+    Raises:
+        UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
+    """
+    check(config)
+    trackers.parse(config.logging.track)
+    read_only = config.evaluation.eval_only
+    lock = None if read_only else _hold(config)
+    try:
+        with _released_at_sigterm(lock):
+            return _build(config, lock, read_only)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _hold(config: TrainConfig) -> files.Lock | None:
+    """Locks the folder, on rank 0 for all ranks; None on other ranks, and if there is nothing to resume."""
+    out_dir = Path(config.output.out_dir)
+    nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
+    if nothing_there or processes.place()[0] > 0:
+        return None
+    try:
+        return run_folder.hold(out_dir)
+    except OSError as error:
+        raise unwritable(out_dir, error) from None
+
+
+@contextmanager
+def _released_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
+    """SIGTERM releases the lock before it ends the process: a launcher sends it when another process fails."""
+    if lock is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def release(number: int, frame: Any) -> None:
+        lock.release()
+        signal.signal(number, before)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, release) or signal.SIG_DFL
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _build(config: TrainConfig, lock: files.Lock | None, read_only: bool) -> Run:
+    number = next(_NUMBERS)
+    former = _former_run(config, number, lock)
+    begin = config.output.init_from
+    notes: list[str] = []
+    if former:
+        config, notes = overlay(config, former)
+        check(config)
+    source = hugging_face.find(begin) if not former and begin not in ("scratch", "resume", "auto") else None
+    given = former.found if former else source
+    shape = config.model
+    if given:
+        shape, more = shape_of(given.config(), config, former)
+        notes += more
+    tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
+    theirs = former.found.asked if former else {}
+    mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
+    config = replace(config, data=accumulated(config.data, tokens.block_size, mine))
+    shape, spec, more = _fit_to_data(shape, config, tokens, given, former)
+    notes += more
+    model, more = _make_model(shape, config, source, former)
+    notes += more
+    runtime = _make_runtime(config, model, tokens, former)
+    try:
+        _check_agreement(config, tokens, runtime, former)
+        loss, more = _wrap(config, model, tokens, runtime)
+        notes += more
+        optimizer = optimizers.optimizer(config.optimizer, model)
+        log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
+        run_id = former.id if former else secrets.token_hex(6)
+        run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only)
+        if former:
+            notes += restore(run, former)
+        if minutes := config.optimizer.max_minutes:
+            run.clock.limit(minutes)
+        run.work, more = scheduled_work(run)
+        notes += more
+        if not read_only:
+            notes += _begin_files(run, number, former)
+        _introduce(run, notes)
+    except BaseException:
+        runtime.close()
+        with shortage.explained("building the run", partial(what_fits, config, shape, runtime)):
+            raise
+    return run
+
+
+def _former_run(config: TrainConfig, number: int, lock: files.Lock | None) -> Former | None:
+    """The run in the folder that this one resumes; checks that the folder's files may be replaced.
+
+    A job that its launcher restarted resumes the run that it had begun, whatever ``init_from`` says.
+    """
+    out_dir, begin = Path(config.output.out_dir), config.output.init_from
+    known = processes.former_run(number)
+    if lock:
+        resuming = known is not None or begin in ("resume", "auto")
+        ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), resuming)
+    former = find_former(out_dir, "auto", known) if known is not None else None
+    return former or find_former(out_dir, begin)
+
+
+def _fit_to_data(
+    shape: GPTConfig, config: TrainConfig, tokens: Tokens, given: checkpoint.Checkpoint | None, former: Former | None
+) -> tuple[GPTConfig, dict[str, Any] | None, list[str]]:
+    """The shape with its vocabulary, the tokenizer as JSON, and notes about the data.
+
+    Raises:
+        UserError: the data has token ids that the model does not, or other ones.
+    """
+    notes = [folder.note for folder in tokens.folders if folder.note]
+    vocab_size = shape.vocab_size
+    if vocab_size == "auto":
+        vocab_size, note = vocab_size_of(tokens)
+        notes.append(note)
+    tokens.vocab_size = vocab_size
+    spec, more = _tokenizer_of(tokens, given, former is not None)
+    notes += more
+    known = tokens.known_vocab_size
+    if known and vocab_size < known:
+        remedy = (
+            "give --data_dir the data that the run was trained on" if former else "set --vocab_size to that or more"
+        )
+        raise UserError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
+    if config.data.document_mask:
+        notes.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
+    return replace(shape, vocab_size=vocab_size), spec, notes
+
+
+def _make_model(
+    shape: GPTConfig, config: TrainConfig, source: checkpoint.Checkpoint | None, former: Former | None
+) -> tuple[GPT, list[str]]:
+    """A model with the weights of ``source``, or new ones; empty if ``former``'s will be restored. And notes."""
+    check_size(shape)
+    with shortage.explained("building the model", partial(least, shape)):
+        if not source:
+            return GPT.empty(shape) if former else GPT(shape, partial(rng.generator, config.system.seed)), []
+        model = source.model(shape.dropout)
+        model.crop_block_size(shape.block_size)
+        model.grow_vocab_size(int(shape.vocab_size))
+        return model, [f"weights of {source.path}" + (f", step {source.step}" if source.step else "")]
+
+
+def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Former | None) -> Runtime:
+    tokens_per_step = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
+    flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
+    resolved = former.found.state["resolved"] if former else None
+    return Runtime(config.system, config.processes, flops=flops, resolved=resolved)
+
+
+def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:
+    """Raises UserError, on every rank, if the ranks were not given the same options, data and checkpoint."""
+    runtime.agree(
+        {name: value for name, value in flat(config).items() if name not in _OWN}
+        | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
+        | {"the newest checkpoint": former.found.step if former else None}
+        | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}
+    )
+
+
+def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> tuple[Loss, list[str]]:
+    """The model's loss on this machine, and a note if the number of processes changes dropout."""
+    notes = []
+    largest = max(rows for _, rows, _ in micro_batches(config.data, runtime.rank, runtime.world))
+    if config.data.gradient_accumulation_steps % runtime.world == 0:
+        tokens.world = runtime.world
+    else:
+        notes.append(
+            f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"
+        )
+    return runtime.wrap(model, (largest, tokens.block_size)), notes
+
+
+def _begin_files(run: Run, number: int, former: Former | None) -> list[str]:
+    """Prepares the folder and opens its records; from here on the run may write. Returns notes."""
+    o = run.config.optimizer
+    notes = run.runtime.broadcast(lambda: take_folder(run, number, former))
+    run.log.open(run.out_dir, run.config.logging.log_txt, o.restart_interval or o.max_iters or 1)
+    if former and isinstance(former.found, PtFile):
+        save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
+        run.runtime.written()
+    return notes
+
+
+def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
+    """The value of ``vocab_size=auto`` for this data, and a note about it."""
+    found = tokens.known_vocab_size
+    if found is None or tokens.tokenizer() == GPT2:
+        return 50304, "vocab_size = 50304 (GPT-2's 50257 rounded up for speed)"
+    return found, f"found vocab_size = {found} (inside {tokens.name})"
+
+
+def _tokenizer_of(
+    tokens: Tokens, model: checkpoint.Checkpoint | None, resumed: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The tokenizer of the run, as JSON, which its checkpoints keep; and notes.
+
+    Raises:
+        UserError: the token ids of the data and of the run that is resumed have different meanings.
+    """
+    notes = []
+    spec, why = tokens.tokenizer_for(model.tokenizer_spec if model else None)
+    if model and model.tokenizer_spec is None and not resumed:
+        notes.append(
+            f"nothing says what the token ids of {model.path} mean: make sure that {tokens.name} has the same ones"
+        )
+    if why and model:
+        line = f"the token ids of {tokens.name} mean something else to the model of {model.path}: they are {why}"
+        if resumed:
+            raise UserError(
+                f"{line}: give --data_dir the data that the run was trained on, or start afresh with "
+                "--init_from=scratch"
+            )
+        notes.append(
+            f"warning: {line}. The embeddings it learned do not fit them; to keep these, prepare the data with "
+            f"the model's tokenizer, which folio export writes as tokenizer.json"
+        )
+    return spec, notes
+
+
+def _introduce(run: Run, notes: list[str]) -> None:
+    """Reports the choices and notes to the reader, then records them and starts the trackers."""
+    say, config, resolved = run.log.say, run.config, run.runtime.resolved
+    say(f"tokens per iteration will be: {run.tokens_per_step:,}")
+    for note in notes:
+        say(note)
+    say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
+    say(
+        f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, float32 products "
+        f"{resolved['matmul_precision']}, {counted(resolved['threads'], 'thread')}, "
+        f"{counted(resolved['world'], 'process')}{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
+    )
+    if not run.read_only:
+        chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
+        run.log.write({"kind": "start", "step": run.begun, **chosen})
+        o = config.logging
+        run.log.follow(
+            trackers.parse(o.track) + ("wandb",) * o.wandb_log,
+            run.out_dir,
+            project=o.wandb_project,
+            name=o.wandb_run_name,
+            run_id=run.id,
+            step=run.begun,
+            config=flat(config),
+        )

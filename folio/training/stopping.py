@@ -1,0 +1,95 @@
+"""Why a run stops: its stop reasons, signals, and numbers that are not finite."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folio.records import run_folder
+from folio.training.run import Run
+
+_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
+EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
+ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons after which everything is measured once more
+# reasons that one rank may have alone, the most urgent first; each has a number in the small reduction of a step
+STOP_REQUESTS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "max_minutes")
+
+
+def finished(run: Run) -> str:
+    """Why the training is complete, or "": the same on every rank."""
+    patience = run.config.optimizer.patience
+    if run.state.step >= run.config.optimizer.max_iters:
+        return "max_iters"
+    return "patience" if 0 < patience <= run.state.evaluations_without_improvement else ""
+
+
+def stop_request(run: Run) -> str:
+    """Why this rank asks all ranks to stop, or ""."""
+    return run.signal or ("max_minutes" if run.clock.expired else "")
+
+
+def as_numbers(request: str, device: torch.device) -> Tensor:
+    """One number per stop request, (5,): 1 for this one, else 0. Summed over the ranks, they count the requests."""
+    numbers = torch.zeros(len(STOP_REQUESTS), device=device)
+    if request:
+        numbers[STOP_REQUESTS.index(request)] = 1.0
+    return numbers
+
+
+def requested(counts: Sequence[float]) -> str:
+    """The most urgent of the stop requests that were counted, or ""."""
+    return most_urgent(name for name, count in zip(STOP_REQUESTS, counts, strict=True) if count)
+
+
+def most_urgent(requests: Iterable[str]) -> str:
+    return min(filter(None, requests), key=STOP_REQUESTS.index, default="")
+
+
+def not_finite(run: Run, what: str, updates: int) -> FloatingPointError:
+    """The error for ``what`` was found after so many ``updates``, with a remedy.
+
+    Before the first update of this process the weights that it began with are the cause, not the learning rate.
+    """
+    kept = run_folder.steps(run.out_dir)
+    remedy = "lower --learning_rate, " + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
+    if updates == run.begun:
+        earlier = [step for step in kept if step < updates]
+        remedy = "the weights that the run began with are the cause: " + (
+            f"move {run_folder.checkpoint_folder(run.out_dir, updates)} away and resume from step {earlier[-1]}"
+            if earlier
+            else "begin with other weights, or with another --dtype"
+        )
+    return FloatingPointError(f"{what}, training stopped there: {remedy}")
+
+
+@contextmanager
+def signals(run: Run) -> Iterator[None]:
+    """Inside, a signal ends the run after the step, with a checkpoint; a second SIGINT ends it at once.
+
+    The signals are SIGINT, SIGTERM, SIGHUP (a lost connection) and SIGUSR1 (Slurm's warning). One that the caller
+    ignores, as nohup ignores SIGHUP, stays ignored; but not SIGINT, which a shell ignores for every background job.
+    """
+
+    def receive(number: int, frame: Any) -> None:
+        if run.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.signal = signal.Signals(number).name
+        with suppress(RuntimeError):  # in the middle of another line
+            run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, receive) for s in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

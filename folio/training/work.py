@@ -1,0 +1,300 @@
+"""The work between updates: measurements, checks, checkpoints, a profile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TypeVar
+
+from folio import files
+from folio.checkpoints import checkpoint
+from folio.config.options import Sampling
+from folio.data.token_files import Split
+from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
+from folio.evaluation import hellaswag
+from folio.evaluation.loss import evaluate
+from folio.generation.sampling import continuations, encode_prompt
+from folio.machine.profiler import WARM_UP, Profiler
+from folio.records import run_folder
+from folio.records.trackers import Record
+from folio.training.run import Run, Work
+from folio.training.schedule import learning_rate
+from folio.training.stopping import ENDS, EXIT, finished, most_urgent, not_finite
+
+T = TypeVar("T")
+
+
+def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
+    """All work between updates in its order, and notes about it for the reader."""
+    config = run.config
+    loss = measurement("eval", config.evaluation.eval_interval, evaluate_loss)
+    if run.read_only:
+        return [loss], []
+    measurements, notes = _measurements_of_text(run)
+    work = [loss, *measurements]
+    if config.processes.check_replicas_every:
+        work.append(Work(_replicas_scheduled, check_replicas))
+    work.append(Work(_checkpoint_scheduled, save_checkpoint))
+    if config.logging.profile:
+        ends, begins = profiling(run)
+        work = [ends, *work, begins]
+    return work, notes
+
+
+def run_scheduled_work(run: Run) -> None:
+    """Does the work that is scheduled at this step, which may stop the run."""
+    with run.clock.pause():
+        for work in run.work:
+            if work.scheduled(run):
+                for record in work.do(run):
+                    run.log.write(record)
+            run.stop = run.stop or finished(run)
+        if not run.stop:
+            run.owed.clear()
+
+
+def measure_once(run: Run) -> None:
+    """Does all work at once, whatever the step."""
+    for work in run.work:
+        for record in work.do(run):
+            run.log.write(record)
+
+
+def scheduled(run: Run, interval: int, *, at_end: bool, first: int = 0, again: bool = False) -> bool:
+    """Whether the step is a multiple of ``interval``, or ``at_end``; not before step ``first``.
+
+    An earlier process did the work of the step at which this one resumed, unless it is to be done ``again``.
+    """
+    step = run.state.step
+    new = again or run.begun == 0 or step != run.begun
+    return new and step >= first and (step % interval == 0 or at_end)
+
+
+# Measurements
+
+
+def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]], first: int = 0) -> Work:
+    """Scheduled at multiples of ``interval`` from step ``first`` on, and when training is complete.
+
+    A signal interrupts it. The checkpoint then notes that it is owed, and a run that resumes there makes it first.
+    """
+
+    def is_scheduled(run: Run) -> bool:
+        at_end = run.stop in ENDS or bool(finished(run))
+        return scheduled(run, interval, at_end=at_end, first=first, again=kind in run.owed)
+
+    def do(run: Run) -> list[Record]:
+        owed = kind in run.owed
+        run.owed.add(kind)
+        if run.stop in EXIT:
+            return []
+        try:
+            records = measure(run)
+        except _AbandonedError:
+            return []
+        except FloatingPointError as error:
+            raise not_finite(run, f"{error} at step {run.state.step}", run.state.step) from None
+        run.owed.discard(kind)
+        run.caught_up |= owed
+        return records
+
+    return Work(is_scheduled, do)
+
+
+def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
+    """HellaSwag and samples, which need the tokenizer; and notes about them.
+
+    Raises:
+        UserError: an option of theirs does not fit the model or the data.
+    """
+    o, shape = run.config.evaluation, run.model.config
+    if not (o.hellaswag_interval or o.sample_interval):
+        return [], []
+    tokenizer = run.vocabulary()
+    work: list[Work] = []
+    notes: list[str] = []
+    if o.hellaswag_interval:
+        asked = o.hellaswag_data, o.hellaswag_style, o.hellaswag_limit
+        questions = hellaswag.load(*asked, tokenizer, shape, run.runtime)
+        notes += filter(None, [questions.note])
+        do = partial(evaluate_hellaswag, questions=questions)
+        work.append(measurement("hellaswag", o.hellaswag_interval, do))
+    if o.sample_interval:
+        _, prompt = encode_prompt("sample_prompt", o.sample_prompt, tokenizer, shape)
+        room = o.sample_tokens - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
+            )
+        how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
+        work.append(measurement("sample", o.sample_interval, partial(sample, tokenizer=tokenizer, how=how), first=1))
+    return work, notes
+
+
+class _AbandonedError(Exception):
+    """A signal interrupted a measurement, on all ranks after the same number of its parts."""
+
+
+def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
+    """Shows the parts of a measurement in the progress bar as they are done; a signal to any rank interrupts it.
+
+    All ranks must have the same number of parts.
+    """
+
+    def track(parts: Sequence[T]) -> Iterator[T]:
+        for number, part in enumerate(parts, 1):
+            if run.runtime.total(float(bool(run.signal))):
+                run.stop = most_urgent(run.runtime.gather(run.signal))
+                raise _AbandonedError
+            run.log.busy(f"{what} {number} of {len(parts)}")
+            yield part
+
+    return track
+
+
+def evaluate_loss(run: Run) -> list[Record]:
+    """Measures the loss over both splits, as many windows of each; keeps the best validation loss."""
+    state, size = run.state, run.config.data.batch_size
+    windows = run.config.evaluation.eval_iters * size
+
+    def loss_over(split: Split, count: int) -> float:
+        watch = watched(run, "evaluating, batch")
+        return evaluate(run.model, run.loss, run.tokens, split, count, size, run.runtime, watch)
+
+    train_loss = loss_over("train", windows or len(run.tokens.spread("val", 0)))
+    val_loss = loss_over("val", windows)
+    state.train_loss, state.val_loss = train_loss, val_loss
+    if state.step > 0:
+        if state.best is None or val_loss < state.best["loss"]:
+            state.best = {"step": state.step, "loss": val_loss}
+            state.evaluations_without_improvement = 0
+        else:
+            state.evaluations_without_improvement += 1
+    record = {
+        "kind": "eval",
+        "step": state.step,
+        "train_loss": train_loss,
+        "val_loss": val_loss,
+        "lr": learning_rate(state.step, run.config.optimizer),
+        "mfu": run.mfu,
+        "tokens": state.tokens,
+        "seconds": run.clock.seconds(),
+    }
+    return [record]
+
+
+def evaluate_hellaswag(run: Run, questions: hellaswag.Questions) -> list[Record]:
+    """The share of HellaSwag's questions that the model answers correctly."""
+    found = hellaswag.evaluate(run.model, questions, run.runtime, track=watched(run, "HellaSwag, batch"))
+    return [{"kind": "hellaswag", "step": run.state.step, **found, "tokens": run.state.tokens}]
+
+
+def sample(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
+    """Samples from a prompt, some on each rank, drawn with the same random numbers each time."""
+    runtime, seed = run.runtime, run.config.system.seed
+    first = runtime.rank * how.num_samples
+    watch = watched(run, "sampling, token")
+    texts = runtime.gather(runtime.infer(lambda: continuations(run.model, tokenizer, how, seed, first, watch)))
+    return [
+        {"kind": "sample", "step": run.state.step, "number": number, "text": text}
+        for number, text in enumerate(itertools.chain(*texts))
+    ]
+
+
+# Checks, checkpoints, a profile
+
+
+def _replicas_scheduled(run: Run) -> bool:
+    return scheduled(run, run.config.processes.check_replicas_every, at_end=bool(run.stop), first=1)
+
+
+def check_replicas(run: Run) -> tuple[()]:
+    """Checks that the processes still have the same weights. Raises FloatingPointError if not."""
+    run.runtime.check_replicas(run.model)
+    return ()
+
+
+def _checkpoint_scheduled(run: Run) -> bool:
+    interval = run.config.output.checkpoint_interval
+    if interval == "auto":
+        interval = run.config.evaluation.eval_interval
+    best = run.state.best is not None and run.state.best["step"] == run.state.step
+    return scheduled(run, interval, at_end=best or bool(run.stop), first=1, again=run.caught_up)
+
+
+def save_checkpoint(run: Run) -> tuple[()]:
+    """Writes a checkpoint of this step, then ``best.json``, then removes older checkpoints.
+
+    Training may continue while a thread writes it from a copy on the CPU; there is one such copy at a time.
+
+    Raises:
+        FloatingPointError: a weight or moment is not finite; nothing is saved.
+    """
+    output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
+    if name := runtime.not_finite(run.model, run.optimizer):
+        raise not_finite(run, f"{name} is not finite after {step} steps", step)
+    run.log.sync()
+    runtime.written()
+    meanwhile = output.async_checkpoint
+    if meanwhile == "auto":
+        meanwhile = runtime.world > 1 or runtime.device.type == "cuda"
+    meanwhile = meanwhile and not run.stop
+    weights, slots = runtime.full_state(run.model, run.optimizer, copy=meanwhile)
+    run.state.seconds = run.clock.seconds()
+    state = {
+        "run": run.id,
+        **asdict(run.state),
+        "model": asdict(run.model.config),
+        "tokenizer": run.tokenizer,
+        "data": run.tokens.fingerprint(),
+        "sources": run.tokens.sources(),
+        "row": run.tokens.block_size,
+        "owed": sorted(run.owed),
+        "scaler": runtime.scaler.state_dict(),
+        "resolved": runtime.resolved,
+    }
+
+    def write() -> None:
+        checkpoint.save(run.out_dir, step, weights, slots, state)
+        if best:
+            files.write_sealed(run.out_dir / run_folder.BEST, best)
+        if output.always_save_checkpoint:
+            interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
+            checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
+        else:
+            checkpoint.prune(run.out_dir, 1)
+
+    run.log.say(f"saving checkpoint to {run_folder.checkpoint_folder(run.out_dir, step)}")
+    runtime.write(write, wait=not meanwhile)
+    return ()
+
+
+def profiling(run: Run) -> tuple[Work, Work]:
+    """Two kinds of work: the first ends a profile, the last begins it or, if the run stops earlier, ends it."""
+    profiler = Profiler(run.optimizer, run.runtime.device, run.out_dir / run_folder.PROFILE)
+    first = run.begun + WARM_UP
+    last = first + run.config.logging.profile
+
+    def end(run: Run) -> list[Record]:
+        try:
+            run.log.say(run.runtime.broadcast(profiler.finish))
+        except OSError as error:
+            run.log.say(f"no profile: {error}")
+        return []
+
+    def begin(run: Run) -> list[Record]:
+        if not run.stop:
+            run.runtime.broadcast(profiler.start)
+        elif run.state.step > first:
+            return end(run)
+        else:
+            run.log.say(f"nothing was profiled: that begins at step {first}, and the run ended at {run.state.step}")
+        return []
+
+    def begins(run: Run) -> bool:
+        return run.state.step == first or (bool(run.stop) and run.state.step < last)
+
+    return Work(lambda run: run.state.step == last, end), Work(begins, begin)

@@ -37,10 +37,11 @@ import sys, time
 from pathlib import Path
 from folio import hellaswag, pretrained
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 
 chosen, dtype = pretrained.find(sys.argv[1]), sys.argv[3]
-model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))
+model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(resolve(System(device="cpu", dtype=dtype)))
 runtime.wrap(model, None)
 began = time.perf_counter()
 items = hellaswag.read(Path(sys.argv[2]), "completion")

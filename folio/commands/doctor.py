@@ -34,9 +34,8 @@ from folio import __version__
 from folio.config.options import DATA_SETS, System
 from folio.data.rows import holds_tokens
 from folio.data.token_files import CLONE, SPLITS, UNFINISHED, open_folder
-from folio.machine import shortage
-from folio.machine.flops import peak
-from folio.machine.runtime import Runtime
+from folio.machine import probe
+from folio.machine.choices import resolve
 from folio.records.console import printable
 
 # What an extra's packages are for; which ones they are, the project's metadata says
@@ -173,27 +172,26 @@ def _arithmetic() -> Iterator[Row]:
     """The device, and what ``auto`` becomes on it."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        runtime = Runtime(System(), flops=float("inf"))  # of a run that is long enough to compile
-        runtime.close()
-    device, auto = runtime.device, runtime.resolved
-    yield from _answered("device", lambda: _devices(device, auto["processor"], [str(w.message) for w in said]))
-    yield _threads(auto["threads"])
+        auto = resolve(System(), flops=float("inf"))  # of a run that is long enough to compile
+    yield from _answered("device", lambda: _devices(auto.kind, auto.processor, [str(w.message) for w in said]))
+    yield _threads(auto.threads)
 
-    fast = {auto["dtype"], *(["float16"] if device.type == "cuda" else [])}
+    fast = {auto.dtype, *(["float16"] if auto.kind == "cuda" else [])}
     slow = [name for name in ("bfloat16", "float16") if name not in fast]
-    limit = peak(device, runtime.dtype)
-    speed = f"{limit / 1e12:,.3g} TFLOP/s {'measured' if device.type == 'cpu' else 'by its maker'}" if limit else ""
+    with probe.matmul_precision(auto.matmul_precision):
+        limit = probe.Machine().peak(auto.device, auto.dtype)
+    speed = f"{limit / 1e12:,.3g} TFLOP/s {'measured' if auto.kind == 'cpu' else 'by its maker'}" if limit else ""
     verdict = f"{' and '.join(slow)} would be slower" if slow else "float16 is fast too"
     known = speed or "of unknown peak, so that no MFU is shown"
-    yield Row("ok" if limit else "note", "dtype", f"{auto['dtype']}, {known}; {verdict}")
+    yield Row("ok" if limit else "note", "dtype", f"{auto.dtype}, {known}; {verdict}")
     means = {"highest": "in full", "high": "in TF32", "medium": "by faster kernels that are as exact here"}
-    precision = auto["matmul_precision"]
+    precision = auto.matmul_precision
     yield Row("ok", "float32", f"products at precision {precision}, {means[precision]}")
-    yield _compiler(device, auto["compile"])
+    yield _compiler(auto.kind == "cuda", auto.compile)
 
 
-def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[Row]:
-    if device.type == "cuda":
+def _devices(kind: str, processor: str, said: list[str]) -> Iterator[Row]:
+    if kind == "cuda":
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
             finding = f"cuda:{i}, {torch.cuda.get_device_name(i)}, {_gb(free, total)} free"
@@ -201,7 +199,7 @@ def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[
                 yield Row("ok", "device", finding)
             else:
                 yield Row("note", "device", f"{finding}: other processes hold the rest", "nvidia-smi")
-    elif device.type == "mps":
+    elif kind == "mps":
         yield Row("ok", "device", "mps, Apple's GPU, in the machine's memory")
     elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         plan = _command("-m folio plan --gpu=cpu")
@@ -218,7 +216,7 @@ def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[
 
 
 def _threads(threads: int) -> Row:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = probe.cores()
     held = os.environ.get("OMP_NUM_THREADS")
     if held and threads < cores:
         finding = f"{cores}; OMP_NUM_THREADS={held} keeps torch to {threads}"
@@ -226,9 +224,8 @@ def _threads(threads: int) -> Row:
     return Row("ok", "cores", f"{cores}, of which torch uses {threads}")
 
 
-def _compiler(device: torch.device, compiled: bool) -> Row:
+def _compiler(on_gpu: bool, compiled: bool) -> Row:
     """What torch.compile needs: on a GPU Triton and a C compiler, on a CPU a C++ compiler, for either Python.h."""
-    on_gpu = device.type == "cuda"
     header = Path(sysconfig.get_path("include"), "Python.h")
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor looks
     missing, mend = "", "xcode-select --install" if sys.platform == "darwin" else "sudo apt install g++"
@@ -248,7 +245,7 @@ def _compiler(device: torch.device, compiled: bool) -> Row:
 
 
 def _memory() -> Iterator[Row]:
-    total = available = shortage.machine()
+    total = available = probe.memory()
     about = Path("/proc/meminfo")
     if about.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", about.read_text(), re.MULTILINE)):
         available = min(total, 1024 * int(found[1]))

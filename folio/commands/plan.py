@@ -13,9 +13,9 @@ import tyro
 from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
 from folio.data.rows import Tokens
 from folio.errors import UserError
-from folio.machine import flops, shortage
+from folio.machine import flops, probe
+from folio.machine.choices import resolve
 from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
-from folio.machine.runtime import DTYPES, Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import show
@@ -95,11 +95,11 @@ def device_of(options: Options) -> Device:
     """Raises ValueError for a kind that is not known, or a dtype that it or FSDP lacks."""
     asked, parallel = options.system.dtype, options.processes.parallel
     if options.gpu.lower() == "cpu":
-        runtime = Runtime(replace(options.system, device="cpu"))
-        runtime.close()
-        peak = flops.peak(runtime.device, runtime.dtype)
-        memory = shortage.machine()
-        found = Device("CPU", runtime.dtype, memory / options.gpus, peak and peak / options.gpus)
+        choices = resolve(replace(options.system, device="cpu"))
+        dtype: torch.dtype = getattr(torch, choices.dtype)
+        with probe.matmul_precision(choices.matmul_precision):
+            peak = flops.peak(torch.device("cpu"), dtype)
+        found = Device("CPU", dtype, probe.memory() / options.gpus, peak and peak / options.gpus)
     else:
         names = {plain(name): name for name in flops.GPUS}
         if plain(options.gpu) not in names:
@@ -110,7 +110,7 @@ def device_of(options: Options) -> Device:
         gpu = flops.GPUS[name]
         if asked == "bfloat16" and not gpu.bfloat16:
             raise UserError(f"dtype=bfloat16: {name} has no such units: use --dtype=float16 or --dtype=float32")
-        dtype = DTYPES[("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked]
+        dtype = getattr(torch, ("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked)
         found = Device(name, dtype, gpu.memory * 1e9, gpu.peak(dtype))
     if found.dtype == torch.float16 and parallel != "ddp":
         raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=float32, or another --gpu")

@@ -6,23 +6,35 @@ A launcher, torchrun, starts them with variables that say who each is, and keeps
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from folio.errors import UserError
 
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-GROUPS: list[dist.ProcessGroup] = []  # of this process, also after they were left
-_STORES: dict[str, Any] = {}  # keys of the "job", which may be started anew, and of this "start"
+
+
+@dataclass
+class Job:
+    """What this process knows of the job that it belongs to, from its first run to its end."""
+
+    groups: list[dist.ProcessGroup] = field(default_factory=list)  # that were joined, also after they were left
+    stores: dict[str, Any] = field(default_factory=dict)  # of the "job", which may be restarted, and of this "start"
+    threads: int = field(default_factory=torch.get_num_threads)  # before the processes of a machine share them out
+    failure: tuple[BaseException, tuple[bool, list[str]]] | None = None  # the last error, and what _ask_others found
+
+
+JOB = Job()
 
 
 def place() -> tuple[int, int, int]:
@@ -51,15 +63,15 @@ def meet(rank: int, world: int, patience: timedelta) -> Any:
         DistError: not all came in time, or the port is taken.
     """
     store, *_ = next(rendezvous("env://", timeout=patience))
-    job = _STORES["job"] = _under("folio", store)
-    _STORES["start"] = _under(_name_of_this_start(job, rank, world, patience), job)
-    return _STORES["start"]
+    job = JOB.stores["job"] = _under("folio", store)
+    JOB.stores["start"] = _under(_name_of_this_start(job, rank, world, patience), job)
+    return JOB.stores["start"]
 
 
 def remember(number: int, run: str) -> None:
     """For ``former_run``, should the launcher start this job anew."""
-    if "job" in _STORES:
-        _STORES["job"].set(f"run/{number}", run)
+    if "job" in JOB.stores:
+        JOB.stores["job"].set(f"run/{number}", run)
 
 
 def former_run(number: int) -> str | None:
@@ -102,8 +114,14 @@ def _is_lost(error: BaseException) -> bool:
     )
 
 
-@functools.cache
 def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
+    """``_ask_others``, once for each error."""
+    if JOB.failure is None or JOB.failure[0] is not error:
+        JOB.failure = error, _ask_others(error)
+    return JOB.failure[1]
+
+
+def _ask_others(error: BaseException) -> tuple[bool, list[str]]:
     """Whether this process failed before all others, and the ranks that have not been heard of.
 
     A rank > 0 waits a little, so that rank 0 tells what all meet. One that only lost another waits longer, for the
@@ -131,7 +149,7 @@ def _first_to_fail(error: BaseException) -> tuple[bool, list[str]]:
 
 def leave(code: int) -> NoReturn:
     """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
-    if GROUPS:
+    if JOB.groups:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -149,17 +167,17 @@ def _under(name: str, store: Any) -> Any:
 
 def _job() -> Any:
     """Where the processes met, or will; raises LookupError where there is no such place yet."""
-    if "job" not in _STORES and _launched():
+    if "job" not in JOB.stores and _launched():
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
-        _STORES["job"] = _under("folio", store)
-    return _STORES["job"]
+        JOB.stores["job"] = _under("folio", store)
+    return JOB.stores["job"]
 
 
 def _start() -> Any:
     """The keys of this start; before they met, those of what the launcher counts and tells."""
     told = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
-    return _STORES.get("start") or _under("/".join(told), _job())
+    return JOB.stores.get("start") or _under("/".join(told), _job())
 
 
 def _name_of_this_start(job: Any, rank: int, world: int, patience: timedelta) -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
-import shutil
 import sys
 import threading
 import warnings
@@ -26,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from folio.config.options import Processes, System
 from folio.errors import UserError
 from folio.machine import processes
-from folio.machine.flops import peak
+from folio.machine.choices import Choices
 from folio.model.attention import within_documents
 from folio.model.gpt import GPT
 from folio.records.console import say
@@ -37,9 +34,7 @@ from folio.records.console import say
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
 _PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
-_THREADS = torch.get_num_threads()  # before the processes of a machine share them out
 _CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
@@ -98,103 +93,49 @@ def recompute_blocks(model: GPT) -> None:
 
 
 class Runtime:
-    """One process of a run. ``rank`` of ``world``; ``device``; ``dtype`` of the arithmetic.
+    """One process of a run, set up as ``choices`` say: ``rank`` of ``world``; ``device``; ``dtype`` of the arithmetic.
 
-    ``resolved`` holds what every ``auto`` became and what else the bits depend on. Given a former run's
-    ``resolved``, its choices are taken again wherever this machine allows.
-
-    Raises:
-        ValueError: a device that is not there, a launcher's variable that is missing.
+    ``resolved`` is the record of the choices for a checkpoint.
     """
 
-    def __init__(
-        self,
-        system: System,
-        several: Processes | None = None,
-        *,
-        flops: float = 0.0,
-        resolved: dict[str, Any] | None = None,
-    ) -> None:
-        before, several = resolved or {}, several or Processes()
-        self.rank, self.world, local_rank = processes.place()
-        self._grouped = "RANK" in os.environ
-        self.parallel = several.parallel if self._grouped else "ddp"
-        self.shards = _shards(self.parallel, self.world)
-        self.device = _device(system.device, before.get("device"), local_rank, self.world)
+    def __init__(self, choices: Choices) -> None:
+        self.choices, self.resolved = choices, choices.resolved
+        self.rank, self.world = choices.rank, choices.world
+        self._grouped = choices.grouped
+        self.parallel, self.shards, self.compile = choices.parallel, choices.shards, choices.compile
+        self.device, self.dtype = torch.device(choices.device), getattr(torch, choices.dtype)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        dtype = _asked_or_before(system.dtype, before.get("dtype"))
-        if dtype == "auto" or (system.dtype == "auto" and not _has(self.device, dtype)):
-            dtype = _fast_dtype(self.device)
-        self.dtype = DTYPES[dtype]
-        if self.parallel != "ddp" and dtype == "float16":
-            raise UserError(
-                f"dtype=float16 does not go with parallel={self.parallel}: use --dtype=bfloat16 or --dtype=float32"
-            )
-        if self.device.type == "cpu" and self.world > 1 and "OMP_NUM_THREADS" not in os.environ:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-            torch.set_num_threads(max(1, _THREADS // local))
-        compiled = _asked_or_before(system.compile, before.get("compile"))
-        if compiled == "auto":
-            compiled = _compile_pays(self.device, self.dtype, flops)
-        self.compile = bool(compiled)
-        precision = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
-        torch.set_float32_matmul_precision(_precision(self.device) if precision == "auto" else precision)
-        if system.deterministic:
+        if choices.threads != torch.get_num_threads():
+            torch.set_num_threads(choices.threads)
+        torch.set_float32_matmul_precision(choices.matmul_precision)
+        if choices.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(system.deterministic)
-        self.resolved: dict[str, Any] = {
-            "device": self.device.type,
-            "dtype": dtype,
-            "compile": self.compile,
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            "deterministic": system.deterministic,
-            "world": self.world,
-            "parallel": self.parallel,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "processor": (
-                torch.cuda.get_device_name(self.device)
-                if self.device.type == "cuda"
-                else torch.backends.cpu.get_cpu_capability()
-            ),
-        }
+        torch.use_deterministic_algorithms(choices.deterministic)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._stuck = torch.zeros((), device=self.device)
-        self._recompute = several.activation_checkpointing == "block"
-        self._timeout = timedelta(seconds=several.timeout)
+        self._recompute = choices.recompute
+        self._timeout = timedelta(seconds=choices.timeout)
         self._patient = True
         self._objective: Any = None
         self._writer = ThreadPoolExecutor(1, "writer")
         self._written: Future[None] | None = None
         if self._grouped:
-            nccl = self.device.type == "cuda" and several.backend != "gloo"  # nccl is nanoGPT's default, on a CPU too
-            self._join("nccl" if nccl else "gloo")
+            self._join(choices.backend)
 
     def _join(self, backend: str) -> None:
         patience = max(self._timeout, _PATIENCE)
         store = processes.meet(self.rank, self.world, patience)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=patience)
-        processes.GROUPS.append(dist.group.WORLD)  # type: ignore[arg-type]
+        processes.JOB.groups.append(dist.group.WORLD)  # type: ignore[arg-type]
         # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
         self._control = dist.new_group(backend="gloo", timeout=patience)
-        processes.GROUPS.append(self._control)
+        processes.JOB.groups.append(self._control)
         self._hosts = dist.group.WORLD  # for numbers that are on no device
         if backend != "gloo":
             self._hosts = dist.new_group(backend="gloo", timeout=patience)
-            processes.GROUPS.append(self._hosts)
+            processes.JOB.groups.append(self._hosts)
         dist.barrier(self._control)  # from here on nobody needs the store, which may go with rank 0
-
-    def differences(self, before: dict[str, Any]) -> list[str]:
-        """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""
-        found = [
-            f"{name} was {before[name]} and is {value}"
-            for name, value in self.resolved.items()
-            if name in before and before[name] != value
-        ]
-        if self.device.type == "cuda" and not self.resolved["deterministic"]:
-            found.append("a GPU needs --deterministic=True for the same bits")
-        return found
 
     def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
         """``model.loss`` for this machine: on its device, autocast, compiled or not, gradients averaged over the ranks.
@@ -233,7 +174,7 @@ class Runtime:
 
         size = (self.world,) if self.parallel == "fsdp" else (self.world // self.shards, self.shards)
         mesh = init_device_mesh(self.device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
-        processes.GROUPS.extend(mesh.get_all_groups())
+        processes.JOB.groups.extend(mesh.get_all_groups())
         self._wait_at_most(max(self._timeout, _PATIENCE))
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.transformer.h:
@@ -305,7 +246,7 @@ class Runtime:
             self._wait_at_most(self._timeout)
 
     def _wait_at_most(self, timeout: timedelta) -> None:
-        for group in processes.GROUPS:
+        for group in processes.JOB.groups:
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -530,82 +471,3 @@ def _is_finite(tensor: Tensor) -> Tensor:
 def _hash(tensor: Tensor) -> Tensor:
     """Of a tensor's bits, an int64; 0 where there are none, as in a process's share of a short parameter."""
     return torch.hash_tensor(tensor).view(torch.int64) if tensor.numel() else tensor.new_zeros((), dtype=torch.int64)
-
-
-def _shards(parallel: str, world: int) -> int:
-    """Processes that share one copy of the model."""
-    if parallel != "hsdp":
-        return world if parallel == "fsdp" else 1
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if not local.isdecimal() or not 1 < int(local) < world or world % int(local):
-        raise UserError(
-            f"parallel=hsdp shares the model within each machine, but WORLD_SIZE={world} and "
-            f"LOCAL_WORLD_SIZE={local or 'not set'}: that needs several machines of as many processes; use fsdp"
-        )
-    return int(local)
-
-
-def _asked_or_before(asked: T, before: T | None) -> T:
-    return before if asked == "auto" and before is not None else asked
-
-
-def _device(asked: str, before: str | None, local_rank: int, world: int) -> torch.device:
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if asked == "auto":
-        have["mps"] &= world == 1  # gloo cannot serve it
-        asked = before if before and have.get(before) else next(d for d in ("cuda", "mps", "cpu") if have[d])
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise UserError(f"device={asked}: must be auto, cpu, cuda, cuda:0 … or mps") from None
-    if not have.get(device.type, False):
-        raise UserError(f"device={asked}: there is none on this machine; use --device=cpu or --device=auto")
-    if device.type != "cuda":
-        return device
-    index = local_rank if world > 1 else (device.index or 0)
-    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank finds it
-    if last >= (count := torch.cuda.device_count()):
-        raise UserError(
-            f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs: start a process for each of them"
-        )
-    return torch.device("cuda", index)
-
-
-def _has(device: torch.device, dtype: str) -> bool:
-    return dtype in ("float32", _fast_dtype(device)) or (dtype == "float16" and device.type == "cuda")
-
-
-def _fast_dtype(device: torch.device) -> str:
-    """bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 elsewhere."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if device.type == "cpu" and sys.platform == "linux":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bfloat16" if fast else "float32"
-    return "float32"
-
-
-def _compile_pays(device: torch.device, dtype: torch.dtype, flops: float) -> bool:
-    """On a GPU with Triton and a C compiler, where a run takes more than a minute at a tenth of the peak.
-
-    On a CPU compiling gains a few per cent and costs half a minute, so it is left to who asks for it.
-    """
-    if device.type != "cuda" or not importlib.util.find_spec("triton"):
-        return False
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        return False
-    return flops > 60 * 0.1 * (peak(device, dtype) or 1e14)
-
-
-def _precision(device: torch.device) -> str:
-    """TF32 on a GPU, as nanoGPT allows. On a CPU "medium" reaches oneDNN's faster kernels, and is taken where
-    a product shows that it stays float32-accurate there (it may mean bfloat16 elsewhere)."""
-    if device.type == "cuda":
-        return "high"
-    if device.type != "cpu":
-        return "highest"
-    torch.set_float32_matmul_precision("medium")
-    a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
-    exact = a.double() @ a.double().T
-    error = ((a @ a.T).double() - exact).abs().max() / exact.abs().max()
-    return "medium" if error < 2e-6 else "highest"

@@ -44,7 +44,8 @@ from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate
 from folio.generation.sampling import continuations, encode_prompt
-from folio.machine import processes, shortage
+from folio.machine import probe, processes, shortage
+from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.machine.runtime import Loss, Runtime
@@ -673,7 +674,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
     tokens_per_step = data.gradient_accumulation_steps * data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
-    runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
+    runtime = Runtime(resolve(config.system, config.processes, flops=flops, before=resolved))
     try:
         runtime.agree(
             {name: value for name, value in flat(config).items() if name not in _OWN}
@@ -758,7 +759,7 @@ def _what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
 def _check_size(shape: GPTConfig) -> None:
     """Raises ValueError for weights that this machine cannot hold: the system might kill the process without a word."""
     with shortage.explained("building the model", lambda: _SMALLER):
-        if 4 * _count(shape) > shortage.machine():
+        if 4 * _count(shape) > probe.memory():
             raise UserError(f"out of memory while building the model: {_least(shape)}")
 
 
@@ -771,7 +772,7 @@ def _least(shape: GPTConfig) -> str:
     count = _count(shape)
     return (
         f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
-        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
+        f"AdamW's moments, of the {probe.memory() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
         f"--n_embd={shape.n_embd}, --vocab_size={shape.vocab_size} or --block_size={shape.block_size}"
     )
 
@@ -990,7 +991,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
         )
         run.state.rows = run.state.rows * before // row
         run.state.best, run.state.evaluations_without_improvement = None, 0
-    why = run.runtime.differences(state["resolved"])
+    why = run.runtime.choices.differences(state["resolved"])
     if state["data"] is None:
         lines.append("the data goes on in this program's order: what the other has read is not known")
     elif state["data"] != run.tokens.fingerprint():

@@ -26,7 +26,7 @@ from folio import cli
 from folio.commands import doctor
 from folio.commands.doctor import Row
 from folio.data.token_files import SPLITS, UNFINISHED, open_folder
-from folio.machine import shortage
+from folio.machine import probe
 
 Look = Callable[[], dict[str, list[Row]]]
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -194,7 +194,7 @@ def test_a_defect_is_not_hidden(text, monkeypatch) -> None:
 
 
 def test_threads_that_are_held_back(one, monkeypatch) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = probe.cores()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert one("cores") == Row("ok", "cores", f"{cores}, of which torch uses 1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -251,13 +251,6 @@ def test_a_gpu_is_named_with_its_memory(look) -> None:
     for i, row in enumerate(found["device"]):
         assert f"cuda:{i}, {torch.cuda.get_device_name(i)}, " in row.finding
     assert found["float32"][0].finding == "products at precision high, in TF32"
-
-
-@pytest.mark.parametrize(("content", "limit"), [("1000000000\n", 1e9), ("max\n", float("inf")), (None, float("inf"))])
-def test_what_a_container_may_use(tmp_path, content, limit) -> None:
-    if content:
-        (tmp_path / "memory.max").write_text(content)
-    assert shortage.container(tmp_path / "memory.max") == limit
 
 
 # Packages

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Outcome, assert_refused, assert_same_bits
+from conftest import ROOT, SMALL, Outcome, assert_same_bits
 from safetensors.torch import load_file, save_file
 
 from folio import cli
@@ -75,9 +75,10 @@ THREADS = """
 import torch
 alone = torch.get_num_threads()
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
-runtime = Runtime(System(device="cpu"))
+runtime = Runtime(resolve(System(device="cpu")))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())
 runtime.close()
 leave(0)
@@ -440,35 +441,3 @@ def test_processes_share_the_cores(tmp_path: Path) -> None:
         assert [d.returncode for d in done] == [0, 0], done
         for alone, taken, used in (map(int, d.stdout.split()) for d in done):
             assert taken == used == (alone if env else max(1, alone // 2))
-
-
-@pytest.mark.parametrize(
-    ("env", "flags", "words"),
-    [
-        ({"RANK": "abc"}, [], ["RANK=abc: must be a whole number"]),
-        ({"LOCAL_RANK": "-1"}, [], ["LOCAL_RANK=-1: must be a whole number"]),
-        ({"WORLD_SIZE": ""}, [], ["WORLD_SIZE=: must be a whole number"]),
-        ({"RANK": "5", "WORLD_SIZE": "2"}, [], ["RANK=5", "below WORLD_SIZE=2"]),
-        ({}, ["--parallel=fsdp", "--dtype=float16"], ["dtype=float16", "parallel=fsdp", "--dtype=bfloat16"]),
-        ({}, ["--parallel=fsdp", "--check_replicas_every=5"], ["check_replicas_every=5", "parallel=fsdp"]),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["--parallel=hsdp"], ["WORLD_SIZE=2", "use fsdp"]),
-        ({"WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=not set", "use fsdp"]),
-        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=4", "use fsdp"]),
-    ],
-)
-def test_refused(
-    folio: Callable[..., Outcome],
-    story: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    env: dict[str, str],
-    flags: list[str],
-    words: list[str],
-) -> None:
-    # nobody can meet at this port, so that a process that is not refused fails at once
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
-    for name, value in {**launched, **env}.items():
-        monkeypatch.setenv(name, value)
-    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", *flags)
-    assert_refused(outcome, *words)
-    assert not (tmp_path / "out").exists()

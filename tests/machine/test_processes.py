@@ -43,7 +43,7 @@ from folio.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
-LEFT: list[list[Any]] = []  # process groups of this process, which must not be destroyed (see Runtime.close)
+JOBS: list[processes.Job] = []  # of this process, whose groups must not be destroyed (see Runtime.close)
 STANDALONE = ("--standalone", "--nproc_per_node=3")
 ENDLESS = ("--max_iters=100000", "--log_interval=1", "--timeout=4")
 RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--dropout=0.1", "--learning_rate=1e-2")
@@ -181,10 +181,11 @@ def test_a_rank_that_drifts(spawn: Spawn, faulty: Callable[[str], Path], story: 
 def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
     """Where the process group never lets go of a process, it ends, and its exit code says that it failed."""
     script = (
-        "import time\nfrom folio.machine import runtime\nfrom folio.config.options import System\n"
+        "import time\nfrom folio.machine import runtime\nfrom folio.machine.choices import resolve\n"
+        "from folio.config.options import System\n"
         "runtime._CLEANUP = 0.5\n"
         "runtime.dist.destroy_process_group = lambda: time.sleep(600)\n"
-        "made = runtime.Runtime(System(device='cpu'))\nprint('made', flush=True)\n"
+        "made = runtime.Runtime(resolve(System(device='cpu')))\nprint('made', flush=True)\n"
         "made.close()\nprint('left', flush=True)\n"
     )
     done = python("-c", script, timeout=60, **by_hand(0, 1, free_port()))
@@ -260,7 +261,7 @@ def test_a_loss_is_known_by_what_gloo_says(monkeypatch: pytest.MonkeyPatch, mess
     """Both of its ways to tell it, seen where a cable broke, name who was not heard of; neither is a defect."""
     for name, value in by_hand(0, 2, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "_STORES", {"start": processes.dist.HashStore()})
+    monkeypatch.setattr(processes, "JOB", processes.Job(stores={"start": processes.dist.HashStore()}))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     code, line = cli._told(RuntimeError(message))
     assert code == 1
@@ -318,10 +319,9 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     update, stores = Runtime.update, {}
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
-        monkeypatch.setattr(processes, "_STORES", {})
-        monkeypatch.setattr(loop, "_NUMBERS", count())  # as of a process that has just begun
-        LEFT.append([])
-        monkeypatch.setattr(processes, "GROUPS", LEFT[-1])
+        JOBS.append(processes.Job())  # as of a process that has just begun
+        monkeypatch.setattr(processes, "JOB", JOBS[-1])
+        monkeypatch.setattr(loop, "_NUMBERS", count())
         for name in (*by_hand(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         if job:

@@ -12,7 +12,8 @@ from folio.data.tokenizers import Tokenizer
 from folio.generation.sampling import continuations, samples
 from folio.machine import shortage
 from folio.machine.choices import resolve
-from folio.machine.runtime import Runtime, compiled
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import compiled
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import put

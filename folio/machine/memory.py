@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from folio.config.options import Data
-from folio.machine.runtime import Objective, recompute_blocks
+from folio.machine.wrap import Objective, recompute_blocks
 from folio.model.attention import Mask
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention

@@ -11,16 +11,23 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from folio.errors import UserError
+from folio.records.console import say
 
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # until the first step is done: compiling and reading may take long
+_CLEANUP = 30.0  # seconds after which a process that cannot leave its group ends without
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -148,7 +155,7 @@ def _ask_others(error: BaseException) -> tuple[bool, list[str]]:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with this code, at once where it had a group (see ``Runtime.close``)."""
+    """Ends the process with this code, at once where it had a group (see ``Ranks.close``)."""
     if JOB.groups:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -206,3 +213,145 @@ def _name_of_this_start(job: Any, rank: int, world: int, patience: timedelta) ->
             answered.add(other)
         time.sleep(0.02)
     return mine
+
+
+class Ranks:
+    """The processes of a run, of which this is number ``rank`` of ``world``: how they speak, and how they end.
+
+    ``backend`` is that of their group, "nccl" or "gloo"; None where no launcher started this process, which is then
+    alone. Until ``first_step_done`` they wait half an hour for each other, afterwards ``timeout`` seconds.
+    """
+
+    def __init__(self, rank: int, world: int, backend: str | None, timeout: float) -> None:
+        self.rank, self.world = rank, world
+        self._grouped, self._timeout, self._patient = backend is not None, timedelta(seconds=timeout), True
+        self._writer = ThreadPoolExecutor(1, "writer")
+        self._written: Future[None] | None = None
+        if backend:
+            self._join(backend)
+
+    def _join(self, backend: str) -> None:
+        patience = max(self._timeout, PATIENCE)
+        store = meet(self.rank, self.world, patience)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=patience)
+        JOB.groups.append(dist.group.WORLD)  # type: ignore[arg-type]
+        # what rank 0 does alone, such as writing a checkpoint, may take longer than a step
+        self._control = dist.new_group(backend="gloo", timeout=patience)
+        JOB.groups.append(self._control)
+        self._hosts = dist.group.WORLD  # for numbers that are on no device
+        if backend != "gloo":
+            self._hosts = dist.new_group(backend="gloo", timeout=patience)
+            JOB.groups.append(self._hosts)
+        dist.barrier(self._control)  # from here on nobody needs the store, which may go with rank 0
+
+    def be_patient(self) -> None:
+        """For groups that were formed since: they too wait half an hour for the first step."""
+        self._wait_at_most(max(self._timeout, PATIENCE))
+
+    def first_step_done(self) -> None:
+        """From here on a process that waits for another gives up after ``timeout`` seconds."""
+        if self._patient and self._grouped:
+            self._patient = False
+            self._wait_at_most(self._timeout)
+
+    def _wait_at_most(self, timeout: timedelta) -> None:
+        for group in JOB.groups:
+            if group is not self._control:
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+    def reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def total(self, number: float) -> float:
+        """The sum of a number over all ranks; the device goes on meanwhile."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._hosts)
+        return tensor.item()
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, which alone calls it, on every rank; so is what it raises.
+
+        Raises:
+            Exception: rank 0's.
+        """
+        if self.world == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:  # whatever it is, nobody must wait for a value that will not come
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def written(self) -> None:
+        """Waits for what rank 0 was given to ``write``; what that raised is raised on every rank."""
+
+        def wait() -> None:
+            work, self._written = self._written, None
+            if work:
+                work.result()
+
+        self.broadcast(wait)
+
+    def write(self, make: Callable[[], None], wait: bool) -> None:
+        """Rank 0 alone calls ``make``: while the others ``wait``, else in a thread, once all before is ``written``."""
+        if wait:
+            self.broadcast(make)
+        elif self.rank == 0:
+            self._written = self._writer.submit(make)
+
+    def gather(self, found: T) -> list[T]:
+        """What every rank found, in their order, on each of them."""
+        every: list[Any] = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, found, group=self._control)
+        return every
+
+    def agree(self, found: dict[str, Any]) -> None:
+        """Raises ValueError, on every rank, where the processes found different things under the same names."""
+        every = self.gather(found)
+        for rank, other in enumerate(every):
+            if what := next((name for name in found if other[name] != every[0][name]), None):
+                raise UserError(
+                    f"{what} is {every[0][what]} on rank 0 and {other[what]} on rank {rank}: all processes need the "
+                    "same knobs, data and out_dir"
+                )
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """A tensor (N,) of every rank, in their order, on each of them: (world, N)."""
+        every = tensor.new_empty(self.world, len(tensor))
+        dist.all_gather(list(every), tensor)
+        return every
+
+    def close(self) -> None:
+        """Finishes what is being written, and leaves the process group; a process that cannot leave ends.
+
+        Who fails says so before it leaves, since that is what the others see of it.
+
+        The groups' C++ objects stay until the process ends: their destructor waits for gloo's threads with the
+        GIL held, while one of those may be waiting for the GIL to let go of a tensor (seen with torch 2.13).
+        """
+        error = sys.exception()
+        told = told_by_the_first(str(error), error) if self._grouped and isinstance(error, Exception) else ""
+
+        def give_up() -> None:
+            if told:
+                say(told, sys.stderr)
+            os._exit(1)
+
+        self._writer.shutdown()
+        if self._grouped and dist.is_initialized():
+            guard = threading.Timer(_CLEANUP, give_up)
+            guard.daemon = True
+            guard.start()
+            dist.destroy_process_group()
+            guard.cancel()

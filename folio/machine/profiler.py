@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from folio import files
-from folio.machine.runtime import here
+from folio.machine.shares import here
 from folio.records.log import silent_stderr
 from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 

@@ -48,7 +48,8 @@ from folio.machine import probe, processes, shortage
 from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
-from folio.machine.runtime import Loss, Runtime
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import Loss
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder, trackers

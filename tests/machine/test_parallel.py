@@ -41,17 +41,18 @@ import collections, contextlib, json, sys
 from pathlib import Path
 import torch
 from torch.profiler import profile
-from folio import cli, trainer
+from folio import cli
 from folio.config.options import TrainConfig
 from folio.machine.processes import leave
+from folio.training import loop
 
 folder, counted, changed, *argv = sys.argv[1:]
-run = trainer.build(cli.parse(TrainConfig, argv, "folio train", files=True))
+run = loop.build(cli.parse(TrainConfig, argv, "folio train", files=True))
 runtime, seen = run.runtime, {"replicas": []}
 if counted == "steps alone":
     run.work = []
 with profile() if not run.work else contextlib.nullcontext() as events:
-    trainer.fit(run)
+    loop.fit(run)
 if events:
     seen["calls"] = collections.Counter(e.name for e in events.events() if e.name.startswith("c10d::"))
     if runtime.parallel == "ddp":
@@ -66,7 +67,7 @@ for change in (False, True):
     except FloatingPointError as error:
         seen["replicas"].append(str(error))
 Path(folder, f"{runtime.rank}.json").write_text(json.dumps(seen))
-trainer.finish(run)
+loop.finish(run)
 leave(0)
 """
 

@@ -43,7 +43,7 @@ from folio.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
-JOBS: list[processes.Job] = []  # of this process, whose groups must not be destroyed (see Runtime.close)
+JOBS: list[processes.Job] = []  # of this process, whose groups must not be destroyed (see Ranks.close)
 STANDALONE = ("--standalone", "--nproc_per_node=3")
 ENDLESS = ("--max_iters=100000", "--log_interval=1", "--timeout=4")
 RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--dropout=0.1", "--learning_rate=1e-2")
@@ -52,7 +52,8 @@ RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--
 FAULTY = """
 import os, sys, time
 from itertools import count
-from folio import checkpoint, cli, files
+from folio import cli, files
+from folio.checkpoints import checkpoint
 from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 
@@ -155,7 +156,7 @@ def test_a_defect_on_one_rank(spawn: Spawn, faulty: Callable[[str], Path], story
     assert child.left() == []
     output = child.output()
     assert output.count("rank 1: Traceback (most recent call last)") == 1
-    assert output.count(f'File "{ROOT / "folio" / "trainer.py"}", line') == 1  # in fit
+    assert output.count(f'File "{ROOT / "folio" / "training" / "loop.py"}", line') == 1  # in fit
     assert output.count("AttributeError: 'AdamW' object has no attribute 'nothing'") == 1
     assert "does not answer" not in output
 
@@ -181,10 +182,10 @@ def test_a_rank_that_drifts(spawn: Spawn, faulty: Callable[[str], Path], story: 
 def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
     """Where the process group never lets go of a process, it ends, and its exit code says that it failed."""
     script = (
-        "import time\nfrom folio.machine import runtime\nfrom folio.machine.choices import resolve\n"
+        "import time\nfrom folio.machine import processes, runtime\nfrom folio.machine.choices import resolve\n"
         "from folio.config.options import System\n"
-        "runtime._CLEANUP = 0.5\n"
-        "runtime.dist.destroy_process_group = lambda: time.sleep(600)\n"
+        "processes._CLEANUP = 0.5\n"
+        "processes.dist.destroy_process_group = lambda: time.sleep(600)\n"
         "made = runtime.Runtime(resolve(System(device='cpu')))\nprint('made', flush=True)\n"
         "made.close()\nprint('left', flush=True)\n"
     )
@@ -216,7 +217,7 @@ def test_processes_that_do_not_meet(
 ) -> None:
     """Others that never come, a rank 0 that is not there, a port that is another program's: one line."""
     script = faulty(
-        "from datetime import timedelta\nfrom folio.machine import runtime\nruntime._PATIENCE = timedelta(seconds=2)"
+        "from datetime import timedelta\nfrom folio.machine import processes\nprocesses.PATIENCE = timedelta(seconds=2)"
     )
     argv = (*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--timeout=1")
     port = free_port()

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from packaging.version import Version
 from rich.console import Console
 from rich.text import Text
 
@@ -325,13 +326,9 @@ def _installed(need: str) -> tuple[bool, str]:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return False, f"{name} is missing"
-    if _numbers(version) < _numbers(least):
+    if least and Version(version) < Version(least):
         return False, f"{name} {version} is older than {least}"
     return True, f"{name} {version}"
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 # The network, and what is here without it

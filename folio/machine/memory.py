@@ -226,20 +226,30 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now[kind] -= size
 
 
+class _FusedDropout(nn.Module):
+    """Keeps a byte an element for the backward, as CUDA's kernel does."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    """Keeps no scores for the backward, as CUDA's kernels do."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+
+
 def _set_gpu_kernels(model: GPT) -> None:
-    """The model keeps what a GPU's kernels do: of dropout a byte an element, of attention no scores.
+    """The model keeps for its backward what a GPU's kernels keep.
 
-    Tensors that pretend to be on a GPU would show it, but without a build for CUDA they have no gradients.
+    Fake tensors on a GPU would show that too, but without a build for CUDA they have no gradients.
     """
-
-    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
-
-    def dropout(x: Tensor, p: float) -> Tensor:
-        return torch.native_dropout(x, p, True)[0]
-
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.forward = functools.partial(dropout, p=module.p)  # type: ignore[method-assign]
-        elif isinstance(module, CausalSelfAttention):
-            module.attend = fused
+    for module in list(model.modules()):
+        if isinstance(module, CausalSelfAttention):
+            module.attend = _fused_attention
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                setattr(module, name, _FusedDropout(child.p))

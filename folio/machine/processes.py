@@ -104,7 +104,7 @@ def told_by_the_first(line: str, error: BaseException) -> str:
     first, silent = _first_to_fail(error)
     if not first:
         return ""
-    if "EADDRINUSE" in str(error):
+    if isinstance(error, dist.DistNetworkError) and "EADDRINUSE" in str(error):  # its class has no error number
         line = f"MASTER_PORT={os.environ['MASTER_PORT']} is taken: choose another"
     elif _is_lost(error):
         reason = str(error).strip().splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
@@ -115,7 +115,7 @@ def told_by_the_first(line: str, error: BaseException) -> str:
 
 def _is_lost(error: BaseException) -> bool:
     """Whether an error says no more than that another process is gone or late."""
-    words = ("gloo", "pair closure")
+    words = ("gloo", "pair closure")  # gloo raises RuntimeErrors, which have no class of their own
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -13,7 +13,7 @@ import torch
 from folio.errors import UserError
 from folio.machine import probe
 
-_WORDS = (  # of errors that have no class of their own: of torch's CPU and MPS, C++, cuBLAS, threads, shapes beyond 2⁶³
+_WORDS = (  # of RuntimeErrors without a class of their own: torch's CPU and MPS, C++, cuBLAS, threads, shapes above 2⁶³
     "can't allocate memory",
     "not enough memory",
     "out of memory",
@@ -23,6 +23,7 @@ _WORDS = (  # of errors that have no class of their own: of torch's CPU and MPS,
     "Storage size calculation overflowed",
     "Cannot allocate memory",
 )
+# of torch's errors, which give the size in words only
 _TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 

@@ -39,7 +39,7 @@ from folio.machine import probe
 from folio.machine.choices import resolve
 from folio.records.console import printable
 
-# What an extra's packages are for; which ones they are, the project's metadata says
+# The loss if an extra's packages are missing; the project's metadata lists the packages
 MEANS = {
     "data": "parquet and zstd files, Hugging Face's data sets and tokenizers cannot all be read",
     "hf": "models cannot be fetched from the Hugging Face hub, or exported",
@@ -70,10 +70,10 @@ class Row(NamedTuple):
 
 
 class Site(threading.Thread):
-    """A server that is asked at once. ``silence``: why it has not answered; empty once it has.
+    """A request to a server, sent at once. ``silence``: why there is no answer; empty once there is one.
 
-    The proxies of the environment are used, as by urllib. A name that is not resolved can keep a thread waiting far
-    longer than ``_PATIENCE``, so nobody waits for its end.
+    The proxies of the environment are used, as by urllib. Resolving a name can take far longer than ``_PATIENCE``, so
+    ``answers`` does not wait for the thread's end.
     """
 
     def __init__(self, url: str) -> None:
@@ -103,7 +103,7 @@ class Site(threading.Thread):
 
 
 def main(options: Options) -> None:
-    """Prints the table. A lack is no failure, and neither is a question that has no answer here."""
+    """Prints the table. A row that lacks something or has no answer is not a failure of the command."""
     hub = Site(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     index = Site(os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple")
     tables = Site(_TABLES)
@@ -239,7 +239,7 @@ def _compiler(on_gpu: bool, compiled: bool) -> Row:
     elif not header.is_file():
         missing, mend = str(header), "sudo apt install python3-dev"
     if missing:
-        loss = "long runs go uncompiled, and slower" if on_gpu else "--compile=True would go on without"
+        loss = "long runs go uncompiled, and slower" if on_gpu else "--compile=True would continue without it"
         return Row("lacks" if on_gpu else "note", "compiler", f"{missing} is missing: {loss}", mend)
     found = "Triton and a C compiler: long runs are compiled" if on_gpu else f"{name}, used with --compile=True"
     return Row("ok", "compiler", found)
@@ -254,7 +254,7 @@ def _memory() -> Iterator[Row]:
     if available >= _STATE:
         yield Row("ok", "memory", finding)
     else:
-        means = f"{_gb(_STATE)} is what training GPT-2 124M takes, activations not counted"
+        means = f"{_gb(_STATE)} is what training GPT-2 124M needs, activations not counted"
         yield Row("note", "memory", f"{finding}: {means}", _command("-m folio plan --gpu=cpu"))
 
 
@@ -294,9 +294,10 @@ def _packages() -> Iterator[Row]:
 
 
 def requirements() -> dict[str, list[str]]:
-    """What Folio needs, as ``"tyro>=1.0"``, by extra; the core's under "". Those of its developers are left out.
+    """What Folio needs, such as ``"numpy>=1.26"``, by extra; the core's under "". Those for developers are left out.
 
-    The clone's ``pyproject.toml`` says it, since the metadata of an editable install may be older; else the metadata.
+    They are read from the clone's ``pyproject.toml``, since the metadata of an editable install may be older; without
+    a clone, from the metadata.
 
     Raises:
         PackageNotFoundError, an ImportError: there is neither.
@@ -313,7 +314,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 def _project() -> dict[str, Any]:
-    """The clone's table of itself; empty where Folio is installed without its clone."""
+    """The project's table in the clone's pyproject.toml; empty where Folio is installed without a clone."""
     path = CLONE / "pyproject.toml"
     found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}) if path.is_file() else {}
     return found if found.get("name") == "folio" else {}
@@ -331,7 +332,7 @@ def _installed(need: str) -> tuple[bool, str]:
     return True, f"{name} {version}"
 
 
-# The network, and what is here without it
+# The network, and the files that need none
 
 
 def _network(hub: Site, index: Site) -> Iterator[Row]:
@@ -344,7 +345,7 @@ def _network(hub: Site, index: Site) -> Iterator[Row]:
 
 
 def _tokenizer(site: Site) -> Iterator[Row]:
-    """Where tiktoken keeps what it fetched: tiktoken.load.read_file_cached."""
+    """Whether the files are in tiktoken's cache (tiktoken.load.read_file_cached)."""
     default = os.environ.get("DATA_GYM_CACHE_DIR", str(Path(tempfile.gettempdir(), "data-gym-cache")))
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
     names = [hashlib.sha1(f"{_TABLES}{table}".encode()).hexdigest() for table in ("vocab.bpe", "encoder.json")]
@@ -400,7 +401,7 @@ def _data_set(place: Path) -> Row | None:
     elsewhere = "" if place == Path("data", place.name) else f" --data_dir={shlex.quote(str(place))}"
     again = _command(f"-m folio prepare {place.name}{elsewhere}") if place.name in DATA_SETS else ""
     if not holds_tokens(place):
-        unfinished = f"{place} is not finished: the same folio prepare goes on with it"
+        unfinished = f"{place} is not finished: the same folio prepare continues it"
         return Row("note", "data", unfinished, again) if (place / UNFINISHED).is_dir() else None
     try:
         folder = open_folder(place)

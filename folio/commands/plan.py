@@ -118,12 +118,12 @@ def device_of(options: Options) -> Device:
 
 
 def plain(name: str) -> str:
-    """A device's name without what people type in one way or another."""
+    """A device's name in lower case, without spaces and punctuation."""
     return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _data(options: Options) -> tuple[Tokens | str, int]:
-    """The data set, or why it cannot be read; and the vocabulary that training would take."""
+    """The data set, or why it cannot be read; and the vocabulary size of training."""
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
@@ -133,7 +133,7 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
 
 
 def step_of(options: Options, device: Device) -> Step:
-    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    """The first device's part of a step. Raises ValueError where the devices do not divide the rows."""
     shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
     context = options.data.row(options.model.block_size)
     return step_of_a_device(
@@ -144,7 +144,7 @@ def step_of(options: Options, device: Device) -> Step:
 def _report(
     options: Options, device: Device, step: Step, memory: Memory, data: Tokens | str
 ) -> Iterator[tuple[str, str]]:
-    """Lines: a title, and what is said under it."""
+    """Lines of the report: (title, text)."""
     shape, gpus, several = options.model, options.gpus, options.gpus > 1
     context = options.data.row(shape.block_size)
     with torch.device("meta"):
@@ -203,7 +203,7 @@ def _gigabytes(size: float) -> str:
 
 
 def _verdict(options: Options, device: Device, total: int) -> str:
-    """Whether it fits, and where not, what would: all of it worked out as the plan itself is."""
+    """Whether it fits, and if not, which options would make it fit, computed as the plan is."""
     of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
     if total <= device.memory:
         return f"fits: {of}"

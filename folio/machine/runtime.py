@@ -76,7 +76,7 @@ class Runtime(Ranks):
             self._objective.train(training)
 
     def seed(self, key: int) -> None:
-        """Seeds what dropout draws from; ``torch.manual_seed`` does too, for every device and 100 µs."""
+        """Seeds the generator of dropout; ``torch.manual_seed`` would seed those of all devices, which takes 100 µs."""
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(key)
@@ -99,10 +99,10 @@ class Runtime(Ranks):
         return norm
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """One step of the optimiser, and none ever again after a loss or gradient that was not finite.
+        """One step of the optimizer; after a loss or gradient that was not finite, nothing is ever updated again.
 
         The check stays on the device: the fused kernels skip their update where ``found_inf`` is set. In
-        float16 it is the scaler that skips, one step at a time: gradients that overflow are no failure there.
+        float16 the scaler skips single steps instead, since gradients that overflow are no failure there.
         """
         if optimizer.defaults.get("fused") and not self.scaler.is_enabled():
             self._stuck = torch.maximum(self._stuck, (~torch.isfinite(loss + norm)).float())
@@ -122,19 +122,19 @@ class Runtime(Ranks):
         return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
 
     def remedy(self) -> str:
-        """What may help against what is not finite, after a colon; empty where this arithmetic is not to blame."""
+        """A colon and an option that may avoid values that are not finite; empty in float32."""
         return "" if self.dtype == torch.float32 else f": {self.resolved['dtype']} may overflow, try --dtype=float32"
 
     def _reshard(self) -> None:
-        """Makes the model's parameters the optimiser's again, which they are not after a forward without backward."""
+        """Puts the optimizer's parameters back: after a forward without backward FSDP leaves others there."""
         if hasattr(self._objective, "reshard"):
             self._objective.reshard()
 
     def check_replicas(self, model: GPT) -> None:
-        """Compares a hash of each parameter with those of the processes that should hold the same bits.
+        """Compares a hash of each parameter with those of the ranks that should hold the same bits.
 
         Raises:
-            FloatingPointError: they do not, on any rank; names the ranks and the first parameter.
+            FloatingPointError: on every rank, if any differ; names the ranks and the first parameter.
         """
         if not self._grouped:
             return
@@ -162,7 +162,7 @@ class Runtime(Ranks):
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def later(self, tensor: Tensor) -> Callable[[], list[float]]:
-        """Starts to copy a tensor to the host; the call that is returned waits for it and no further work."""
+        """Starts to copy a tensor to the host, and returns a function that waits for the copy and for no later work."""
         if self.device.type != "cuda":
             return tensor.tolist
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -58,7 +58,7 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # which hold what took the memory
+        traceback.clear_frames(error.__traceback__)  # whose variables hold the memory
         try:
             helps = advice()
         except (MemoryError, RuntimeError):

@@ -37,7 +37,7 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
                 if not isinstance(error, (TorchDynamoException, ImportError, OSError)):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"torch.compile failed, going on without: {reason}", stacklevel=2)
+                warnings.warn(f"torch.compile failed, continuing without it: {reason}", stacklevel=2)
                 fast = None
         return function(*args, **kwargs)
 

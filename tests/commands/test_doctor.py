@@ -29,7 +29,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 
 
 def numberless(out: str) -> str:
-    """Free memory, and speed, are others at each look."""
+    """Free memory and speed change from call to call."""
     return re.sub(r"[\d.,]+", "#", out)
 
 
@@ -68,13 +68,13 @@ def test_a_narrow_terminal_loses_nothing(text, monkeypatch, columns) -> None:
         assert len(line) <= max(columns, column + 24) or len(words) == 1 or words[0] == "$"
 
 
-def test_a_terminal_shows_colours(text, monkeypatch) -> None:
+def test_a_terminal_shows_colors(text, monkeypatch) -> None:
     plain = text()
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    coloured = text()
-    assert "\x1b[" in coloured
-    assert numberless(re.sub(r"\x1b\[[\d;]*m", "", coloured)) == numberless(plain)
+    colored = text()
+    assert "\x1b[" in colored
+    assert numberless(re.sub(r"\x1b\[[\d;]*m", "", colored)) == numberless(plain)
 
 
 def test_what_mends_is_a_command(look, monkeypatch, tmp_path) -> None:
@@ -150,7 +150,7 @@ def test_threads_that_are_held_back(one, monkeypatch) -> None:
 def test_a_compiler_that_is_not_there(one, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("CXX", "xyzzy++")
     row = one("compiler")
-    assert (row.mark, row.finding) == ("note", "xyzzy++ is missing: --compile=True would go on without")
+    assert (row.mark, row.finding) == ("note", "xyzzy++ is missing: --compile=True would continue without it")
     (tmp_path / "xyzzy++").write_text("#!/bin/sh\n")
     (tmp_path / "xyzzy++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -92,11 +92,13 @@ def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.Com
         subprocess.Popen([sys.executable, *map(str, argv)], env={**ENV, **env}, **pipes) for argv, env in commands
     ]
     try:
-        told = [process.communicate(timeout=240) for process in processes]
+        outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.terminate()  # a launcher passes it on
-    return [subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, told, strict=True)]
+    return [
+        subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, outputs, strict=True)
+    ]
 
 
 def torchrun(ranks: int, *argv: str | Path, nodes: int = 1) -> list[subprocess.CompletedProcess[str]]:
@@ -114,13 +116,13 @@ def by_hand(ranks: int, *argv: str | Path, **env: str) -> list[subprocess.Comple
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left in its folder, and printed."""
+    """A run's folder, and its output."""
 
     out: Path
     said: str
 
     def figures(self, *names: str, begin: int = 0) -> list[float]:
-        """These of all records from a step on."""
+        """These fields of all records from a step on."""
         found = read_metrics(self.out / "metrics.jsonl")
         return [r[name] for r in found if r["step"] >= begin for name in names if name in r]
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals
 def test_a_checkpoint_that_is_written_slowly(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
 ) -> None:
-    """Training goes on, or not; either way the file holds the step that it is named after."""
+    """Training continues, or waits; either way the file holds the step in its name."""
     flags = ("--keep_checkpoints=9", f"--async_checkpoint={meanwhile}")
     go(story, tmp_path / "fast", "--keep_checkpoints=9", "--async_checkpoint=False")
     out, save, went_on = tmp_path / "slow", checkpoint.save, []
@@ -70,7 +70,7 @@ def test_a_write_that_fails_in_the_thread(
     fails: int,
     kept: list[int],
 ) -> None:
-    """Ends the run at the next checkpoint, in one line, and leaves the former ones alone."""
+    """The run ends at the next checkpoint with one line; earlier checkpoints stay as they are."""
     out, save_file = tmp_path / "out", checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_write_that_fails_in_the_thread(
 
 @pytest.mark.slow
 def test_a_write_that_fails_ends_all(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """Rank 0's thread meets it, rank 0 says it, and no rank waits for another."""
+    """It fails in rank 0's thread, rank 0 reports it, and no rank waits for another."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,
@@ -107,7 +107,7 @@ def test_a_write_that_fails_ends_all(spawn: Spawn, story: Path, tmp_path: Path) 
 def test_killed_while_a_checkpoint_is_written(
     spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path
 ) -> None:
-    """The former checkpoint counts, which was written when training was steps ahead of it."""
+    """The run resumes from the checkpoint before, which was written while training was steps ahead."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,

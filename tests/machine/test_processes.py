@@ -1,4 +1,4 @@
-"""A process that dies, hangs or errs: the whole job ends soon and says why in one line, or goes on by itself."""
+"""A process that dies, hangs or fails: the whole job ends soon and reports why in one line."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from folio.records import run_folder
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
 
-# Ranks that hang or err
+# Ranks that hang or fail
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(spawn: Spawn, story: Path, tmp_path: Path, rank: int) -> None:
-    """The others wait for --timeout, then one of them names it and all end; so does it, should it wake up."""
+    """The others wait for --timeout, then one of them names it and all end; so does the rank itself if it wakes up."""
     out = tmp_path / "out"
     child = spawn(*group(out, story, *ENDLESS), threads=1)
     child.wait_until(reached(out, 7))
@@ -58,7 +58,7 @@ def test_a_rank_that_hangs(spawn: Spawn, story: Path, tmp_path: Path, rank: int)
 
 
 @pytest.mark.slow
-def test_a_rank_that_reads_what_is_wrong(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+def test_a_rank_that_reads_an_invalid_token(spawn: Spawn, story: Path, tmp_path: Path) -> None:
     """A token id outside the vocabulary, in a row that rank 2 alone reads: its error, and nobody else's."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(story, data, ignore=shutil.ignore_patterns("meta.json"))
@@ -100,7 +100,7 @@ def test_a_defect_on_one_rank(spawn: Spawn, story: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_rank_that_drifts(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """Weights that are no longer those of the others are told at once, and never saved."""
+    """Weights that are no longer those of the others are reported at once, and never saved."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,
@@ -143,7 +143,8 @@ def test_processes_that_do_not_meet(story: Path, tmp_path: Path, rank: int, port
     """Others that never come, a rank 0 that is not there, a port that is another program's: one line."""
     script = faulty(
         tmp_path,
-        "from datetime import timedelta\nfrom folio.machine import processes\nprocesses.PATIENCE = timedelta(seconds=2)",
+        "from datetime import timedelta\nfrom folio.machine import processes\n"
+        "processes.PATIENCE = timedelta(seconds=2)",
     )
     argv = (*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--timeout=1")
     port = free_port()
@@ -171,7 +172,7 @@ def test_processes_that_were_asked_different_things(spawn: Spawn, story: Path, t
     ]
     assert [child.end(60) for child in children] == [2, 2]
     assert "".join(child.output() for child in children) == (
-        "train.py: learning_rate is 0.001 on rank 0 and 0.002 on rank 1: all processes need the same knobs, data and "
+        "train.py: learning_rate is 0.001 on rank 0 and 0.002 on rank 1: all processes need the same options, data and "
         "out_dir\n"
     )
     assert not (tmp_path / "out").exists()
@@ -184,8 +185,8 @@ def test_processes_that_were_asked_different_things(spawn: Spawn, story: Path, t
         "Application timeout caused pair closure",
     ],
 )
-def test_a_loss_is_known_by_what_gloo_says(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    """Both of its ways to tell it, seen where a cable broke, name who was not heard of; neither is a defect."""
+def test_a_lost_rank_is_recognized_by_gloos_messages(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """Both of its messages, seen when a cable broke, become a line that names the rank that did not answer."""
     for name, value in by_hand_variables(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "JOB", processes.Job(stores={"start": processes.dist.HashStore()}))
@@ -225,7 +226,7 @@ def hosts() -> Iterator[list[str]]:
 
 @pytest.mark.slow
 def test_two_machines(hosts: list[str], spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """The cable between them breaks: both end soon. Repaired, both go on, to what one process finds."""
+    """The cable between them breaks: both end soon. Once it is mended, both resume and reach one process's losses."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     flags = ("--gradient_accumulation_steps=2", "--log_interval=1", "--learning_rate=1e-3", "--timeout=4")
 

@@ -32,7 +32,7 @@ JOBS: list[processes.Job] = []  # of this process, whose groups must not be dest
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before_a_checkpoint", [False, True])
-def test_a_group_goes_on_by_itself(
+def test_a_group_resumes_by_itself(
     spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path, before_a_checkpoint: bool
 ) -> None:
     """Ranks are killed one after the other; the same command line each time, and the same bits at the end."""
@@ -51,8 +51,8 @@ def test_a_group_goes_on_by_itself(
 
 
 @pytest.mark.slow
-def test_launchers_of_two_machines_go_on(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """One counts the restart and the other does not; still all meet again, and know the run that they were at."""
+def test_launchers_of_two_machines_resume(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """One counts the restart and the other does not; still all meet again and resume their run."""
     out, port = tmp_path / "out", free_port()
     common = ("--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_id=9", "--rdzv_backend=c10d")
     launcher = (*common, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
@@ -68,7 +68,7 @@ def test_launchers_of_two_machines_go_on(spawn: Spawn, story: Path, tmp_path: Pa
 
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What the launcher tells the one process of a job, and in which step that dies; no launcher for ""."""
+    """Sets a launcher's variables for the one process of a job, which dies in a given step; "" is no launcher."""
     update, stores = Runtime.update, {}
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
@@ -97,9 +97,7 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("begin", ["scratch", "another run"])
-def test_a_restart_goes_on_with_its_own_run(
-    attempt: Callable[..., None], story: Path, tmp_path: Path, begin: str
-) -> None:
+def test_a_restart_resumes_its_own_run(attempt: Callable[..., None], story: Path, tmp_path: Path, begin: str) -> None:
     """Not with what the first attempt began from, also where it took another run's weights."""
     if begin == "another run":
         begin = str(tmp_path / "other")
@@ -133,7 +131,7 @@ def test_a_count_of_restarts_is_enough(
 
 
 @pytest.mark.parametrize(("older", "restarts"), [("b", 1), ("b", 0), ("", 1)])
-def test_what_an_older_job_left_is_not_gone_on_with(
+def test_a_run_of_an_older_job_is_not_resumed(
     attempt: Callable[..., None], story: Path, tmp_path: Path, older: str, restarts: int
 ) -> None:
     """Neither by a restart whose first attempt died before it took the folder, nor by a first attempt."""

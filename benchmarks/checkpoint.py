@@ -23,6 +23,7 @@ import torch
 
 from folio.checkpoints import checkpoint
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -39,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="How long a checkpoint stops training")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    runtime = Runtime(System(device="cpu"))
+    runtime = Runtime(resolve(System(device="cpu")))
     model = GPT(GPTConfig(bias=False))
     optimizer = adamw(model, 1e-4, (0.9, 0.95), 0.1)
     for p in model.parameters():

@@ -38,10 +38,11 @@ from pathlib import Path
 from folio.checkpoints import hugging_face
 from folio.evaluation import hellaswag
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 
 chosen, dtype = hugging_face.find(sys.argv[1]), sys.argv[3]
-model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))
+model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(resolve(System(device="cpu", dtype=dtype)))
 runtime.wrap(model, None)
 began = time.perf_counter()
 items = hellaswag.read(Path(sys.argv[2]), "completion")

@@ -30,6 +30,7 @@ from folio.checkpoints import checkpoint
 from folio.config.options import Data, System
 from folio.data.rows import Tokens
 from folio.evaluation.loss import evaluate
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -150,7 +151,7 @@ def _ours(flags: list[str], data: Path, out: Path) -> Result:
 
 
 def _loss(model: GPT, data: Path) -> float:
-    runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+    runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
     tokens = Tokens.open(Data(data_dir=str(data)), model.config.block_size, 0)
     return evaluate(model, runtime.wrap(model, None), tokens, "val", 0, 64, runtime)
 

@@ -92,9 +92,9 @@ def _told(error: Exception) -> tuple[int, str]:
         defect = "this is a defect of Folio: please report it with these lines and the command"
         code, line = 1, f"{traceback.format_exc().rstrip()}\n{defect}"
     if "RANK" in os.environ and package != "torch":
-        from folio.machine.processes import told_by_the_first
+        from folio.machine.processes import first_error
 
-        line = told_by_the_first(line, error)
+        line = first_error(line, error)
     return code, line
 
 

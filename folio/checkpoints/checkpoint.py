@@ -28,7 +28,7 @@ from folio.config.options import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
 from folio.errors import UserError
-from folio.machine.runtime import is_finite, laid_out_as
+from folio.machine.shares import is_finite, laid_out_as
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder

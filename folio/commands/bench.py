@@ -12,6 +12,7 @@ from folio import rng
 from folio.config.options import Data, Optimizer, Processes, System, knob
 from folio.data.rows import Tokens
 from folio.errors import UserError
+from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.machine.runtime import Runtime
@@ -56,7 +57,7 @@ def main(options: Options) -> None:
     context = rows.size(1) - 1
     tokens_per_step = size * context
     flops = flops_per_token(model, context) * float(tokens_per_step)
-    runtime = Runtime(options.system, options.processes, flops=flops * 1000)
+    runtime = Runtime(resolve(options.system, options.processes, flops=flops * 1000))
     try:
         loss = runtime.wrap(model, (size, context))
         optimizer = optimizers.optimizer(Optimizer(learning_rate=1e-4, weight_decay=1e-2), model)

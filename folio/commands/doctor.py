@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from packaging.version import Version
 from rich.console import Console
 from rich.text import Text
 
@@ -34,12 +35,11 @@ from folio import __version__
 from folio.config.options import DATA_SETS, System
 from folio.data.rows import holds_tokens
 from folio.data.token_files import CLONE, SPLITS, UNFINISHED, open_folder
-from folio.machine import shortage
-from folio.machine.flops import peak
-from folio.machine.runtime import Runtime
+from folio.machine import probe
+from folio.machine.choices import resolve
 from folio.records.console import printable
 
-# What an extra's packages are for; which ones they are, the project's metadata says
+# The loss if an extra's packages are missing; the project's metadata lists the packages
 MEANS = {
     "data": "parquet and zstd files, Hugging Face's data sets and tokenizers cannot all be read",
     "hf": "models cannot be fetched from the Hugging Face hub, or exported",
@@ -70,10 +70,10 @@ class Row(NamedTuple):
 
 
 class Site(threading.Thread):
-    """A server that is asked at once. ``silence``: why it has not answered; empty once it has.
+    """A request to a server, sent at once. ``silence``: why there is no answer; empty once there is one.
 
-    The proxies of the environment are used, as by urllib. A name that is not resolved can keep a thread waiting far
-    longer than ``_PATIENCE``, so nobody waits for its end.
+    The proxies of the environment are used, as by urllib. Resolving a name can take far longer than ``_PATIENCE``, so
+    ``answers`` does not wait for the thread's end.
     """
 
     def __init__(self, url: str) -> None:
@@ -103,7 +103,7 @@ class Site(threading.Thread):
 
 
 def main(options: Options) -> None:
-    """Prints the table. A lack is no failure, and neither is a question that has no answer here."""
+    """Prints the table. A row that lacks something or has no answer is not a failure of the command."""
     hub = Site(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     index = Site(os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple")
     tables = Site(_TABLES)
@@ -173,27 +173,26 @@ def _arithmetic() -> Iterator[Row]:
     """The device, and what ``auto`` becomes on it."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        runtime = Runtime(System(), flops=float("inf"))  # of a run that is long enough to compile
-        runtime.close()
-    device, auto = runtime.device, runtime.resolved
-    yield from _answered("device", lambda: _devices(device, auto["processor"], [str(w.message) for w in said]))
-    yield _threads(auto["threads"])
+        auto = resolve(System(), flops=float("inf"))  # of a run that is long enough to compile
+    yield from _answered("device", lambda: _devices(auto.kind, auto.processor, [str(w.message) for w in said]))
+    yield _threads(auto.threads)
 
-    fast = {auto["dtype"], *(["float16"] if device.type == "cuda" else [])}
+    fast = {auto.dtype, *(["float16"] if auto.kind == "cuda" else [])}
     slow = [name for name in ("bfloat16", "float16") if name not in fast]
-    limit = peak(device, runtime.dtype)
-    speed = f"{limit / 1e12:,.3g} TFLOP/s {'measured' if device.type == 'cpu' else 'by its maker'}" if limit else ""
+    with probe.matmul_precision(auto.matmul_precision):
+        limit = probe.Machine().peak(auto.device, auto.dtype)
+    speed = f"{limit / 1e12:,.3g} TFLOP/s {'measured' if auto.kind == 'cpu' else 'by its maker'}" if limit else ""
     verdict = f"{' and '.join(slow)} would be slower" if slow else "float16 is fast too"
     known = speed or "of unknown peak, so that no MFU is shown"
-    yield Row("ok" if limit else "note", "dtype", f"{auto['dtype']}, {known}; {verdict}")
+    yield Row("ok" if limit else "note", "dtype", f"{auto.dtype}, {known}; {verdict}")
     means = {"highest": "in full", "high": "in TF32", "medium": "by faster kernels that are as exact here"}
-    precision = auto["matmul_precision"]
+    precision = auto.matmul_precision
     yield Row("ok", "float32", f"products at precision {precision}, {means[precision]}")
-    yield _compiler(device, auto["compile"])
+    yield _compiler(auto.kind == "cuda", auto.compile)
 
 
-def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[Row]:
-    if device.type == "cuda":
+def _devices(kind: str, processor: str, said: list[str]) -> Iterator[Row]:
+    if kind == "cuda":
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
             finding = f"cuda:{i}, {torch.cuda.get_device_name(i)}, {_gb(free, total)} free"
@@ -201,7 +200,7 @@ def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[
                 yield Row("ok", "device", finding)
             else:
                 yield Row("note", "device", f"{finding}: other processes hold the rest", "nvidia-smi")
-    elif device.type == "mps":
+    elif kind == "mps":
         yield Row("ok", "device", "mps, Apple's GPU, in the machine's memory")
     elif not (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         plan = _command("-m folio plan --gpu=cpu")
@@ -218,7 +217,7 @@ def _devices(device: torch.device, processor: str, said: list[str]) -> Iterator[
 
 
 def _threads(threads: int) -> Row:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = probe.cores()
     held = os.environ.get("OMP_NUM_THREADS")
     if held and threads < cores:
         finding = f"{cores}; OMP_NUM_THREADS={held} keeps torch to {threads}"
@@ -226,9 +225,8 @@ def _threads(threads: int) -> Row:
     return Row("ok", "cores", f"{cores}, of which torch uses {threads}")
 
 
-def _compiler(device: torch.device, compiled: bool) -> Row:
+def _compiler(on_gpu: bool, compiled: bool) -> Row:
     """What torch.compile needs: on a GPU Triton and a C compiler, on a CPU a C++ compiler, for either Python.h."""
-    on_gpu = device.type == "cuda"
     header = Path(sysconfig.get_path("include"), "Python.h")
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor looks
     missing, mend = "", "xcode-select --install" if sys.platform == "darwin" else "sudo apt install g++"
@@ -241,14 +239,14 @@ def _compiler(device: torch.device, compiled: bool) -> Row:
     elif not header.is_file():
         missing, mend = str(header), "sudo apt install python3-dev"
     if missing:
-        loss = "long runs go uncompiled, and slower" if on_gpu else "--compile=True would go on without"
+        loss = "long runs go uncompiled, and slower" if on_gpu else "--compile=True would continue without it"
         return Row("lacks" if on_gpu else "note", "compiler", f"{missing} is missing: {loss}", mend)
     found = "Triton and a C compiler: long runs are compiled" if on_gpu else f"{name}, used with --compile=True"
     return Row("ok", "compiler", found)
 
 
 def _memory() -> Iterator[Row]:
-    total = available = shortage.machine()
+    total = available = probe.memory()
     about = Path("/proc/meminfo")
     if about.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", about.read_text(), re.MULTILINE)):
         available = min(total, 1024 * int(found[1]))
@@ -256,7 +254,7 @@ def _memory() -> Iterator[Row]:
     if available >= _STATE:
         yield Row("ok", "memory", finding)
     else:
-        means = f"{_gb(_STATE)} is what training GPT-2 124M takes, activations not counted"
+        means = f"{_gb(_STATE)} is what training GPT-2 124M needs, activations not counted"
         yield Row("note", "memory", f"{finding}: {means}", _command("-m folio plan --gpu=cpu"))
 
 
@@ -296,9 +294,10 @@ def _packages() -> Iterator[Row]:
 
 
 def requirements() -> dict[str, list[str]]:
-    """What Folio needs, as ``"tyro>=1.0"``, by extra; the core's under "". Those of its developers are left out.
+    """What Folio needs, such as ``"numpy>=1.26"``, by extra; the core's under "". Those for developers are left out.
 
-    The clone's ``pyproject.toml`` says it, since the metadata of an editable install may be older; else the metadata.
+    They are read from the clone's ``pyproject.toml``, since the metadata of an editable install may be older; without
+    a clone, from the metadata.
 
     Raises:
         PackageNotFoundError, an ImportError: there is neither.
@@ -315,7 +314,7 @@ def requirements() -> dict[str, list[str]]:
 
 
 def _project() -> dict[str, Any]:
-    """The clone's table of itself; empty where Folio is installed without its clone."""
+    """The project's table in the clone's pyproject.toml; empty where Folio is installed without a clone."""
     path = CLONE / "pyproject.toml"
     found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}) if path.is_file() else {}
     return found if found.get("name") == "folio" else {}
@@ -328,16 +327,12 @@ def _installed(need: str) -> tuple[bool, str]:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return False, f"{name} is missing"
-    if _numbers(version) < _numbers(least):
+    if least and Version(version) < Version(least):
         return False, f"{name} {version} is older than {least}"
     return True, f"{name} {version}"
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", version)]
-
-
-# The network, and what is here without it
+# The network, and the files that need none
 
 
 def _network(hub: Site, index: Site) -> Iterator[Row]:
@@ -350,7 +345,7 @@ def _network(hub: Site, index: Site) -> Iterator[Row]:
 
 
 def _tokenizer(site: Site) -> Iterator[Row]:
-    """Where tiktoken keeps what it fetched: tiktoken.load.read_file_cached."""
+    """Whether the files are in tiktoken's cache (tiktoken.load.read_file_cached)."""
     default = os.environ.get("DATA_GYM_CACHE_DIR", str(Path(tempfile.gettempdir(), "data-gym-cache")))
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
     names = [hashlib.sha1(f"{_TABLES}{table}".encode()).hexdigest() for table in ("vocab.bpe", "encoder.json")]
@@ -406,7 +401,7 @@ def _data_set(place: Path) -> Row | None:
     elsewhere = "" if place == Path("data", place.name) else f" --data_dir={shlex.quote(str(place))}"
     again = _command(f"-m folio prepare {place.name}{elsewhere}") if place.name in DATA_SETS else ""
     if not holds_tokens(place):
-        unfinished = f"{place} is not finished: the same folio prepare goes on with it"
+        unfinished = f"{place} is not finished: the same folio prepare continues it"
         return Row("note", "data", unfinished, again) if (place / UNFINISHED).is_dir() else None
     try:
         folder = open_folder(place)

@@ -34,6 +34,7 @@ from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate, text_size
 from folio.machine import shortage
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
 from folio.records.log import hellaswag_line, to_json
@@ -85,7 +86,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
         raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
     chosen = hugging_face.choose(o.source)
-    runtime = Runtime(o.system, o.processes)
+    runtime = Runtime(resolve(o.system, o.processes))
     try:
         with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):
             found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)

@@ -13,9 +13,9 @@ import tyro
 from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
 from folio.data.rows import Tokens
 from folio.errors import UserError
-from folio.machine import flops, shortage
+from folio.machine import flops, probe
+from folio.machine.choices import resolve
 from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
-from folio.machine.runtime import DTYPES, Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import show
@@ -96,11 +96,11 @@ def device_of(options: Options) -> Device:
     """Raises ValueError for a kind that is not known, or a dtype that it or FSDP lacks."""
     asked, parallel = options.system.dtype, options.processes.parallel
     if options.gpu.lower() == "cpu":
-        runtime = Runtime(replace(options.system, device="cpu"))
-        runtime.close()
-        peak = flops.peak(runtime.device, runtime.dtype)
-        memory = shortage.machine()
-        found = Device("CPU", runtime.dtype, memory / options.gpus, peak and peak / options.gpus)
+        choices = resolve(replace(options.system, device="cpu"))
+        dtype: torch.dtype = getattr(torch, choices.dtype)
+        with probe.matmul_precision(choices.matmul_precision):
+            peak = flops.peak(torch.device("cpu"), dtype)
+        found = Device("CPU", dtype, probe.memory() / options.gpus, peak and peak / options.gpus)
     else:
         names = {plain(name): name for name in flops.GPUS}
         if plain(options.gpu) not in names:
@@ -111,7 +111,7 @@ def device_of(options: Options) -> Device:
         gpu = flops.GPUS[name]
         if asked == "bfloat16" and not gpu.bfloat16:
             raise UserError(f"dtype=bfloat16: {name} has no such units: use --dtype=float16 or --dtype=float32")
-        dtype = DTYPES[("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked]
+        dtype = getattr(torch, ("bfloat16" if gpu.bfloat16 else "float16") if asked == "auto" else asked)
         found = Device(name, dtype, gpu.memory * 1e9, gpu.peak(dtype))
     if found.dtype == torch.float16 and parallel != "ddp":
         raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=float32, or another --gpu")
@@ -119,12 +119,12 @@ def device_of(options: Options) -> Device:
 
 
 def plain(name: str) -> str:
-    """A device's name without what people type in one way or another."""
+    """A device's name in lower case, without spaces and punctuation."""
     return "".join(c for c in name.lower() if c.isalnum())
 
 
 def _data(options: Options) -> tuple[Tokens | str, int]:
-    """The data set, or why it cannot be read; and the vocabulary that training would take."""
+    """The data set, or why it cannot be read; and the vocabulary size of training."""
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
@@ -134,7 +134,7 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
 
 
 def step_of(options: Options, device: Device) -> Step:
-    """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    """The first device's part of a step. Raises ValueError where the devices do not divide the rows."""
     shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
     context = options.data.row(options.model.block_size)
     return step_of_a_device(
@@ -145,7 +145,7 @@ def step_of(options: Options, device: Device) -> Step:
 def _report(
     options: Options, device: Device, step: Step, memory: Memory, data: Tokens | str
 ) -> Iterator[tuple[str, str]]:
-    """Lines: a title, and what is said under it."""
+    """Lines of the report: (title, text)."""
     shape, gpus, several = options.model, options.gpus, options.gpus > 1
     context = options.data.row(shape.block_size)
     with torch.device("meta"):
@@ -204,7 +204,7 @@ def _gigabytes(size: float) -> str:
 
 
 def _verdict(options: Options, device: Device, total: int) -> str:
-    """Whether it fits, and where not, what would: all of it worked out as the plan itself is."""
+    """Whether it fits, and if not, which options would make it fit, computed as the plan is."""
     of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
     if total <= device.memory:
         return f"fits: {of}"

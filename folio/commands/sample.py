@@ -11,7 +11,9 @@ from folio.config.options import Sampling, Source, System
 from folio.data.tokenizers import Tokenizer
 from folio.generation.sampling import continuations, samples
 from folio.machine import shortage
-from folio.machine.runtime import Runtime, compiled
+from folio.machine.choices import resolve
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import compiled
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records.console import put
@@ -42,7 +44,7 @@ def texts(options: Options) -> list[str]:
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
     chosen = hugging_face.choose(options.source)
     vocabulary = chosen.tokenizer()
-    runtime = Runtime(options.system)
+    runtime = Runtime(resolve(options.system))
     try:
         with shortage.explained("sampling", lambda: _needs(chosen.config(), options.sampling, runtime)):
             model = chosen.model().to(runtime.device, runtime.dtype).eval()

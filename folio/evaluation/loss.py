@@ -12,7 +12,8 @@ import torch
 from folio.data import tokenizers
 from folio.data.rows import Tokens
 from folio.data.token_files import Split
-from folio.machine.runtime import Loss, Runtime
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import Loss
 from folio.model.gpt import GPT
 
 _WINDOWS = 1024  # read at a time

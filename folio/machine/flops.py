@@ -1,4 +1,4 @@
-"""Arithmetic of a training step, against what the device can do."""
+"""The arithmetic of a training step, and the peak speed of devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Gpu(NamedTuple):
         return 1e12 * (self.single if dtype == torch.float32 else self.half)
 
 
-# From the makers' data sheets, without sparsity. The first name that the device's name contains counts.
+# From the makers' data sheets, without sparsity. A device has the row of the first name that its own name contains.
 GPUS = {
     "B200": Gpu(2250, 1100, 180),
     "GH200": Gpu(989, 494, 96),
@@ -93,6 +93,6 @@ def mfu(
     world: int = 1,
     context: int | None = None,
 ) -> float:
-    """Model FLOPs utilisation: share of the peak of ``world`` such devices; NaN where it is unknown."""
+    """Model FLOPs utilization: share of the peak of ``world`` such devices; NaN where it is unknown."""
     limit = peak(device, dtype)
     return tokens_per_second * flops_per_token(model, context) / (limit * world) if limit else float("nan")

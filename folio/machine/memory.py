@@ -1,7 +1,7 @@
-"""What a step needs of a device's memory, and what it sends to the others, worked out before anything runs.
+"""The memory that a step needs on a device, and the bytes that it sends to other devices, computed before it runs.
 
-Nobody writes down here what a model keeps for its backward: the model itself runs one micro step on tensors that
-have shapes and no data, and the bytes of those that are alive are counted.
+There is no formula for the tensors that a model keeps for its backward. The model itself runs one micro step on
+tensors that have shapes and no data, and the bytes of those that are alive are counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from folio.config.options import Data
-from folio.machine.runtime import Objective, recompute_blocks
+from folio.machine.wrap import Objective, recompute_blocks
 from folio.model.attention import Mask
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention
@@ -50,7 +50,7 @@ class Step:
 
 
 class Memory(NamedTuple):
-    """Bytes on one device at the moment of a step when they are most."""
+    """Bytes on one device at the peak of a step."""
 
     weights: int
     optimizer: int
@@ -65,11 +65,11 @@ class Memory(NamedTuple):
 
 
 def needed(shape: GPTConfig, step: Step) -> Memory:
-    """The memory of a step in eager mode, without what the device's library, allocator and network take for themselves.
+    """The memory of a step in eager mode, without the memory of the device's library, allocator and network.
 
-    FSDP's shares are exact. Of what it has whole for a while, counted are the weights outside the blocks' matrices,
-    which stay until the backward is over, those of two blocks, since the next are fetched during one, and the
-    gradients: of two blocks, or of the model where several micro steps are summed before they are exchanged.
+    FSDP's shares are exact. Of the tensors that it has whole for a while, these are counted: the weights outside the
+    blocks' matrices, which stay until the end of the backward; the matrices of two blocks, since the next block's are
+    fetched early; and the gradients of two blocks, or of the model if several micro steps are summed first.
     """
     count, block = _counts(shape)
     # DDP's buckets hold all gradients from the beginning, and so does a second micro step
@@ -119,8 +119,8 @@ def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) 
     alone = [*first({}), *filter(fits, [block, *shared])]
     together = [block, *shared, *(block | way for way in shared)]
     found = alone or next(filter(None, map(first, together)), [])
-    told = {"gradient_accumulation_steps"} if data.total_batch_size else set()  # which follow from it
-    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in told) for way in found]
+    implied = {"gradient_accumulation_steps"} if data.total_batch_size else set()
+    ways = [" ".join(f"--{name}={value}" for name, value in way.items() if name not in implied) for way in found]
     return ", or ".join(ways)
 
 
@@ -132,7 +132,7 @@ def _counts(shape: GPTConfig) -> tuple[int, int]:
 
 
 def _matrices(model: GPT) -> list[nn.Parameter]:
-    """What FSDP fetches block by block, in the step's dtype: all of a block but its LayerNorms."""
+    """The parameters that FSDP fetches block by block, in the step's dtype: all of a block but its LayerNorms."""
     return [p for name, p in model.transformer.h.named_parameters() if ".ln_" not in name]
 
 
@@ -148,10 +148,10 @@ def _micro_step(
     again: bool,
     sharded: bool,
 ) -> Counter[str]:
-    """Bytes by kind, weights left out, at the moment of a micro step when they are most.
+    """Bytes by kind, without the weights, at the peak of a micro step.
 
-    ``again``: the gradients of an earlier one are there. ``sharded``: the blocks' matrices come in
-    ``dtype``, and their gradients go when they are done.
+    ``again``: the gradients of an earlier micro step exist. ``sharded``: the blocks' matrices arrive in
+    ``dtype``, and their gradients are freed when they are complete.
     """
     with FakeTensorMode():
         model = GPT(shape)
@@ -176,7 +176,7 @@ def _micro_step(
                     p.grad = torch.empty_like(p)
                     live.gradient(p)
             row = torch.zeros(rows, context + 1, dtype=torch.long)
-            # FlexAttention, which a GPU takes, keeps what attention without a mask does
+            # a GPU uses FlexAttention, which keeps the same tensors as attention without a mask
             apart = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
             objective = Objective(model, model.loss, torch.device("cpu"), dtype)
             objective(row[:, :-1], row[:, 1:], apart)[0].backward()
@@ -184,7 +184,7 @@ def _micro_step(
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of all tensors that are alive, by kind; ``most`` is what they were when their sum was largest."""
+    """The bytes of all live tensors, by kind: ``now``, and ``most`` when their sum was largest."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -226,20 +226,30 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.now[kind] -= size
 
 
+class _FusedDropout(nn.Module):
+    """Keeps a byte an element for the backward, as CUDA's kernel does."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, True)[0]
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    """Keeps no scores for the backward, as CUDA's kernels do."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
+
+
 def _set_gpu_kernels(model: GPT) -> None:
-    """The model keeps what a GPU's kernels do: of dropout a byte an element, of attention no scores.
+    """The model keeps for its backward what a GPU's kernels keep.
 
-    Tensors that pretend to be on a GPU would show it, but without a build for CUDA they have no gradients.
+    Fake tensors on a GPU would show that too, but without a build for CUDA they have no gradients.
     """
-
-    def fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
-
-    def dropout(x: Tensor, p: float) -> Tensor:
-        return torch.native_dropout(x, p, True)[0]
-
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p:
-            module.forward = functools.partial(dropout, p=module.p)  # type: ignore[method-assign]
-        elif isinstance(module, CausalSelfAttention):
-            module.attend = fused
+    for module in list(model.modules()):
+        if isinstance(module, CausalSelfAttention):
+            module.attend = _fused_attention
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout) and child.p:
+                setattr(module, name, _FusedDropout(child.p))

@@ -1,4 +1,4 @@
-"""Where the time and the memory of some steps go: PyTorch's profiler around them, and what is read from its trace."""
+"""Profiles some steps with PyTorch's profiler, and reads from its trace where their time and memory go."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from folio import files
-from folio.machine.runtime import here
+from folio.machine.shares import here
 from folio.records.log import silent_stderr
 from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 
-WARM_UP = 2  # steps before the first that is profiled: they compile, and make the optimiser's means
+WARM_UP = 2  # steps before the first that is profiled: they compile, and make AdamW's moments
 Event = dict[str, Any]
 Events = list[Event]  # of a trace; times are microseconds
 _ROWS = 10
-_WITH_EVENTS = {"cpu": 0, "cuda": 1}  # whose allocators the profiler hears, by their number in a trace
+_WITH_EVENTS = {"cpu": 0, "cuda": 1}  # devices whose allocators are in a trace, and their number there
 
 
 class Peak(NamedTuple):
-    """Bytes that a device's tensors take at the moment when they are most."""
+    """Bytes of a device's tensors at the moment when their sum is largest."""
 
     weights: int
     optimizer: int
@@ -43,8 +43,8 @@ class Profiler:
     - ``trace.json``, for chrome://tracing and ui.perfetto.dev;
     - ``operations.txt``: the operations that took most time themselves, without those that they call; on a GPU the
       time of their kernels;
-    - ``memory.json``: bytes by kind at the peak, which is the largest sum that the allocator's events in the trace tell
-      of. Weights and optimiser are sums over the tensors that this process holds, of shared ones its part. Gradients
+    - ``memory.json``: bytes by kind at the peak, which is the largest sum of the allocator's events in the trace.
+      Weights and optimizer are sums over the tensors that this process holds, of shared ones its part. Gradients
       are those that had their memory at the peak: all of them from the second micro step on, fewer in a first one,
       where they come as activations go. Activations are the rest. On a CPU the events count from ``start``, so what
       else is older is left out; a device other than a CPU or CUDA's has none, and this file is not written.
@@ -66,7 +66,7 @@ class Profiler:
             raise OSError(
                 f"{self._folder} cannot be written ({error.strerror}): move away what is there, or write elsewhere"
             ) from None
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells on stderr of each start and stop
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints a line on stderr at each start and stop
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self._device.type == "cuda")
         self._profile = profile(activities=activities, profile_memory=True)
         self._hook = self._optimizer.register_step_pre_hook(self._note_gradients)
@@ -80,7 +80,7 @@ class Profiler:
         self._updates.append([(g.untyped_storage().data_ptr(), g.nbytes) for g in gradients])
 
     def finish(self) -> str:
-        """Ends the profile, writes its files and returns what they say. Raises OSError where they cannot be written."""
+        """Ends the profile, writes its files and returns a summary. Raises OSError where they cannot be written."""
         self._profile.stop()
         self._hook.remove()
         with self._unfinished() as unfinished:
@@ -88,16 +88,16 @@ class Profiler:
             self._profile.export_chrome_trace(str(trace))
             try:
                 events = json.loads(trace.read_bytes())["traceEvents"]
-            except (ValueError, FileNotFoundError):  # the profiler does not tell of a full disk
+            except (ValueError, FileNotFoundError):  # the profiler does not report a full disk
                 raise OSError(f"{self._folder} could not be written: make room there, or write elsewhere") from None
-            told = self._operations()
-            trace.with_name(OPERATIONS).write_text(told, encoding="utf-8")
+            text = self._operations()
+            trace.with_name(OPERATIONS).write_text(text, encoding="utf-8")
             if peak := self._peak(events):
                 files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})
-                told += _in_words(peak)
+                text += _in_words(peak)
             for path in trace.parent.iterdir():
                 path.replace(self._folder / path.name)
-        return f"{told}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
+        return f"{text}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
 
     def _unfinished(self) -> TemporaryDirectory[str]:
         return TemporaryDirectory(prefix=".profile-", dir=self._folder)
@@ -140,7 +140,7 @@ class Profiler:
         weights = sum(here(p).nbytes for p in self._parameters)
         states = self._optimizer.state.values()
         slots = sum(here(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
-        if self._device.type == "cpu":  # whose events count from the start, or from an earlier profile's
+        if self._device.type == "cpu":  # where events count from the start, or from an earlier profile's
             first = found[0][1]
             older = sum(size for address, size in noted if address not in allocated)
             total += weights + slots + older - (first["Total Allocated"] - first["Bytes"])

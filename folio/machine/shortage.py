@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from folio.errors import UserError
+from folio.machine import probe
 
-if sys.platform != "win32":
-    import resource
-
-_WORDS = (  # of errors that have no class of their own: of torch's CPU and MPS, C++, cuBLAS, threads, shapes beyond 2⁶³
+_WORDS = (  # of RuntimeErrors without a class of their own: torch's CPU and MPS, C++, cuBLAS, threads, shapes above 2⁶³
     "can't allocate memory",
     "not enough memory",
     "out of memory",
@@ -28,6 +23,7 @@ _WORDS = (  # of errors that have no class of their own: of torch's CPU and MPS,
     "Storage size calculation overflowed",
     "Cannot allocate memory",
 )
+# of torch's errors, which give the size in words only
 _TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -62,7 +58,7 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # which hold what took the memory
+        traceback.clear_frames(error.__traceback__)  # whose variables hold the memory
         try:
             helps = advice()
         except (MemoryError, RuntimeError):
@@ -71,28 +67,9 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
 
 
 def room(device: torch.device) -> float:
-    """Bytes that this process can use on the device, without what other processes use on a GPU.
-
-    On a CPU it is the memory of the machine, the container or ``ulimit -v``, whichever is least.
-    """
+    """Bytes that this process can use on the device; on a GPU without those of other processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    return machine()
-
-
-def machine() -> float:
-    """Bytes of memory that this process may use at most."""
-    sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), container()]
-    if sys.platform != "win32" and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        sizes.append(float(limit))
-    return min(sizes)
-
-
-def container(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
-    """Bytes that a container may use."""
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):  # none, or "max"
-        return float("inf")
+    return probe.memory()

@@ -27,7 +27,7 @@ class KVCache:
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores (B, n_head, T, head) after what is there and returns all of it."""
+        """Appends keys and values, (B, n_head, T, head) each, and returns all that are stored."""
         if block not in self._buffers:
             B, H, _, D = k.shape
             self._buffers[block] = (k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D))
@@ -42,10 +42,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
     """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
 
     With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
-    where a query may look, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash kernel does
-    it. On a CPU
-    the fused kernel's backward is slow for short contexts, so there attention that will be differentiated is
-    written out (benchmarks/attention.py).
+    where a query may attend, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA it is the flash
+    kernel. On a CPU the fused kernel's backward is slow for short contexts, so attention that will be differentiated
+    is written out there (benchmarks/attention.py).
     """
     T, S = q.size(2), k.size(2)
     if mask is not None and not isinstance(mask, Tensor):
@@ -65,8 +64,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
 def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
     """The number of each token's document (B, T) → positions (B, T) from 0 in each, and a causal mask within it.
 
-    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's blocks, most of which it never computes: on
-    CUDA by default, but for dropout, which FlexAttention lacks.
+    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's, which skips most blocks. The default is
+    ``flex`` on CUDA, except with dropout, which FlexAttention lacks.
     """
     B, T = documents.shape
     t = torch.arange(T, device=documents.device)
@@ -86,7 +85,7 @@ def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None
 
 @cache
 def _flex_attention(device: str) -> Callable[..., Tensor]:
-    """FlexAttention, compiled where that is what makes it fast."""
+    """FlexAttention; compiled on CUDA, without which it is slow there."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention) if device == "cuda" else flex_attention  # type: ignore[return-value]

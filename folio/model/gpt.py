@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension, with an optional bias."""
+    """Layer normalization over the last dimension, with an optional bias."""
 
     def __init__(self, ndim: int, bias: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the MLP, each on a normalised copy of the residual stream."""
+    """One transformer block: attention, then the MLP, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: GPTConfig, block: int = 0) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Without torch's own initial weights, which ``GPT`` draws anew."""
+    """Without torch's initial weights, since ``GPT`` draws its own."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-untyped-call]
 
 
@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
     @classmethod
     def empty(cls, config: GPTConfig) -> GPT:
-        """A model on the CPU whose weights are not set, to be loaded: no time is spent on drawing them."""
+        """A model on the CPU whose weights are not set yet: to load a checkpoint, none need be drawn."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -156,9 +156,9 @@ class GPT(nn.Module):
         mask: Mask | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """(B, T) token ids → (B, T, C) normalised states: the body under every head.
+        """(B, T) token ids → (B, T, C) normalized states: the body under every head.
 
-        ``positions`` (T) or (B, T), below ``block_size``, default to 0 … T − 1, after what the cache holds; ``mask``
+        ``positions`` (T) or (B, T), below ``block_size``, default to 0 … T − 1, plus the length of the cache; ``mask``
         as in ``attend``.
 
         Raises:
@@ -249,7 +249,7 @@ class GPT(nn.Module):
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> AdamW:
-        """See ``folio.training.optimizers``; ``device_type`` is nanoGPT's and tells nothing that the weights do not."""
+        """See ``folio.training.optimizers``; ``device_type`` is nanoGPT's and not needed."""
         from folio.training.optimizers import adamw
 
         return adamw(self, learning_rate, betas, weight_decay)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -35,6 +34,7 @@ from folio.data.token_files import META, SPLITS, UNFINISHED
 from folio.data.tokenizers import Characters, Tokenizer, stored
 from folio.errors import UserError
 from folio.files import InUseError, Lock, read_json
+from folio.machine.probe import cores
 from folio.preparation.sources import BLOCK, Block, Files, Source
 from folio.preparation.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
 from folio.preparation.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move, read_state, save_state
@@ -284,7 +284,7 @@ class _Job:
 
     def _results(self, job: Any, work: Work, blocks: Iterator[Block]) -> Generator[tuple[Block, Any]]:
         """Each block with what the job makes of it, in order; small sources in this process."""
-        size, workers = self.recipe.source.size, self.workers or _cores()
+        size, workers = self.recipe.source.size, self.workers or cores()
         if workers == 1 or (size is not None and size <= 2 * BLOCK):
             doing = job(work)
             yield from ((block, doing(block.spans)) for block in blocks)
@@ -345,10 +345,6 @@ def _count(skipped: Counter[str] | dict[str, int]) -> str:
         return ""
     kinds = ", ".join(f"{count:,} with {what}" for what, count in Counter(skipped).most_common(5))
     return f"; documents that could not be taken: {sum(skipped.values()):,} ({kinds})"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from folio.machine import shortage
-from folio.machine.runtime import Loss, Runtime
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import Loss
 from folio.training.batches import MicroBatch, batches
 from folio.training.memory_advice import what_fits
 from folio.training.run import Figures, Run

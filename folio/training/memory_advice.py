@@ -8,7 +8,7 @@ import torch
 
 from folio.config.options import Data, Processes, TrainConfig, override
 from folio.errors import UserError
-from folio.machine import shortage
+from folio.machine import probe, shortage
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -61,7 +61,7 @@ def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
 def check_size(shape: GPTConfig) -> None:
     """Raises UserError for weights that this machine cannot hold; else the system might kill the process silently."""
     with shortage.explained("building the model", lambda: _SMALLER):
-        if 4 * _count(shape) > shortage.machine():
+        if 4 * _count(shape) > probe.memory():
             raise UserError(f"out of memory while building the model: {least(shape)}")
 
 
@@ -75,6 +75,6 @@ def least(shape: GPTConfig) -> str:
     count = _count(shape)
     return (
         f"{count:,} parameters take {4 * count / 1e9:,.2f} GB, and {16 * count / 1e9:,.2f} with their gradients and "
-        f"AdamW's moments, of the {shortage.machine() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
+        f"AdamW's moments, of the {probe.memory() / 1e9:,.2f} GB of this machine: lower --n_layer={shape.n_layer}, "
         f"--n_embd={shape.n_embd}, --vocab_size={shape.vocab_size} or --block_size={shape.block_size}"
     )

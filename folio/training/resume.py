@@ -175,7 +175,7 @@ def _compare(run: Run, found: checkpoint.Checkpoint) -> list[str]:
         )
         run.state.rows = run.state.rows * before // row
         run.state.best, run.state.evaluations_without_improvement = None, 0
-    why = run.runtime.differences(state["resolved"])
+    why = run.runtime.choices.differences(state["resolved"])
     if state["data"] is None:
         notes.append("the data continues in this program's order: which rows the other program read is unknown")
     elif state["data"] != run.tokens.fingerprint():

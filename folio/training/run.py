@@ -20,7 +20,8 @@ from folio.data.rows import Tokens
 from folio.data.tokenizers import Tokenizer, from_json
 from folio.errors import UserError
 from folio.machine.flops import mfu
-from folio.machine.runtime import Loss, Runtime
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import Loss
 from folio.model.gpt import GPT
 from folio.records.log import Log, counted
 from folio.records.trackers import Record

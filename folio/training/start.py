@@ -23,8 +23,10 @@ from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
 from folio.errors import UserError
 from folio.machine import processes, shortage
+from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
-from folio.machine.runtime import Loss, Runtime
+from folio.machine.runtime import Runtime
+from folio.machine.wrap import Loss
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder, trackers
@@ -215,7 +217,7 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
     tokens_per_step = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
-    return Runtime(config.system, config.processes, flops=flops, resolved=resolved)
+    return Runtime(resolve(config.system, config.processes, flops=flops, before=resolved))
 
 
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:

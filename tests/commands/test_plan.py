@@ -46,12 +46,13 @@ import torch
 from folio.config.options import Processes, System
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
 
 parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.environ["LOCAL_WORLD_SIZE"] = node
-runtime = Runtime(System(device="cpu", dtype="bfloat16", compile=False), Processes(parallel=parallel))
+runtime = Runtime(resolve(System(device="cpu", dtype="bfloat16", compile=False), Processes(parallel=parallel)))
 model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False))
 loss = runtime.wrap(model, (2, 16))
 tokens = torch.zeros(2, 16, dtype=torch.long)

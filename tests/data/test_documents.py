@@ -22,6 +22,7 @@ from folio.config.options import System
 from folio.data.rows import Documents, Tokens
 from folio.data.token_files import open_folder
 from folio.files import sha256
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.attention import within_documents
 from folio.model.config import GPTConfig
@@ -131,7 +132,7 @@ def test_documents_are_as_if_alone(T: int, grad: bool, first: bool) -> None:
             F.cross_entropy(model.lm_head(h).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
             for h in (together, alone)
         ]
-        runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+        runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
         nats, counted = runtime.wrap(model, None)(idx, targets, documents)
         assert counted.item() == (targets != -1).sum().item()
         assert nats.item() == pytest.approx(losses[1].item(), rel=1e-6)

@@ -18,6 +18,7 @@ from folio.config.options import System
 from folio.data.tokenizers import Bytes, Tiktoken
 from folio.evaluation import harness, hellaswag
 from folio.evaluation.scoring import score
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -53,7 +54,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def wrapped(model: GPT) -> Runtime:
-    runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+    runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
     runtime.wrap(model, None)
     return runtime
 
@@ -267,11 +268,12 @@ import torch
 from folio.checkpoints import hugging_face
 from folio.evaluation import harness
 from folio.config.options import Processes, System
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
 
 model_folder, out, parallel, *tasks = sys.argv[1:]
-runtime = Runtime(System(device="cpu", dtype="float32", compile=False), Processes(parallel=parallel))
+runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False), Processes(parallel=parallel)))
 found = hugging_face.find(model_folder)
 model = found.model()
 runtime.wrap(model, None)

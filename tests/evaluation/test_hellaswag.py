@@ -23,6 +23,7 @@ from folio.config.options import System
 from folio.data.tokenizers import Bytes, Characters, Tokenizer, TokenizersFile, named
 from folio.evaluation import hellaswag
 from folio.evaluation.hellaswag import Item, Questions
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -48,7 +49,7 @@ def model_of(vocab_size: int, block_size: int) -> GPT:
 
 
 def wrapped(model: GPT) -> Runtime:
-    runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+    runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
     runtime.wrap(model, None)
     return runtime
 

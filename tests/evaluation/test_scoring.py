@@ -16,6 +16,7 @@ from folio.config.options import System
 from folio.evaluation import scoring
 from folio.evaluation.scoring import Query, Scores, fitted, score
 from folio.generation.sampling import generate
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -33,7 +34,7 @@ def model_of(dropout: float = 0.0, **shape: Any) -> GPT:
 
 
 def wrapped(model: GPT, dtype: str = "float32") -> Runtime:
-    runtime = Runtime(System(device="cpu", dtype=dtype, compile=False, matmul_precision="highest"))
+    runtime = Runtime(resolve(System(device="cpu", dtype=dtype, compile=False, matmul_precision="highest")))
     runtime.wrap(model, None)
     return runtime
 
@@ -185,7 +186,7 @@ def test_beside_a_compiled_loss(request) -> None:
     """Scoring compiles nothing, and leaves nothing to be compiled anew."""
     request.addfinalizer(torch.compiler.reset)
     model = model_of()
-    runtime = Runtime(System(device="cpu", dtype="float32", compile=True, matmul_precision="highest"))
+    runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=True, matmul_precision="highest")))
     loss = runtime.wrap(model, None)
     idx = torch.arange(2 * BLOCK).view(2, BLOCK)
     before = loss(idx, idx)[0].item()
@@ -205,13 +206,14 @@ sys.path[:0] = ["tests", "tests/evaluation"]
 from test_scoring import model_of, queries
 from folio.evaluation import scoring
 from folio.config.options import Processes, System
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
 
 out, parallel = sys.argv[1:]
 scoring._TOKENS["cpu"] = 90
 system = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
-runtime = Runtime(system, Processes(parallel=parallel))
+runtime = Runtime(resolve(system, Processes(parallel=parallel)))
 model = model_of(dropout=0.5)
 runtime.wrap(model, (4, 16) if parallel == "ddp" else None)
 found = scoring.score(model, queries(count=30), runtime)

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Outcome, assert_refused, assert_same_bits
+from conftest import SMALL, Outcome, assert_same_bits
+from launches import Train, Trained, by_hand, torchrun, trained
 from safetensors.torch import load_file, save_file
 
-from folio import cli
 from folio.checkpoints import checkpoint
-from folio.commands import train
 from folio.records import run_folder
-from folio.records.log import read_metrics
-
-ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
 
 # Rows for 1, 2, 3 and 4 processes, sizes that 3 do not divide (the vocabulary has 59), norms that are clipped
 RUN = [*SMALL, "--n_embd=20", "--batch_size=2", "--gradient_accumulation_steps=12", "--dropout=0.2", "--grad_clip=0.5"]
@@ -77,83 +66,14 @@ THREADS = """
 import torch
 alone = torch.get_num_threads()
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
-runtime = Runtime(System(device="cpu"))
+runtime = Runtime(resolve(System(device="cpu")))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())
 runtime.close()
 leave(0)
 """
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Python with these arguments and variables, all at once, to their ends."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = [
-        subprocess.Popen([sys.executable, *map(str, argv)], env={**ENV, **env}, **pipes) for argv, env in commands
-    ]
-    try:
-        told = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.terminate()  # a launcher passes it on
-    return [subprocess.CompletedProcess(p.args, p.returncode, *said) for p, said in zip(processes, told, strict=True)]
-
-
-def torchrun(ranks: int, *argv: str | Path, nodes: int = 1) -> list[subprocess.CompletedProcess[str]]:
-    """A command on so many processes under one launcher, or one for each of several "machines"."""
-    place = ["--standalone"] if nodes == 1 else ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    launcher = ["-m", "torch.distributed.run", *place, f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}"]
-    return together(*(([*launcher, f"--node_rank={node}", *argv], {"OMP_NUM_THREADS": "1"}) for node in range(nodes)))
-
-
-def by_hand(ranks: int, *argv: str | Path, **env: str) -> list[subprocess.CompletedProcess[str]]:
-    """A command on so many processes without a launcher."""
-    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return together(*(([*argv], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run left in its folder, and printed."""
-
-    out: Path
-    said: str
-
-    def figures(self, *names: str, begin: int = 0) -> list[float]:
-        """These of all records from a step on."""
-        found = read_metrics(self.out / "metrics.jsonl")
-        return [r[name] for r in found if r["step"] >= begin for name in names if name in r]
-
-    def losses(self, begin: int = 0) -> list[float]:
-        return self.figures("loss", "train_loss", "val_loss", begin=begin)
-
-    def norms(self) -> list[float]:
-        return self.figures("grad_norm")
-
-
-Train = Callable[..., Trained]
-
-
-def trained(out: Path, ranks: int, argv: list[str], how: str = "torchrun") -> Trained:
-    """A run to its end; of one process in this one."""
-    argv = [*argv, f"--out_dir={out}"]
-    if ranks == 1:
-        with contextlib.redirect_stdout(io.StringIO()) as said:
-            assert train.main(cli.parse(train.Options, argv, "folio train", files=True)) == 0
-        return Trained(out, said.getvalue())
-    if how == "by hand":
-        done = by_hand(ranks, "train.py", *argv, OMP_NUM_THREADS="1")
-    else:
-        done = torchrun(ranks, "train.py", *argv)
-    assert all(d.returncode == 0 for d in done), [d.stderr for d in done]
-    return Trained(out, "".join(d.stdout for d in done))
 
 
 @pytest.fixture(scope="module")
@@ -442,35 +362,3 @@ def test_processes_share_the_cores(tmp_path: Path) -> None:
         assert [d.returncode for d in done] == [0, 0], done
         for alone, taken, used in (map(int, d.stdout.split()) for d in done):
             assert taken == used == (alone if env else max(1, alone // 2))
-
-
-@pytest.mark.parametrize(
-    ("env", "flags", "words"),
-    [
-        ({"RANK": "abc"}, [], ["RANK=abc: must be a whole number"]),
-        ({"LOCAL_RANK": "-1"}, [], ["LOCAL_RANK=-1: must be a whole number"]),
-        ({"WORLD_SIZE": ""}, [], ["WORLD_SIZE=: must be a whole number"]),
-        ({"RANK": "5", "WORLD_SIZE": "2"}, [], ["RANK=5", "below WORLD_SIZE=2"]),
-        ({}, ["--parallel=fsdp", "--dtype=float16"], ["dtype=float16", "parallel=fsdp", "--dtype=bfloat16"]),
-        ({}, ["--parallel=fsdp", "--check_replicas_every=5"], ["check_replicas_every=5", "parallel=fsdp"]),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, ["--parallel=hsdp"], ["WORLD_SIZE=2", "use fsdp"]),
-        ({"WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=not set", "use fsdp"]),
-        ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=4", "use fsdp"]),
-    ],
-)
-def test_refused(
-    folio: Callable[..., Outcome],
-    story: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    env: dict[str, str],
-    flags: list[str],
-    words: list[str],
-) -> None:
-    # nobody can meet at this port, so that a process that is not refused fails at once
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
-    for name, value in {**launched, **env}.items():
-        monkeypatch.setenv(name, value)
-    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", *flags)
-    assert_refused(outcome, *words)
-    assert not (tmp_path / "out").exists()

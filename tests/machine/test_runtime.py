@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Outcome, python
+from conftest import python
 
 from folio import rng
 from folio.config.options import System
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
 
-LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 CPU = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
@@ -33,10 +32,11 @@ from folio.config.options import System
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
+from folio.machine.choices import resolve
 from folio.machine.processes import leave
 from folio.machine.runtime import Runtime
 
-runtime = Runtime(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest"))
+runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
 seen = {"world": runtime.world}
 rank = runtime.rank
 seen["sum"] = runtime.reduce(torch.tensor([1.0 + rank, 10.0])).tolist()
@@ -109,7 +109,7 @@ def trainer() -> tuple[GPT, torch.optim.AdamW, Runtime]:
     """A model, its optimiser and the runtime of one process."""
     torch.manual_seed(1)
     model = GPT(SHAPE)
-    return model, adamw(model, 1e-2, (0.9, 0.95), 0.1), Runtime(CPU)
+    return model, adamw(model, 1e-2, (0.9, 0.95), 0.1), Runtime(resolve(CPU))
 
 
 def step(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime, loss: float = 1.0, norm: float = 1.0) -> None:
@@ -160,7 +160,7 @@ def test_clip() -> None:
 def test_the_arithmetic_is_what_was_asked(dtype: str) -> None:
     """Products in that type, the weights and the loss in float32."""
     model = GPT(SHAPE)
-    runtime = Runtime(System(device="cpu", dtype=dtype, compile=False))  # type: ignore[arg-type]
+    runtime = Runtime(resolve(System(device="cpu", dtype=dtype, compile=False)))  # type: ignore[arg-type]
     seen: list[torch.dtype] = []
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     nats, counted = runtime.wrap(model, (2, 2))(torch.tensor([[1, 2]]), torch.tensor([[2, -1]]))
@@ -168,49 +168,6 @@ def test_the_arithmetic_is_what_was_asked(dtype: str) -> None:
     assert nats.dtype == model.lm_head.weight.dtype == torch.float32
     assert counted.item() == 1
     assert runtime.scaler.is_enabled() == (dtype == "float16")
-
-
-def test_auto_takes_again_what_it_took_before() -> None:
-    """A resumed run keeps its choices where the machine allows, and asked ones win."""
-    auto = System()
-    before = {"device": "cpu", "dtype": "float32", "compile": False, "matmul_precision": "highest"}
-    resolved = Runtime(auto, resolved=before).resolved
-    assert {name: resolved[name] for name in before} == before
-    asked = System(device="cpu", dtype="bfloat16", matmul_precision="medium", compile=False)
-    assert Runtime(asked, resolved=before).resolved["dtype"] == "bfloat16"
-    assert torch.get_float32_matmul_precision() == "medium"
-
-
-def test_differences_are_named() -> None:
-    """None to itself; each that changes the bits by its name."""
-    runtime = Runtime(CPU)
-    assert runtime.differences(dict(runtime.resolved)) == []
-    before = {**runtime.resolved, "world": 4, "torch": "2.0"}
-    assert runtime.differences(before) == ["world was 4 and is 1", f"torch was 2.0 and is {torch.__version__}"]
-
-
-@pytest.mark.parametrize("name", LAUNCHED)
-def test_a_launcher_that_forgot_something(
-    folio: Callable[..., Outcome], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """The missing variable is named in one line."""
-    for other, value in LAUNCHED.items():
-        monkeypatch.setenv(other, value)
-    monkeypatch.delenv(name)
-    outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert f"{name} is not set, but RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT go together" in outcome.err
-
-
-@pytest.mark.parametrize("local_rank", [0, 3])
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, local_rank: int) -> None:
-    """Every one of them finds that out, also the one that would have a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {**LAUNCHED, "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="cuda:3 is not there, this machine has 2 GPUs"):
-        Runtime(System(device="cuda"))
 
 
 # Two processes

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import python
-from torch import Tensor
+from torch import Tensor, nn
 
 from folio import rng
+from folio.machine.memory import Step, needed
 from folio.model.attention import attend
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
+from folio.model.gpt import GPT, Block, CausalSelfAttention
 
 SHAPE = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
@@ -186,6 +188,35 @@ def test_documents_that_do_not_see_each_other() -> None:
     torch.testing.assert_close(packed, alone)
     rows = model.hidden(x, mask=mask.expand(2, 1, 12, 12), positions=positions.expand(2, 12))  # for each row its own
     torch.testing.assert_close(rows, alone)
+
+
+def test_a_kernel_is_set_on_the_modules_of_one_model() -> None:
+    """Another model, and what the module ``attention`` defines, stay as they are; the plain kernel is the oracle."""
+    model, other, x = tiny(), tiny(), ids(2, 12)
+    calls: list[int] = []
+
+    def kernel(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        return attend(*args)
+
+    expected = model.hidden(x)
+    for block in model.transformer.h:
+        block.attn.attend = kernel
+    assert torch.equal(model.hidden(x), expected)
+    assert len(calls) == model.config.n_layer
+    other.hidden(x)
+    assert len(calls) == model.config.n_layer
+    assert all(block.attn.attend is attend for block in [*other.transformer.h, *tiny().transformer.h])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_counting_the_memory_of_a_step_changes_no_module(gpu: bool) -> None:
+    """``machine.memory`` sets a GPU's kernels on a model of its own."""
+    step = Step(rows=1, micro_steps=1, dtype=torch.bfloat16, gpu=gpu, recompute=True)
+    before = {kind: dict(vars(kind)) for kind in (nn.Dropout, CausalSelfAttention, Block, GPT)}
+    needed(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, dropout=0.1), step)
+    assert {kind: dict(vars(kind)) for kind in before} == before
+    assert tiny().transformer.h[0].attn.attend is attend
 
 
 def test_dropout_is_for_training() -> None:

@@ -124,5 +124,5 @@ def test_a_compiler_that_fails_warns_once(tmp_path: Path, story: Path) -> None:
         **env,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("torch.compile failed, going on without: ") == 1
+    assert done.stderr.count("torch.compile failed, continuing without it: ") == 1
     assert records(tmp_path / "out", "train", "step") == [0, 1, 2]

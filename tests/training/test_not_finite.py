@@ -16,6 +16,7 @@ from folio import cli, files, rng
 from folio.commands import train
 from folio.config.options import System
 from folio.generation.sampling import draws, generate, pick
+from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -190,7 +191,7 @@ def test_every_tensor_is_looked_at() -> None:
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     optimizer.step()
-    runtime = Runtime(System(device="cpu"))
+    runtime = Runtime(resolve(System(device="cpu")))
     try:
         assert runtime.not_finite(model, optimizer) == ""
         for name, p in model.named_parameters():

@@ -1,0 +1,130 @@
+"""What this machine has: cores, memory, devices, compilers, speeds. Nothing here changes torch's state for good."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+if sys.platform != "win32":
+    import resource
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> float:
+    """Bytes that this process may use: the memory of the machine, the container or ``ulimit -v``, the least of them."""
+    sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), container_memory()]
+    if sys.platform != "win32" and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        sizes.append(float(limit))
+    return min(sizes)
+
+
+def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
+    """Bytes that a container may use; infinity outside of one."""
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return float("inf")
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Float32 products inside are computed at this precision, as ``torch.set_float32_matmul_precision`` names them."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Machine:
+    """The questions that ``choices.resolve`` asks; each is answered when it is asked, since some take a second.
+
+    ``device`` is "cpu", "mps" or "cuda:0" and so on, ``dtype`` the name of one of torch's.
+    """
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a device of this kind: "cpu", "cuda" or "mps"."""
+        import torch
+
+        if kind in ("cuda", "mps"):
+            return torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
+        return kind == "cpu"
+
+    def gpus(self) -> int:
+        """How many CUDA devices torch sees."""
+        import torch
+
+        return torch.cuda.device_count()
+
+    def processor(self, device: str) -> str:
+        """A GPU's name; else the instructions that torch uses on this CPU, such as AVX512."""
+        import torch
+
+        if device.startswith("cuda"):
+            return torch.cuda.get_device_name(device)
+        return torch.backends.cpu.get_cpu_capability()
+
+    def torch_version(self) -> str:
+        import torch
+
+        return str(torch.__version__)
+
+    def threads(self) -> int:
+        """How many torch uses now."""
+        import torch
+
+        return torch.get_num_threads()
+
+    def fast_dtype(self, device: str) -> str:
+        """bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 elsewhere."""
+        import torch
+
+        if device.startswith("cuda"):
+            return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        if device == "cpu" and sys.platform == "linux":
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            return "bfloat16" if fast else "float32"
+        return "float32"
+
+    def fast_precision(self, device: str) -> str:
+        """The fastest precision of float32 products that is accurate enough.
+
+        TF32 ("high") on a GPU, as in nanoGPT. On a CPU "medium" selects oneDNN's faster kernels. It may mean
+        bfloat16 there, so it is chosen only if a product shows that the result stays accurate to float32.
+        """
+        import torch
+
+        if device.startswith("cuda"):
+            return "high"
+        if device != "cpu":
+            return "highest"
+        with matmul_precision("medium"):
+            a = torch.linspace(-1, 1, 256 * 256).view(256, 256)
+            exact = a.double() @ a.double().T
+            error = ((a @ a.T).double() - exact).abs().max() / exact.abs().max()
+        return "medium" if error < 2e-6 else "highest"
+
+    def can_compile(self) -> bool:
+        """Whether torch.compile has what it needs for a GPU: Triton and a C compiler."""
+        compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+        return importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers))
+
+    def peak(self, device: str, dtype: str) -> float | None:
+        """FLOP/s (see ``flops.peak``)."""
+        import torch
+
+        from folio.machine import flops
+
+        return flops.peak(torch.device(device), getattr(torch, dtype))

@@ -1,0 +1,128 @@
+"""Checkpoints that are written while training continues."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    Outcome,
+    Spawn,
+    assert_refused,
+    assert_same_bits,
+    group,
+    reached,
+    timeless,
+    to_its_end,
+)
+from launches import ENDLESS, RUN, faulty, go, said_at_its_end, saved
+
+from folio.checkpoints import checkpoint
+from folio.records import run_folder
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_a_checkpoint_that_is_written_slowly(
+    story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
+) -> None:
+    """Training continues, or waits; either way the file holds the step in its name."""
+    flags = ("--keep_checkpoints=9", f"--async_checkpoint={meanwhile}")
+    go(story, tmp_path / "fast", "--keep_checkpoints=9", "--async_checkpoint=False")
+    out, save, went_on = tmp_path / "slow", checkpoint.save, []
+
+    def slowly(*args: Any) -> None:
+        before = len(timeless(out))
+        time.sleep(0.5)
+        went_on.append(len(timeless(out)) > before)
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    go(story, out, *flags)
+    assert went_on == [meanwhile, meanwhile, False]  # the last one is waited for
+    assert run_folder.steps(out) == [4, 8, 12]
+    assert saved(out) == saved(tmp_path / "fast")
+    assert timeless(out) == timeless(tmp_path / "fast")
+    for step in (4, 8, 12):
+        slow, fast = (
+            json.loads((run_folder.checkpoint_folder(folder, step) / "state.json").read_text())
+            for folder in (out, tmp_path / "fast")
+        )
+        for state in (slow, fast):
+            state |= {"run": "", "seconds": 0}
+            del state["sha256"]["state.json"]  # which is of these too
+        assert slow == fast
+
+
+@pytest.mark.parametrize(("fails", "kept"), [(4, []), (8, [4]), (12, [4, 8])])
+def test_a_write_that_fails_in_the_thread(
+    folio: Callable[..., Outcome],
+    story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: int,
+    kept: list[int],
+) -> None:
+    """The run ends at the next checkpoint with one line; earlier checkpoints stay as they are."""
+    out, save_file = tmp_path / "out", checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if path.name == run_folder.OPTIMIZER and path.parent.name == f".step-{fails:08d}.unfinished":
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    argv = (*RUN, f"--data_dir={story}", f"--out_dir={out}", "--async_checkpoint=True")
+    assert_refused(folio("train", *argv), run_folder.checkpoint_folder(out, fails), "No space left", "--out_dir")
+    assert run_folder.steps(out) == kept
+    assert all(checkpoint.verify(run_folder.checkpoint_folder(out, step)) for step in kept)
+    saved(out)
+    assert timeless(out)[-1]["step"] == min(fails + 4, 12)
+
+
+@pytest.mark.slow
+def test_a_write_that_fails_ends_all(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """It fails in rank 0's thread, rank 0 reports it, and no rank waits for another."""
+    out = tmp_path / "out"
+    script = faulty(
+        tmp_path,
+        "def fail(*args):\n    raise OSError(28, 'No space left on device')\n"
+        "if rank == 0:\n    checkpoint.save_file = fail",
+    )
+    said = said_at_its_end(spawn(*group(out, story, *ENDLESS, script=script), threads=1))
+    assert len(said) == 1, said
+    assert said[0].startswith(f"train.py: {run_folder.checkpoint_folder(out, 20)} could not be written")
+    assert saved(out) == {}
+    assert timeless(out)[-1]["step"] == 35
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written(
+    spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path
+) -> None:
+    """The run resumes from the checkpoint before, which was written while training was steps ahead."""
+    out = tmp_path / "out"
+    script = faulty(
+        tmp_path,
+        "save, sync = checkpoint.save, files.sync\n"
+        "def late(*args):\n    time.sleep(1)\n    save(*args)\n"
+        "def stuck(path):\n    time.sleep(600 if path.name == '.step-00000040.unfinished' else 0)\n    sync(path)\n"
+        "checkpoint.save, files.sync = late, stuck",
+    )
+    child = spawn(*group(out, story, "--log_interval=1", script=script), threads=1)
+    unfinished = out / "checkpoints" / ".step-00000040.unfinished"
+    child.wait_until(lambda: unfinished.exists() and reached(out, 44)())
+    child.kill()
+    assert child.end() == -signal.SIGKILL
+    assert unfinished.exists()
+    assert run_folder.steps(out) == [20, 35]
+    said = to_its_end(spawn(*group(out, story, "--log_interval=1"), threads=1))
+    assert f"resuming {out} at step 35" in said
+    assert_same_bits(out, undisturbed("group"))

@@ -1,0 +1,47 @@
+"""What this machine is found to have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from folio.machine import probe
+
+
+@pytest.mark.parametrize(("content", "limit"), [("1000000000\n", 1e9), ("max\n", float("inf")), (None, float("inf"))])
+def test_the_memory_of_a_container(tmp_path: Path, content: str | None, limit: float) -> None:
+    if content:
+        (tmp_path / "memory.max").write_text(content)
+    assert probe.container_memory(tmp_path / "memory.max") == limit
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's sched_setaffinity")
+def test_cores_are_those_that_the_process_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert probe.cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert probe.cores() == len(before)
+
+
+def test_the_precision_is_that_of_before_afterwards() -> None:
+    before = torch.get_float32_matmul_precision()
+    with probe.matmul_precision("medium"):
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == before
+    assert probe.Machine().fast_precision("cpu") in ("medium", "highest")
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_what_is_here() -> None:
+    here = probe.Machine()
+    assert here.has("cpu")
+    assert not here.has("xyzzy")
+    assert (here.gpus() > 0) == here.has("cuda")
+    assert here.fast_dtype("cpu") in ("float32", "bfloat16")
+    assert here.peak("cpu", "float32") > 1e8  # type: ignore[operator]

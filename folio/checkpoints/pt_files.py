@@ -23,8 +23,10 @@ from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
 from folio.config.options import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
 from folio.data import pickles
+from folio.data.folders import open_folder
+from folio.data.meta_files import read_meta_pkl
 from folio.data.pickles import Fields, shown
-from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
+from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL
 from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
 from folio.model.config import GPTConfig

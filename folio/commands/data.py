@@ -11,7 +11,8 @@ import tyro
 
 from folio.config.options import ITSELF, TokenDtype, knob, token_dtype_knob
 from folio.data import tokenizers
-from folio.data.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
+from folio.data.folders import Folder, open_folder
+from folio.data.token_files import GPT2, META, SPLITS, TokenFile
 from folio.data.tokenizers import IDS_ONLY
 from folio.files import sha256
 from folio.records.console import show

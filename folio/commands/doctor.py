@@ -32,8 +32,8 @@ from rich.text import Text
 
 from folio import __version__
 from folio.config.options import DATA_SETS, System
-from folio.data.rows import holds_tokens
-from folio.data.token_files import CLONE, SPLITS, UNFINISHED, open_folder
+from folio.data.folders import holds_tokens, open_folder
+from folio.data.token_files import CLONE, SPLITS, UNFINISHED
 from folio.machine import shortage
 from folio.machine.flops import peak
 from folio.machine.runtime import Runtime

@@ -651,7 +651,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         vocab_size, line = vocab_size_of(tokens)
         lines.append(line)
     shape = replace(shape, vocab_size=vocab_size)
-    tokens.vocab_size = vocab_size
+    tokens = replace(tokens, vocab_size=vocab_size)
     spec = _tokenizer_of(tokens, former.found if former else source, former is not None, lines)
     known = tokens.known_vocab_size
     if known and vocab_size < known:
@@ -660,7 +660,8 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         )
         raise UserError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
     if config.data.document_mask:
-        lines.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
+        tokens, separated = tokens.with_documents(config.data.eot)
+        lines.append(f"attention stays within documents: {separated}")
     _check_size(shape)
     with shortage.explained("building the model", partial(_least, shape)):
         if source:
@@ -683,7 +684,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         )
         largest = max(size for _, size, _ in micro_batches(data, runtime.rank, runtime.world))
         if data.gradient_accumulation_steps % runtime.world == 0:
-            tokens.world = runtime.world
+            tokens = replace(tokens, world=runtime.world)
         else:
             lines.append(
                 f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"

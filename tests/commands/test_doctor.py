@@ -25,7 +25,8 @@ from conftest import ROOT, closed_port, server
 from folio import cli
 from folio.commands import doctor
 from folio.commands.doctor import Row
-from folio.data.token_files import SPLITS, UNFINISHED, open_folder
+from folio.data.folders import open_folder
+from folio.data.token_files import SPLITS, UNFINISHED
 from folio.machine import shortage
 
 Look = Callable[[], dict[str, list[Row]]]

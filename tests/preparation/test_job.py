@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, Outcome, python
 
-from folio.data.token_files import UNFINISHED, open_folder
+from folio.data.folders import open_folder
+from folio.data.token_files import UNFINISHED
 from folio.preparation import job, sources
 
 EOT = 50256

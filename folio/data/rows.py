@@ -21,7 +21,8 @@ from folio.data.documents import Documents, find_documents
 from folio.data.folders import Folder, find
 from folio.data.shards import Maps, Order, Rows, Shards
 from folio.data.token_files import GPT2, GPT2_SIZES, SPLITS, Split
-from folio.data.tokenizers import IDS_ONLY, difference
+from folio.data.tokenizer_comparison import difference
+from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
 
 

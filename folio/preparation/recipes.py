@@ -18,8 +18,11 @@ from folio.config.options import DATA_SETS
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 from folio.errors import UserError
 from folio.files import decode_text, download, read_text
-from folio.preparation.job import Recipe
-from folio.preparation.sources import Files, Hub, Source, Texts, find
+from folio.preparation.finding import find
+from folio.preparation.hub import Hub
+from folio.preparation.recipe import Recipe
+from folio.preparation.sources import Source, Texts
+from folio.preparation.text_files import Files
 from folio.preparation.writer import Layout
 from folio.records.console import say
 

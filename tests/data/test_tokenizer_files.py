@@ -30,7 +30,7 @@ from folio.data.tokenizers import (
 )
 from folio.files import decode_text
 from folio.preparation import sources
-from folio.preparation.workers import cut
+from folio.preparation.documents import cut
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders

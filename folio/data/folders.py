@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from folio.config.options import DATA_SETS, Data, TokenDtype
+from folio.config.options import Data, TokenDtype
 from folio.data.file_names import left_alone, missing_split, one_line, select, select_by_glob, split_of, token_files
 from folio.data.headerless import refuse_other_types
 from folio.data.meta_files import datatrove_tokenizer, read_meta_json, read_meta_pkl
@@ -195,8 +195,11 @@ def find(config: Data, name: str = "") -> Folder:
     missing = places[0] / "train.bin"
     if (places[0] / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{places[0]} is not finished: run the same folio prepare again to continue")
-    if not config.data_dir and dataset in DATA_SETS:
-        raise FileNotFoundError(f"{missing} is missing: python -m folio prepare {dataset}")
+    if not config.data_dir:
+        raise FileNotFoundError(
+            f"{missing} is missing: python -m folio prepare {dataset} makes a known data set, "
+            f"python -m folio prepare FILE_OR_FOLDER --name {dataset} one of your text"
+        )
     raise FileNotFoundError(
         f"{missing} is missing, and no other token file is there: python -m folio prepare FILE_OR_FOLDER "
         f"--data_dir {places[0]} makes them of your text, python -m folio prepare shakespeare_char of a known one"

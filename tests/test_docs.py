@@ -18,8 +18,9 @@ import pytest
 from conftest import ROOT, STORY, TINY, Outcome, run
 
 from folio import cli
-from folio.config.options import DATA_SETS, TrainConfig, defaults
+from folio.config.options import TrainConfig, defaults
 from folio.machine.flops import GPUS
+from folio.preparation.recipes import KNOWN
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
@@ -64,7 +65,7 @@ TINY_TOO = (  # in GPT-from-scratch's names
     "--max_iters=3 --metrics=none"
 )
 # Run in this process; what scripts/ holds writes beside the package, so beside the clone's
-SCRIPTS = {"train.py", "sample.py", "bench.py", *(f"data/{name}/prepare.py" for name in DATA_SETS)}
+SCRIPTS = {"train.py", "sample.py", "bench.py", *(f"data/{name}/prepare.py" for name in KNOWN)}
 HERE = "--device=cpu --compile=False --dtype=float32 --eval_iters=1"
 
 

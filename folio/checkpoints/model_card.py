@@ -9,7 +9,8 @@ from typing import Any
 
 from folio import __version__
 from folio.checkpoints.checkpoint import Checkpoint
-from folio.data.tokenizers import Tokenizer, decode
+from folio.data.decoding import decode
+from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.records.log import hellaswag_line, read_metrics
 from folio.records.run_folder import EVALUATIONS, METRICS

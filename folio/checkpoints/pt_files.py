@@ -22,9 +22,11 @@ from folio.checkpoints import checkpoint, torch_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
 from folio.config.options import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
-from folio.data import pickles
-from folio.data.pickles import Fields, shown
-from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
+from folio.data.folders import open_folder
+from folio.data.meta_files import read_meta_pkl
+from folio.data.pickled_values import Fields, fields_of
+from folio.data.pickles import shown
+from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL
 from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
 from folio.model.config import GPTConfig
@@ -90,7 +92,7 @@ def read(path: Path) -> PtFile:
     Raises:
         ValueError: it is damaged, of another program, or names code to run, which is not run.
     """
-    content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, pickles.fields_of))
+    content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, fields_of))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise _foreign(path, "it holds no model")
     try:

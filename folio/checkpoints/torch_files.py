@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from folio.data import pickles
+from folio.data.pickled_values import opaque
 from folio.errors import UserError
 from folio.files import require_file
 
@@ -314,7 +315,7 @@ _KNOWN: dict[str, Any] = {
     **{f"torch._utils.{name}": function for name, function in _UTILS.items()},
     "torch._tensor._rebuild_from_type_v2": _of_subclass,
     **dict.fromkeys(("torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.Size", "torch.Tensor"), _first),
-    **dict.fromkeys(("torch.device", "torch.serialization._get_layout"), pickles.opaque),
+    **dict.fromkeys(("torch.device", "torch.serialization._get_layout"), opaque),
     **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     **{f"torch.{name}": None for name, value in vars(torch).items() if isinstance(value, torch.qscheme)},
     **{f"torch.{place}{name}Storage": dtype for place in ("", "cuda.") for name, dtype in _STORAGES.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,8 +46,7 @@ def main(options: Options) -> None:
         raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
     rows: torch.Tensor
     if options.real_data:
-        tokens = Tokens.open(options.data, shape.block_size, seed)
-        tokens.vocab_size = shape.vocab_size
+        tokens = replace(Tokens.open(options.data, shape.block_size, seed), vocab_size=shape.vocab_size)
         rows = torch.from_numpy(tokens.rows("train", 0, size))
     else:
         rows = torch.randint(

@@ -11,7 +11,9 @@ import tyro
 
 from folio.config.options import ITSELF, TokenDtype, knob, token_dtype_knob
 from folio.data import tokenizers
-from folio.data.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
+from folio.data.decoding import decode
+from folio.data.folders import Folder, open_folder
+from folio.data.token_files import GPT2, META, SPLITS, TokenFile
 from folio.data.tokenizers import IDS_ONLY
 from folio.files import sha256
 from folio.records.console import show
@@ -83,6 +85,6 @@ def _verdict(folder: Folder, damaged: list[TokenFile]) -> str:
 def _sample(folder: Folder) -> str:
     ids = np.asarray(folder.splits["train"][0].map()[:_SAMPLE]).tolist()
     try:
-        return repr(tokenizers.decode(tokenizers.from_json(folder.tokenizer or GPT2), ids))
+        return repr(decode(tokenizers.from_json(folder.tokenizer or GPT2), ids))
     except (ValueError, OSError, LookupError, OverflowError) as error:
         return f"{ids[:8]} … (the tokenizer cannot be had: {error})"

@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.text import Text
 
 from folio import __version__
-from folio.config.options import DATA_SETS, System
-from folio.data.rows import holds_tokens
-from folio.data.token_files import CLONE, SPLITS, UNFINISHED, open_folder
+from folio.config.options import System
+from folio.data.folders import holds_tokens, open_folder
+from folio.data.token_files import CLONE, SPLITS, UNFINISHED
 from folio.machine import probe
 from folio.machine.choices import resolve
+from folio.preparation.recipes import KNOWN
 from folio.records.console import printable
 
 # The loss if an extra's packages are missing; the project's metadata lists the packages
@@ -399,7 +400,7 @@ def _data() -> Iterator[Row]:
 
 def _data_set(place: Path) -> Row | None:
     elsewhere = "" if place == Path("data", place.name) else f" --data_dir={shlex.quote(str(place))}"
-    again = _command(f"-m folio prepare {place.name}{elsewhere}") if place.name in DATA_SETS else ""
+    again = _command(f"-m folio prepare {place.name}{elsewhere}") if place.name in KNOWN else ""
     if not holds_tokens(place):
         unfinished = f"{place} is not finished: the same folio prepare continues it"
         return Row("note", "data", unfinished, again) if (place / UNFINISHED).is_dir() else None

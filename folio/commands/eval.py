@@ -114,18 +114,18 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     typed = o.sources.keys() | (_PLACES | _OF_PLACES if _PLACES & o.sources.keys() else set())
     data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
     model = chosen.model(dropout=0.0)
-    tokens = Tokens.open(data, model.config.block_size, o.system.seed)
-    tokens.vocab_size = model.transformer.wte.num_embeddings
+    vocab_size = model.transformer.wte.num_embeddings
+    tokens = replace(Tokens.open(data, model.config.block_size, o.system.seed), vocab_size=vocab_size)
     spec, why = tokens.tokenizer_for(chosen.tokenizer_spec)
-    if (known := tokens.known_vocab_size or 0) > tokens.vocab_size:
-        why = f"there are {known:,} of them, and it has {tokens.vocab_size:,}"
+    if (known := tokens.known_vocab_size or 0) > vocab_size:
+        why = f"there are {known:,} of them, and it has {vocab_size:,}"
     if why:
         raise UserError(
             f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows ({why}): "
             "give the tokens of the same tokenizer as --data_dir"
         )
     if data.document_mask:
-        tokens.tell_documents_apart(data.eot)
+        tokens, _ = tokens.with_documents(data.eot)
     windows = o.eval_iters * data.batch_size
     loss = runtime.wrap(model, None)
     nats = evaluate(model, loss, tokens, o.split, windows, data.batch_size, runtime)

@@ -11,9 +11,9 @@ import tyro
 
 from folio.config.options import ITSELF, knob
 from folio.errors import UserError
+from folio.preparation.finding import kind_of
 from folio.preparation.job import prepare
 from folio.preparation.recipes import KNOWN, known, named_by_user
-from folio.preparation.sources import kind_of
 
 _CHOICES = (
     "tokenizer",

@@ -14,8 +14,9 @@ import tyro
 from folio.config.options import ITSELF, knob
 from folio.data.tokenizers import END_OF_TEXT
 from folio.errors import UserError
-from folio.preparation.sources import Files, find
-from folio.preparation.workers import Flaw, Work, documents, refusal
+from folio.preparation.documents import Flaw, Work, documents, refusal
+from folio.preparation.finding import find
+from folio.preparation.text_files import Files
 from folio.records.console import say
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

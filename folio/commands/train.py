@@ -7,7 +7,7 @@ from pathlib import Path
 
 from folio.config.options import COMMAND_LINE, override, read_file
 from folio.config.options import TrainConfig as Options
-from folio.data.rows import find
+from folio.data.folders import find
 from folio.records.console import say
 from folio.training.loop import fit
 from folio.training.resume import has_run

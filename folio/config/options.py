@@ -103,7 +103,6 @@ _ELSEWHERE = {  # what other trainers call a knob → ours
     for theirs in names.split()
 }
 PRESETS = Path(__file__).parents[1] / "presets"
-DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # that are known by name
 
 
 def knob(default: Any, help: str, **more: Any) -> Any:

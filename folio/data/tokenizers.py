@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -322,91 +321,6 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
     raise UserError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
-def describe(spec: dict[str, Any]) -> str:
-    """A tokenizer, as ``to_json`` has it, in a few words for a reader."""
-    match spec:
-        case {"kind": "characters", "characters": str(characters)}:
-            return f"{len(characters)} characters"
-        case {"kind": "tiktoken", "name": str(name)}:
-            return f"{name} of tiktoken"
-        case {"kind": "tokenizers", "file": dict(file)}:
-            return f"a {(file.get('model') or {}).get('type', 'tokenizer')} file of the tokenizers library"
-    return str(spec.get("name") or spec.get("kind"))
-
-
-def difference(ids_of: dict[str, Any], known_to: dict[str, Any]) -> str:
-    """Why ids of one tokenizer do not mean the same to a model that learned those of another; "" where they do.
-
-    Both are as ``to_json`` has them. Every id of the first must stand for the same text in the second, which may have
-    more: GPT-2's ids are the same from tiktoken and from a file of the tokenizers library.
-    """
-    if ids_of == known_to:
-        return ""
-    kinds = f"{describe(ids_of)}, not {describe(known_to)}"
-    try:
-        mine, theirs = _tokens(from_json(ids_of)), _tokens(from_json(known_to))
-    except (ValueError, OSError):  # a tokenizer that this program cannot make, or whose tables are not here
-        named = {ids_of.get("kind"), known_to.get("kind")}
-        return "" if named == {"datatrove", "tokenizers"} else kinds  # a name and a file may well be the same
-    for i, token in enumerate(mine):
-        if i >= len(theirs):
-            return f"{kinds}, which ends before id {i}"
-        if token != theirs[i]:
-            here, there = (t.decode(errors="backslashreplace") for t in (token, theirs[i]))
-            return f"{kinds}: id {i} is {here!r}, not {there!r}"
-    return ""
-
-
-def _tokens(tokenizer: Tokenizer) -> list[bytes]:
-    """What each id stands for, in order; of a file that does not work on bytes, its own spelling of it."""
-    if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
-        spelled = tokenizer.fast().id_to_token
-        return [(spelled(i) or "").encode() for i in range(tokenizer.size)]
-    return [tokenizer.bytes([i]) for i in range(tokenizer.size)]
-
-
 def stored(size: int) -> np.dtype[Any]:
     """The dtype in which token files hold ids below ``size``."""
     return np.dtype(np.uint16 if size <= 2**16 else np.uint32)
-
-
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Ids → text; bytes that are no UTF-8 become U+FFFD."""
-    return tokenizer.bytes(ids).decode("utf-8", errors="replace")
-
-
-def text_size(tokenizer: Tokenizer, ids: Ids) -> int:
-    """The bytes of text that ids (n) stand for where they follow one another, each document decoded from its beginning.
-
-    A single id of a vocabulary that is not byte-level may have no size of its own: the space before a word belongs to
-    neither. An end-of-text has none, nor any special token, nor an id that no token has.
-    """
-    starts = np.flatnonzero(ids == (-1 if tokenizer.eot is None else tokenizer.eot))
-    kept = ~np.isin(ids, list(tokenizer.special)) & (ids < tokenizer.size)
-    documents = zip(np.split(ids, starts), np.split(kept, starts), strict=True)
-    return sum(len(tokenizer.bytes(document[here].tolist())) for document, here in documents)
-
-
-def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-    """Text as it comes, one id after another, whole characters only; ``after``: ids that go before, as context."""
-    if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
-        yield from _in_context(tokenizer, ids, list(after))
-        return
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for i in ids:
-        yield decoder.decode(tokenizer.bytes([i]))
-    yield decoder.decode(b"", final=True)
-
-
-def _in_context(tokenizer: Tokenizer, ids: Iterable[int], before: list[int]) -> Iterator[str]:
-    """Where the text of an id depends on those before it, as a space between words may."""
-    fresh: list[int] = []
-    for i in ids:
-        fresh.append(i)
-        text = decode(tokenizer, [*before, *fresh])
-        if text.endswith("\ufffd"):
-            yield ""
-            continue
-        yield text[len(decode(tokenizer, before)) :]
-        before, fresh = fresh, []
-    yield decode(tokenizer, [*before, *fresh])[len(decode(tokenizer, before)) :] if fresh else ""

@@ -12,7 +12,7 @@ from folio.preparation.recipes import FINEWEB_EDU, SHARD_SIZE, sharded
 
 @dataclass(frozen=True)
 class Options:
-    """Tokenise the documents of a data set into shards val_000000.npy, train_000001.npy …"""
+    """Tokenize the documents of a data set into shards val_000000.npy, train_000001.npy …"""
 
     local_dir: str = knob(
         "edu_fineweb10B", "folder to write, under data/ beside scripts/ unless it is absolute", path=ITSELF

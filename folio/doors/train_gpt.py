@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from folio.config.options import ITSELF, Sampling, TrainConfig, knob, override
-from folio.data.rows import find
+from folio.data.folders import find
 from folio.errors import UserError
 from folio.training.showcase import show
 from folio.training.stopping import EXIT

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folio import rng
-from folio.data import tokenizers
+from folio.data import decoding
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.evaluation.scoring import Query, Scores, fitted, score
@@ -204,7 +204,7 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             def run() -> str:
                 new = map(int, sampling.stream(model, torch.tensor([ids], device=runtime.device), *how))
                 said = ""
-                for part in tokenizers.stream(tokens, itertools.takewhile(lambda i: i != tokens.eot, new)):
+                for part in decoding.stream(tokens, itertools.takewhile(lambda i: i != tokens.eot, new)):
                     said += part
                     if any(stop in said for stop in until):
                         break

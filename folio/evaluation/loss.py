@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from folio.data import tokenizers
+from folio.data import decoding, tokenizers
 from folio.data.rows import Tokens
 from folio.data.token_files import Split
 from folio.machine.runtime import Runtime
@@ -73,5 +73,5 @@ def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] |
         for row in tokens.windows(split, starts[first : first + _WINDOWS]):
             ids = row[row >= 0]
             counted += len(ids) - 1
-            size += tokenizers.text_size(spoken, ids) - tokenizers.text_size(spoken, ids[:1]) if spoken else 0
+            size += decoding.text_size(spoken, ids) - decoding.text_size(spoken, ids[:1]) if spoken else 0
     return counted, size

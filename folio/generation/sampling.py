@@ -11,7 +11,7 @@ from torch import Tensor
 
 from folio import rng
 from folio.config.options import Sampling
-from folio.data import tokenizers
+from folio.data import decoding
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.files import read_text
@@ -114,7 +114,7 @@ def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[s
         return
     prompt, ids = encode_prompt("start", o.start, tokens, model.config)
     yield prompt
-    yield from tokenizers.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
+    yield from decoding.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
     yield f"\n{LINE}\n"
 
 
@@ -129,7 +129,7 @@ def continuations(
     """The text of each sample, from number ``first`` on, with its prompt; ``track`` as in ``stream``."""
     prompt, ids = encode_prompt("start", o.start, tokens, model.config)
     rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first, track)), dim=1).tolist()
-    return [prompt + "".join(tokenizers.stream(tokens, row, ids)) for row in rows]
+    return [prompt + "".join(decoding.stream(tokens, row, ids)) for row in rows]
 
 
 def _drawn(

@@ -1,6 +1,8 @@
-"""The data sets that are known by name, and how anything else that a user names is prepared.
+"""The recipes of the known data sets, one function each, and of the files that a user names.
 
-A recipe takes its folder, a ``source`` that stands in for its usual one, and by keyword what of it can be chosen.
+To add a data set, write its function here and list it in ``KNOWN``. Its name is that of the data set, its docstring the
+help. Its arguments are the folder, a ``source`` that replaces the usual one, and by keyword the options that a user may
+set.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from folio.config.options import DATA_SETS
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 from folio.errors import UserError
 from folio.files import decode_text, download, read_text
-from folio.preparation.job import Recipe
-from folio.preparation.sources import Files, Hub, Source, Texts, find
+from folio.preparation.finding import find
+from folio.preparation.hub import Hub
+from folio.preparation.recipe import Recipe
+from folio.preparation.sources import Source, Texts
+from folio.preparation.text_files import Files
 from folio.preparation.writer import Layout
 from folio.records.console import say
 
@@ -28,14 +32,14 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 OPENWEBTEXT = "Skylion007/openwebtext"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SHARD_SIZE = 100_000_000
-_VAL_BYTES = 10_000_000  # of text that are enough for validation
+_VAL_BYTES = 10_000_000  # of text, which are enough for validation
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 def shakespeare_char(folder: Path, source: str) -> Recipe:
-    """Tiny Shakespeare, or any UTF-8 text, by characters: the files of nanoGPT's recipe, byte by byte.
+    """Tiny Shakespeare, or any UTF-8 text, by characters: byte for byte the files of nanoGPT's recipe.
 
-    A text is read in Python's text mode, as there: every line end becomes \\n, a byte order mark is a character.
+    The text is read in Python's text mode, as there: every line end becomes \\n, a byte order mark is a character.
     """
     text = _shakespeare(folder, source)
     characters = "".join(sorted(set(text)))
@@ -46,16 +50,16 @@ def shakespeare_char(folder: Path, source: str) -> Recipe:
 
 
 def shakespeare(folder: Path, source: str) -> Recipe:
-    """Tiny Shakespeare, or any UTF-8 text, in GPT-2's BPE: the files of nanoGPT's recipe, byte by byte."""
+    """Tiny Shakespeare, or any UTF-8 text, in GPT-2's BPE: byte for byte the files of nanoGPT's recipe."""
     return _cut(folder, "shakespeare", _shakespeare(folder, source), Tiktoken("gpt2"))
 
 
 def stdlib(folder: Path, source: str) -> Recipe:
-    """Bytes of the running Python's own sources, in order of their path; every tenth file is for validation."""
+    """The running Python's own sources by bytes, in order of their paths; every tenth file is for validation."""
     root = Path(source or sysconfig.get_path("stdlib"))
     files = list(_sources(root))
     if not files:
-        raise UserError(f"{root} holds no Python sources: give a folder that does as --source")
+        raise UserError(f"{root} holds no Python sources: give a folder with some as --source")
     say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
     train = "".join(text for i, text in enumerate(files) if i % 10 != 9)
     made = {"dataset": "stdlib", "python": platform.python_version()}
@@ -74,27 +78,27 @@ def fineweb_edu(folder: Path, source: str, shard_size: int = SHARD_SIZE) -> Reci
 
 
 def sharded(source: str, config: str, name: str, shard_size: int, tokenizer: str = "gpt2") -> Recipe:
-    """A data set of the datasets library, streamed, as ``.npy`` shards of which the first is for validation."""
+    """A data set of the datasets library, streamed, as ``.npy`` shards; the first is for validation."""
     layout = Layout(name, shard_size, eot="before")
     return Recipe(Hub(source, config, streaming=True), named(tokenizer), layout, keep_empty=True)
 
 
 _RECIPES = (shakespeare_char, shakespeare, stdlib, openwebtext, fineweb_edu)
-KNOWN: dict[str, Callable[..., Recipe]] = dict(zip(DATA_SETS, _RECIPES, strict=True))
+KNOWN: dict[str, Callable[..., Recipe]] = {recipe.__name__: recipe for recipe in _RECIPES}  # each docstring is its help
 
 
 def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recipe:
-    """The recipe of a data set that is known by name, with what was chosen of it.
+    """The recipe of a known data set. ``chosen``: the options that the user set.
 
     Raises:
-        ValueError: no such data set; something was chosen that is part of the recipe.
+        ValueError: there is no such data set, or the recipe fixes an option that was set.
     """
     if name not in KNOWN:
         close = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KNOWN)}"
         raise UserError(f"no data set, file or folder {name!r} to prepare: {hint}")
     open_to_choice = list(inspect.signature(KNOWN[name]).parameters)[2:]
-    if fixed := [knob for knob in chosen if knob not in open_to_choice]:
+    if fixed := [option for option in chosen if option not in open_to_choice]:
         raise UserError(f"--{fixed[0]} is fixed in the recipe of {name}: name its files to prepare them otherwise")
     return KNOWN[name](folder, source, **chosen)
 
@@ -114,15 +118,15 @@ def named_by_user(
 ) -> Recipe:
     """Files, folders and globs, or one ``hf:NAME``.
 
-    With a ``shard_size`` the files are ``<name>_train_000001.npy`` …, documents follow an end-of-text, and the
-    first shard is for validation unless a share is given. Without, they are train.bin and val.bin, an
-    end-of-text follows each document, and validation is about 10 MB of the text, at most a tenth.
+    With a ``shard_size`` the files are ``<name>_train_000001.npy`` …, an end-of-text precedes each document, and the
+    first shard is for validation unless a share is given. Without, they are train.bin and val.bin, an end-of-text
+    follows each document, and about 10 MB of the text, at most a tenth, are for validation.
     """
     tokens = None if tokenizer == "char" else named(tokenizer)
     source: Source
     if sources[0].startswith("hf:"):
         if len(sources) > 1:
-            raise UserError(f"{sources[0]} goes alone: prepare {sources[1]} as another data set and mix them")
+            raise UserError(f"{sources[0]} must stand alone: prepare {sources[1]} as another data set and mix them")
         source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
         fraction = val_fraction or 0.01
     else:
@@ -131,7 +135,7 @@ def named_by_user(
         source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
     single = isinstance(source, Files) and source.single
     if single and val_documents:
-        raise UserError(f"{sources[0]} is one text, which is divided within: give --val_fraction, not --val_documents")
+        raise UserError(f"{sources[0]} is a single text: give --val_fraction, not --val_documents")
     separated = tokens is not None and tokens.eot is not None
     by_shard = shard_size and separated and not (val_fraction or val_documents or single)
     layout = Layout(
@@ -167,7 +171,7 @@ def _sources(root: Path) -> Iterator[str]:
 
 
 def _shakespeare(folder: Path, source: str) -> str:
-    """Its text: any UTF-8 file, or input.txt in the folder, downloaded and verified if need be."""
+    """The text: any UTF-8 file, or input.txt in the folder, downloaded and verified if it is missing."""
     path = Path(source) if source else folder / "input.txt"
     if not source and not path.exists():
         download(SHAKESPEARE, SHAKESPEARE_SHA256, path, "give it as --source FILE")

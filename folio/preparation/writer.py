@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ from folio.data.tokenizers import Ids
 from folio.errors import UserError
 from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
 from folio.preparation.sources import Block
-from folio.preparation.workers import Tokenised
+from folio.preparation.workers import Tokenized
 
 STATE = "state.json"
 _NPY_HEADER = 128  # bytes, whatever the number of tokens
@@ -152,7 +152,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-class _Counted:
+class Counted:
     """What was taken so far, and how it is committed. ``state`` is what an earlier process committed here."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
@@ -162,7 +162,7 @@ class _Counted:
         self.disk_bytes: int = state.get("disk_bytes", 0)  # of the source that are done
         self.skipped = Counter[str](state.get("skipped", {}))
 
-    def count(self, found: Tokenised, block: Block) -> None:
+    def count(self, found: Tokenized, block: Block) -> None:
         self.documents += len(found.lengths) - found.continues
         self.text_bytes += found.size
         self.disk_bytes += block.size
@@ -174,7 +174,7 @@ class _Counted:
         save_state(self.folder, self.state)
 
 
-class Writer(_Counted):
+class Writer(Counted):
     """Takes tokenised blocks in order, to the files of the data set."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class Writer(_Counted):
     def tokens(self) -> int:
         return sum(stream.total for stream in self.streams.values())
 
-    def add(self, found: Tokenised, block: Block) -> None:
+    def add(self, found: Tokenized, block: Block) -> None:
         """The ids of the next block."""
         lengths = found.lengths
         numbers = self.documents - found.continues + np.arange(len(lengths))
@@ -255,84 +255,12 @@ class Writer(_Counted):
         path = self.place / only["name"]
         ids = np.load(path) if path.suffix == ".npy" else np.fromfile(path, self.dtype)
         ends = np.append(np.flatnonzero(ids == eot)[1:], len(ids))
-        whole = Tokenised(ids, np.diff(ends, prepend=0), False, 0, Counter())
+        whole = Tokenized(ids, np.diff(ends, prepend=0), False, 0, Counter())
         self.place = self.folder / "divided"  # what was committed stays as it is until all is done
         self.place.mkdir(exist_ok=True)
         divided = Writer(self.place, replace(self.layout, val_fraction=fraction), self.dtype, False, {})
         divided.add(whole, Block((), None, 0))
         self.streams, self.documents = divided.streams, divided.documents
-
-
-class PartWriter(_Counted):
-    """Keeps the results of one part of a job for the process that will put all parts together."""
-
-    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        super().__init__(folder, state)
-        self.tokens: int = state.get("tokens", 0)
-        self._files = {}
-        for name in ("ids", "lengths", "blocks"):
-            self._files[name] = (folder / name).open("a+b")
-            self._files[name].truncate(state.get("sizes", {}).get(name, 0))
-            self._files[name].seek(0, io.SEEK_END)
-
-    def add(self, found: Tokenised, block: Block) -> None:
-        """The ids of the next block."""
-        self._files["ids"].write(found.ids.data)
-        self._files["lengths"].write(found.lengths.astype("<i8").data)
-        split = 0 if block.split is None else 1 + SPLITS.index(block.split)
-        row = [len(found.ids), len(found.lengths), found.continues, split, found.size, block.size]
-        self._files["blocks"].write(np.array(row, dtype="<i8").data)
-        self.tokens += len(found.ids)
-        self.count(found, block)
-
-    def close(self) -> None:
-        """Lets go of the files; what was not committed is lost."""
-        for file in self._files.values():
-            file.close()
-
-    def commit(self, position: Any, **more: Any) -> None:
-        """As a ``Writer``'s; ``complete=True`` says that the part is."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        sizes = {name: file.tell() for name, file in self._files.items()}
-        self.save(position=position, sizes=sizes, tokens=self.tokens, **more)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What all parts of a job made, in order, as if it were made here."""
-
-    folders: Sequence[Path]
-    dtype: np.dtype[Any]
-
-    def results(self, position: Any = None) -> Generator[tuple[Block, Tokenised]]:
-        """Each block with its ids; position: [part, blocks of it that are done]."""
-        first, done = position or (0, 0)
-        for number, folder in enumerate(self.folders):
-            if number < first:
-                continue
-            for name, size in read_state(folder)["sizes"].items():
-                if (folder / name).stat().st_size != size:
-                    raise UserError(f"{folder / name} is damaged: remove {folder} to make that part again")
-            rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
-            skip = rows[: done if number == first else 0].sum(axis=0)
-            skipped = Counter[str](read_state(folder)["skipped"])
-            with (folder / "ids").open("rb") as ids, (folder / "lengths").open("rb") as lengths:
-                ids.seek(int(skip[0]) * self.dtype.itemsize if len(rows) else 0)
-                lengths.seek(int(skip[1]) * 8 if len(rows) else 0)
-                for i, (tokens, documents, continues, split, size, disk) in enumerate(rows.tolist()):
-                    if number == first and i < done:
-                        continue
-                    last = i == len(rows) - 1
-                    found = Tokenised(
-                        np.frombuffer(ids.read(tokens * self.dtype.itemsize), self.dtype),
-                        np.frombuffer(lengths.read(documents * 8), "<i8"),
-                        bool(continues),
-                        size,
-                        skipped if last else Counter(),
-                    )
-                    yield Block((), [number, i + 1], disk, (None, *SPLITS)[split]), found
 
 
 def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:

@@ -129,11 +129,13 @@ def _build(config: TrainConfig, lock: files.Lock | None, read_only: bool) -> Run
     theirs = former.found.asked if former else {}
     mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
     config = replace(config, data=accumulated(config.data, tokens.block_size, mine))
-    shape, spec, more = _fit_to_data(shape, config, tokens, given, former)
+    shape, tokens, spec, more = _fit_to_data(shape, config, tokens, given, former)
     notes += more
     model, more = _make_model(shape, config, source, former)
     notes += more
     runtime = _make_runtime(config, model, tokens, former)
+    if config.data.gradient_accumulation_steps % runtime.world == 0:
+        tokens = replace(tokens, world=runtime.world)
     try:
         _check_agreement(config, tokens, runtime, former)
         loss, more = _wrap(config, model, tokens, runtime)
@@ -174,8 +176,8 @@ def _former_run(config: TrainConfig, number: int, lock: files.Lock | None) -> Fo
 
 def _fit_to_data(
     shape: GPTConfig, config: TrainConfig, tokens: Tokens, given: checkpoint.Checkpoint | None, former: Former | None
-) -> tuple[GPTConfig, dict[str, Any] | None, list[str]]:
-    """The shape with its vocabulary, the tokenizer as JSON, and notes about the data.
+) -> tuple[GPTConfig, Tokens, dict[str, Any] | None, list[str]]:
+    """The shape and the data with the vocabulary's size, the tokenizer as JSON, and notes about the data.
 
     Raises:
         UserError: the data has token ids that the model does not, or other ones.
@@ -185,7 +187,7 @@ def _fit_to_data(
     if vocab_size == "auto":
         vocab_size, note = vocab_size_of(tokens)
         notes.append(note)
-    tokens.vocab_size = vocab_size
+    tokens = replace(tokens, vocab_size=vocab_size)
     spec, more = _tokenizer_of(tokens, given, former is not None)
     notes += more
     known = tokens.known_vocab_size
@@ -195,8 +197,9 @@ def _fit_to_data(
         )
         raise UserError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
     if config.data.document_mask:
-        notes.append(f"attention stays within documents: {tokens.tell_documents_apart(config.data.eot)}")
-    return replace(shape, vocab_size=vocab_size), spec, notes
+        tokens, separated = tokens.with_documents(config.data.eot)
+        notes.append(f"attention stays within documents: {separated}")
+    return replace(shape, vocab_size=vocab_size), tokens, spec, notes
 
 
 def _make_model(
@@ -234,9 +237,7 @@ def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> 
     """The model's loss on this machine, and a note if the number of processes changes dropout."""
     notes = []
     largest = max(rows for _, rows, _ in micro_batches(config.data, runtime.rank, runtime.world))
-    if config.data.gradient_accumulation_steps % runtime.world == 0:
-        tokens.world = runtime.world
-    else:
+    if tokens.world != runtime.world:
         notes.append(
             f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"
         )

@@ -26,7 +26,8 @@ from folio import cli, files
 from folio.checkpoints import checkpoint, gguf, hugging_face, model_card
 from folio.checkpoints.checkpoint import State
 from folio.commands import train
-from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode
+from folio.data.decoding import decode
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 

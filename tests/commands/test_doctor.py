@@ -18,7 +18,8 @@ import torch
 from folio import cli
 from folio.commands import doctor
 from folio.commands.doctor import Row
-from folio.data.token_files import SPLITS, UNFINISHED, open_folder
+from folio.data.folders import open_folder
+from folio.data.token_files import SPLITS, UNFINISHED
 from folio.machine import probe
 
 pytest_plugins = ["doctoring"]

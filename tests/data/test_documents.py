@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from folio import rng
 from folio.checkpoints import checkpoint
 from folio.config.options import System
-from folio.data.rows import Documents, Tokens
-from folio.data.token_files import open_folder
+from folio.data.documents import Documents
+from folio.data.folders import open_folder
+from folio.data.rows import Tokens
 from folio.files import sha256
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
@@ -177,7 +178,7 @@ def test_where_the_end_of_text_stands(
 ) -> None:
     """By the meta file; else it is before each document where a file begins with it, or after each."""
     tokens = Tokens([open_folder(lay(tmp_path / "data", eot, first, meta))], 16)
-    said = tokens.tell_documents_apart(asked)
+    tokens, said = tokens.with_documents(asked)
     assert said.startswith(f"token {eot} {way} a document, by ")
     assert source in said
     assert str(tmp_path / "data") in said
@@ -191,7 +192,7 @@ def test_characters_with_an_end_of_text_that_is_asked_for(tmp_path: Path) -> Non
     meta = {"vocab_size": 31, "itos": dict(enumerate(characters))}
     (tmp_path / "data" / "meta.pkl").write_bytes(pickle.dumps(meta))
     tokens = Tokens([open_folder(tmp_path / "data")], 16)
-    assert tokens.tell_documents_apart(0).startswith("token 0 ends a document")
+    assert tokens.with_documents(0)[1].startswith("token 0 ends a document")
 
 
 def named_elsewhere(folder: Path) -> None:

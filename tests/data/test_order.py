@@ -9,6 +9,7 @@ import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 
 from folio.config.options import Data
-from folio.data.rows import Rows, Tokens, rows_per_epoch
-from folio.data.token_files import open_folder
+from folio.data.folders import open_folder
+from folio.data.rows import Tokens
+from folio.data.shards import Rows, rows_per_epoch
 from folio.data.tokenizers import Bytes
 from folio.preparation import recipes
 from folio.preparation.job import prepare
@@ -150,9 +152,9 @@ def test_few_windows_are_spread_evenly(count_up: Any, count: int) -> None:
 def test_ids_outside_the_vocabulary_are_refused(count_up: Any) -> None:
     """By file and id, when a batch holds one."""
     data = count_up(50, 8)
-    data.vocab_size = 50
+    data = replace(data, vocab_size=50)
     data.rows("train", 0, 5)
-    data.vocab_size = 49
+    data = replace(data, vocab_size=49)
     data.windows("train", np.array([0]))
     with pytest.raises(ValueError, match=r"train\.bin: token id 49 is outside the vocabulary of 49: set --vocab_size"):
         data.windows("train", data.spread("train", 0))
@@ -292,7 +294,7 @@ def test_more_shards_than_the_process_may_open(tmp_path: Path, few_files: int, s
     for i in range(200):
         np.save(tmp_path / f"{'train' if i else 'val'}_{i:06d}.npy", np.arange(100 * i, 100 * i + 99, dtype=np.uint16))
     found = Tokens.open(Data(data_dir=str(tmp_path), sampling=sampling), 8, 1337)
-    found.vocab_size = 20_000
+    found = replace(found, vocab_size=20_000)
     rows = [found.rows("train", first, 500) for first in (0, 500, 0)]
     assert np.array_equal(rows[0], rows[2])
     assert len(np.unique(np.concatenate(rows) // 100)) > (50 if sampling == "sequential" else 190)

@@ -25,6 +25,7 @@ import pytest
 from conftest import ROOT
 
 from folio.data import pickles
+from folio.data.pickled_values import Opaque
 
 VALUES: dict[str, tuple[Any, Any]] = {  # what was pickled, and what is read
     "text and numbers": ({"a": "é\n'", "b": [1, -1, 2**100, 1e-300], "c": (True, None)}, None),
@@ -162,7 +163,7 @@ def test_constructors_build_nothing(call: bytes) -> None:
     tracemalloc.start()
     try:
         with contextlib.suppress(ValueError):
-            assert isinstance(read(call), pickles.Opaque)
+            assert isinstance(read(call), Opaque)
         assert tracemalloc.get_traced_memory()[1] < 1e6
     finally:
         tracemalloc.stop()

@@ -6,6 +6,7 @@ import ast
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,8 +18,10 @@ from conftest import SMALL, Outcome, python
 from folio import cli
 from folio.commands.train import Options
 from folio.config.options import Data
-from folio.data.rows import Rows, Tokens, parse_mixture, rows_per_epoch
-from folio.data.token_files import open_folder
+from folio.data.folders import open_folder
+from folio.data.mixture import parse as parse_mixture
+from folio.data.rows import Tokens
+from folio.data.shards import Rows, rows_per_epoch
 from folio.records import run_folder
 from folio.records.log import read_metrics
 from folio.training.batches import micro_batches
@@ -152,7 +155,7 @@ def test_ids_outside_the_vocabulary_name_their_shard(tmp_path: Path, bad: int) -
             ids[20] = bad if (name, file) == ("b", "train_2") else 7
             np.save(tmp_path / name / f"{file}.npy", ids)
     data = Tokens([open_folder(tmp_path / "a"), open_folder(tmp_path / "b")], 8, weights=[0.5, 0.5])
-    data.vocab_size = 50_304
+    data = replace(data, vocab_size=50_304)
     data.windows("val", data.spread("val", 0))
     with pytest.raises(ValueError, match=r"b/train_2\.npy: ") as refused:
         data.rows("train", 0, 64)
@@ -224,8 +227,7 @@ def test_sequential_is_build_nanogpts_loader(
             folder = lay(tmp_path / f"{world}-{B}-{T}" / "shards", sizes)
             monkeypatch.chdir(folder.parent)
             loader = made(folder)
-            data = Tokens([open_folder(folder)], T, sampling="sequential", batch_size=B)
-            data.world = world
+            data = Tokens([open_folder(folder)], T, sampling="sequential", batch_size=B, world=world)
             knobs = Data(batch_size=B, gradient_accumulation_steps=2 * world)
             steps = 2 + sum(rounds + 1 + more for rounds, more, _ in ROUNDS[case])  # of two turns each
             for rank in range(world):
@@ -242,8 +244,7 @@ def test_sequential_passes_over_what_no_batch_fits(over: Callable[..., Tokens]) 
     """Where their loader would fail, a rank goes on with the next shard, and no row crosses one."""
     sizes = [100, 24, 25, 17, 60]
     for world in (1, 2, 4, 8):
-        data = over(sizes, 8, sampling="sequential", batch_size=3)
-        data.world = world
+        data = over(sizes, 8, sampling="sequential", batch_size=3, world=world)
         rows = data.rows("train", 0, 40 * world)
         assert_windows(rows, sizes)
         assert {0, 4} & set((rows[:, 0] // SHARD).tolist())

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from conftest import SMALL, STORY, Outcome, assert_refused
 from numpy.typing import NDArray
 
 from folio.config.options import Data
+from folio.data.folders import open_folder
 from folio.data.rows import Tokens
-from folio.data.token_files import GPT2, Split, open_folder
+from folio.data.token_files import GPT2, Split
 from folio.data.tokenizers import IDS_ONLY
 from folio.preparation.job import prepare
 from folio.preparation.recipes import named_by_user
@@ -379,8 +381,7 @@ def test_no_shard_is_loaded_whole(tmp_path: Path, suffix: str) -> None:
             file.truncate(file.tell() + 2 * count)
     before = resident()
     tokens = Tokens.open(Data(data_dir=str(tmp_path)), 1024, 1337)
-    tokens.vocab_size = 1
-    tokens.tell_documents_apart(0)
+    tokens, _ = replace(tokens, vocab_size=1).with_documents(0)
     rows = [tokens.rows("train", 10**6, 64), tokens.windows("val", tokens.spread("val", 16))]
     assert [len(tokens.fingerprint()["train"]), *map(len, rows)] == [32, 64, 16]
     shards = tokens._splits["train"][0]

@@ -13,7 +13,8 @@ import pytest
 from conftest import SMALL, STORY, Outcome, assert_refused, tree
 
 from folio.checkpoints import checkpoint
-from folio.data.tokenizers import Bytes, Characters, Tiktoken, TokenizersFile, difference, named
+from folio.data.tokenizer_comparison import difference
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, TokenizersFile, named
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known, named_by_user
 from folio.records import run_folder

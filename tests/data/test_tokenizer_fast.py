@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 from conftest import STORY
 
-from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode, named
+from folio.data.decoding import decode
+from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -18,21 +18,19 @@ import pytest
 import regex
 from conftest import SMALL, SPELLINGS, STORY
 
+from folio.data.decoding import decode, stream, text_size
 from folio.data.tokenizers import (
     END_OF_TEXT,
     Bytes,
     Characters,
     Tiktoken,
     TokenizersFile,
-    decode,
     from_json,
     named,
-    stream,
-    text_size,
 )
 from folio.files import decode_text
 from folio.preparation import sources
-from folio.preparation.workers import cut
+from folio.preparation.documents import cut
 
 tokenizers = pytest.importorskip("tokenizers")
 models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders

@@ -12,8 +12,9 @@ import pytest
 from conftest import STORY, WIDE
 
 from folio.data import tokenizer_folder
+from folio.data.decoding import decode
 from folio.data.token_files import GPT2
-from folio.data.tokenizers import Tokenizer, decode, from_json
+from folio.data.tokenizers import Tokenizer, from_json
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from folio.data import tokenizers
+from folio.data import decoding, tokenizers
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer
 
 TEXT = "The ferry – naïve, 渡し船, 🚢 – left.\n\ttwice  \r\n"
@@ -33,7 +33,7 @@ def test_round_trip(each: Tokenizer) -> None:
     ids = each.encode(TEXT)
     assert np.issubdtype(ids.dtype, np.integer)
     assert int(ids.max()) < each.size
-    assert tokenizers.decode(each, ids.tolist()) == TEXT
+    assert decoding.decode(each, ids.tolist()) == TEXT
     assert each.bytes(ids.tolist()) == TEXT.encode()
     assert len(each.encode("")) == 0
 
@@ -48,17 +48,17 @@ def test_json_round_trip(each: Tokenizer) -> None:
 
 def test_stream_holds_back_unfinished_characters(each: Tokenizer) -> None:
     """Characters whose bytes are spread over ids come whole, and the pieces are the text."""
-    pieces = list(tokenizers.stream(each, each.encode(TEXT).tolist()))
+    pieces = list(decoding.stream(each, each.encode(TEXT).tolist()))
     assert "".join(pieces) == TEXT
     assert "\ufffd" not in "".join(pieces)
-    assert pieces[0] == tokenizers.decode(each, each.encode(TEXT).tolist()[:1])  # at once, not at the end
+    assert pieces[0] == decoding.decode(each, each.encode(TEXT).tolist()[:1])  # at once, not at the end
 
 
 def test_stream_of_bytes_by_hand() -> None:
     """Two bytes of one character, a byte that begins nothing, and a character that is cut off."""
     euro = "€".encode()
-    assert list(tokenizers.stream(Bytes(), [*euro, 65])) == ["", "", "€", "A", ""]
-    assert "".join(tokenizers.stream(Bytes(), [0xFF, 65, *euro[:2]])) == "\ufffdA\ufffd"
+    assert list(decoding.stream(Bytes(), [*euro, 65])) == ["", "", "€", "A", ""]
+    assert "".join(decoding.stream(Bytes(), [0xFF, 65, *euro[:2]])) == "\ufffdA\ufffd"
 
 
 def test_unknown_characters_are_named() -> None:

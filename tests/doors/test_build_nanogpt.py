@@ -91,7 +91,7 @@ def beside(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A working folder that holds edu_fineweb10B/; no data lies in the clone."""
     (tmp_path / "edu_fineweb10B").symlink_to(shards)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("folio.data.rows.CLONE", tmp_path / "clone")
+    monkeypatch.setattr("folio.data.folders.CLONE", tmp_path / "clone")
     return tmp_path
 
 

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, Outcome, python
 
-from folio.data.token_files import UNFINISHED, open_folder
-from folio.preparation import job, sources
+from folio.data.folders import open_folder
+from folio.data.token_files import UNFINISHED
+from folio.preparation import sources
 
 EOT = 50256
 NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 3adf61e
@@ -55,7 +56,7 @@ from folio.commands import prepare as _
 from folio.preparation import job, sources, workers
 from folio.data.tokenizers import Tiktoken
 Tiktoken("gpt2")
-job.COMMIT_EVERY, job.BLOCK, sources.BLOCK = 0.0, 2**17, 2**17  # many steps in a small text
+job.COMMIT_EVERY, sources.BLOCK = 0.0, 2**17  # many steps in a small text
 left = documents = 0
 def dying(call):
     def counted(*args, **kwargs):
@@ -63,7 +64,7 @@ def dying(call):
         left -= 1
         return call(*args, **kwargs) if left else os._exit(9)
     return counted
-def tokenise(self, spans, call=workers.Tokenise.__call__):
+def tokenize(self, spans, call=workers.Tokenize.__call__):
     global documents
     found = call(self, spans)
     documents += len(found.lengths)
@@ -72,7 +73,7 @@ for line in sys.stdin:
     left, log, *sys.argv[1:] = json.loads(line)
     if (child := os.fork()) == 0:
         os.dup2(file := os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1), os.dup2(file, 2)
-        workers.Tokenise.__call__ = tokenise
+        workers.Tokenize.__call__ = tokenize
         for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"):
             setattr(os, name, dying(getattr(os, name)))
         code = 1
@@ -415,9 +416,8 @@ SHARES: list[tuple[list[str], range]] = [
 def test_a_small_corpus_is_divided_by_document(
     folio: Folio, articles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], val: range
 ) -> None:
-    """Whole documents in each split, whoever tokenises, also where all is less than a shard."""
-    for module in (job, sources):
-        monkeypatch.setattr(module, "BLOCK", 2**18)  # so small that there is work for two
+    """Whole documents in each split, whoever tokenizes, also where all is less than a shard."""
+    monkeypatch.setattr(sources, "BLOCK", 2**18)  # so small that there is work for two
     source = write(tmp_path / "source", "jsonl", articles)
     each = encoded(articles, "before" if "shard" in str(flags) else "after")
     expected = {"val": [each[i] for i in val], "train": [each[i] for i in range(60) if i not in val]}

@@ -20,9 +20,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, STORY, python
 
-from folio.preparation import sources, workers
-from folio.preparation.sources import Block, Files, Hub, Source, Texts, find
-from folio.preparation.workers import Flaw, Tokenise, Work, documents, place
+from folio.preparation import compressed, sources, text_files
+from folio.preparation import documents as reading
+from folio.preparation.documents import Flaw, Work, documents, place
+from folio.preparation.finding import find
+from folio.preparation.hub import Hub
+from folio.preparation.sources import Block, Source, Texts
+from folio.preparation.text_files import Files
+from folio.preparation.workers import Tokenize
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -155,7 +160,7 @@ def assert_cut_and_joined(source: Source, texts: list[str], parts: Sequence[int]
     """Whole, begun again after any block, and in parts that are begun again, a source has these documents."""
     whole = list(source.blocks())
     assert read(whole) == texts
-    job = Tokenise(WORK)
+    job = Tokenize(WORK)
     made = [job(block.spans) for block in whole]
     assert sum(len(m.lengths) - m.continues for m in made) == len(texts)  # as the writer counts them
     for n in range(0, len(whole), 1 + len(whole) // 15):
@@ -209,7 +214,7 @@ def test_a_text_is_read_as_python_reads_it(corpus, monkeypatch, end, mark) -> No
 def test_large_row_groups_are_read_in_pieces(corpus, monkeypatch) -> None:
     many = [f"{i} {'x' * (i % 50)}" for i in range(1000)]
     table(corpus / "all.parquet", many, 700)
-    monkeypatch.setattr(sources, "_HELD_ROW_GROUP", 0)
+    monkeypatch.setattr(text_files, "_HELD_ROW_GROUP", 0)
     source = Files(*find([str(corpus)]))
     assert max(len(list(documents(span, WORK))) for b in source.blocks() for span in b.spans) < 700
     assert_cut_and_joined(source, many)
@@ -532,7 +537,7 @@ def test_json_lines_with_marks_and_other_line_ends(folio, corpus, tok, tmp_path)
 @pytest.mark.parametrize("end", JSONL)
 def test_a_line_that_is_too_long(corpus, monkeypatch, end, block) -> None:
     """Is a flaw like any other, whatever the block; a line of just the length is a document."""
-    for module in (sources, workers):
+    for module in (compressed, reading):
         monkeypatch.setattr(module, "LONGEST_LINE", 3000)
     monkeypatch.setattr(sources, "BLOCK", block)
     long = "x" * (3000 - len(lines([""])) + 1)
@@ -589,7 +594,7 @@ def test_errors_name_the_line_whatever_the_block(corpus, monkeypatch, end, block
             path.write_bytes(JSONL.get(end, bytes)(raw))
         source = Files(*find([str(path)]), val_fraction=0.1)
         place = f"{path}: row {n}: " if end == ".parquet" else f"{path}:{n + 1}: "
-        job = Tokenise(WORK)
+        job = Tokenize(WORK)
         with pytest.raises(ValueError, match=re.escape(place)):
             [job(block.spans) for block in source.blocks()]
 
@@ -603,7 +608,7 @@ def test_a_file_that_vanishes(corpus, monkeypatch) -> None:
     first = next(blocks)
     for path in source.paths:
         path.unlink()
-    for read_on in (lambda: Tokenise(WORK)(first.spans), lambda: list(blocks), source.describe):
+    for read_on in (lambda: Tokenize(WORK)(first.spans), lambda: list(blocks), source.describe):
         with pytest.raises(OSError, match="No such file") as error:
             read_on()
         assert Path(str(error.value.filename)).parent == corpus

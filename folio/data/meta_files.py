@@ -1,0 +1,155 @@
+"""What the files beside token files state: ``meta.json``, nanoGPT's ``meta.pkl``, datatrove's ``.metadata``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from folio.data import pickles
+from folio.data.token_files import (
+    AGAIN,
+    META,
+    SPLITS,
+    Eot,
+    Split,
+    TokenFile,
+    bare_file,
+    datatrove_metadata,
+    npy_file,
+)
+from folio.data.tokenizers import IDS_ONLY
+from folio.errors import UserError
+from folio.files import read_json, require_file, sha256
+
+_REHASH = 64 * 2**20  # bytes: a changed file up to this size is hashed again when it is opened
+
+
+class Meta(NamedTuple):
+    """What ``meta.json`` states. ``raw`` is its whole content."""
+
+    splits: dict[Split, tuple[TokenFile, ...]]
+    vocab_size: int
+    dtype: str
+    tokenizer: dict[str, Any]
+    eot: Eot
+    raw: dict[str, Any]
+
+
+def read_meta_json(path: Path) -> Meta:
+    """The ``meta.json`` of a folder, and the files that it lists, each opened and compared with it.
+
+    Raises:
+        FileNotFoundError: a listed file is missing. ValueError: the meta file or a listed file is damaged.
+    """
+    meta = path / META
+    try:
+        raw = read_json(meta)
+        dtype, eot = raw["dtype"], raw["eot"]
+        if set(raw["splits"]) != set(SPLITS) or dtype not in ("uint16", "uint32"):
+            raise UserError("its splits or dtype are unknown")
+        vocab_size = whole(raw["vocab_size"], "vocab_size", 1, np.iinfo(dtype).max + 1)
+        if eot not in ("before", "after", "none"):
+            raise UserError(f"eot={str(eot)[:20]}")
+        listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
+        if not all(listed.values()) or any(Path(name).name != name for files in listed.values() for name, *_ in files):
+            raise UserError("its splits list no files, or files elsewhere")
+        tokenizer = dict(raw["tokenizer"])
+        _check_counts(raw)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{meta} is a link to a file that is not there: {AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{meta}: not a meta file of this program: {error}; {AGAIN}") from None
+    splits = {
+        split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
+        for split in SPLITS
+    }
+    return Meta(splits, vocab_size, dtype, tokenizer, eot, raw)
+
+
+def _entry(entry: Mapping[str, Any]) -> tuple[str, int, str]:
+    return str(entry["name"]), whole(entry["tokens"], "tokens", 0), str(entry["sha256"])
+
+
+def _check_counts(raw: Mapping[str, Any]) -> None:
+    """Raises ValueError if a number that is only displayed is not a count."""
+    whole(raw.get("text_bytes") or 0, "text_bytes", 0)
+    for reason, count in dict(raw.get("skipped") or {}).items():
+        whole(count, f"skipped {reason}", 0)
+    for split in SPLITS:
+        whole(raw["splits"][split].get("documents") or 0, "documents", 0)
+
+
+def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> TokenFile:
+    """A file that ``meta.json`` lists. Raises FileNotFoundError or ValueError if it is not as listed."""
+    if not os.path.lexists(path) or path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: {AGAIN}")
+    require_file(path)
+    file = npy_file(path) if path.suffix == ".npy" else bare_file(path, dtype)
+    if file.tokens != tokens or file.dtype != dtype:
+        raise UserError(f"{path}: {file.tokens:,} tokens, but its {META} says {tokens:,}: {AGAIN}")
+    stat = path.stat()
+    changed = stat.st_mtime_ns > path.with_name(META).stat().st_mtime_ns
+    if changed and stat.st_size <= _REHASH and sha256(path) != digest:
+        raise UserError(f"{path} is not what its {META} describes: {AGAIN}")
+    return file._replace(sha256=digest)
+
+
+def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
+    """The vocabulary size and the tokenizer in nanoGPT's ``meta.pkl``; nothing in the file is executed.
+
+    The tokenizer is of characters if ``itos`` gives one for each id, else ``IDS_ONLY``: training needs only the size.
+
+    Raises:
+        ValueError: it holds more than plain values, or no size. FileNotFoundError: it is a link to nothing.
+    """
+    raw = _read_pickle(path)
+    try:
+        size = raw["vocab_size"]
+        vocab_size = whole(size[0] if isinstance(size, list) and len(size) == 1 else size, "vocab_size", 1, 2**32)
+    except (LookupError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, LookupError) else error
+        raise UserError(f"{path}: not nanoGPT's meta.pkl ({reason}): {AGAIN}") from None
+    itos = raw.get("itos")
+    characters = []
+    if isinstance(itos, (dict, list)) and len(itos) >= vocab_size:
+        found = (itos.get(i) if isinstance(itos, dict) else itos[i] for i in range(vocab_size))
+        characters = [c for c in found if isinstance(c, str) and len(c) == 1 and not "\ud800" <= c <= "\udfff"]
+    if len(set(characters)) < vocab_size:
+        return vocab_size, IDS_ONLY
+    return vocab_size, {"kind": "characters", "characters": "".join(characters)}
+
+
+def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
+    """An integer from a file, which may be written as a float. Raises ValueError if it is none, or out of bounds."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or not least <= value <= most:
+        told = f"{value:,}" if type(value) is int and value.bit_length() < 128 else str(type(value).__name__)
+        raise UserError(f"{name}={told} is not a whole number from {least} to {most:,}")
+    return value
+
+
+def _read_pickle(path: Path) -> Any:
+    """A pickle as plain values; nothing that it names is imported or called."""
+    try:
+        if (size := require_file(path).stat().st_size) > pickles.MOST:
+            raise UserError(f"it has {size:,} bytes, more than the {pickles.MOST:,} that such a file can have")
+        return pickles.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is a link to a file that is not there: {AGAIN}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: refused: {str(error).removeprefix(f'{path} ')}; {AGAIN}") from None
+
+
+def datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
+    """None, which means GPT-2's, if ``.metadata`` is missing or names it; else the tokenizer's file or its name."""
+    name, _ = datatrove_metadata(path)
+    if name in ("", "gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
+        return None
+    if Path(name).is_file():
+        return {"kind": "tokenizers", "file": read_json(Path(name))}
+    return {"kind": "datatrove", "name": name}

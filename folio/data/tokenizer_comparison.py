@@ -1,0 +1,50 @@
+"""Whether the token ids of two tokenizers mean the same text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from folio.data.tokenizers import Tokenizer, TokenizersFile, from_json
+
+
+def describe(spec: dict[str, Any]) -> str:
+    """A tokenizer, as ``to_json`` describes it, in a few words for messages."""
+    match spec:
+        case {"kind": "characters", "characters": str(characters)}:
+            return f"{len(characters)} characters"
+        case {"kind": "tiktoken", "name": str(name)}:
+            return f"{name} of tiktoken"
+        case {"kind": "tokenizers", "file": dict(file)}:
+            return f"a {(file.get('model') or {}).get('type', 'tokenizer')} file of the tokenizers library"
+    return str(spec.get("name") or spec.get("kind"))
+
+
+def difference(ids_of: dict[str, Any], known_to: dict[str, Any]) -> str:
+    """Why the ids of one tokenizer differ from those that a model knows, or "" if they do not.
+
+    Both are as ``to_json`` describes them. Every id of the first must stand for the same text in the second, which may
+    have more: GPT-2's ids are the same from tiktoken and from a file of the tokenizers library.
+    """
+    if ids_of == known_to:
+        return ""
+    kinds = f"{describe(ids_of)}, not {describe(known_to)}"
+    try:
+        mine, theirs = _tokens(from_json(ids_of)), _tokens(from_json(known_to))
+    except (ValueError, OSError):  # of an unknown kind, or its tables are not here
+        named = {ids_of.get("kind"), known_to.get("kind")}
+        return "" if named == {"datatrove", "tokenizers"} else kinds  # the file may be the named tokenizer's
+    for i, token in enumerate(mine):
+        if i >= len(theirs):
+            return f"{kinds}, which ends before id {i}"
+        if token != theirs[i]:
+            here, there = (t.decode(errors="backslashreplace") for t in (token, theirs[i]))
+            return f"{kinds}: id {i} is {here!r}, not {there!r}"
+    return ""
+
+
+def _tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes of each id, in order; the spelling in the file if that does not work on bytes."""
+    if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
+        spelled = tokenizer.fast().id_to_token
+        return [(spelled(i) or "").encode() for i in range(tokenizer.size)]
+    return [tokenizer.bytes([i]) for i in range(tokenizer.size)]

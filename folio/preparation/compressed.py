@@ -1,0 +1,92 @@
+"""Compressed JSON lines, which cannot be read from the middle: unpacked here, and passed to the workers in hand."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from folio.preparation import sources
+from folio.preparation.documents import LONGEST_LINE, Span
+from folio.preparation.sources import Piece
+
+
+def packed_lines(path: Path) -> Iterator[Piece]:
+    """Compressed files cannot be read from the middle: they are unpacked here."""
+    number, told, held = 1, 0, bytearray()
+
+    def piece() -> Piece:
+        nonlocal number, told, held
+        made = Piece(Span(str(path), "lines", number, held=bytes(held)), 0, packed.tell() - told)
+        number, told, held = number + held.count(b"\n"), packed.tell(), bytearray()
+        return made
+
+    with path.open("rb") as packed:
+        try:
+            for line in _lines(_unpack(path, packed)):
+                held += line
+                if len(held) >= sources.BLOCK:
+                    yield piece()
+            if held:
+                yield piece()
+        except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+            if held:
+                yield piece()
+            kind = "gzip" if path.suffix.lower() == ".gz" else "zstandard"
+            yield Piece(Span(f"{path}:{number}", "flaw", held=f"corrupt {kind} from here on ({error})"), 0, 0)
+
+
+def _lines(unpacked: BinaryIO) -> Iterator[bytes]:
+    """Each line with its end; of one that is too long, no more than tells so."""
+    while line := unpacked.readline(LONGEST_LINE + 1):
+        rest = line
+        while rest and not rest.endswith(b"\n"):
+            rest = unpacked.readline(2**20)
+        yield line if rest is line or not rest else line + b"\n"
+
+
+def _unpack(path: Path, packed: BinaryIO) -> BinaryIO:
+    raw: Any = gzip.GzipFile(fileobj=packed) if path.suffix.lower() == ".gz" else _Frames(packed)
+    return io.BufferedReader(raw, 2**20)
+
+
+class _Frames(io.RawIOBase):
+    """Zstandard frames, unpacked; raises EOFError within one, which the library's own reader takes for the end."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._packed, self._begin = packed, zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._ready:
+            over = self._frame is None or self._frame.eof
+            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(
+                2**10
+            )  # which can hold 32 MiB
+            if not raw and over:
+                return 0
+            if not raw:
+                raise EOFError("it ends within a frame")
+            if over:
+                self._frame = self._begin()
+            self._ready = memoryview(self._frame.decompress(raw))
+        count = min(len(into), len(self._ready))
+        into[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        from zstandard import ZstdError
+    except ModuleNotFoundError:
+        return EOFError
+    return ZstdError

@@ -1,0 +1,210 @@
+"""The documents in the spans of a source: read one by one, with what is wrong with those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from folio.errors import UserError
+from folio.files import decode_text, other_encoding
+
+LONGEST_LINE = 2**27  # bytes: a longer line is a mistake or an attack, not a document
+
+# In the patterns of GPT-2, cl100k and o200k, no token crosses a space after something else, or a single line end
+# before something else, and none looks further ahead. Every line end becomes \n.
+_BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|(?:\r?\n|\r)(?=[^\s/]))|[ぁ-ゖァ-ヺ㐀-鿿](?=[、。，！？；：」])")
+
+
+class Span(NamedTuple):
+    """Documents that lie together, by reference where they can be read from the middle, else in hand.
+
+    ``kind``: ``lines`` of JSON (those that begin within bytes ``start`` … ``stop``, or ``held`` bytes whose
+    first line is number ``start``), the bytes ``start`` … ``stop`` of a ``text`` file, the row group ``start``
+    of a ``parquet`` file, whose first row is number ``stop``, ``held`` ``texts`` of which the first is number
+    ``start``, or a ``flaw`` that the source met, in words.
+    """
+
+    path: str
+    kind: Literal["lines", "text", "parquet", "texts", "flaw"]
+    start: int = 0
+    stop: int = 0
+    held: Any = None
+    continues: bool = False  # its document began in the span before
+    more: bool = False  # and goes on in the next
+
+
+Spans = tuple[Span, ...]
+
+
+class Flaw(NamedTuple):
+    """What is wrong with a document that cannot be taken, by which it is counted, and more about this one."""
+
+    what: str
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every worker has to know."""
+
+    tokenizer: dict[str, Any]  # as from_json takes it
+    eot: Literal["before", "after", "none"]
+    text_key: str = "text"
+    skip: bool = False  # documents with a flaw are counted, not an error
+    keep_empty: bool = False  # as an end-of-text token alone
+
+
+Numbered = Iterator[tuple[int, str | Flaw]]  # the line or the document that it is
+
+
+def documents(span: Span, work: Work) -> Numbered:
+    """The documents of a span, in order, each as its text or as what is wrong with it."""
+    for i, text in _READERS[span.kind](span, work.text_key):
+        yield i, Flaw("an empty document") if text == "" and not work.keep_empty else text
+
+
+def _text(span: Span, key: str) -> Numbered:
+    with open(span.path, "rb") as file:
+        file.seek(span.start)
+        raw = file.read(span.stop - span.start)
+    try:
+        text = decode_text(raw)
+    except UnicodeDecodeError as error:
+        yield raw[: error.start].count(b"\n") + 1, Flaw("not UTF-8", other_encoding(raw))
+        return
+    yield 1, text if span.start else text.removeprefix("\ufeff")
+
+
+def _lines(span: Span, key: str) -> Numbered:
+    """A document a line, ``{"text": …}``. Lines of white space are passed over."""
+    raw = span.held if span.held is not None else _own_lines(span)
+    for i, line in enumerate(raw.split(b"\n")):
+        if line and not line.isspace():
+            yield i, _value(line, key)
+
+
+def _own_lines(span: Span) -> bytes:
+    """The lines that begin within a span; of one that is too long, no more than tells so."""
+    with open(span.path, "rb") as file:
+        if span.start:
+            file.seek(span.start - 1)
+            if not file.readline(span.stop - span.start + 1).endswith(b"\n"):
+                return b""  # all of it is the middle of a line
+        raw = file.read(max(0, span.stop - file.tell()))
+        return raw + file.readline(LONGEST_LINE) if raw and not raw.endswith(b"\n") else raw
+
+
+def _value(line: bytes, key: str) -> str | Flaw:
+    if len(line) > LONGEST_LINE:
+        return Flaw(f"a line of more than {LONGEST_LINE:,} bytes")
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Flaw("not UTF-8", other_encoding(line))
+    except (ValueError, RecursionError):
+        return Flaw("not JSON", ": each line must be an object of its own")
+    if isinstance(record, dict) and key in record:
+        return _typed(record[key], key)
+    if not isinstance(record, dict):
+        more = f": the line is not an object but {_KINDS.get(type(record), 'a number')}"
+    else:
+        names = ", ".join(repr(name[:40]) for name in list(record)[:8]) + (" …" if len(record) > 8 else "")
+        more = f": its keys are {names}: --text_key names another" if record else ""
+    return Flaw(f"no text under the key {key!r}", more)
+
+
+def _typed(value: Any, key: str) -> str | Flaw:
+    if isinstance(value, str):
+        return value
+    return Flaw(f"no text under the key {key!r}", f" but {_KINDS.get(type(value), 'a number')}")
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bytes: "bytes",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _parquet(span: Span, key: str) -> Numbered:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(span.path) as file:
+            held = file.read_row_group(span.start, columns=[key], use_threads=False).column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        yield 0, Flaw(f"unreadable parquet: {str(error).splitlines()[0]}")
+        return
+    yield from _texts(span._replace(held=held), key)
+
+
+def _texts(span: Span, key: str) -> Numbered:
+    for i, text in enumerate(span.held):
+        yield i, _typed(text, key)
+
+
+def _flaw(span: Span, key: str) -> Numbered:
+    yield 0, Flaw(span.held)
+
+
+_READERS: dict[str, Callable[[Span, str], Numbered]] = {
+    "lines": _lines,
+    "text": _text,
+    "parquet": _parquet,
+    "texts": _texts,
+    "flaw": _flaw,
+}
+
+
+def cut(file: BinaryIO, at: int, size: int) -> int:
+    """The first byte from ``at`` on where a text can be cut without changing its tokens; ``size`` if none."""
+    if at <= 0 or at >= size:
+        return min(max(at, 0), size)
+    length = 2**12
+    while True:
+        file.seek(at)
+        raw = file.read(length)
+        lead = next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), len(raw))
+        text = raw[lead:].decode("utf-8", errors="ignore")
+        if found := _BETWEEN_TOKENS.search(text):
+            return at + lead + len(text[: found.end()].encode())
+        if at + length >= size:
+            return size
+        length *= 2
+
+
+def refusal(span: Span, i: int, flaw: Flaw) -> UserError:
+    """What is said of the i-th line or document of a span where it ends the work."""
+    return UserError(f"{place(span, i)}: {flaw.what}{flaw.more} (--on_error=skip leaves such documents out)")
+
+
+def place(span: Span, i: int) -> str:
+    """Where the i-th line or document of a span lies, as an editor finds it."""
+    match span.kind:
+        case "lines":
+            first = span.start if span.held is not None else _line_number(span.path, span.start)
+            return f"{span.path}:{first + i}"
+        case "text":
+            return f"{span.path}:{i}"
+        case "parquet":
+            return f"{span.path}: row {span.stop + i}"
+        case "texts":
+            return f"{span.path}: document {span.start + i}"
+    return span.path
+
+
+def _line_number(path: str, start: int) -> int:
+    """The number, from 1, of the first line that begins at byte ``start`` or later."""
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while start > 0 and (raw := file.read(min(start, 2**24))):
+            start -= len(raw)
+            count, last = count + raw.count(b"\n"), raw[-1:]
+    return count + 1 + (last != b"\n")

@@ -1,0 +1,91 @@
+"""The parts of a preparation that several processes share: written by each, put together by one."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from folio.data.token_files import SPLITS
+from folio.errors import UserError
+from folio.preparation.sources import Block
+from folio.preparation.workers import Tokenized
+from folio.preparation.writer import Counted, read_state
+
+
+class PartWriter(Counted):
+    """Keeps the results of one part of a job for the process that will put all parts together."""
+
+    def __init__(self, folder: Path, state: dict[str, Any]) -> None:
+        super().__init__(folder, state)
+        self.tokens: int = state.get("tokens", 0)
+        self._files = {}
+        for name in ("ids", "lengths", "blocks"):
+            self._files[name] = (folder / name).open("a+b")
+            self._files[name].truncate(state.get("sizes", {}).get(name, 0))
+            self._files[name].seek(0, io.SEEK_END)
+
+    def add(self, found: Tokenized, block: Block) -> None:
+        """The ids of the next block."""
+        self._files["ids"].write(found.ids.data)
+        self._files["lengths"].write(found.lengths.astype("<i8").data)
+        split = 0 if block.split is None else 1 + SPLITS.index(block.split)
+        row = [len(found.ids), len(found.lengths), found.continues, split, found.size, block.size]
+        self._files["blocks"].write(np.array(row, dtype="<i8").data)
+        self.tokens += len(found.ids)
+        self.count(found, block)
+
+    def close(self) -> None:
+        """Lets go of the files; what was not committed is lost."""
+        for file in self._files.values():
+            file.close()
+
+    def commit(self, position: Any, **more: Any) -> None:
+        """As a ``Writer``'s; ``complete=True`` says that the part is."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        self.save(position=position, sizes=sizes, tokens=self.tokens, **more)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What all parts of a job made, in order, as if it were made here."""
+
+    folders: Sequence[Path]
+    dtype: np.dtype[Any]
+
+    def results(self, position: Any = None) -> Generator[tuple[Block, Tokenized]]:
+        """Each block with its ids; position: [part, blocks of it that are done]."""
+        first, done = position or (0, 0)
+        for number, folder in enumerate(self.folders):
+            if number < first:
+                continue
+            for name, size in read_state(folder)["sizes"].items():
+                if (folder / name).stat().st_size != size:
+                    raise UserError(f"{folder / name} is damaged: remove {folder} to make that part again")
+            rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
+            skip = rows[: done if number == first else 0].sum(axis=0)
+            skipped = Counter[str](read_state(folder)["skipped"])
+            with (folder / "ids").open("rb") as ids, (folder / "lengths").open("rb") as lengths:
+                ids.seek(int(skip[0]) * self.dtype.itemsize if len(rows) else 0)
+                lengths.seek(int(skip[1]) * 8 if len(rows) else 0)
+                for i, (tokens, documents, continues, split, size, disk) in enumerate(rows.tolist()):
+                    if number == first and i < done:
+                        continue
+                    last = i == len(rows) - 1
+                    found = Tokenized(
+                        np.frombuffer(ids.read(tokens * self.dtype.itemsize), self.dtype),
+                        np.frombuffer(lengths.read(documents * 8), "<i8"),
+                        bool(continues),
+                        size,
+                        skipped if last else Counter(),
+                    )
+                    yield Block((), [number, i + 1], disk, (None, *SPLITS)[split]), found

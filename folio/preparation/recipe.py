@@ -1,0 +1,89 @@
+"""What a data set is made of, and whether one that is there was made of the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from folio.data.token_files import META, SPLITS, UNFINISHED
+from folio.data.tokenizers import Tokenizer
+from folio.errors import UserError
+from folio.files import read_json
+from folio.preparation.sources import Source
+from folio.preparation.text_files import Files
+from folio.preparation.writer import STATE, Layout
+from folio.records.console import say
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a data set is made of, and how. ``tokenizer`` None: characters, those of the source."""
+
+    source: Source
+    tokenizer: Tokenizer | None
+    layout: Layout
+    text_key: str = "text"
+    keep_empty: bool = False
+    given_splits: bool = False  # the source decides what is for validation
+    small_fraction: float = 0.1  # of the documents, where there is less than one shard
+    made: dict[str, Any] = field(default_factory=dict)  # what else tells it from others
+
+    def describe(self) -> dict[str, Any]:
+        """What this data set's ``meta.json`` will say of its making."""
+        told = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
+        if told["kind"] == "tokenizers":
+            digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            told = {"kind": "tokenizers", "sha256": digest[:16]}
+        return {
+            **self.made,
+            "source": self.source.describe(),
+            "tokenizer": told,
+            "text_key": self.text_key,
+            "layout": asdict(self.layout),
+        }
+
+
+def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
+    """Whether there is nothing to do. Raises ValueError where something else is there."""
+    if overwrite:
+        return False
+    try:
+        meta = read_json(folder / META)
+        made = dict(meta["made"])
+        names = [str(f["name"]) for split in meta["splits"].values() for f in split["files"]]
+        counts = {split: int(meta["splits"][split]["tokens"]) for split in SPLITS}
+    except FileNotFoundError:
+        if (folder / UNFINISHED / STATE).exists():
+            return False
+        if found := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".npy", ".ds")):
+            raise UserError(
+                f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
+            ) from None
+        return False
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
+    refuse_difference(f"{folder} was made", made, described, recipe.source)
+    gone = [name for name in names if not (folder / name).is_file()]
+    if gone:
+        raise UserError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
+    say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
+    return True
+
+
+def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], source: Source) -> None:
+    was, now = _flat(old), _flat(new)
+    changed = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if changed == ["source.line_ends"] and isinstance(source, Files) and source.reads_as_before():
+        return
+    if changed:
+        told = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
+        raise UserError(f"{what} with other settings ({told}): --overwrite makes it anew")
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}

@@ -2,10 +2,10 @@
 
     python benchmarks/hellaswag.py --peer BUILD_NANOGPT --items hellaswag_val.jsonl [--count 100] [--rounds 3]
 
-BUILD_NANOGPT is a checkout, whose script runs as it is, in float32, on items taken evenly from the file. The weights
-are random, and the same for all. Each contestant is a process, in turn; what is timed is reading, tokens and scores,
-without loading the model. Ratios are taken within a round, their spread is over the rounds. In the end stands which
-items each answers as build-nanogpt does.
+BUILD_NANOGPT is a checkout; its script runs unchanged, in float32, on items spaced evenly over the file. The weights
+are random and the same for all programs. Each program runs in its own process, in turn. The time includes reading,
+tokenizing and scoring the items, but not loading the model. Ratios are computed within a round; their range is over
+the rounds. The last lines count the items that each program answers as build-nanogpt does.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ evaluate(sys.argv[1], "cpu")
 OURS = """
 import sys, time
 from pathlib import Path
-from folio import hellaswag, pretrained
+from folio.checkpoints import hugging_face
 from folio.config.options import System
+from folio.evaluation import hellaswag
 from folio.machine.runtime import Runtime
 
-chosen, dtype = pretrained.find(sys.argv[1]), sys.argv[3]
+chosen, dtype = hugging_face.find(sys.argv[1]), sys.argv[3]
 model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(System(device="cpu", dtype=dtype))
 runtime.wrap(model, None)
 began = time.perf_counter()

@@ -6,6 +6,8 @@ done
 echo "$0: no Python found" >&2; exit 127
 ":"""
 
+# To read: folio/commands/bench.py (what is timed) and folio/machine/runtime.py (how a step runs).
+
 from folio.cli import main
 
 if __name__ == "__main__":

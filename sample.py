@@ -6,6 +6,8 @@ done
 echo "$0: no Python found" >&2; exit 127
 ":"""
 
+# To read: folio/generation/sampling.py (sampling with a KV cache) and folio/commands/sample.py (the options).
+
 from folio.cli import main
 
 if __name__ == "__main__":

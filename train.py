@@ -6,6 +6,8 @@ done
 echo "$0: no Python found" >&2; exit 127
 ":"""
 
+# To read: folio/training/loop.py (the training loop) and folio/model/gpt.py (the model).
+
 from folio.cli import main
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Attention on a CPU, forward and backward: torch's fused kernel against the one that is written out.
+"""Attention on a CPU, forward and backward: torch's fused kernel against explicit matrix products.
 
     python benchmarks/attention.py
 
-The two run in turn; the ratio is of the medians within a round, its spread over the rounds.
+The two run in turn. The ratio is that of the medians within a round; its range is over the rounds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How long a checkpoint of GPT-2 124M stops training: written at once, and written meanwhile (--async_checkpoint).
+"""How long a checkpoint of GPT-2 124M stops training: written synchronously, and asynchronously (--async_checkpoint).
 
     python benchmarks/checkpoint.py [--rounds 5]
 
-Weights and both moments in float32, 1.4 GiB. The copy is what cannot be saved: the same tensors copied once more. All
-three in turn; ratios are taken within a round, their spread is over the rounds.
+Weights and both moments in float32, 1.4 GiB. The baseline is one copy of the same tensors, which an asynchronous write
+cannot avoid. All three run in turn; ratios are computed within a round, their range is over the rounds.
 """
 
 from __future__ import annotations

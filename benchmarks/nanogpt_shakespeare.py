@@ -2,9 +2,9 @@
 
     python benchmarks/nanogpt_shakespeare.py --peer PATH_TO_A_NANOGPT_CHECKOUT --source tinyshakespeare.txt
 
-Both losses are of the whole validation split, every token once, in float32, by the same code. Each round runs
-all contestants one after another with the same seed, another in each round; ratios are taken within a round, and
-their spread is over the rounds. nanoGPT's seed is a constant in its train.py, which is replaced as it is run.
+Both losses are over the whole validation split, every token once, in float32, by the same code. Each round runs all
+programs one after another with one seed, a different one in each round. Ratios are computed within a round; their range
+is over the rounds. nanoGPT's seed is a constant in its train.py, which is replaced when it is run.
 """
 
 from __future__ import annotations

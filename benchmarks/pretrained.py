@@ -2,9 +2,9 @@
 
     python benchmarks/pretrained.py --peer NANOGPT [--rounds 3]
 
-NANOGPT is a checkout of nanoGPT. The weights are random, laid out as the cache of the hub. Each load is a process, in
-turn; memory is the peak (VmHWM) above what it had once everything was imported, as a multiple of the weights. All
-weights are looked at in the end, since transformers only maps them.
+NANOGPT is a checkout of nanoGPT. The weights are random, in the layout of the hub's cache. Each load runs in
+its own process, in turn. Memory is the peak (VmHWM) above that after the imports, as a multiple of the weights' size.
+All weights are read at the end, since transformers only maps them.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --source tinyshakespeare.txt [--rounds 3] [--ranks 2]
 
-nanoGPT's Shakespeare preset at batch 8 × 4 micro steps. One process takes all the cores, several share them evenly.
-They run in turn; ratios are taken within a round, their spread is over the rounds. The peers cannot take part: nanoGPT
-and build-nanogpt want CUDA for more than one process.
+nanoGPT's Shakespeare preset at batch 8 × 4 micro steps. One process uses all cores, several share them evenly. They
+run in turn; ratios are computed within a round, their range is over the rounds. nanoGPT and build-nanogpt cannot be
+compared: they need CUDA for more than one process.
 """
 
 from __future__ import annotations

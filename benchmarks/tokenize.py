@@ -1,11 +1,11 @@
-"""Tokenising a corpus, file reading and writing included: ``folio prepare`` against tiktoken's own processes.
+"""Tokenizing a corpus, including reading and writing files: ``folio prepare`` against tiktoken's own processes.
 
-The peers read the same JSON lines, call ``encode_ordinary`` and write uint16, on every second document each, or on all
-of them. All run in turn, round after round, under this process:
+The peers read the same JSON lines, call ``encode_ordinary`` and write uint16: two processes with every second document
+each, or one with all documents. All run in turn, round after round, as children of this process:
 
     python benchmarks/tokenize.py --source wikitext2_valid.jsonl --megabytes 1000
 
-The corpus is the source repeated. Memory is the largest sum of what the program's processes hold at one moment (PSS).
+The corpus is the source repeated. Memory is the largest sum at one moment over the program's processes (PSS).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ with open(source, "rb") as lines, open(out, "wb") as file:
 
 @dataclass(frozen=True)
 class Options:
-    """What to tokenise, and how often."""
+    """What to tokenize, and how often."""
 
     source: Path
     """JSON lines with the key text."""

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on several nodes under Slurm: sbatch scripts/slurm.sh [FILE or PRESET …] [--knob=value …]
+# Trains on several nodes under Slurm: sbatch scripts/slurm.sh [FILE or PRESET …] [--option=value …]
 #
-# Submit it from the clone, on a file system that all nodes see; data and out_dir lie there as well. One launcher a node
-# starts one process a GPU. Should a process fail, all are started again and go on. Two minutes before the time is over
-# the job saves and goes back into the queue, to go on when it is its turn.
+# Submit it from the clone, on a file system that all nodes share; data and out_dir must be there too. One launcher per
+# node starts one process per GPU. If a process fails, all are restarted and resume. Two minutes before the time limit
+# the job saves, goes back into the queue, and resumes when it starts again.
 #SBATCH --job-name=folio
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,10 +19,10 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 processes=${SLURM_GPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / processes))}
-# export NCCL_IB_DISABLE=1            # where there is no InfiniBand
-# export NCCL_SOCKET_IFNAME=eth0      # where a node has several networks
+# export NCCL_IB_DISABLE=1            # without InfiniBand
+# export NCCL_SOCKET_IFNAME=eth0      # if a node has several networks
 
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds that a launcher leaves its processes to save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100 # seconds that a launcher gives its processes to save
 
 trap 'kill -TERM "$launchers"; wait "$launchers" || true; scontrol requeue "$SLURM_JOB_ID"' USR1
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \

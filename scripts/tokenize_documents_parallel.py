@@ -6,6 +6,8 @@ done
 echo "$0: no Python found" >&2; exit 127
 ":"""
 
+# To read: folio/doors/ (the flags of GPT-from-scratch) and folio/preparation/job.py (text to token files).
+
 import sys
 from pathlib import Path
 

@@ -6,6 +6,8 @@ done
 echo "$0: no Python found" >&2; exit 127
 ":"""
 
+# To read: folio/doors/ (the flags of GPT-from-scratch) and folio/training/loop.py (the training loop).
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every command and program of the README and of docs/, made tiny, in a copy of the clone; and where links lead."""
+"""Every command and program of the README and of docs/ runs, made tiny, in a copy of the clone; every link works."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from folio.preparation.recipes import KNOWN
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
-# What no test can run, by the exact line (of a program: its first), and why
+# Commands that no test can run, by the exact line (of a program: its first line), and why
 NOT_RUN = {
     "pip install -e '.[hf,data,log]'": "make test has installed the package",
     **dict.fromkeys(
@@ -37,17 +37,17 @@ NOT_RUN = {
             "torchrun --nproc_per_node=8 --nnodes=1:4 --max_restarts=3 --rdzv_id=7 --rdzv_backend=c10d "
             "--rdzv_endpoint=10.0.0.1:29500 train.py --init_from=auto",
         ),
-        "several machines; tests/machine/test_parallel.py and test_failures.py have several launchers",
+        "several machines; tests/machine/test_parallel.py runs several launchers",
     ),
     "from datatrove.executor import LocalPipelineExecutor": "tests/test_front_door.py runs it, on real documents",
 }
-GIVEN = (  # what every document may take for granted
+GIVEN = (  # commands that every document may assume to have run
     "python data/shakespeare_char/prepare.py",
     "python train.py config/train_shakespeare_char.py --out_dir=out",
     "python scripts/tokenize_documents_parallel.py --local_dir edu_fineweb10B",
     "python data/openwebtext/prepare.py",
 )
-ELSEWHERE = {  # what stands in a document, and what stands in its place on one machine of two cores
+REPLACED = {  # text of a document, and its replacement on one machine with two cores
     "--nproc_per_node=8": "--nproc_per_node=2",
     "1_000_000_000": "1_000_000",
     "< 5:": "< 0.1:",
@@ -64,13 +64,13 @@ TINY_TOO = (  # in GPT-from-scratch's names
     "--n_batches=4 --n_tokens=16 --context_length=16 --emb_dim=8 --n_layers=1 --n_heads=1 --total_batch_size=128 "
     "--max_iters=3 --metrics=none"
 )
-# Run in this process; what scripts/ holds writes beside the package, so beside the clone's
+# Run in this process; those in scripts/ write beside the package, so they need the clone's
 SCRIPTS = {"train.py", "sample.py", "bench.py", *(f"data/{name}/prepare.py" for name in KNOWN)}
 HERE = "--device=cpu --compile=False --dtype=float32 --eval_iters=1"
 
 
 class Command(NamedTuple):
-    """A line of a shell or a whole program, with what the document says it prints."""
+    """A shell line or a whole program, with the output that the document shows."""
 
     place: str
     text: str
@@ -79,7 +79,7 @@ class Command(NamedTuple):
 
 
 def commands(document: Path) -> Iterator[Command]:
-    """Lines of sh blocks and tables, what is typed in sessions (``$ …``), python blocks that import; in order."""
+    """In order: lines of sh blocks, commands in tables and in sessions (``$ …``), python blocks that import."""
     text = document.read_text(encoding="utf-8")
 
     def place(offset: int) -> str:
@@ -98,8 +98,8 @@ def commands(document: Path) -> Iterator[Command]:
             yield Command(place(block.start(2)), inside, program=True)
         elif inside.startswith("$ "):
             for typed, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", inside, re.MULTILINE):
-                told = tuple(line for line in shown.splitlines() if line.strip("… "))
-                yield Command(place(block.start(2)), _plain(typed), shown=told)
+                printed = tuple(line for line in shown.splitlines() if line.strip("… "))
+                yield Command(place(block.start(2)), _plain(typed), shown=printed)
 
 
 def _plain(line: str) -> str:
@@ -108,7 +108,7 @@ def _plain(line: str) -> str:
 
 
 def tiny(line: str, data: Path, task: Path) -> str:
-    """The same command, made small by flags behind its own, and with text that is here in place of downloads."""
+    """The same command, made small by more flags, and with local text instead of downloads."""
     line = line.replace("OUT", "out-shakespeare-char")
     if "prepare" in line or "scripts/tokenize" in line:
         return _without_a_network(line, data)
@@ -135,7 +135,7 @@ def tiny(line: str, data: Path, task: Path) -> str:
 
 
 def _without_a_network(line: str, data: Path) -> str:
-    """A command that prepares a data set, with the text to take instead of the download."""
+    """A command that prepares a data set, with local text instead of the download."""
     wikitext = data / "wikitext2_valid.jsonl"
     line = re.sub(r"--shard_size=\S+", "--shard_size=50_000", line)
     if "hf:" in line:
@@ -151,7 +151,7 @@ def _without_a_network(line: str, data: Path) -> str:
 
 @pytest.fixture(scope="module")
 def furnished(clone: Path, shared_data: Path) -> Path:
-    """The clone with what the documents take for granted: text, another program's files, questions, models' names."""
+    """The clone with what the documents assume: text, another program's files, HellaSwag, models on the hub."""
     (clone / "path" / "to").mkdir(parents=True)
     for name in ("ckpt.pt", "meta.pkl"):
         shutil.copyfile(shared_data / "nanogpt_ckpt" / name, clone / "path" / "to" / name)
@@ -174,7 +174,7 @@ def furnished(clone: Path, shared_data: Path) -> Path:
 
 
 def _a_task_of(items: Path, task: Path) -> None:
-    """A task of the lm-evaluation-harness on a file, since its own fetch their data."""
+    """A task of the lm-evaluation-harness on a local file; the harness's own tasks download their data."""
     task.write_text(
         f"task: endings\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {items}}}}}\n"
         "validation_split: validation\noutput_type: multiple_choice\ndoc_to_text: '{{ctx}}'\n"
@@ -184,7 +184,7 @@ def _a_task_of(items: Path, task: Path) -> None:
 
 
 def _fill_the_hub_cache(cache: Path) -> None:
-    """Small models under the names of OpenAI's, laid out as the hub's library lays out what it fetched."""
+    """Small models under the names of OpenAI's, in the layout of the hub's cache."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
@@ -199,7 +199,7 @@ def _fill_the_hub_cache(cache: Path) -> None:
 def shell(
     furnished: Path, shared_data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, str]]:
-    """Runs a line in the clone, to its exit code and what it said; Folio's commands and scripts in this process."""
+    """Runs a line in the clone and returns exit code and output; Folio's commands and scripts run in this process."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -238,7 +238,7 @@ def shell(
 
 @pytest.fixture(scope="module")
 def done() -> set[str]:
-    """What has run already, in this or another document."""
+    """Commands that have run already, in this or another document."""
     return set()
 
 
@@ -248,33 +248,33 @@ def done() -> set[str]:
 def test_every_command_runs(
     document: Path, furnished: Path, shared_data: Path, shell: Callable[[str], tuple[int, str]], done: set[str]
 ) -> None:
-    """In order, and once where documents share it. What a session shows is said, where it runs as it is."""
+    """In order, and once if documents share a command. A session that runs unchanged prints the output it shows."""
     for command in (*(Command("given", line) for line in GIVEN), *commands(document)):
         if command.text.partition("\n")[0] in NOT_RUN:
             continue
         text = command.text
-        for there, instead in ELSEWHERE.items():
-            text = text.replace(there, instead)
+        for shown, replacement in REPLACED.items():
+            text = text.replace(shown, replacement)
         if command.program:
             exec(compile(text, command.place, "exec"), {"__name__": "__main__"})
             continue
         line = tiny(text, shared_data, furnished / "task.yaml")
         if line in done:
             continue
-        code, said = shell(line)
-        assert code == 0, f"{command.place}: {line}\n{said}"
-        missing = [told for told in command.shown if told not in said.splitlines()]
-        assert not missing or line != command.text, f"{command.place}: {line}\nsays no longer\n{missing}\nbut\n{said}"
+        code, output = shell(line)
+        assert code == 0, f"{command.place}: {line}\n{output}"
+        missing = [text for text in command.shown if text not in output.splitlines()]
+        assert not missing or line != command.text, f"{command.place}: {line}\nlacks\n{missing}\nin\n{output}"
         done.add(line)
 
 
-def test_what_is_not_run_is_there() -> None:
+def test_commands_that_are_not_run_are_in_the_documents() -> None:
     there = {command.text.partition("\n")[0] for document in DOCUMENTS for command in commands(document)}
     assert there >= NOT_RUN.keys()
 
 
 @pytest.mark.slow
-def test_hours_and_costs_are_what_folio_plan_says(folio: Callable[..., Outcome]) -> None:
+def test_hours_and_costs_are_those_of_folio_plan(folio: Callable[..., Outcome]) -> None:
     """Each row of the table of docs/reproduce-gpt2.md, to the digit."""
     row = re.compile(
         r"^\| ([\w ]+) \| ([\d,]+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.MULTILINE
@@ -284,14 +284,14 @@ def test_hours_and_costs_are_what_folio_plan_says(folio: Callable[..., Outcome])
     for gpu, peak, size, on_one, on_eight, price, cost in rows:
         argv = ["plan", "train_gpt2_124m_fineweb", f"--gpu={gpu}", f"--batch_size={size}", f"--price={price}"]
         argv += ["--dtype=float16"] * (not GPUS[gpu].bfloat16)
-        said = folio(*argv, "--gpus=8").out
-        assert f" {on_eight} hours at an MFU of 0.4, the peak being {peak}.00 TFLOP/s" in said, (gpu, said)
-        assert f" {cost} at {price} " in said, (gpu, said)
-        assert "\nfits" in said, (gpu, said)
+        output = folio(*argv, "--gpus=8").out
+        assert f" {on_eight} hours at an MFU of 0.4, the peak being {peak}.00 TFLOP/s" in output, (gpu, output)
+        assert f" {cost} at {price} " in output, (gpu, output)
+        assert "\nfits" in output, (gpu, output)
         assert float(cost) / float(price) == pytest.approx(float(on_one), abs=0.06), gpu
 
 
-def test_the_knobs_of_nanogpt_have_the_defaults_that_are_said() -> None:
+def test_nanogpts_options_have_the_documented_defaults() -> None:
     text = (ROOT / "docs" / "from-nanogpt.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]*\|$", text, re.MULTILINE)
     assert len(table) == 33
@@ -303,7 +303,7 @@ def without_code(text: str) -> str:
 
 
 def anchors(document: Path) -> set[str]:
-    """What GitHub calls the headings of a document."""
+    """GitHub's anchors of a document's headings."""
     prose = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE):
@@ -313,8 +313,8 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", LINKED, ids=lambda path: path.name)
-def test_every_link_leads_somewhere(document: Path, clone: Path) -> None:
-    """Files and pictures that the clone has, headings that are there; of other sites, that they are well-formed."""
+def test_every_link_works(document: Path, clone: Path) -> None:
+    """Linked files, pictures and headings exist in the clone; links to other sites are well-formed."""
     for target in re.findall(r'\]\(([^)]*)\)|(?:src|href)="([^"]*)"', without_code(document.read_text("utf-8"))):
         link = target[0] or target[1]
         if "//" in link or ":" in link:

@@ -1,4 +1,4 @@
-"""What nanoGPT's users type, and the jobs for clusters, in a copy of the clone."""
+"""The commands of nanoGPT's users, and the jobs for clusters, in a copy of the clone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import ROOT, STORY, TINY, run, succeed
 
 
 def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> None:
-    """Bare train.py wants OpenWebText: without it one line, with nanoGPT's files a run with GPT-2's vocabulary."""
+    """train.py without arguments trains on OpenWebText, with GPT-2's vocabulary; without the data, one line."""
     missing = run("python train.py --batch_size=32 --compile=False", clone)
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
@@ -30,12 +30,12 @@ def test_openwebtext_is_the_default_and_its_absence_is_one_line(clone: Path) -> 
 
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "bench.py", "data/shakespeare_char/prepare.py"])
 def test_sh_runs_the_scripts(clone: Path, script: str) -> None:
-    """Under a POSIX shell the same file hands itself to Python."""
+    """Under a POSIX shell the same file starts Python."""
     assert "usage:" in succeed(f"sh {script} --help", clone, VIRTUAL_ENV=sys.prefix)
 
 
 def test_sh_prefers_the_active_venv_then_the_clones(clone: Path, tmp_path: Path) -> None:
-    """$VIRTUAL_ENV, else .venv beside the script, else python3; each recognised by what it prints."""
+    """$VIRTUAL_ENV, else .venv beside the script, else python3; each recognized by its output."""
 
     def fake(folder: Path, word: str) -> Path:
         (folder / "bin").mkdir(parents=True)
@@ -56,7 +56,7 @@ def test_sh_prefers_the_active_venv_then_the_clones(clone: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_sh_trains(clone: Path) -> None:
-    """Preparing, training and sampling under a POSIX shell, as one of the manuals writes it."""
+    """Preparing, training and sampling under a POSIX shell."""
     env = {"VIRTUAL_ENV": sys.prefix}
     succeed(f"sh data/stdlib/prepare.py --source {ROOT / 'folio'}", clone, **env)
     succeed(f"sh train.py config/train_stdlib.py {TINY} --max_iters=3 --out_dir=out-sh", clone, **env)
@@ -65,7 +65,7 @@ def test_sh_trains(clone: Path) -> None:
 
 @pytest.mark.slow
 def test_the_script_for_slurm(clone: Path, story: Path, tmp_path: Path) -> None:
-    """With the launcher itself, on one node of two processes; Slurm's own commands are not here and do as they do."""
+    """With the real launcher, on one node with two processes; Slurm's own commands are replaced by stubs."""
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nshift\nshift\nexec "$PYTHON" -m torch.distributed.run "$@"\n')
     for stub in tmp_path.iterdir():
@@ -79,7 +79,7 @@ def test_the_script_for_slurm(clone: Path, story: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_job_for_kubernetes(clone: Path, story: Path) -> None:
-    """Its command, on one pod of two processes: the launcher and the trainer take what it says."""
+    """Its command runs on one pod with two processes: launcher and trainer accept the arguments."""
     yaml = pytest.importorskip("yaml")
     service, job = yaml.safe_load_all((ROOT / "scripts" / "kubernetes.yaml").read_text(encoding="utf-8"))
     pod = job["spec"]["template"]["spec"]
@@ -101,7 +101,7 @@ def test_the_job_for_kubernetes(clone: Path, story: Path) -> None:
 
 
 def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:
-    """datatrove tokenises real documents as docs/scale.md says, to the ids of folio prepare, and Folio trains."""
+    """datatrove, used as in docs/scale.md, gives the same ids as folio prepare, and Folio trains on its files."""
     pytest.importorskip("datatrove")
     text = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     pipeline, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -118,16 +118,16 @@ def test_the_pipeline_of_the_docs(tmp_path: Path, shared_data: Path) -> None:
     theirs = [np.fromfile(path, "<u2") for path in sorted((tmp_path / "data" / "crawl").glob("*.ds"))]
     ours = [np.fromfile(tmp_path / "data" / "own" / f"{split}.bin", "<u2") for split in ("val", "train")]
     assert np.array_equal(np.concatenate(theirs), np.concatenate(ours))
-    said = succeed("folio data info data/crawl", tmp_path, **outside)
-    assert "train " in said
-    assert "600 ids" in said
+    info = succeed("folio data info data/crawl", tmp_path, **outside)
+    assert "train " in info
+    assert "600 ids" in info
     out = succeed(f"folio train --data_dir=data/crawl --document_mask {TINY} --max_iters=2", tmp_path, **outside)
     assert "are for validation" in out
     assert "token 0 ends a document" in out
 
 
 def test_prompt_from_a_file(clone: Path) -> None:
-    """--start=FILE:prompt.txt continues what the file holds."""
+    """--start=FILE:prompt.txt continues the text of the file."""
     succeed(f"python data/shakespeare_char/prepare.py --source {STORY} --overwrite", clone)
     succeed(f"python train.py config/train_shakespeare_char.py {TINY} --max_iters=3 --out_dir=out-file", clone)
     prompt = STORY.read_text(encoding="utf-8")[:12]

@@ -1,4 +1,4 @@
-"""The package as people get it: built by pip, installed in a venv of its own, used from another folder."""
+"""The package as users install it: built by pip, installed in its own venv, used from another folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from folio import __version__
 
 pytestmark = pytest.mark.slow
 NAME = f"folio-{__version__}"
-succeed = partial(succeed_with, PYTHONPATH="")  # nothing but what is installed
+succeed = partial(succeed_with, PYTHONPATH="")  # only the installed package
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +30,19 @@ def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def installed(wheel: Path, tmp_path: Path) -> Path:
-    """A venv with the wheel and nothing else; what it depends on is the running Python's."""
+    """A venv with the wheel; the dependencies are those of the running Python."""
     folder = tmp_path / "venv"
     venv.create(folder, symlinks=True)
     succeed(f"python -m pip --python {folder / 'bin' / 'python'} install --no-deps --no-index {wheel}", tmp_path)
     packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
     dependencies = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    # a .pth in one of those, as of an editable folio, is not read from here
+    # a .pth file in one of those folders, such as an editable folio's, has no effect from here
     (packages / "dependencies.pth").write_text("\n".join(dependencies), encoding="utf-8")
     return folder
 
 
 def test_it_holds_the_package_and_nothing_else(wheel: Path, clone: Path) -> None:
-    """Each tracked file below folio/, so presets and py.typed too, and what describes it: readme, licence, extras."""
+    """All tracked files of folio/, with presets and py.typed, and the metadata: readme, license, extras."""
     package = {path.relative_to(clone).as_posix() for path in (clone / "folio").rglob("*") if path.is_file()}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
     with zipfile.ZipFile(wheel) as file:
@@ -55,7 +55,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path, clone: Path) -> None
 
 
 def test_it_works_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    """From the version to a picture, on a packaged preset; the folio that is imported is the wheel's."""
+    """All commands from --version to plot, on a packaged preset; the imported folio is the wheel's."""
     python, folio = (installed / "bin" / name for name in ("python", "folio"))
     where = succeed(f"{python} -c 'import folio; print(folio.__file__)'", tmp_path)
     assert Path(where).is_relative_to(installed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome, Train, python, records, timeless
+from conftest import GOLDEN, GOLDEN_DROPOUT, GOLDEN_OPTIONS, SMALL, STORY, Outcome, Train, python, records, timeless
 
 from folio.checkpoints import checkpoint
 from folio.records import run_folder
@@ -16,22 +16,12 @@ from folio.records import run_folder
 Folio = Callable[..., Outcome]
 
 
-# Losses of the first steps on tests/story.txt in float32, without and with dropout
-# fmt: off
-GOLDEN = [4.08589, 4.05756, 3.97546, 3.87237, 3.77442, 3.65297, 3.57394, 3.48082, 3.38577, 3.35405, 3.25607,
-          3.21734, 3.2155, 3.04288, 3.1351, 3.12059, 3.06235, 3.17819, 3.07913, 3.02923]
-GOLDEN_DROPOUT = [4.08257, 4.06411, 3.98948, 3.88697, 3.78362, 3.66521, 3.58819, 3.48895, 3.39787, 3.36339, 3.25931,
-                  3.22286, 3.21993, 3.049, 3.14018, 3.12454, 3.06729, 3.18024, 3.08338, 3.06985]
-# fmt: on
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_golden_losses(train: Train, dropout: float) -> None:
     """The first 20 losses on tests/story.txt stay what they are."""
     if dropout and not torch.backends.mkl.is_available():
         pytest.skip("torch draws other dropout masks without MKL")
-    rate = ("--learning_rate=1e-2", "--min_lr=1e-3", "--warmup_iters=5", "--lr_decay_iters=20", "--max_iters=20")
-    out = train("out", *rate, "--seed=7", f"--dropout={dropout}")
+    out = train("out", *GOLDEN_OPTIONS, f"--dropout={dropout}")
     losses = records(out, "train", "loss")
     assert losses == pytest.approx(GOLDEN_DROPOUT if dropout else GOLDEN, abs=1e-4), losses
 

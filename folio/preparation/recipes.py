@@ -126,9 +126,7 @@ def named_by_user(
     source: Source
     if sources[0].startswith("hf:"):
         if len(sources) > 1:
-            raise UserError(
-                f"{sources[0]} must stand alone: prepare {sources[1]} as another data set and mix them"
-            )
+            raise UserError(f"{sources[0]} must stand alone: prepare {sources[1]} as another data set and mix them")
         source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
         fraction = val_fraction or 0.01
     else:

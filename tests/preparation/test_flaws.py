@@ -105,7 +105,7 @@ def test_a_document_that_cannot_be_taken(folio, corpus, tok, tmp_path, name) -> 
     skipped = json.loads((tmp_path / "out" / "meta.json").read_text())["skipped"]
     assert sum(skipped.values()) == 1
     assert next(iter(skipped)).startswith(reason)
-    assert f"; documents that could not be taken: 1 (1 with {reason}" in out
+    assert f"; documents that could not be used: 1 (1 with {reason}" in out
     assert ids(tmp_path / "out", "val") + ids(tmp_path / "out") == expected(tok, [*good, *GOOD])
 
 

@@ -79,7 +79,7 @@ def test_what_differs_is_refused(
         assert dying(18, *argv, *now, "--overwrite")[0] == DIED
         tokens = committed(out / UNFINISHED)[0]
         code, said = dying(0, *argv, *now, "--overwrite")
-        assert (code, f"going on after {tokens:,} tokens" in said) == (ENDED, True), said
+        assert (code, f"continuing after {tokens:,} tokens" in said) == (ENDED, True), said
     else:
         made(folio(*argv, *now, "--overwrite"))
     made(folio(*argv, *now, f"--data_dir={tmp_path / 'fresh'}"))

@@ -85,7 +85,7 @@ def test_killed_at_every_step(dying: Dying, articles: list[str], tmp_path: Path,
         found = {name: content for name, content in tree(out).items() if name != ".preparing/lock"}
         assert found == tree(new), f"after step {step}"
         if documents and "going on" in said:
-            assert f"going on after {tokens:,} tokens of {documents:,} documents" in said
+            assert f"continuing after {tokens:,} tokens of {documents:,} documents" in said
             assert f"tokenised {len(texts) - documents} documents" in said or kind in ("txt", "files")
     assert step > 25
 
@@ -220,7 +220,7 @@ def test_killed_at_random(start: Start, articles: list[str], tmp_path: Path, cas
         if (out / "meta.json").exists():
             break
         if kept[-1]:
-            assert f"going on after {kept[-1]:,} tokens" in process.output()
+            assert f"continuing after {kept[-1]:,} tokens" in process.output()
         kept.append(committed(out / UNFINISHED)[0])
     assert kept == sorted(kept)
     assert len(set(kept)) > 1

@@ -58,7 +58,7 @@ def test_parts_at_once(start: Start, articles: list[str], tmp_path: Path, case: 
     parts[1] = start(*argv, f"--data_dir={out}", "--shard_of=1/3", how=OFTEN)
     for part in parts:
         assert part.wait(60) == 0, part.output()
-    assert "going on after" in parts[1].output()
+    assert "continuing after" in parts[1].output()
     assert tree(out) == tree(tmp_path / "new")
 
 

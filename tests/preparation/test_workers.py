@@ -82,7 +82,7 @@ def test_a_worker_that_is_killed(corpus, tok, tmp_path) -> None:
     assert session(run.pid) == {}
     again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "going on after" in again.stdout
+    assert "continuing after" in again.stdout
     cache = {text: expected(tok, [text]) for text in set(texts)}
     assert ids(out, "val") == cache[texts[0]]
     assert ids(out) == [i for text in texts[1:] for i in cache[text]]

@@ -14,6 +14,7 @@ import tyro
 from folio.config.options import ITSELF, knob
 from folio.data.tokenizers import END_OF_TEXT
 from folio.errors import UserError
+from folio.files import write
 from folio.preparation.documents import Flaw, Work, documents, refusal
 from folio.preparation.finding import find
 from folio.preparation.text_files import Files
@@ -60,10 +61,7 @@ def main(options: Options) -> None:
     if (size := fast.get_vocab_size()) < options.vocab_size:
         say(f"the text has no more than {size:,} tokens to learn")
     out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    unfinished.write_text(fast.to_str(pretty=True), encoding="utf-8")  # fast.save raises no OSError
-    unfinished.replace(out)
+    write(out, fast.to_str(pretty=True).encode())  # fast.save raises no OSError
     say(f"wrote {out}: {size:,} tokens")
 
 

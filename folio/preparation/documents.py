@@ -19,7 +19,7 @@ _BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|(?:\r?\n|\r)(?=[^\s/]))|[ぁ-ゖァ-�
 
 
 class Span(NamedTuple):
-    """Documents that lie together, by reference where they can be read from the middle, else in hand.
+    """Consecutive documents: a reference to them if they can be read from the middle of a file, else their content.
 
     ``kind``: ``lines`` of JSON (those that begin within bytes ``start`` … ``stop``, or ``held`` bytes whose
     first line is number ``start``), the bytes ``start`` … ``stop`` of a ``text`` file, the row group ``start``
@@ -33,14 +33,14 @@ class Span(NamedTuple):
     stop: int = 0
     held: Any = None
     continues: bool = False  # its document began in the span before
-    more: bool = False  # and goes on in the next
+    more: bool = False  # and continues in the next
 
 
 Spans = tuple[Span, ...]
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a document that cannot be taken, by which it is counted, and more about this one."""
+    """Why a document cannot be used: ``what`` is counted, ``more`` is about this document only."""
 
     what: str
     more: str = ""
@@ -48,7 +48,7 @@ class Flaw(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker has to know."""
+    """What every worker needs to know."""
 
     tokenizer: dict[str, Any]  # as from_json takes it
     eot: Literal["before", "after", "none"]
@@ -61,7 +61,7 @@ Numbered = Iterator[tuple[int, str | Flaw]]  # the line or the document that it 
 
 
 def documents(span: Span, work: Work) -> Numbered:
-    """The documents of a span, in order, each as its text or as what is wrong with it."""
+    """The documents of a span, in order, each as its text or its flaw."""
     for i, text in _READERS[span.kind](span, work.text_key):
         yield i, Flaw("an empty document") if text == "" and not work.keep_empty else text
 
@@ -79,7 +79,7 @@ def _text(span: Span, key: str) -> Numbered:
 
 
 def _lines(span: Span, key: str) -> Numbered:
-    """A document a line, ``{"text": …}``. Lines of white space are passed over."""
+    """One document per line, ``{"text": …}``. Blank lines are skipped."""
     raw = span.held if span.held is not None else _own_lines(span)
     for i, line in enumerate(raw.split(b"\n")):
         if line and not line.isspace():
@@ -87,7 +87,7 @@ def _lines(span: Span, key: str) -> Numbered:
 
 
 def _own_lines(span: Span) -> bytes:
-    """The lines that begin within a span; of one that is too long, no more than tells so."""
+    """The lines that begin within a span; a line that is too long is cut just above the limit."""
     with open(span.path, "rb") as file:
         if span.start:
             file.seek(span.start - 1)
@@ -181,12 +181,12 @@ def cut(file: BinaryIO, at: int, size: int) -> int:
 
 
 def refusal(span: Span, i: int, flaw: Flaw) -> UserError:
-    """What is said of the i-th line or document of a span where it ends the work."""
+    """The error for a flaw in the i-th line or document of a span."""
     return UserError(f"{place(span, i)}: {flaw.what}{flaw.more} (--on_error=skip leaves such documents out)")
 
 
 def place(span: Span, i: int) -> str:
-    """Where the i-th line or document of a span lies, as an editor finds it."""
+    """The place of the i-th line or document of a span, in the form that editors open."""
     match span.kind:
         case "lines":
             first = span.start if span.held is not None else _line_number(span.path, span.start)

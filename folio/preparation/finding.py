@@ -40,7 +40,7 @@ def kind_of(path: Path) -> str | None:
 def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Files, folders (all that lies below) and globs → the files that can be read, and their relative names.
 
-    A file that several names or links lead to is taken once. What is left out is told.
+    A file that several names or links lead to is used once. Files that are left out are reported.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -74,7 +74,7 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """All that is no folder below one, hidden names left out; links to folders are followed last, each folder once."""
+    """The files below a folder, without hidden ones; links to folders are followed last, and each folder once."""
     seen = {(at.stat().st_dev, at.stat().st_ino) for at in root.resolve().parents}  # which a link may lead back to
     folders, links = deque([root]), deque[Path]()
     while folders or links:
@@ -93,7 +93,7 @@ def _below(root: Path) -> Iterator[Path]:
 
 
 def _counted(paths: Sequence[Path]) -> str:
-    """How many there are of each kind, for a reader."""
+    """How many files there are of each kind, for messages."""
     kinds = Counter(sorted(map(_ending, paths))).most_common()
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds[:8]) + (", …" if len(kinds) > 8 else "")
 
@@ -108,6 +108,6 @@ def _ending(path: Path) -> str:
 
 
 def _remedy(paths: Sequence[Path]) -> str:
-    """What can be done about files of other kinds, where that is known."""
+    """A remedy for files of other kinds, if one is known, or ""."""
     ends = (path.suffix.lower() for path in paths)
     return next((f"; {end}: {_REMEDIES[end]}" for end in ends if end in _REMEDIES), "")

@@ -50,15 +50,15 @@ def prepare(
     overwrite: bool = False,
     part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Makes a data set in ``folder``, or goes on making it.
+    """Makes a data set in ``folder``, or continues where a killed process stopped.
 
-    ``workers``: processes that tokenise, 0 for as many as this process may use cores. ``skip``: count documents
-    that cannot be taken, instead of stopping at the first. ``part``: (I, N) of a job that is shared out.
+    ``workers``: processes that tokenize, 0 for one per core that this process may use. ``skip``: count documents that
+    cannot be used, instead of stopping at the first. ``part``: (I, N), the part I of N that this process prepares.
 
     Raises:
-        ValueError: a document that cannot be taken; another or a changed recipe, with the difference; the folder is
+        ValueError: a document cannot be used; the recipe changed, with the difference; the folder is
             in use by another process.
-        OSError: what cannot be read or written.
+        OSError: something cannot be read or written.
     """
     described = recipe.describe()
     work = folder / UNFINISHED
@@ -94,7 +94,7 @@ def _same(state: dict[str, Any], described: dict[str, Any]) -> bool:
 
 
 def _remove(work: Path) -> None:
-    """Removes what is left in there, the state last: a process that is killed on the way leaves it to be found."""
+    """Removes the folder, its state last, so that after a kill the next run finds it."""
     for path in work.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -105,10 +105,7 @@ def _remove(work: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(work: Path) -> Iterator[None]:
-    """Holds the folder for this process.
-
-    A folder in which nothing was committed is removed again when what is done in it fails.
-    """
+    """Locks the folder for this process. If the work fails before anything was committed, the folder is removed."""
     lock = Lock(work / _LOCK, "another process is preparing this data set", "wait until it has finished")
     try:
         yield
@@ -116,7 +113,7 @@ def _lock(work: Path) -> Iterator[None]:
         say("stopped: the same command continues from here")
         raise
     except OSError as error:
-        raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to go on") from None
+        raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to continue") from None
     finally:
         if not (work / STATE).exists():
             shutil.rmtree(work, ignore_errors=True)
@@ -142,7 +139,7 @@ class _Job:
                 if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
                     state = {"made": self.described, "block": sources.BLOCK, "parts": shared}
                 if parts:
-                    save_state(work, state)  # without one the folder is removed where this fails, and all parts with it
+                    save_state(work, state)  # without it, a failure would remove the folder and all parts
                 tokenizer = self._tokenizer(work, state)
                 writer = Writer(work, self.recipe.layout, stored(tokenizer.size), self.recipe.given_splits, state)
                 tokenized = Parts(parts, stored(tokenizer.size)).results if parts else self._tokenized(tokenizer)
@@ -151,7 +148,7 @@ class _Job:
                     try:
                         files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
                     except ValueError as error:
-                        (work / STATE).unlink()  # going on would end here again
+                        (work / STATE).unlink()  # a second run would fail here again
                         raise UserError(f"{folder}: {error}{_count(writer.skipped)}") from None
                 state["meta"] = self._meta(writer, tokenizer, files)
                 state["place"] = "" if writer.place == work else writer.place.name
@@ -176,7 +173,7 @@ class _Job:
                     writer.commit(None, complete=True)
 
     def _state(self, work: Path) -> dict[str, Any]:
-        """What an earlier process committed, if it was after the same."""
+        """What an earlier process committed, if it was preparing the same."""
         state = read_state(work)
         if state and not self.overwrite:
             refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
@@ -186,7 +183,7 @@ class _Job:
         return state
 
     def _tokenizer(self, work: Path, state: dict[str, Any]) -> Tokenizer:
-        """The recipe's, or the one of the characters that a first pass over the whole source finds."""
+        """The recipe's tokenizer, or one of the characters that a first pass over the whole source finds."""
         if self.recipe.tokenizer:
             return self.recipe.tokenizer
         if "alphabet" not in state:
@@ -215,7 +212,7 @@ class _Job:
     def _write(self, writer: Writer | PartWriter, tokenized: Results) -> None:
         position, committed = writer.state.get("position"), time.perf_counter()
         if position is not None:
-            say(f"going on after {writer.tokens:,} tokens of {writer.documents:,} documents")
+            say(f"continuing after {writer.tokens:,} tokens of {writer.documents:,} documents")
         with progress(self.recipe.source.size, writer) as show, contextlib.closing(tokenized(position)) as found:
             for block, result in found:
                 writer.add(result, block)
@@ -251,4 +248,4 @@ def _count(skipped: Counter[str] | dict[str, int]) -> str:
     if not skipped:
         return ""
     kinds = ", ".join(f"{count:,} with {what}" for what, count in Counter(skipped).most_common(5))
-    return f"; documents that could not be taken: {sum(skipped.values()):,} ({kinds})"
+    return f"; documents that could not be used: {sum(skipped.values()):,} ({kinds})"

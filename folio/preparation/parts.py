@@ -42,7 +42,7 @@ class PartWriter(Counted):
         self.count(found, block)
 
     def close(self) -> None:
-        """Lets go of the files; what was not committed is lost."""
+        """Closes the files; what was not committed is lost."""
         for file in self._files.values():
             file.close()
 

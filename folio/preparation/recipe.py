@@ -20,7 +20,7 @@ from folio.records.console import say
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set is made of, and how. ``tokenizer`` None: characters, those of the source."""
+    """What a data set is made of, and how. ``tokenizer`` None: the characters of the source."""
 
     source: Source
     tokenizer: Tokenizer | None
@@ -28,26 +28,26 @@ class Recipe:
     text_key: str = "text"
     keep_empty: bool = False
     given_splits: bool = False  # the source decides what is for validation
-    small_fraction: float = 0.1  # of the documents, where there is less than one shard
+    small_fraction: float = 0.1  # of the documents for validation, if there is less than one shard
     made: dict[str, Any] = field(default_factory=dict)  # what else tells it from others
 
     def describe(self) -> dict[str, Any]:
-        """What this data set's ``meta.json`` will say of its making."""
-        told = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
-        if told["kind"] == "tokenizers":
-            digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-            told = {"kind": "tokenizers", "sha256": digest[:16]}
+        """What ``meta.json`` will state of how the data set was made."""
+        spec = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
+        if spec["kind"] == "tokenizers":
+            digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+            spec = {"kind": "tokenizers", "sha256": digest[:16]}
         return {
             **self.made,
             "source": self.source.describe(),
-            "tokenizer": told,
+            "tokenizer": spec,
             "text_key": self.text_key,
             "layout": asdict(self.layout),
         }
 
 
 def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
-    """Whether there is nothing to do. Raises ValueError where something else is there."""
+    """Whether the data set is complete. Raises ValueError if the folder has another one."""
     if overwrite:
         return False
     try:
@@ -79,8 +79,8 @@ def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], sourc
     if changed == ["source.line_ends"] and isinstance(source, Files) and source.reads_as_before():
         return
     if changed:
-        told = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
-        raise UserError(f"{what} with other settings ({told}): --overwrite makes it anew")
+        changes = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
+        raise UserError(f"{what} with other settings ({changes}): --overwrite makes it anew")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:

@@ -17,12 +17,12 @@ BLOCK = 4 * 2**20  # bytes of text that a worker reads at once
 
 
 class Block(NamedTuple):
-    """What one worker takes at once, and the position (JSON) after it."""
+    """What a worker reads at once, and the position (JSON) after it."""
 
     spans: Spans
     after: Any
     size: int  # bytes on disk that it stands for
-    split: Split | None = None  # where the source decides it
+    split: Split | None = None  # if the source decides it
 
 
 class Piece(NamedTuple):
@@ -39,11 +39,11 @@ class Source(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk, where they are known beforehand."""
+        """Bytes on disk, if known beforehand."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What tells this source from another or a changed one, as JSON."""
+        """What identifies this source and its state, as JSON."""
         ...
 
     def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:

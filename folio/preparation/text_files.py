@@ -87,7 +87,7 @@ class Files:
                     if (number == first and i < done) or _part(before + piece.at, total, part[1]) != part[0]:
                         continue
                     full = sum(p.size for p in held) + piece.size > sources.BLOCK
-                    # A document goes on with the block before, so that nothing else can stand before its rest
+                    # The rest of a document begins a block of its own
                     if held and (full or held[0].split != piece.split or piece.span.continues):
                         yield block([number, i])
                     held.append(piece)
@@ -101,7 +101,7 @@ def _part(at: int, total: int, parts: int) -> int:
 
 
 def _text(source: Files, path: Path) -> Iterator[Piece]:
-    """A file is a document; a large one is cut where that does not change its tokens."""
+    """A file is a document; a large one is cut at places that do not change its tokens."""
     size, name = path.stat().st_size, str(path)
     if size <= sources.BLOCK and not source.single:
         yield Piece(Span(name, "text", 0, size), 0, size)
@@ -130,7 +130,7 @@ def _ends(file: BinaryIO, size: int) -> list[int]:
 
 
 def _divided(file: BinaryIO, at: int, size: int) -> int:
-    """Where a text is cut for validation: between tokens, or where there is no such place between characters."""
+    """Where a text is cut for validation: between tokens, or if there is no such place, between characters."""
     if (place := cut(file, at, size)) < size:
         return place
     file.seek(max(at - 1, 0))
@@ -141,7 +141,7 @@ def _divided(file: BinaryIO, at: int, size: int) -> int:
 
 
 def _invalid(path: Path) -> tuple[int, str] | None:
-    """The line on which a file is no longer UTF-8, and what is said of that."""
+    """The first line that is not UTF-8, and the reason to report."""
     line = 1
     with path.open("rb") as file:
         while raw := file.readline(2**24):

@@ -25,15 +25,15 @@ from folio.preparation.sources import Block
 class Tokenized(NamedTuple):
     """The ids of a block's documents, one after another, and how many each has."""
 
-    ids: Ids  # uint16, or uint32 where the vocabulary needs it
+    ids: Ids  # uint16, or uint32 if the vocabulary needs it
     lengths: Ids
-    continues: bool  # the first document goes on with the last one of the block before
+    continues: bool  # the first document continues the last one of the block before
     size: int  # bytes of text in UTF-8
     skipped: Counter[str]
 
 
 class Tokenize:
-    """Spans → ``Tokenized``. Raises ValueError that names file and line of a flaw, unless those are skipped."""
+    """Spans → ``Tokenized``. Raises ValueError that names file and line of a flaw, unless flaws are skipped."""
 
     def __init__(self, work: Work) -> None:
         self.work = work

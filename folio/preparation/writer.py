@@ -32,10 +32,10 @@ _NPY_HEADER = 128  # bytes, whatever the number of tokens
 class Layout:
     """How documents become files.
 
-    ``name`` of a file, of ``{split}`` and, where there are shards, ``{index:06d}``; ``shard_size`` tokens are
-    in each shard but the last, 0: one file a split. Validation are the first ``val_documents``, or
-    ``val_fraction`` of the documents, evenly spread from the first on; or where both are 0 the first shard, as
-    in build-nanogpt's ``fineweb.py``, documents running on across shards.
+    ``name`` of a file has ``{split}`` and, if there are shards, ``{index:06d}``. Each shard but the last has
+    ``shard_size`` tokens; 0 means one file per split. For validation are the first ``val_documents``, or
+    ``val_fraction`` of the documents, evenly spread from the first on. If both are 0, it is the first shard, and
+    documents continue across shards, as in build-nanogpt's ``fineweb.py``.
     """
 
     name: str = "{split}.bin"
@@ -46,7 +46,7 @@ class Layout:
 
 
 class Stream:
-    """The tokens of one split, or of both where the first shard is validation, file after file."""
+    """The tokens of one split, or of both if the first shard is for validation, file after file."""
 
     def __init__(self, folder: Path, layout: Layout, split: Split | None, dtype: np.dtype[Any], state: Any) -> None:
         self.folder, self.layout, self.split, self.dtype = folder, layout, split, dtype
@@ -81,7 +81,7 @@ class Stream:
         return _NPY_HEADER if self._path.suffix == ".npy" else 0
 
     def append(self, ids: Ids, starts: Ids) -> None:
-        """Adds ids; ``starts`` are the places among them where documents begin."""
+        """Adds ids; ``starts`` are the indices at which documents begin."""
         while len(ids):
             room = self.layout.shard_size - self.tokens if self.layout.shard_size else len(ids)
             if self._file is None:
@@ -117,7 +117,7 @@ class Stream:
         file.close()
 
     def release(self) -> None:
-        """Lets go of the file that grows, as it is."""
+        """Closes the growing file as it is."""
         if self._file is not None:
             self._file.close()
 
@@ -129,7 +129,7 @@ class Stream:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Commits what a later process goes on from, with a sum that tells whether it is what was written."""
+    """Commits the state from which a later process continues, with a checksum of itself."""
     write_sealed(folder / STATE, state)
 
 
@@ -153,7 +153,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class Counted:
-    """What was taken so far, and how it is committed. ``state`` is what an earlier process committed here."""
+    """The counts of what was added so far, and how they are committed. ``state``: what an earlier process committed."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         self.folder, self.state = folder, state
@@ -175,7 +175,7 @@ class Counted:
 
 
 class Writer(Counted):
-    """Takes tokenised blocks in order, to the files of the data set."""
+    """Writes tokenized blocks, in order, to the files of the data set."""
 
     def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
         super().__init__(folder, state)
@@ -214,12 +214,12 @@ class Writer(Counted):
         return (np.floor(numbers * share) != np.floor((numbers - 1) * share)) | (numbers == 0)
 
     def close(self) -> None:
-        """Lets go of the files; what was not committed is lost."""
+        """Closes the files; what was not committed is lost."""
         for stream in self.streams.values():
             stream.release()
 
     def commit(self, position: Any) -> None:
-        """Makes everything added so far durable; a killed preparation goes on from here."""
+        """Makes everything added so far durable; a killed preparation continues from here."""
         for stream in self.streams.values():
             stream.sync()
         streams = {str(split): stream.state for split, stream in self.streams.items()}
@@ -264,7 +264,7 @@ class Writer(Counted):
 
 
 def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:
-    """Puts finished files into their place, ``meta.json`` last; one that describes what they replace goes first."""
+    """Moves finished files to their place, ``meta.json`` last; an older ``meta.json`` is removed first."""
     (to / META).unlink(missing_ok=True)
     for name in names:
         if (folder / name).exists():

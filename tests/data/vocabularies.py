@@ -1,0 +1,21 @@
+"""Tokenizers that the tests train or build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.decoders
+
+
+def words(decoder: Any = None, **more: Any) -> Any:
+    """A tokenizer of whole words that a space marks, as those made from sentencepiece."""
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", "▁the", "▁ferry", "▁left", "s", "<0xE6>", "<0xB8>", "<0xA1>"])}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre.Metaspace(**more)
+    made.decoder = decoder or decoders.Metaspace()
+    return made

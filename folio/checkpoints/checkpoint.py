@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import secrets
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +28,7 @@ from folio.machine.runtime import is_finite, laid_out_as
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
-from folio.records.run_folder import BEST, CHECKPOINTS, MODEL, OPTIMIZER, STATE
+from folio.records.run_folder import CHECKPOINTS, MODEL, OPTIMIZER, STATE
 
 _HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
 Tensors = Iterator[tuple[str, Tensor]]
@@ -236,16 +232,18 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
 
 
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes, syncs, and only then renames into place. A checkpoint of the same step is replaced.
+    """Writes and syncs a checkpoint, and only then renames it into place.
 
-    Where it has the same tensors, its state alone is, so that there is a whole one at any moment.
+    A checkpoint of the same step is replaced: where it has the same tensors, its ``state.json`` alone; otherwise it is
+    moved aside first, and a whole checkpoint of this step is on the disk at any moment. ``run_folder.hold`` puts back
+    one that a killed process had moved aside.
 
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
     """
-    final = run_folder.checkpoint_folder(out_dir, step)
+    final, replaced = run_folder.checkpoint_folder(out_dir, step), run_folder.replaced_folder(out_dir, step)
     unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    files.discard(unfinished)
     try:
         unfinished.mkdir(parents=True)
         save_file(weights, unfinished / MODEL)
@@ -255,26 +253,33 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
         for name in (MODEL, OPTIMIZER):
             files.sync(unfinished / name)
         files.sync(unfinished)
+        if all((final / name).is_file() and files.sha256(final / name) == hashes[name] for name in hashes):
+            files.rename(unfinished / STATE, final / STATE)
+            files.sync(final)
+        elif final.exists():
+            if replaced.exists():
+                run_folder.remove_checkpoint(replaced)
+            files.rename(final, replaced)
+            _rename_or_put_back(unfinished, final, replaced)
+        else:
+            files.rename(unfinished, final)
+            files.sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
-    if all((final / name).is_file() and files.sha256(final / name) == hashes[name] for name in hashes):
-        (unfinished / STATE).replace(final / STATE)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        files.sync(final)
-        return
-    if final.exists():
-        _remove(final)
-    unfinished.rename(final)
+        files.discard(unfinished)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise files.UnwrittenError(final, reason, "make room there or choose another --out_dir") from None
+    files.discard(unfinished)
+    if replaced.exists():
+        run_folder.remove_checkpoint(replaced)
+
+
+def _rename_or_put_back(unfinished: Path, final: Path, replaced: Path) -> None:
+    try:
+        files.rename(unfinished, final)
+    except OSError:
+        files.rename(replaced, final)
+        raise
     files.sync(final.parent)
-
-
-def _remove(path: Path) -> None:
-    """Takes a checkpoint away in one moment: whoever reads it has all of it, and whoever looks for it none."""
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def state_of(path: Path) -> tuple[dict[str, Any], bool]:
@@ -324,105 +329,6 @@ def unsealed(found: Checkpoint) -> str:
     if STATE in found.state["sha256"]:
         return ""
     return f"{found.path / STATE} has no checksum, as older versions wrote it: it is used as it is"
-
-
-def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not.
-
-    Those are set ``aside`` as ``….damaged``, so that a later look does not meet them again.
-    """
-    lines: list[str] = []
-    for step in reversed(run_folder.steps(out_dir)):
-        path = run_folder.checkpoint_folder(out_dir, step)
-        try:
-            found = verify(path, run_id)
-            return found, [*lines, *filter(None, [unsealed(found)])]
-        except ValueError as error:
-            lines.append(str(error))
-        if aside:
-            other = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(other, ignore_errors=True)
-            path.rename(other)
-            lines[-1] += f"; set aside as {other.name}"
-    return None, lines
-
-
-def best_step(out_dir: Path) -> int | None:
-    """The step of ``best.json``; where that is lost or damaged, the best that the newest checkpoint knows of."""
-    try:
-        best, sealed = files.read_sealed(out_dir / BEST)
-        if (sealed or best.keys() == {"step", "loss"}) and type(best["step"]) is int:
-            return best["step"]
-    except (OSError, ValueError, LookupError):
-        pass
-    for step in reversed(run_folder.steps(out_dir)):
-        try:
-            best = state_of(run_folder.checkpoint_folder(out_dir, step))[0]["best"]
-            return int(best["step"]) if best else None
-        except (ValueError, LookupError, TypeError):
-            continue
-    return None
-
-
-def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """``best``, ``latest`` or a step's number. One that is removed before it is read gives way to the next.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint; says what there is.
-        ValueError: it is damaged; names another.
-    """
-    while True:
-        step = _chosen(out_dir, which)
-        try:
-            found = verify(run_folder.checkpoint_folder(out_dir, step))
-            break
-        except ValueError as error:
-            if step in (have := run_folder.steps(out_dir)):
-                others = [other for other in have if other != step]
-                remedy = f"; --checkpoint={others[-1]} is another" if others else ""
-                raise UserError(f"{error}{remedy}") from None
-    knobs: dict[str, Any] = {}
-    try:
-        knobs = run_folder.asked(out_dir).options
-    except FileNotFoundError:
-        pass
-    except ValueError as error:  # a model is of use without what was asked for
-        warnings.warn(str(error), stacklevel=2)
-    if line := unsealed(found):
-        warnings.warn(line, stacklevel=2)
-    return replace(found, asked=knobs)
-
-
-def _chosen(out_dir: Path, which: str) -> int:
-    have = run_folder.steps(out_dir)
-    if not have:
-        raise FileNotFoundError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first")
-    if which == "best":
-        best = best_step(out_dir)
-        return best if best in have else have[-1]
-    if which == "latest":
-        return have[-1]
-    step = int(which) if re.fullmatch("[0-9]{1,18}", which) else -1
-    if step not in have:
-        raise FileNotFoundError(
-            f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
-        )
-    return step
-
-
-def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
-    """Removes all but the best checkpoint, the two newest, and the ``keep`` newest at multiples of ``interval``.
-
-    Of the two newest one alone stays where ``keep`` is 1. What a killed save left goes too.
-    """
-    for path in (out_dir / CHECKPOINTS).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    there = run_folder.steps(out_dir)
-    kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
-    for step in there:
-        if step not in kept:
-            with suppress(OSError):
-                _remove(run_folder.checkpoint_folder(out_dir, step))
 
 
 def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,7 +7,6 @@ writes: configs and tokenizer files.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 from dataclasses import MISSING, dataclass, fields, replace
@@ -21,16 +20,12 @@ from torch import Tensor
 from folio import __version__, files
 from folio.checkpoints import checkpoint, model_card, pt_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
-from folio.config.options import Optimizer, Source, TrainConfig, model_config, typed
+from folio.config.options import Optimizer, TrainConfig, model_config, typed
 from folio.data import tokenizer_folder
-from folio.data.token_files import GPT2
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
-from folio.records import run_folder
 
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # The key table, for both directions: parameters have the same names on both sides, but Hugging Face keeps these,
 # of its Conv1D, as (in, out)
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -57,115 +52,9 @@ _FIELDS = (  # of GPTConfig: what exporters know how to say
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
-_FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
-_BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> GPT:
-    """The model of any source that ``find`` knows, in float32 on the CPU; dropout is 0 unless overridden.
-
-    Matches nanoGPT's ``GPT.from_pretrained``, with OpenAI's tanh GELU where nanoGPT's is the exact one.
-
-    Raises:
-        ValueError: ``override_args`` names anything but dropout, or as ``find``. FileNotFoundError: as ``find``.
-    """
-    changes = {"dropout": 0.0, **(override_args or {})}
-    if odd := sorted(changes.keys() - {"dropout"}):
-        raise UserError(f"override_args: {odd[0]} is what the weights say, only dropout can be chosen")
-    return find(name).model(**changes)
-
-
-# Finding
-
-
-def choose(source: Source) -> Checkpoint:
-    """The model that a command was given; raises as ``find``."""
-    if source.init_from == "resume":
-        return in_folder(Path(source.out_dir), source.checkpoint)
-    return find(source.init_from, source.checkpoint)
-
-
-def find(name: str, which: str = "best") -> Checkpoint:
-    """A model by name: an out_dir, a ``.pt`` file or its folder, a Hugging Face folder, a model of the hub.
-
-    Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, no GPT-2, or a pickle that asks for code.
-    """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:
-        raise FileNotFoundError(f"{name}: there is no such user") from None
-    if path.is_dir():
-        return in_folder(path, which)
-    if path.suffix == ".pt":
-        return _the_only(pt_files.read(path), which)
-    if path.is_file():
-        raise UserError(f"{path}: a model is a folder or a .pt file")
-    by_name = GPT2 if name.removeprefix("openai-community/") in OPENAI else None
-    return _the_only(hugging_face(_download(name), by_name), which)
-
-
-def in_folder(path: Path, which: str = "best") -> Checkpoint:
-    """An out_dir's checkpoint ``which`` (best, latest or a step), nanoGPT's ``ckpt.pt``, or a Hugging Face folder.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``find``.
-    """
-    if not run_folder.steps(path):
-        if (path / run_folder.NANOGPT).exists():
-            return _the_only(pt_files.read(path / run_folder.NANOGPT), which)
-        if _weight_files(path):
-            return _the_only(hugging_face(path), which)
-    return checkpoint.choose(path, which)
-
-
-def _the_only(found: Checkpoint, which: str) -> Checkpoint:
-    """Where there is one, it is the best and the latest; raises FileNotFoundError for another step."""
-    if which not in ("best", "latest", str(found.step)):
-        raise FileNotFoundError(f"no checkpoint {which!r} in {found.path}: there is one, of step {found.step}")
-    return found
-
-
-def _download(name: str) -> Path:
-    """The folder of a model of the hub, from the hub's cache or, where it is not there, by the hub's library."""
-    if close := difflib.get_close_matches(name, ("scratch", "resume", "auto"), n=1, cutoff=0.7):
-        raise UserError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
-        raise FileNotFoundError(f"{name}: there is no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ModuleNotFoundError:
-        raise FileNotFoundError(
-            f"{name}: there is no such file or folder; to ask the Hugging Face hub for it: pip install huggingface_hub"
-        ) from None
-
-    names = [f"openai-community/{name}", name] if name in OPENAI else [name]
-    for cached in names:
-        try:
-            folder = Path(snapshot_download(cached, local_files_only=True))
-        except LocalEntryNotFoundError:
-            continue
-        wanted = _weight_files(folder)
-        if wanted and all(p.is_file() for p in (folder / "config.json", *wanted)):
-            return folder
-    try:
-        folder = Path(snapshot_download(names[0], allow_patterns=_FILES))
-        if not _weight_files(folder):
-            folder = Path(snapshot_download(names[0], allow_patterns=[*_FILES, *_BIN_FILES]))
-    except Exception as error:  # the library's, its client's and the network's
-        raise FileNotFoundError(
-            f"{name} is no file or folder here, nor in the cache of the Hugging Face hub, and it could not be fetched: "
-            f"{_reason(error)}"
-        ) from None
-    return folder
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold a model, safetensors if there are any.
 
     Raises:
@@ -204,7 +93,7 @@ class HuggingFace(Checkpoint):
         def wanted(name: str) -> bool:
             return not (name.endswith(_BUFFERS) or _our_name(name) in left_out)
 
-        for file in _weight_files(self.path):
+        for file in weight_files(self.path):
             for name, tensor in (
                 checkpoint.read(file, wanted) if file.suffix == ".safetensors" else pt_files.tensors(file, wanted)
             ):
@@ -226,7 +115,7 @@ def _our_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
+def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
     """The model in a folder with ``config.json`` and weights; its tokenizer is the ``assumed`` one if it has none.
 
     Raises:
@@ -234,7 +123,7 @@ def hugging_face(folder: Path, assumed: dict[str, Any] | None = None) -> Hugging
             option.
     """
     path = folder / "config.json"
-    for needed in (path, *(_weight_files(folder) or [folder / _WEIGHTS[0]])):
+    for needed in (path, *(weight_files(folder) or [folder / _WEIGHTS[0]])):
         if not needed.exists():
             raise FileNotFoundError(f"{needed} is missing: the folder is not a whole model")
         files.require_file(needed)
@@ -304,7 +193,7 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = "") -> None:
-    """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, and ``find`` as well.
+    """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, and ``find.by_name`` too.
 
     Biases that the model has not are written as zeros; token ids beyond the tokenizer's are cut off; our own config
     is kept under the key ``folio``, so that importing and exporting again gives the same files. The model card calls it
@@ -432,29 +321,3 @@ def _public(asked: dict[str, Any]) -> dict[str, Any]:
     elsewhere = asked.get("data_dir") or asked.get("data_mixture")
     told = {k: v for k, v in asked.items() if k in _PUBLIC and not (k == "dataset" and elsewhere)}
     return told | ({"dataset": Path(told["dataset"]).name} if told.get("dataset") else {})
-
-
-def check_hub_name(name: str) -> None:
-    """Raises ValueError where the hub can have no such model."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"push_to_hub={name}: must be USER/NAME")
-
-
-def push(folder: Path, name: str) -> str:
-    """Uploads an exported folder as the hub's model ``USER/NAME``, and returns its address.
-
-    Raises:
-        OSError: no access, or no network; the folder stays as it is.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        repository = api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
-    except Exception as error:  # the library's, its client's and the network's
-        raise OSError(
-            f"{folder} is written, but was not pushed to {name}: {_reason(error)}; hf auth login gives access, "
-            f"hf upload {name} {folder} tries again"
-        ) from None
-    return str(repository)

@@ -11,7 +11,8 @@ from folio import __version__
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.tokenizers import Tokenizer, decode
 from folio.errors import UserError
-from folio.records.log import hellaswag_line, read_metrics
+from folio.records.log import hellaswag_line
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import EVALUATIONS, METRICS
 
 UNKNOWN = "not known"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from folio import files
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.config.options import (
     EACH,
@@ -36,7 +36,8 @@ from folio.evaluation.loss import evaluate, text_size
 from folio.machine import shortage
 from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
-from folio.records.log import hellaswag_line, to_json
+from folio.records.log import hellaswag_line
+from folio.records.metrics import to_json
 from folio.records.run_folder import EVALUATIONS
 
 _DATA = {f.name for f in fields(Data)}
@@ -84,7 +85,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     o = options
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
         raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
-    chosen = hugging_face.choose(o.source)
+    chosen = find.from_source(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
         with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from folio import files
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find
 from folio.config.options import ITSELF, knob
 from folio.model.config import AUTO
 from folio.records import run_folder
@@ -34,7 +34,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    found = hugging_face.find(options.model)
+    found = find.by_name(options.model)
     model = found.model()
     if options.vocab_size != "auto":
         model.grow_vocab_size(options.vocab_size)

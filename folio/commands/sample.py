@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.config.options import Sampling, Source, System
 from folio.data.tokenizers import Tokenizer
 from folio.generation.sampling import continuations, samples
@@ -40,7 +40,7 @@ def texts(options: Options) -> list[str]:
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
-    chosen = hugging_face.choose(options.source)
+    chosen = find.from_source(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(options.system)
     try:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from folio import files
 from folio.config.options import ITSELF, knob
 from folio.data.tokenizers import END_OF_TEXT
 from folio.errors import UserError
@@ -62,7 +63,7 @@ def main(options: Options) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.unfinished")
     unfinished.write_text(fast.to_str(pretty=True), encoding="utf-8")  # fast.save raises no OSError
-    unfinished.replace(out)
+    files.rename(unfinished, out)
     say(f"wrote {out}: {size:,} tokens")
 
 

@@ -23,7 +23,7 @@ from folio.evaluation.scoring import Query, Scores, fitted, score
 from folio.generation import sampling
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
-from folio.records.log import silent_stderr
+from folio.records.console import silent_stderr
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

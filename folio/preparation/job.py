@@ -34,7 +34,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from folio.data.token_files import META, SPLITS, UNFINISHED
 from folio.data.tokenizers import Characters, Tokenizer, stored
 from folio.errors import UserError
-from folio.files import InUseError, Lock, read_json
+from folio.files import read_json
+from folio.locks import InUseError, Lock
 from folio.preparation.sources import BLOCK, Block, Files, Source
 from folio.preparation.workers import Alphabet, Tokenise, Tokenised, Work, begin, do
 from folio.preparation.writer import STATE, Layout, Parts, PartWriter, Writer, listed, move, read_state, save_state

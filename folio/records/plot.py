@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from folio import files
 from folio.errors import UserError
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import METRICS
 
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
@@ -239,7 +239,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         files.write(path, content)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror}): choose another with --output") from None
+        raise files.UnwrittenError(path, error.strerror or str(error), "choose another with --output") from None
 
 
 def _panels(fig: Any, histories: list[History]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from folio.config.options import TrainConfig, defaults
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.plot import (
     GPT2_HELLASWAG,
     GPT2_LOSS,

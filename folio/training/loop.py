@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from folio import files, rng
-from folio.checkpoints import checkpoint, hugging_face, pt_files
+from folio.checkpoints import checkpoint, find, pt_files
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
 from folio.config.options import (
@@ -44,6 +44,7 @@ from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate
 from folio.generation.sampling import continuations, encode_prompt
+from folio.locks import Lock
 from folio.machine import processes, shortage
 from folio.machine.flops import flops_per_token, mfu
 from folio.machine.profiler import WARM_UP, Profiler
@@ -51,7 +52,8 @@ from folio.machine.runtime import Loss, Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder, trackers
-from folio.records.log import Log, counted, rewind
+from folio.records.log import Log, counted
+from folio.records.metrics import rewind
 from folio.records.run_folder import METRICS, NANOGPT
 from folio.records.trackers import Record
 from folio.training import ownership
@@ -113,7 +115,7 @@ class Run:
     runtime: Runtime
     log: Log
     state: State
-    lock: files.Lock | None = None  # on the folder, for all ranks
+    lock: Lock | None = None  # on the folder, for all ranks
     work: list[Work] = field(default_factory=list)
     begun: int = 0  # the step this process began at
     until: float = math.inf  # when max_minutes are over
@@ -531,9 +533,9 @@ def save(run: Run) -> tuple[()]:
             files.write_sealed(run.out_dir / run_folder.BEST, best)
         if output.always_save_checkpoint:
             interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
-            checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
+            find.prune(run.out_dir, output.keep_checkpoints, interval)
         else:
-            checkpoint.prune(run.out_dir, 1)
+            find.prune(run.out_dir, 1)
 
     run.log.say(f"saving checkpoint to {run_folder.checkpoint_folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)
@@ -589,7 +591,7 @@ def build(config: TrainConfig) -> Run:
         raise
 
 
-def _hold(config: TrainConfig) -> files.Lock | None:
+def _hold(config: TrainConfig) -> Lock | None:
     """The folder, which the first rank holds for all; None where nothing will be written."""
     out_dir = Path(config.output.out_dir)
     nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
@@ -602,7 +604,7 @@ def _hold(config: TrainConfig) -> files.Lock | None:
 
 
 @contextmanager
-def _let_go_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
+def _let_go_at_sigterm(lock: Lock | None) -> Iterator[None]:
     """A process that is ended before its run begins, as a launcher does when another fails, leaves no lock file."""
     if lock is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -624,7 +626,7 @@ def _unwritable(out_dir: Path, error: OSError) -> OSError:
     return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir")
 
 
-def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
+def _build(config: TrainConfig, lock: Lock | None) -> Run:
     lines: list[str] = []
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
     number = next(_NUMBERS)
@@ -637,7 +639,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
         lines += former.lines
         config = _overlay(config, former.found.asked, lines)
         check(config)
-    source = hugging_face.find(begin) if not former and begin not in ("scratch", "resume", "auto") else None
+    source = find.by_name(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found.config() if former else source.config() if source else None
     shape = _shape_of(given, config, former, lines) if given else config.model
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
@@ -956,7 +958,7 @@ def _restore(run: Run, former: _Former, lines: list[str]) -> None:
     found: checkpoint.Checkpoint | None = former.found
     if not isinstance(found, PtFile):
         found, damaged = run.runtime.broadcast(
-            lambda: checkpoint.latest(run.out_dir, former.id, aside=not run.config.evaluation.eval_only)
+            lambda: find.latest(run.out_dir, former.id, aside=not run.config.evaluation.eval_only)
         )
         lines += damaged
         if found is None:
@@ -1007,7 +1009,7 @@ def _take_folder(run: Run, number: int, former: _Former | None) -> list[str]:
     out_dir, lines = run.out_dir, []
     try:
         if former and not run.state.best:
-            (out_dir / run_folder.BEST).unlink(missing_ok=True)
+            files.remove(out_dir / run_folder.BEST)
         if former:
             imported = former.found.state["data"] is None  # and has measured nothing here
             interval = 0 if imported else former.found.asked.get("log_interval", 1)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from folio import cli, files
-from folio.checkpoints import checkpoint, gguf, hugging_face, model_card
+from folio.checkpoints import checkpoint, find, gguf, hugging_face, model_card
 from folio.checkpoints.checkpoint import State
 from folio.commands import train
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, decode
@@ -85,7 +85,7 @@ def theirs(folder: Path, **how: Any) -> Any:
 
 @torch.no_grad()
 def logits_of(out_dir: Path, idx: Tensor) -> Tensor:
-    model = hugging_face.in_folder(out_dir).model().eval()
+    model = find.in_folder(out_dir).model().eval()
     return model.lm_head(model.hidden(idx))
 
 
@@ -107,7 +107,7 @@ def assert_the_same_logits(folder: Path, out_dir: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_same_logits(tmp_path, shape) -> None:
     out_dir, to = saved(tmp_path / "out", Bytes(), **shape), tmp_path / "new" / "hf"
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert (theirs(to).config.vocab_size, theirs(to).config.tie_word_embeddings) == (
         256,
@@ -120,7 +120,7 @@ def test_a_padded_vocabulary_is_cut(tmp_path, kind) -> None:
     """The ids beyond the tokenizer's mean nothing; all others keep their logits."""
     tokens, size = kind
     out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "hf"
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     model = theirs(to)
     assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == tokens.size
@@ -137,7 +137,7 @@ def test_dtype(folio, tmp_path, dtype) -> None:
     assert {weight.dtype for weight in load_file(to / "model.safetensors").values()} == {kind}
     assert json.loads((to / "config.json").read_text())["dtype"] == dtype
     assert theirs(to, dtype="auto").dtype == kind
-    embedding = hugging_face.in_folder(out_dir).model().transformer.wte.weight
+    embedding = find.in_folder(out_dir).model().transformer.wte.weight
     assert torch.equal(theirs(to, dtype="auto").transformer.wte.weight, embedding.to(kind))
 
 
@@ -145,7 +145,7 @@ def test_greedy_text(folio, tmp_path, kind) -> None:
     """What transformers generates is what folio sample writes, up to the whole context."""
     tokens, size = kind
     out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size, block_size=24), tmp_path / "hf"
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    hugging_face.export(find.in_folder(out_dir), to)
     fast, prompt = transformers.AutoTokenizer.from_pretrained(to), "The ferry"
     given = fast(prompt, return_tensors="pt")
     new = 24 - given["input_ids"].size(1)
@@ -162,12 +162,12 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
     """There only: folio sample goes on, as a corpus does; transformers does so as well when it is asked to."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     out_dir, to = saved(tmp_path / "out", Tiktoken(), vocab_size=50304, tie_weights=False), tmp_path / "hf"
-    weights = dict(checkpoint.choose(out_dir).weights())
+    weights = dict(find.choose(out_dir).weights())
     weights["transformer.ln_f.weight"].zero_()
     weights["transformer.ln_f.bias"].fill_(1)
     weights["lm_head.weight"].zero_()[50256] = 1  # the likeliest token is always the end of text
-    checkpoint.save(out_dir, 7, weights, {}, {**checkpoint.choose(out_dir).state, "step": 7})
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    checkpoint.save(out_dir, 7, weights, {}, {**find.choose(out_dir).state, "step": 7})
+    hugging_face.export(find.in_folder(out_dir), to)
     fast, model = transformers.AutoTokenizer.from_pretrained(to), theirs(to)
     given = fast("The ferry", return_tensors="pt")
     written = fast.decode(model.generate(**given, max_new_tokens=4, do_sample=False)[0])
@@ -185,7 +185,7 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
 def test_the_tokenizer(tmp_path, kind) -> None:
     """AutoTokenizer encodes as ours, brings back every space, and knows an end of text only where there is one."""
     tokens, size = kind
-    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
+    hugging_face.export(find.in_folder(saved(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(fast) == tokens.size
     assert (fast.eos_token_id, fast.bos_token_id, fast.model_max_length) == (tokens.eot, tokens.eot, 32)
@@ -205,7 +205,7 @@ def test_the_tokenizer(tmp_path, kind) -> None:
 def test_a_model_of_unknown_tokens(tmp_path) -> None:
     """It is handed on without a tokenizer, and with all its ids."""
     out_dir, to = saved(tmp_path / "out", vocab_size=300), tmp_path / "hf"
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert theirs(to).config.vocab_size == 300
     assert not list(to.glob("*token*"))
@@ -217,7 +217,7 @@ def test_a_model_of_unknown_tokens(tmp_path) -> None:
 def test_a_vocabulary_that_was_only_assumed(tmp_path) -> None:
     """Files of tokens that say nothing are taken for GPT-2's: a model with fewer ids was not trained on those."""
     out_dir = saved(tmp_path / "out", vocab_size=100)
-    found = hugging_face.in_folder(out_dir)
+    found = find.in_folder(out_dir)
     found.state["tokenizer"] = {"kind": "tiktoken", "name": "gpt2"}
     hugging_face.export(found, tmp_path / "hf")
     assert_the_same_logits(tmp_path / "hf", out_dir)
@@ -234,8 +234,8 @@ def test_there_and_back_is_the_same_to_the_byte(folio, tmp_path, kind, shape, by
     assert folio("export", f"--out_dir={out_dir}", "--to", first).code == 0
     if by == "import":
         assert folio("import", first, "--to", back).code == 0
-        was = hugging_face.in_folder(out_dir).config()
-        assert hugging_face.in_folder(back).config() == replace(was, vocab_size=tokens.size)
+        was = find.in_folder(out_dir).config()
+        assert find.in_folder(back).config() == replace(was, vocab_size=tokens.size)
     assert folio("export", f"--out_dir={back if by == 'import' else first}", "--to", second).code == 0
     one, two = tree(first), tree(second)
     assert one.keys() == two.keys() >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
@@ -249,7 +249,7 @@ def test_a_run_there_and_back(folio, trained, tmp_path) -> None:
     assert folio("import", first, "--to", back).code == 0
     assert folio("export", f"--out_dir={back}", "--to", second).code == 0
     assert tree(first) == tree(second)
-    was, now = checkpoint.choose(trained, "5"), checkpoint.choose(back)
+    was, now = find.choose(trained, "5"), find.choose(back)
     assert now.config() == was.config()
     assert (now.step, now.state["val_loss"], now.asked["learning_rate"]) == (5, was.state["val_loss"], 0.0123)
     assert all(torch.equal(weight, dict(was.weights())[name]) for name, weight in now.weights())
@@ -259,15 +259,15 @@ def test_a_run_there_and_back(folio, trained, tmp_path) -> None:
 def test_biases_that_were_trained_elsewhere_come_back(folio, tmp_path, name) -> None:
     """Though the model that was exported had none."""
     out_dir, to, back = saved(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf", tmp_path / "back"
-    hugging_face.export(hugging_face.in_folder(out_dir), to)
+    hugging_face.export(find.in_folder(out_dir), to)
     weights = load_file(to / "model.safetensors")
     assert not weights[name].any()
     weights[name][3] = 0.5
     save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
     assert folio("import", to, "--to", back).code == 0
-    assert hugging_face.in_folder(back).config().bias is True
+    assert find.in_folder(back).config().bias is True
     assert_the_same_logits(to, back)
-    assert torch.equal(dict(hugging_face.in_folder(back).model().named_parameters())[name], weights[name])
+    assert torch.equal(dict(find.in_folder(back).model().named_parameters())[name], weights[name])
 
 
 # What is said of it
@@ -279,7 +279,7 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert folio("export", f"--out_dir={trained}", "--to", to, "--checkpoint=latest").code == 0
     files_there = {path.name for path in to.iterdir()}
     assert {"config.json", "generation_config.json", "README.md", "tokenizer_config.json"} <= files_there
-    found, raw = checkpoint.choose(trained, "latest"), json.loads((to / "config.json").read_text())
+    found, raw = find.choose(trained, "latest"), json.loads((to / "config.json").read_text())
     assert (raw["model_type"], raw["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
     assert raw["folio"]["model"] == asdict(found.config())
     assert raw["folio"]["state"]["step"] == 10
@@ -337,7 +337,7 @@ def test_the_card_names_the_data_that_was_opened(folio, story, tmp_path, monkeyp
         assert folio("train", *SMALL, "--max_iters=1", data, f"--out_dir={out}").code == 0
         told = card_of(folio, out, tmp_path / f"hf{number}")["data"]
         assert all(name in told for name in names)
-        older = checkpoint.choose(out)
+        older = find.choose(out)
         del older.state["sources"]
         assert model_card.facts(older)["data"].startswith(names[0].removesuffix(" ("))
         assert "openwebtext" not in told + model_card.facts(older)["data"]  # which only --dataset's default names
@@ -368,7 +368,7 @@ def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
 
 @pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)
 def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> None:
-    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
+    hugging_face.export(find.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config["folio"]["facts"] = told
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -383,7 +383,7 @@ def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens)
     """However short the context and whatever the vocabulary; with ids alone where nothing says what they mean."""
     size = tokens.size if tokens else 100
     out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
-    hugging_face.export(hugging_face.in_folder(out_dir), tmp_path / 'a "model"')
+    hugging_face.export(find.in_folder(out_dir), tmp_path / 'a "model"')
     text = (tmp_path / 'a "model"' / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -433,7 +433,7 @@ def test_refusals(folio, tmp_path, monkeypatch, argv, words) -> None:
 
 def damaged(out_dir: Path, name: str, value: float) -> Path:
     """The out_dir, with another number in the middle of a parameter."""
-    found = checkpoint.choose(out_dir)
+    found = find.choose(out_dir)
     weights = dict(found.weights())
     weights[name].view(-1)[weights[name].numel() // 2] = value
     checkpoint.save(out_dir, 7, weights, {}, found.state)
@@ -468,7 +468,7 @@ def test_numbers_that_are_not_finite(folio, tmp_path, to, name, value, dtype, wo
 def test_numbers_that_just_fit(folio, tmp_path, to) -> None:
     """The largest of the type; and one that is not finite in a row which is cut off."""
     damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh", vocab_size=300), WTE, 65504.0)
-    found = checkpoint.choose(tmp_path / "out")
+    found = find.choose(tmp_path / "out")
     weights = dict(found.weights())
     weights[WTE][299] = float("nan")
     checkpoint.save(tmp_path / "out", 7, weights, {}, found.state)
@@ -497,7 +497,7 @@ LATER = {
 @pytest.mark.parametrize("what", LATER)
 def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
     """A field that the exporter does not know is refused by its name where it is not at its default."""
-    found = hugging_face.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
+    found = find.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
     export = gguf.export if to.endswith(".gguf") else hugging_face.export
 
     class Newer(checkpoint.Checkpoint):
@@ -517,8 +517,8 @@ def test_every_field_is_exported_or_refused(tmp_path) -> None:
     shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
     shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
     assert shape.keys() == {f.name for f in fields(GPTConfig)}
-    hugging_face.export(hugging_face.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
-    assert hugging_face.find(str(tmp_path / "hf")).config() == GPTConfig(**shape)
+    hugging_face.export(find.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
+    assert find.by_name(str(tmp_path / "hf")).config() == GPTConfig(**shape)
 
 
 @contextmanager

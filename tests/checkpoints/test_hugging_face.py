@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import find, hub
 from folio.checkpoints.checkpoint import State
 from folio.data import tokenizer_folder
 from folio.data.tokenizers import Tiktoken
@@ -251,7 +251,7 @@ def test_a_pickle_that_would_run_code(folio, tiny, tmp_path, form, payload) -> N
     marker.rmdir() if marker.is_dir() else marker.unlink()
     name = rf"(\w+\.)?{payload}"
     with pytest.raises(ValueError, match=rf"{re.escape(str(file))}: refused: it asks for {name}, which would run code"):
-        hugging_face.find(str(tiny)).model()
+        find.by_name(str(tiny)).model()
     (tiny / "tokenizer.json").write_text(tokenizer_file(97))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), file)
     assert not marker.exists()
@@ -267,7 +267,7 @@ def test_code_in_the_folder_is_never_run(folio, tiny, tmp_path, monkeypatch) -> 
     configured(tiny, auto_map=own, architectures=["Model"], trust_remote_code=True)
     monkeypatch.chdir(tiny)
     GPT.from_pretrained(str(tiny))
-    assert hugging_face.find(".").config().vocab_size == 97
+    assert find.by_name(".").config().vocab_size == 97
     configured(tiny, model_type="mine")
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), "model_type = 'mine'")
     assert not marker.exists()
@@ -311,7 +311,7 @@ def test_options_that_gpt2_here_has_not(folio, tiny, option, value) -> None:
     """And values of a wrong type: the file, the option and the value are named."""
     path = configured(tiny, **{option: value}) / "config.json"
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: .*({option}|{OURS.get(option, option)})"):
-        hugging_face.find(str(tiny))
+        find.by_name(str(tiny))
     assert_refused(folio(*SAMPLE, f"--init_from={tiny}"), path, value)
 
 
@@ -319,7 +319,7 @@ def test_keys_that_change_nothing(tiny) -> None:
     """What a config says besides, and other programs' keys at nothing."""
     more = {"rope_scaling": None, "sliding_window": None, "alibi": False, "pruned_heads": {}, "my_note": "window"}
     more |= {"n_ctx": 24, "gradient_checkpointing": True, "summary_type": "cls_index", "task_specific_params": {}}
-    assert hugging_face.find(str(configured(tiny, **more))).config().vocab_size == 97
+    assert find.by_name(str(configured(tiny, **more))).config().vocab_size == 97
 
 
 def cut(file: Path) -> None:
@@ -497,7 +497,7 @@ def test_knobs_that_an_export_would_not_keep_are_passed_over(tiny) -> None:
     """Those of other machines, other places and later versions."""
     asked = {"wandb_log": True, "data_dir": "elsewhere", "device": "cuda", "of_the_future": 1, "batch_size": 5}
     configured(tiny, folio={"model": SHAPE, "state": vars(State(step=3)), "tokenizer": None, "asked": asked})
-    found = hugging_face.find(str(tiny))
+    found = find.by_name(str(tiny))
     assert (found.step, found.asked) == (3, {"batch_size": 5})
 
 
@@ -535,7 +535,7 @@ def test_what_is_fetched_from_the_hub() -> None:
     wanted = [*tokenizer_folder.FILES, "config.json", "model.safetensors", "model-00001-of-00002.safetensors"]
     wanted += ["model.safetensors.index.json"]
     others = ["tf_model.h5", "rust_model.ot", "flax_model.msgpack", "onnx/model.onnx", "pytorch_model.bin", "run.py"]
-    assert list(filter_repo_objects([*wanted, *others], allow_patterns=hugging_face._FILES)) == wanted
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=hub._FILES)) == wanted
     assert {"vocab.json", "merges.txt", "vocab.txt", "tokenizer.json", "added_tokens.json"} <= set(wanted)
 
 
@@ -646,11 +646,11 @@ def test_training_crops_and_grows(folio, story, tmp_path) -> None:
     assert (code, err) == (0, "")
     for line in ("block_size cropped from 24 to 16", "vocab_size grown from 50257 to 50304", f"weights of {tmp_path}"):
         assert line in said
-    found = checkpoint.choose(out, "latest").config()
+    found = find.choose(out, "latest").config()
     assert (found.block_size, found.vocab_size, found.activation, found.bias) == (16, 50304, "gelu_tanh", True)
     code, said, err = folio("train", f"--out_dir={out}", "--init_from=resume", "--max_iters=2", "--device=cpu")
     assert (code, err) == (0, "")
-    assert checkpoint.choose(out, "latest").config() == found
+    assert find.choose(out, "latest").config() == found
 
 
 @pytest.mark.parametrize(
@@ -679,7 +679,7 @@ def own_files(fast: Any, folder: Path) -> None:
 def test_ids_of_which_nothing_is_known(folio, story, tmp_path, size) -> None:
     """A folder without a tokenizer is not GPT-2's, whatever its size; it trains, and is imported and exported."""
     saved(tmp_path / "hf", vocab_size=size)
-    assert hugging_face.find(str(tmp_path / "hf")).state["tokenizer"] is None
+    assert find.by_name(str(tmp_path / "hf")).state["tokenizer"] is None
     said = folio(*SAMPLE, f"--init_from={tmp_path / 'hf'}")
     assert_refused(said, tmp_path / "hf", f"nothing says what its {size} token ids mean", "neither a tokenizer.json")
     code, said, _ = folio("import", tmp_path / "hf", "--to", tmp_path / "out")
@@ -750,7 +750,7 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
     assert min(losses) < 7
     code, said, err = folio(*argv, "--init_from=resume", "--max_iters=120", "--learning_rate=2")  # spoils it
     assert (code, err) == (0, "")
-    best = checkpoint.best_step(out)
+    best = find.best_step(out)
     assert best in (40, 80)
     assert run_folder.steps(out) == [best, 120]
     text = {
@@ -774,11 +774,11 @@ def test_memory_of_loading(tmp_path, form) -> None:
         torch.save(content, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=form == "ckpt.pt")
     script = f"""
 import re, torch
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-model = hugging_face.find({str(tmp_path)!r}).model()
+model = find.by_name({str(tmp_path)!r}).model()
 print((peak() - before) / (4 * sum(p.numel() for p in model.parameters())))
 """
     done = python("-c", script)

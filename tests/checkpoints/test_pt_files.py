@@ -28,7 +28,7 @@ from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folio.checkpoints import checkpoint, pt_files
+from folio.checkpoints import find, pt_files
 from folio.checkpoints.pt_files import PtFile
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -347,7 +347,7 @@ def test_heirs(tmp_path: Path, folio: Folio, monkeypatch: pytest.MonkeyPatch, he
     idx = torch.randint(128, (2, 16))
     out = tmp_path / "out"
     assert folio("import", path, "--to", out).code == 0
-    for found in (pt_files.read(path), checkpoint.choose(out)):
+    for found in (pt_files.read(path), find.choose(out)):
         assert (found.step, found.state["val_loss"]) == (2, 3.25)
         assert found.config().dropout == (0.0 if build else 0.2)
         with torch.no_grad():

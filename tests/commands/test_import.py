@@ -16,14 +16,14 @@ from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 
 from folio import cli
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find
 from folio.commands import train
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.loop import Run, build, finish, fit
 
 Folio = Callable[..., Outcome]
@@ -204,7 +204,7 @@ def test_positions_are_cropped(
     if own:
         assert folio("train", *argv(out_dir, shakespeare, "--max_iters=201")).code == 0
         first = 201
-        found = checkpoint.choose(out_dir, "latest")
+        found = find.choose(out_dir, "latest")
         weights, slots = dict(found.weights()), dict(found.slots())
     else:
         _, params, optimizer = nanogpt_s(theirs)
@@ -229,7 +229,7 @@ def test_positions_are_cropped(
     assert outcome.code == 0
     assert "block_size" not in outcome.out
     assert f"tokens per iteration will be: {BATCH * 32}" in outcome.out
-    assert checkpoint.choose(out_dir, "latest").config().block_size == 32
+    assert find.choose(out_dir, "latest").config().block_size == 32
     records = read_metrics(out_dir / "metrics.jsonl")
     trained = [r["tokens"] for r in records if r["kind"] == "train" and r["step"] >= first]
     assert trained == [consumed + (n + 1) * BATCH * 32 for n in range(3)]
@@ -244,7 +244,7 @@ def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio)
     """Though no checkpoint of it was written; data goes on at the same token, and the best is looked for anew."""
     with run_of(imported, shakespeare, "--max_iters=300", "--block_size=32"):
         pass
-    assert [checkpoint.choose(imported, "latest").config().block_size, run_folder.steps(imported)] == [64, [200]]
+    assert [find.choose(imported, "latest").config().block_size, run_folder.steps(imported)] == [64, [200]]
     with run_of(imported, shakespeare, "--max_iters=300") as run:
         assert run.model.config.block_size == run.tokens.block_size == 32
         assert (run.state.rows, run.state.tokens) == (400 * BATCH, BEFORE)
@@ -252,7 +252,7 @@ def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio)
     assert not (imported / "best.json").exists()
     outcome = folio("train", *argv(imported, shakespeare, "--max_iters=202"))
     assert outcome.code == 0
-    assert checkpoint.choose(imported).step == 202
+    assert find.choose(imported).step == 202
 
 
 def test_a_new_run_moves_nanogpt_s_checkpoint_aside(
@@ -271,7 +271,7 @@ def test_knobs_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict
     """It checks no types: whole numbers are taken, what cannot be meant is left out."""
     config = {**theirs["config"], "max_iters": 6e5, "batch_size": "twelve", "dataset": None}
     torch.save({**theirs, "config": config}, out_dir / "ckpt.pt")
-    found = hugging_face.in_folder(out_dir)
+    found = find.in_folder(out_dir)
     assert found.asked["max_iters"] == 600_000
     assert type(found.asked["max_iters"]) is int
     assert not {"batch_size", "dataset"} & found.asked.keys()
@@ -283,9 +283,9 @@ def test_damaged_data_is_no_matter_of_the_model(
     """The data set that its config names tells the vocabulary, where it is whole."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shakespeare, tmp_path / "data" / "shakespeare_char")
-    assert hugging_face.in_folder(out_dir).tokenizer().size == 65
+    assert find.in_folder(out_dir).tokenizer().size == 65
     (tmp_path / "data" / "shakespeare_char" / "meta.json").write_text("{")
-    assert hugging_face.in_folder(out_dir).state["tokenizer"] is None
+    assert find.in_folder(out_dir).state["tokenizer"] is None
 
 
 # Sampling
@@ -296,7 +296,7 @@ def test_sampling_from_nanogpt_s_folder(out_dir: Path, shared_data: Path, folio:
     given = shared_data / "nanogpt_ckpt"
     shutil.copyfile(given / "meta.pkl", out_dir / "meta.pkl")
     expected = json.loads((given / "expected.json").read_text())["greedy_from_first_8"]
-    text = hugging_face.find(str(out_dir)).tokenizer().bytes(expected).decode()
+    text = find.by_name(str(out_dir)).tokenizer().bytes(expected).decode()
     for which in (f"--out_dir={out_dir}", f"--init_from={out_dir}", f"--init_from={out_dir / 'ckpt.pt'}"):
         outcome = folio(
             "sample", which, *QUICK, f"--start={text[:8]}", "--temperature=0", "--num_samples=1",
@@ -325,7 +325,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
     assert (outcome.code, outcome.err) == (0, "")
     assert "step 200" in outcome.out
     assert f"--init_from=resume --out_dir={to}" in outcome.out
-    one, two = hugging_face.find(str(out_dir)), hugging_face.find(str(to))
+    one, two = find.by_name(str(out_dir)), find.by_name(str(to))
     checkpoint.verify(two.path, run_folder.asked(to)[0])
     for mine, others in ((one.weights(), two.weights()), (one.slots(), two.slots())):
         assert_equal(dict(mine), dict(others))
@@ -343,7 +343,7 @@ def test_import_grows_the_vocabulary(
     """The first ids keep weights and optimiser, the new ones begin at the mean and without a past; training goes on."""
     to = tmp_path / "grown"
     assert folio("import", out_dir / "ckpt.pt", "--to", to, "--vocab_size=128").code == 0
-    assert hugging_face.find(str(to)).state["best"] is None  # nobody measured this model
+    assert find.by_name(str(to)).state["best"] is None  # nobody measured this model
     _, params, optimizer = nanogpt_s(theirs)
     slots, wte = slots_of(params, optimizer), "transformer.wte.weight"
     with run_of(to, shakespeare, "--max_iters=200") as run:

@@ -20,7 +20,7 @@ from folio.config.options import Data
 from folio.data.rows import Rows, Tokens, parse_mixture, rows_per_epoch
 from folio.data.token_files import open_folder
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.loop import build, finish, micro_batches
 
 Sampling = Literal["epoch", "random", "sequential"]

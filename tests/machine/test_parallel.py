@@ -22,10 +22,10 @@ from conftest import ROOT, SMALL, Outcome, assert_refused, assert_same_bits
 from safetensors.torch import load_file, save_file
 
 from folio import cli
-from folio.checkpoints import checkpoint
+from folio.checkpoints import checkpoint, find
 from folio.commands import train
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
 
@@ -319,7 +319,7 @@ def test_shares_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> N
     several, whole = Trained(hsdp[0]["out"], ""), run(4, "--parallel=ddp")
     assert several.losses() == pytest.approx(whole.losses(), abs=1e-5)
     assert several.norms() == pytest.approx(whole.norms(), rel=1e-4)
-    state = checkpoint.choose(several.out, "latest").state
+    state = find.choose(several.out, "latest").state
     assert (state["resolved"]["world"], state["resolved"]["parallel"]) == (4, "hsdp")
 
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_shares_is_whole(
                 load_file(run_folder.checkpoint_folder(folder, step) / name) for folder in (out, run(1).out)
             )
             torch.testing.assert_close(shares, whole, rtol=0, atol=error)
-    found = checkpoint.choose(out, "latest")
+    found = find.choose(out, "latest")
     names = {name for name, _ in found.model().named_parameters()}
     assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} < names
     assert {name for name, _ in found.slots()} == {f"{n}/{s}" for n in names for s in ("step", "exp_avg", "exp_avg_sq")}

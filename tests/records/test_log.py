@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from folio.records.log import Log, read_metrics, rewind, to_json
+from folio.records.log import Log
+from folio.records.metrics import read_metrics, rewind, to_json
 from folio.records.run_folder import LOG_TXT, METRICS
 
 Record = dict[str, Any]

@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, Outcome, Spawn, assert_refused, reached, timel
 
 import folio as package
 from folio import cli
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.config.options import TrainConfig
 from folio.records import run_folder
 from folio.training import ownership
@@ -301,7 +301,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
     train("whole", *options)
     assert timeless(out) == timeless(whole)
     assert run_folder.asked(out) == run_folder.asked(whole)
-    models = [dict(checkpoint.choose(o, "latest").weights()) for o in (out, whole)]
+    models = [dict(find.choose(o, "latest").weights()) for o in (out, whole)]
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
 
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio.records.log import Log, read_metrics
+from folio.records.log import Log
+from folio.records.metrics import read_metrics
 from folio.records.trackers import KNOWN, parse
 
 CONFIG = {"n_layer": 2, "compile": "auto", "dropout": 0.1}

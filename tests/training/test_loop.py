@@ -15,10 +15,10 @@ from conftest import SMALL, STORY, Outcome, python
 from safetensors.torch import load_file
 
 from folio import api
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.machine import flops
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 Folio = Callable[..., Outcome]
 Train = Callable[..., Path]
@@ -198,7 +198,7 @@ def test_it_learns(train: Train, sampling: str) -> None:
 def test_the_evaluation_counts_every_token_once(train: Train, story: Path) -> None:
     """With eval_iters=0 the validation loss is the mean over all of them, here computed window by window."""
     out = train("out", "--eval_iters=0", "--learning_rate=1e-2")
-    model = checkpoint.choose(out, "latest").model().eval()
+    model = find.choose(out, "latest").model().eval()
     ids = torch.from_numpy(np.fromfile(story / "val.bin", np.uint16).astype(np.int64))
     nats = 0.0
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_steps(train: Train, flags: list[str], trained: Sequence[int], evaluated
     assert run_folder.steps(out) == kept
     if kept:
         assert updates(out, kept[-1]) == {float(evaluated[-1])}
-        state = checkpoint.choose(out, "latest").state
+        state = find.choose(out, "latest").state
         assert (state["step"], state["rows"], state["tokens"]) == (kept[-1], 8 * kept[-1], 128 * kept[-1])
 
 
@@ -378,7 +378,7 @@ def test_files_yield_to_the_checkpoint_and_flags_do_not(
         "max_iters": 10,
     }
     assert {name: asked[name] for name in wanted} == wanted
-    assert checkpoint.choose(out, "latest").state["model"]["dropout"] == 0.1
+    assert find.choose(out, "latest").state["model"]["dropout"] == 0.1
 
 
 def test_a_longer_run_goes_on_at_min_lr(train: Train) -> None:
@@ -430,7 +430,7 @@ def test_the_position_in_the_data_is_kept(train: Train) -> None:
     """Rows seen, not steps: another batch size goes on behind the last row."""
     out = train("out", "--max_iters=5")
     train("out", "--init_from=resume", "--batch_size=8")
-    state = checkpoint.choose(out, "latest").state
+    state = find.choose(out, "latest").state
     assert (state["rows"], state["tokens"]) == (5 * 8 + 5 * 16, 5 * 128 + 5 * 256)
 
 
@@ -491,8 +491,8 @@ def test_the_best_and_the_latest_are_kept(train: Train) -> None:
     train("out", "--init_from=resume", *ruin)
     assert run_folder.steps(out) == [10, 25]
     assert json.loads((out / "best.json").read_text())["step"] == 10
-    assert checkpoint.choose(out).step == 10
-    assert checkpoint.choose(out, "latest").state["evaluations_without_improvement"] == 3
+    assert find.choose(out).step == 10
+    assert find.choose(out, "latest").state["evaluations_without_improvement"] == 3
 
 
 def test_the_first_evaluation_is_never_the_best(train: Train) -> None:
@@ -532,7 +532,7 @@ def test_losses_that_are_not_finite(folio: Folio, train: Train, story: Path) -> 
     assert re.search(
         r"the (loss|gradient) of step \d+ is not finite.*lower --learning_rate, or resume from step \d+", outcome.err
     )
-    found = checkpoint.choose(out, "latest")
+    found = find.choose(out, "latest")
     assert f"resume from step {found.step}\n" in outcome.err
     assert all(weight.isfinite().all() for _, weight in found.weights())
 
@@ -542,9 +542,9 @@ def test_float16_trains_with_a_scaler(train: Train, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(flops, "peak", lambda device, dtype: None)  # slow to measure where float16 is
     flags = ("--dtype=float16", "--learning_rate=1e-2", "--dropout=0.1")
     whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")
-    assert checkpoint.choose(out, "latest").state["scaler"]["_growth_tracker"] == 5
+    assert find.choose(out, "latest").state["scaler"]["_growth_tracker"] == 5
     train("out", *flags, "--init_from=resume", "--max_iters=10")
-    scalers = [checkpoint.choose(folder, "latest").state["scaler"] for folder in (out, whole)]
+    scalers = [find.choose(folder, "latest").state["scaler"] for folder in (out, whole)]
     assert scalers[0] == scalers[1]
     assert (scalers[0]["scale"], scalers[0]["_growth_tracker"]) == (65536.0, 10)
     assert timeless(out) == timeless(whole)
@@ -574,4 +574,4 @@ def test_an_out_dirs_weights_bring_their_shape(folio: Callable[..., Outcome], st
     flags = [f"--data_dir={story}", f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}"]
     outcome = folio("train", *others, *flags)
     assert outcome.code == 0, outcome.err
-    assert checkpoint.choose(tmp_path / "second").state["model"]["block_size"] == 16
+    assert find.choose(tmp_path / "second").state["model"]["block_size"] == 16

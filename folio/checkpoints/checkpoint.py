@@ -312,15 +312,17 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
     """
     try:
         opened = {name: Opened(path / name) for name in (MODEL, OPTIMIZER)}
-        state, _ = state_of(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    state, _ = state_of(path)
+    try:
         for name, file in opened.items():
             if files.sha256(file.path) != state["sha256"][name]:
                 raise UserError(f"{name} does not match its checksum")
         if run_id is not None and state["run"] != run_id:
             raise UserError(f"it is of another run, {state['run']}")
     except (OSError, ValueError, KeyError) as error:
-        sign = f"{path} is damaged: "
-        raise UserError(f"{sign}{str(error).removeprefix(sign)}") from None
+        raise UserError(f"{path} is damaged: {error}") from None
     return Checkpoint(path, state, opened=opened)
 
 

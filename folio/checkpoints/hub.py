@@ -8,7 +8,7 @@ from pathlib import Path
 
 from folio.checkpoints.hugging_face import weight_files
 from folio.data import tokenizer_folder
-from folio.errors import UserError
+from folio.errors import UserError, first_line
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 _FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
@@ -45,13 +45,9 @@ def download(name: str) -> Path:
     except Exception as error:  # the library's, its client's and the network's
         raise FileNotFoundError(
             f"{name} is no file or folder here, nor in the cache of the Hugging Face hub, and it could not be fetched: "
-            f"{_reason(error)}"
+            f"{first_line(error)}"
         ) from None
     return folder
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_name(name: str) -> None:
@@ -74,7 +70,7 @@ def push(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Upload model")
     except Exception as error:  # the library's, its client's and the network's
         raise OSError(
-            f"{folder} is written, but was not pushed to {name}: {_reason(error)}; hf auth login gives access, "
+            f"{folder} is written, but was not pushed to {name}: {first_line(error)}; hf auth login gives access, "
             f"hf upload {name} {folder} tries again"
         ) from None
     return str(repository)

@@ -11,7 +11,7 @@ from folio import __version__
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.tokenizers import Tokenizer, decode
 from folio.errors import UserError
-from folio.records.log import hellaswag_line
+from folio.records.log import hellaswag_scores
 from folio.records.metrics import read_metrics
 from folio.records.run_folder import EVALUATIONS, METRICS
 
@@ -70,7 +70,7 @@ def _hellaswag(found: Checkpoint) -> str:
     for path in (found.path.parents[1] / METRICS, found.path.parents[1] / EVALUATIONS):
         for record in read_metrics(path) if path.is_file() else []:
             if record["kind"] == "hellaswag" and record["step"] == found.step:
-                said = hellaswag_line(record).removeprefix("HellaSwag ")
+                said = hellaswag_scores(record)
     return said
 
 

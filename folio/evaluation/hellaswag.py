@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from folio import files
 from folio.config.options import HellaSwagStyle
 from folio.data.token_files import CLONE
-from folio.data.tokenizers import Tokenizer
+from folio.data.tokenizers import MissingCharactersError, Tokenizer
 from folio.errors import UserError
 from folio.evaluation.scoring import Query, fitted, score
 from folio.machine.runtime import Runtime
@@ -169,9 +169,11 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
                 raise UserError("the tokenizer merges an ending into its context: take the other style")
             if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
                 raise UserError(f"its tokens are not all among the model's {shape.vocab_size}")
+        except MissingCharactersError as error:
+            remedy = "HellaSwag needs a tokenizer of bytes or words"
+            raise UserError(f"HellaSwag item {number}: {error.lack}: {remedy}") from None
         except ValueError as error:
-            reason = str(error).replace("leave them out of the text", "HellaSwag needs a tokenizer of bytes or words")
-            raise UserError(f"HellaSwag item {number}: {reason}") from None
+            raise UserError(f"HellaSwag item {number}: {error}") from None
         parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
         queries += parts
         cut += len(parts) > 1

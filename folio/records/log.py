@@ -162,10 +162,15 @@ def counted(count: int, thing: str) -> str:
 
 
 def hellaswag_line(record: Record) -> str:
-    """An evaluation of HellaSwag in words."""
+    """A line about an evaluation of HellaSwag."""
+    return f"HellaSwag {hellaswag_scores(record)}"
+
+
+def hellaswag_scores(record: Record) -> str:
+    """The scores of an evaluation of HellaSwag, and its style."""
     acc_norm, total = record["acc_norm"], record["total"]
     share = f"{acc_norm:.4f} ({round(acc_norm * total)}/{total})"
-    return f"HellaSwag acc_norm {share}, acc {record['acc']:.4f}, {record['style']}"
+    return f"acc_norm {share}, acc {record['acc']:.4f}, {record['style']}"
 
 
 class _File:

@@ -123,12 +123,16 @@ def asked(out_dir: Path) -> Asked:
         return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, LookupError) as error:
-        why = str(error).removeprefix(f"{path}").lstrip(": ")
-        raise UserError(
-            f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
-            f"--init_from=resume; --init_from={out_dir} loads the weights alone"
-        ) from None
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror or error}"
+    except LookupError as error:
+        why = f"{path} is damaged: it has no {error}"
+    except ValueError as error:  # which names the file
+        why = str(error)
+    raise UserError(
+        f"{why}: restore a copy of that file, or remove it and repeat the run's options with --init_from=resume; "
+        f"--init_from={out_dir} loads the weights alone"
+    )
 
 
 def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from folio.errors import UserError
+from folio.errors import UserError, first_line
 from folio.records.run_folder import TENSORBOARD
 
 Record = dict[str, Any]
@@ -185,6 +185,5 @@ class Trackers:
             yield
         except Exception as error:
             self._open.pop(name, None)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             remedy = f" (pip install {name})" if isinstance(error, ImportError) else ""
-            warnings.warn(f"{name}: {reason}: training goes on without{remedy}", stacklevel=2)
+            warnings.warn(f"{name}: {first_line(error)}: training continues without it{remedy}", stacklevel=2)

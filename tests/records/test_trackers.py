@@ -286,7 +286,9 @@ def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.M
     for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.warns(UserWarning, match=rf"^{name}: .*: training continues without it \(pip install {name}\)$") as seen:
+    with pytest.warns(
+        UserWarning, match=rf"^{name}: .*: training continues without it \(pip install {name}\)$"
+    ) as seen:
         written(follow(out, *KNOWN), FIRST)
     monkeypatch.undo()
     assert len(seen) == 1

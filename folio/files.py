@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 
 from folio.errors import UserError
 
-_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: texts, and what stands between them
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: strings, and the tokens between them
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file, or leaves it as it was. Raises OSError."""
+    """Replaces a file atomically and durably; if that fails, it is as before. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a JSON file by one that ``read_sealed`` verifies: its ``sha256`` names a sum of the file itself.
+    """Replaces a JSON file by one that ``read_sealed`` verifies: its ``sha256`` contains a checksum of the file itself.
 
-    That is the SHA-256 of its text without the white space between the tokens, and without the digits of this sum.
+    That is the SHA-256 of its text without white space between tokens, and without the digits of this checksum.
     """
     value = {**value, "sha256": {**value.get("sha256", {}), path.name: ""}}
     value["sha256"][path.name] = _sum(json.dumps(value))
@@ -56,7 +56,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
-    """The object in a JSON file, and whether the file holds a sum of itself, which is verified.
+    """The object in a JSON file, and whether the file has a checksum of itself, which is verified.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: its checksum does not match, or as ``read_json``.
@@ -84,7 +84,7 @@ def _sum(text: str, own: str = "") -> str:
 
 
 def require_file(path: Path) -> Path:
-    """The path itself, once it is known to be a file that ends, or a link to one.
+    """Returns the path if it is a regular file, or a link to one.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, which may never end.
@@ -137,7 +137,7 @@ def decode_text(raw: bytes) -> str:
 
 
 def other_encoding(raw: bytes) -> str:
-    """What to do about bytes that are not UTF-8, where their byte order mark tells what they are; else nothing."""
+    """The remedy for bytes whose byte order mark says that they are UTF-16; otherwise ""."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " but UTF-16: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it"
     return ""
@@ -258,7 +258,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     """Fetches a file of a known SHA-256.
 
     Raises:
-        ValueError: it could not be fetched, or is another; ends with the ``remedy``.
+        ValueError: it could not be fetched, or has another checksum; ends with the ``remedy``.
     """
     import http.client
     import urllib.error

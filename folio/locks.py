@@ -24,20 +24,20 @@ class InUseError(UserError):
 
 
 class Lock:
-    """A file that one holder has at a time, and that tells who: host, process, since when.
+    """A lock file with one holder at a time; it names the holder's host and process, and since when.
 
-    It is held by ``flock``, which the kernel ends with the process, however that ends; NFS makes it a lock of bytes, so
-    that it holds between machines too. Children of the process do not hold it. Where a file system has no locks, one
-    warning says so, and whoever comes goes on.
+    The lock is ``flock``'s: the kernel releases it when the process ends in any way. NFS makes it a byte-range lock, so
+    it works between machines too. Child processes do not hold it. On a file system without locks there is one warning,
+    and every process gets the lock.
 
     Raises:
-        InUseError: another has it; the line is made of the folder, ``taken``, who, and the ``remedy``.
+        InUseError: another holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
         OSError: the file cannot be made.
     """
 
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
-        for _ in range(100):  # who had it may take it away, and the folder with it, between two of these steps
+        for _ in range(100):  # its holder may remove it, and the folder, between two of these steps
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -64,7 +64,7 @@ class Lock:
         _HELD.add(self)
 
     def release(self) -> None:
-        """Removes the file, and the folders that were made for it, as far as nothing else came into them."""
+        """Removes the file, and the folders that were made for it if they are empty."""
         self._end()
 
 
@@ -72,7 +72,7 @@ _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _forget() -> None:
-    """What a child process has of its parent's locks, it closes, or they would outlive the parent."""
+    """Closes the parent's locks in a child process, so that they end with the parent."""
     for lock in list(_HELD):
         if had := lock._end.detach():
             os.close(had[2][0])
@@ -83,7 +83,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _flock(handle: int, path: Path) -> bool:
-    """Whether this one has the lock now; also where there are none to have."""
+    """Whether this process has the lock now; True if the file system has no locks."""
     try:
         import fcntl
 
@@ -105,7 +105,7 @@ def _flock(handle: int, path: Path) -> bool:
 
 
 def _is(path: Path, handle: int) -> bool:
-    """Whether a path still leads to the open file."""
+    """Whether a path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
@@ -113,13 +113,13 @@ def _is(path: Path, handle: int) -> bool:
 
 
 def _holder(handle: int) -> str:
-    """Who holds a lock, in brackets; "" where that does not say it."""
+    """The holder of a lock, in brackets; "" if the file does not name it."""
     for _ in range(10):
         with suppress(ValueError, LookupError, TypeError):
-            told = files.parse_json(os.pread(handle, 4096, 0))
-            who = f" (host {told['host']}, process {told['pid']}, since {told['since']})"
+            holder = files.parse_json(os.pread(handle, 4096, 0))
+            who = f" (host {holder['host']}, process {holder['pid']}, since {holder['since']})"
             return "".join(c if c.isprintable() else "?" for c in who[:200])
-        time.sleep(0.02)  # it may have it for a moment only
+        time.sleep(0.02)  # the file may not be written yet
     return ""
 
 

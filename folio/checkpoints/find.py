@@ -1,4 +1,4 @@
-"""Which model is meant: a run's checkpoint by ``best``, ``latest`` or step, or a model by the name of its source.
+"""Finds a model by the name of its source, and a run's checkpoint as ``best``, ``latest`` or by its step.
 
 A source is an out_dir, a ``.pt`` file, a Hugging Face folder or a model of the hub.
 """
@@ -33,7 +33,7 @@ def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> G
     """
     changes = {"dropout": 0.0, **(override_args or {})}
     if odd := sorted(changes.keys() - {"dropout"}):
-        raise UserError(f"override_args: {odd[0]} is what the weights say, only dropout can be chosen")
+        raise UserError(f"override_args: {odd[0]} is fixed by the weights, only dropout can be chosen")
     return by_name(name).model(**changes)
 
 
@@ -79,7 +79,7 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
 
 
 def _the_only(found: Checkpoint, which: str) -> Checkpoint:
-    """Where there is one, it is the best and the latest; raises FileNotFoundError for another step."""
+    """A single checkpoint is the best and the latest; raises FileNotFoundError for another step."""
     if which not in ("best", "latest", str(found.step)):
         raise FileNotFoundError(f"no checkpoint {which!r} in {found.path}: there is one, of step {found.step}")
     return found
@@ -91,7 +91,7 @@ def _the_only(found: Checkpoint, which: str) -> Checkpoint:
 def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    Those are set ``aside`` as ``….damaged``, so that a later look does not meet them again.
+    With ``aside`` the damaged ones are renamed to ``….damaged``, so that they are not found again.
     """
     lines: list[str] = []
     for step in reversed(run_folder.steps(out_dir)):
@@ -110,7 +110,7 @@ def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tupl
 
 
 def best_step(out_dir: Path) -> int | None:
-    """The step of ``best.json``; where that is lost or damaged, the best that the newest checkpoint knows of."""
+    """The step of ``best.json``; if that is lost or damaged, the best one according to the newest checkpoint."""
     try:
         best, sealed = files.read_sealed(out_dir / BEST)
         if (sealed or best.keys() == {"step", "loss"}) and type(best["step"]) is int:
@@ -127,11 +127,11 @@ def best_step(out_dir: Path) -> int | None:
 
 
 def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """``best``, ``latest`` or a step's number. One that is removed before it is read gives way to the next.
+    """The checkpoint ``best``, ``latest`` or of a step. If it is removed before it is read, the choice is made again.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint; says what there is.
-        ValueError: it is damaged; names another.
+        FileNotFoundError: there is no such checkpoint; lists those that exist.
+        ValueError: it is damaged; names another one.
     """
     while True:
         step = _chosen(out_dir, which)
@@ -143,16 +143,16 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
                 others = [other for other in have if other != step]
                 remedy = f"; --checkpoint={others[-1]} is another" if others else ""
                 raise UserError(f"{error}{remedy}") from None
-    knobs: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     try:
-        knobs = run_folder.asked(out_dir).options
+        options = run_folder.asked(out_dir).options
     except FileNotFoundError:
         pass
-    except ValueError as error:  # a model is of use without what was asked for
+    except ValueError as error:  # the model is usable without the run's options
         warnings.warn(str(error), stacklevel=2)
     if line := checkpoint.unsealed(found):
         warnings.warn(line, stacklevel=2)
-    return replace(found, asked=knobs)
+    return replace(found, asked=options)
 
 
 def _chosen(out_dir: Path, which: str) -> int:
@@ -175,7 +175,7 @@ def _chosen(out_dir: Path, which: str) -> int:
 def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
     """Removes all but the best checkpoint, the two newest, and the ``keep`` newest at multiples of ``interval``.
 
-    Of the two newest one alone stays where ``keep`` is 1. What a killed ``save`` left goes too.
+    With ``keep`` 1 only the newest stays, not the two newest. Unfinished folders of a killed ``save`` are removed too.
     """
     for path in (out_dir / CHECKPOINTS).glob(".step-*"):
         if not path.name.endswith(run_folder.REPLACED):

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: downloaded, and uploaded, by the hub's library."""
+"""Downloads models from the Hugging Face hub, and uploads them, with the hub's library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def download(name: str) -> Path:
-    """The folder of a model of the hub, from the hub's cache or, where it is not there, by the hub's library."""
+    """The folder of a model of the hub, from the hub's cache or else downloaded by the hub's library."""
     if close := difflib.get_close_matches(name, ("scratch", "resume", "auto"), n=1, cutoff=0.7):
         raise UserError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
@@ -51,7 +51,7 @@ def download(name: str) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError where the hub can have no such model."""
+    """Raises ValueError if the hub cannot have a model of that name."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"push_to_hub={name}: must be USER/NAME")
 

@@ -37,14 +37,14 @@ def facts(found: Checkpoint) -> dict[str, str]:
     return {what: value for what, value in said.items() if value}
 
 
-def checked(told: Any) -> dict[str, str]:
+def checked(facts: Any) -> dict[str, str]:
     """Facts from an untrusted file. Raises ValueError if they are not short lines of text."""
-    if not isinstance(told, dict):
+    if not isinstance(facts, dict):
         raise UserError("its facts are not an object")
-    for what, value in told.items():
+    for what, value in facts.items():
         if not isinstance(value, str) or len(what + value) > 1000 or not (what + value).isprintable():
             raise UserError(f"its fact {what[:80]!r} is not a line of text")
-    return told
+    return facts
 
 
 def _data(found: Checkpoint) -> str:
@@ -131,8 +131,8 @@ A language model of GPT-2's architecture, exported by Folio {__version__}.
 ## Limits
 
 The context is {config.block_size:,} tokens. The model continues text in the style of its training data, so its output
-may be wrong or harmful. It was not tested for bias, safety or truth. Whoever publishes it must state the licenses of
-the model and of its data.
+may be wrong or harmful. It was not tested for bias, safety or truth. State the licenses of the model and of its data
+when you publish it.
 """
 
 

@@ -1,4 +1,4 @@
-"""folio sample: what a trained model writes."""
+"""folio sample: text from a trained model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(options: Options) -> None:
 
 
 def texts(options: Options) -> list[str]:
-    """What it writes, each text with its prompt."""
+    """The texts, each with its prompt."""
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 

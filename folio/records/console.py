@@ -139,7 +139,7 @@ def flush() -> None:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """What C++ code and other processes write there is dropped too."""
+    """Drops what is written to stderr, also by C++ code and child processes."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

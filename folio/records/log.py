@@ -1,4 +1,4 @@
-"""What a run says: the console, ``metrics.jsonl``, ``log.txt``, and the trackers."""
+"""The log of a run: the console, ``metrics.jsonl``, ``log.txt``, and the trackers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from folio.records.trackers import Identity, Record, Trackers
 
 
 class Log:
-    """Records of a run, to everything that listens; on any rank but the first, to nothing.
+    """Writes the records of a run to the console, files and trackers; only rank 0 (``main``) does.
 
-    On a terminal a progress bar lives below the lines. Elsewhere the lines are nanoGPT's. Without ``monitor`` records
-    go to files and trackers alone.
+    A terminal shows a progress bar below the lines; other outputs get nanoGPT's lines. Without ``monitor`` records go
+    to files and trackers alone.
     """
 
     def __init__(self, main: bool, total: int, monitor: bool = True) -> None:
@@ -52,10 +52,10 @@ class Log:
             file.close()
 
     def open(self, out_dir: Path, log_txt: bool | Literal["gpt-from-scratch"] = False, epoch: int = 1) -> None:
-        """From here on records go to ``out_dir/metrics.jsonl`` as well, and to a ``log.txt``.
+        """Writes records to ``out_dir/metrics.jsonl`` from now on, and to a ``log.txt``.
 
-        That is build-nanogpt's, or GPT-from-scratch's with its epochs of so many steps, and is made anew of the records
-        that are there already.
+        Its format is build-nanogpt's, or GPT-from-scratch's with epochs of ``epoch`` steps. It is written again from
+        the records that exist already.
 
         Raises:
             OSError: one of them cannot be written, now or later; names it.
@@ -81,7 +81,7 @@ class Log:
         step: int,
         config: dict[str, Any],
     ) -> None:
-        """From here on records go to these trackers as well; one warning for each that cannot, now or later."""
+        """Sends records to these trackers from now on; warns once about each that fails, now or later."""
         if not self.main or not names:
             return
         before = read_metrics(out_dir / METRICS) if step else []
@@ -89,7 +89,7 @@ class Log:
         self._trackers.open(names, Identity(out_dir, project, name, run_id, step, config, measured))
 
     def say(self, line: str) -> None:
-        """A line for the reader alone."""
+        """Prints a line on the console alone."""
         if not self.main:
             return
         if self._progress:
@@ -98,7 +98,7 @@ class Log:
             say(line)
 
     def start(self, step: int, tokens_per_step: int) -> None:
-        """Begins the progress bar, on a terminal."""
+        """Starts the progress bar, on a terminal."""
         self._tokens_per_step = tokens_per_step
         if self.main and self.monitor and self._console.is_terminal:
             columns = (
@@ -115,7 +115,7 @@ class Log:
             self._progress.start()
 
     def busy(self, what: str) -> None:
-        """Shows at the progress bar what is done between steps, such as ``evaluating, batch 37 of 400``."""
+        """Shows beside the progress bar what is done between steps, such as ``evaluating, batch 37 of 400``."""
         if self._progress:
             self._progress.update(self._task, figures=what)
 
@@ -127,7 +127,7 @@ class Log:
             )
 
     def write(self, record: Record) -> None:
-        """One record: a line of each file, one for the reader, and the trackers."""
+        """Writes one record: a line to each file and to the console, and to the trackers."""
         if not self.main:
             return
         for file in self._files:
@@ -151,7 +151,7 @@ class Log:
         return ""
 
     def sync(self) -> None:
-        """Everything written so far survives a loss of power."""
+        """Makes everything written so far durable."""
         for file in self._files:
             file.sync()
 
@@ -174,7 +174,7 @@ def hellaswag_scores(record: Record) -> str:
 
 
 class _File:
-    """Records, a line each; unlike with a tracker, what cannot be written is an error."""
+    """A file of records, one a line; unlike a tracker's, its failures are raised."""
 
     def __init__(self, path: Path, mode: Literal["a", "w"], line: Callable[[Record], str]) -> None:
         self._line = line
@@ -187,7 +187,7 @@ class _File:
                 self._file.flush()
             except OSError as error:
                 with suppress(OSError):
-                    self._file.close()  # later it would try to write again, and its error would hide this one
+                    self._file.close()  # a later close would raise again and hide this error
                 reason = error.strerror or str(error)
                 raise files.UnwrittenError(self._file.name, reason, "make room, or choose another --out_dir") from None
 

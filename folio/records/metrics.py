@@ -27,7 +27,7 @@ def to_json(record: Record) -> str:
 
 
 class _Lines(NamedTuple):
-    """What a file of records holds: whole lines with their records, the numbers of damaged ones, half a last one."""
+    """The content of a file of records: whole lines with their records, numbers of damaged lines, a half last line."""
 
     whole: list[tuple[bytes, Record]]
     damaged: list[int]
@@ -37,16 +37,16 @@ class _Lines(NamedTuple):
 def read_metrics(path: Path) -> list[Record]:
     """The records of a ``metrics.jsonl``, or another file of records.
 
-    Damaged lines are left out, with one warning; a last line that was not finished is none yet.
+    Damaged lines are left out, with one warning; so is an unfinished last line, without one.
     """
     lines = _lines(path)
     if lines.damaged:
-        warnings.warn(f"{_told(path, lines.damaged)}, and ignored", stacklevel=2)
+        warnings.warn(f"{_damage(path, lines.damaged)}, and ignored", stacklevel=2)
     return [record for _, record in lines.whole]
 
 
 def holds_records(path: Path) -> bool | None:
-    """Whether a file begins with a record; None where it is empty, or begins with nothing that can be read."""
+    """Whether a file begins with a record; None if it is empty, or its beginning cannot be read."""
     with files.require_file(path).open("rb") as file:
         line = file.readline(_LONGEST)
     if _record(line) is not None:
@@ -65,26 +65,26 @@ def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1)
     train line every ``interval`` steps has written, and are not there (0: it has written none).
     """
     if not path.exists():
-        return [f"{path} is missing: what was measured before step {step} is lost"] if step and interval else []
+        return [f"{path} is missing: all measurements before step {step} are lost"] if step and interval else []
     lines = _lines(path)
     again = {*AGAIN, *owed}
     kept = [(line, r) for line, r in lines.whole if r["step"] < step or (r["step"] == step and r["kind"] not in again)]
-    told = []
+    notes = []
     if lines.damaged:
         beside = (path.with_name(f"{path.name}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
         original = next(other for other in beside if not other.exists())
         shutil.copyfile(path, original)
-        told.append(f"{_told(path, lines.damaged)}, and left out; the original is kept as {original.name}")
+        notes.append(f"{_damage(path, lines.damaged)}, and left out; the original is kept as {original.name}")
     reached = max((record["step"] for _, record in kept), default=-1)
     if interval and reached < (step - 1) // interval * interval:
         until = f"ends at step {reached}" if kept else "has nothing from before"
-        told.append(f"{path} {until}, but the run resumes at step {step}")
+        notes.append(f"{path} {until}, but the run resumes at step {step}")
     if len(kept) < len(lines.whole) or lines.damaged or lines.half:
         files.write(path, b"".join(line for line, _ in kept))
-    return told
+    return notes
 
 
-def _told(path: Path, damaged: list[int]) -> str:
+def _damage(path: Path, damaged: list[int]) -> str:
     numbers = ", ".join(f"{n:,}" for n in damaged[:5]) + (" …" if len(damaged) > 5 else "")
     return (
         f"{path}: "
@@ -94,7 +94,7 @@ def _told(path: Path, damaged: list[int]) -> str:
 
 
 def _lines(path: Path) -> _Lines:
-    """Of a line that is half a record and a whole one behind it, as a loss of power leaves it, the latter is kept."""
+    """Reads a file of records. If a line is half a record followed by a whole one, the whole one is kept."""
     whole: list[tuple[bytes, Record]] = []
     damaged, number, line = [], 0, b""
     with files.require_file(path).open("rb") as file:
@@ -113,7 +113,7 @@ def _lines(path: Path) -> _Lines:
 
 
 def _record(line: bytes) -> Record | None:
-    """What a line says, if it is a record of a step."""
+    """The record in a line, None if there is none."""
     try:
         record = files.parse_json(line)
     except ValueError:

@@ -99,15 +99,15 @@ def next_previous(out_dir: Path) -> Path:
 
 
 class Asked(NamedTuple):
-    """What ``config.json`` says."""
+    """The content of ``config.json``."""
 
     run: str  # its id
-    options: dict[str, Any]  # that it was asked for, by flat name
-    sealed: bool  # a sum bears it out, as older files have none
+    options: dict[str, Any]  # that were given, by flat name
+    sealed: bool  # it has a checksum of itself; older files have none
 
 
 def asked(out_dir: Path) -> Asked:
-    """What a run was asked for, held to the types and bounds of the options; those that are no more are passed over.
+    """The options of a run, checked against their types and bounds; options that no longer exist are kept as they are.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -135,7 +135,7 @@ def asked(out_dir: Path) -> Asked:
     )
 
 
-def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
-    kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
+def keep_asked(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
+    """Writes what ``asked`` reads, without the options that hold for one call only."""
+    kept = {name: value for name, value in options.items() if name not in OF_THE_CALL}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

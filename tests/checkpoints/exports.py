@@ -51,7 +51,7 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
         name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
-    state = checkpoint.state_of_elsewhere(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
+    state = checkpoint.foreign_state(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
     checkpoint.save(out_dir, 7, weights, {}, state)
     return out_dir
 

@@ -107,7 +107,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """By the parameter's name."""
     found = find.choose(save(tmp_path, 5).parent.parent)
     model = GPT(GPTConfig(**{**vars(SHAPE), "n_layer": 2}))
-    with pytest.raises(ValueError, match=r"transformer\.h\.1\..* is not among them"):
+    with pytest.raises(ValueError, match=r"they lack transformer\.h\.1\."):
         checkpoint.load_weights(model, found.weights())
     model = GPT(GPTConfig(**{**vars(SHAPE), "block_size": 4}))
     with pytest.raises(ValueError, match=r"wpe\.weight has shape \(8, 8\), the model \(4, 8\)"):

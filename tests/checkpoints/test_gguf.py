@@ -49,7 +49,7 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
         name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         for name, p in GPT(config).named_parameters()
     }
-    state = checkpoint.state_of_elsewhere(config, tokens and tokens.to_json(), State(step=7))
+    state = checkpoint.foreign_state(config, tokens and tokens.to_json(), State(step=7))
     checkpoint.save(out_dir, 7, weights, {}, state)
     return find.in_folder(out_dir)
 

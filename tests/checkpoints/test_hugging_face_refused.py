@@ -188,8 +188,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "weights cut": (lambda f: cut(f / "model.safetensors"), ["model.safetensors is damaged"]),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), ["model.safetensors is damaged"]),
     "shard missing": (index(a="model-2.safetensors"), ["model-2.safetensors is missing"]),
-    "shard elsewhere": (index(a="../model.safetensors"), ["model.safetensors.index.json", "files elsewhere"]),
-    "shard at a root": (index(a="/model.safetensors"), ["model.safetensors.index.json", "files elsewhere"]),
+    "shard elsewhere": (index(a="../model.safetensors"), ["model.safetensors.index.json", "files of other folders"]),
+    "shard at a root": (index(a="/model.safetensors"), ["model.safetensors.index.json", "files of other folders"]),
     "empty index": (lambda f: index()(f), ["tiny"]),
     "no index": (
         lambda f: (index()(f), (f / "model.safetensors.index.json").write_text("[]")),
@@ -349,7 +349,7 @@ def test_only_dropout_can_be_chosen(tiny) -> None:
     model = GPT.from_pretrained(str(tiny), {"dropout": 0.25})
     assert model.config.dropout == model.transformer.drop.p == model.transformer.h[1].attn.dropout == 0.25
     for odd in ("vocab_size", "n_layer", "droput"):
-        with pytest.raises(ValueError, match=f"{odd} is what the weights say, only dropout"):
+        with pytest.raises(ValueError, match=f"{odd} is fixed by the weights, only dropout"):
             GPT.from_pretrained(str(tiny), {"dropout": 0.1, odd: 3})
 
 

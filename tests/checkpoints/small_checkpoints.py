@@ -20,7 +20,7 @@ Damage = Callable[[Path], object]
 
 
 def trained(seed: int = 0, shape: GPTConfig = SHAPE) -> tuple[GPT, torch.optim.AdamW]:
-    """A model and an optimiser with moments."""
+    """A model and an optimizer with moments."""
     torch.manual_seed(seed)
     model = GPT(shape)
     optimizer = adamw(model, 1e-2, (0.9, 0.95), 0.1)

@@ -19,7 +19,7 @@ from folio.training.optimizers import adamw
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip(tmp_path: Path, tied: bool) -> None:
-    """Weights and moments come back to the bit, into a new model and optimiser that go on alike."""
+    """Weights and moments come back to the bit, into a new model and optimizer that go on alike."""
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)
     model, optimizer = trained(1, shape)
     weights, slots = tensors(model, optimizer)
@@ -42,7 +42,7 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
 
 
 def test_what_lies_in_a_checkpoint(tmp_path: Path) -> None:
-    """Three files; parameters by nanoGPT's names, no tied head; optimiser tensors as <parameter>/<slot>."""
+    """Three files; parameters by nanoGPT's names, no tied head; optimizer tensors as <parameter>/<slot>."""
     path = save(tmp_path, 5)
     assert path == tmp_path / "checkpoints" / "step-00000005"
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]

@@ -309,7 +309,7 @@ def test_what_an_export_kept_is_checked(folio, tiny, tmp_path, part) -> None:
     assert not (tmp_path / "to").exists()
 
 
-def test_knobs_that_an_export_would_not_keep_are_passed_over(tiny) -> None:
+def test_options_that_an_export_would_not_keep_are_passed_over(tiny) -> None:
     """Those of other machines, other places and later versions."""
     asked = {"wandb_log": True, "data_dir": "elsewhere", "device": "cuda", "of_the_future": 1, "batch_size": 5}
     configured(tiny, folio={"model": SHAPE, "state": vars(State(step=3)), "tokenizer": None, "asked": asked})

@@ -92,7 +92,7 @@ SCRATCH = {"vocab_size": 128, "emb_dim": 16, "context_length": 16, "drop_rate": 
 
 @pytest.mark.parametrize("heir", ["build-nanogpt", "GPT-from-scratch", "GPT-from-scratch with qkv_bias"])
 def test_heirs(tmp_path: Path, folio: Folio, monkeypatch: pytest.MonkeyPatch, heir: str) -> None:
-    """Their logits, step and loss; GPT-from-scratch's optimiser. Imported, all of it is the same."""
+    """Their logits, step and loss; GPT-from-scratch's optimizer. Imported, all of it is the same."""
     torch.manual_seed(1)
     build, qkv_bias = heir == "build-nanogpt", "qkv_bias" in heir
     net = BuildNanoGPT() if build else GPTFromScratch(qkv_bias)

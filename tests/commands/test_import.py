@@ -1,4 +1,4 @@
-"""Going on with nanoGPT's run, in its own folder or imported: weights, optimiser and counts are those it left."""
+"""Going on with nanoGPT's run, in its own folder or imported: weights, optimizer and counts are those it left."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run_of(out_dir: Path, data: Path, *more: str) -> Iterator[Run]:
 
 
 def nanogpt_s(theirs: dict[str, Any]) -> tuple[GPT, dict[str, nn.Parameter], torch.optim.AdamW]:
-    """Its model, its parameters in its order, and its optimiser as its configure_optimizers makes it."""
+    """Its model, its parameters in its order, and its optimizer as its configure_optimizers makes it."""
     model = GPT(GPTConfig(**{**theirs["model_args"], "dropout": 0.0}))
     model.load_state_dict(theirs["model"])
     params = {name: model.get_parameter(name) for name in theirs["model"] if name != "lm_head.weight"}
@@ -115,7 +115,7 @@ def assert_equal(mine: dict[str, Any], others: dict[str, Any]) -> None:
 # Going on
 
 
-def test_the_optimiser_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
+def test_the_optimizer_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
     """Each parameter has its tensors, to the bit, and its weights; the counts and knobs are those of its run."""
     _, params, optimizer = nanogpt_s(theirs)
     with run_of(begun, shakespeare, "--max_iters=201") as run:
@@ -132,7 +132,7 @@ def test_the_optimiser_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict
 
 
 def test_a_step_is_that_of_torch(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
-    """The next step is what torch's AdamW makes of nanoGPT's own optimiser state and the same batch."""
+    """The next step is what torch's AdamW makes of nanoGPT's own optimizer state and the same batch."""
     model, params, optimizer = nanogpt_s(theirs)
     with run_of(begun, shakespeare, "--max_iters=201", "--dropout=0.0") as run:
         rows = torch.from_numpy(run.tokens.rows("train", run.state.rows, BATCH))
@@ -199,7 +199,7 @@ def test_eval_only_writes_nothing(begun: Path, shakespeare: Path, folio: Folio, 
 def test_positions_are_cropped(
     out_dir: Path, shakespeare: Path, folio: Folio, theirs: dict[str, Any], own: bool
 ) -> None:
-    """Of the model and of the optimiser; it says so, counts on rightly, and keeps them. There are no more to be had."""
+    """Of the model and of the optimizer; it says so, counts on rightly, and keeps them. There are no more to be had."""
     first = 200
     if own:
         assert folio("train", *argv(out_dir, shakespeare, "--max_iters=201")).code == 0
@@ -267,7 +267,7 @@ def test_a_new_run_moves_nanogpt_s_checkpoint_aside(
     assert aside.read_bytes() == (shared_data / "nanogpt_ckpt" / "ckpt.pt").read_bytes()
 
 
-def test_knobs_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict[str, Any], folio: Folio) -> None:
+def test_options_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict[str, Any], folio: Folio) -> None:
     """It checks no types: whole numbers are taken, what cannot be meant is left out."""
     config = {**theirs["config"], "max_iters": 6e5, "batch_size": "twelve", "dataset": None}
     torch.save({**theirs, "config": config}, out_dir / "ckpt.pt")
@@ -340,7 +340,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
 def test_import_grows_the_vocabulary(
     out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, theirs: dict[str, Any]
 ) -> None:
-    """The first ids keep weights and optimiser, the new ones begin at the mean and without a past; training goes on."""
+    """The first ids keep weights and optimizer, the new ones begin at the mean and without a past; training goes on."""
     to = tmp_path / "grown"
     assert folio("import", out_dir / "ckpt.pt", "--to", to, "--vocab_size=128").code == 0
     assert find.by_name(str(to)).state["best"] is None  # nobody measured this model
@@ -399,7 +399,7 @@ def test_import_of_a_damaged_file(out_dir: Path, tmp_path: Path, folio: Folio, p
 
 
 def test_import_that_fails_late(out_dir: Path, tmp_path: Path, folio: Folio, theirs: dict[str, Any]) -> None:
-    """An optimiser's last tensor that does not fit leaves nothing behind either."""
+    """An optimizer's last tensor that does not fit leaves nothing behind either."""
     state = {**theirs["optimizer"]["state"], 14: {"step": torch.tensor(200.0), "exp_avg": torch.ones(3)}}
     torch.save({**theirs, "optimizer": {**theirs["optimizer"], "state": state}}, out_dir / "ckpt.pt")
     before = tree(tmp_path)

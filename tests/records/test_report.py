@@ -229,8 +229,8 @@ def test_a_browser_shows_it_without_a_network(browser: Any, page_file: Path, wid
     read = page.locator("body").inner_text()
     assert read.count("<script>window.evil = 1</script>") >= 6
     assert page.evaluate("window.evil") is None
-    colours = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
-    ink, paper = page.locator("body").evaluate(colours)
+    colors = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
+    ink, paper = page.locator("body").evaluate(colors)
     assert (ink > 200 > 50 > paper) if scheme == "dark" else (ink < 50 < 200 < paper)
     tick = page.locator("#curves .ytick text").first.evaluate("e => parseInt(getComputedStyle(e).fill.slice(4))")
     assert tick == ink

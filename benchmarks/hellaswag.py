@@ -35,13 +35,13 @@ evaluate(sys.argv[1], "cpu")
 OURS = """
 import sys, time
 from pathlib import Path
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.evaluation import hellaswag
 from folio.config.options import System
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 
-chosen, dtype = hugging_face.find(sys.argv[1]), sys.argv[3]
+chosen, dtype = find.by_name(sys.argv[1]), sys.argv[3]
 model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(resolve(System(device="cpu", dtype=dtype)))
 runtime.wrap(model, None)
 began = time.perf_counter()

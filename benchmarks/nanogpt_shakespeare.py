@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 import tyro
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.config.options import Data, System
 from folio.data.rows import Tokens
 from folio.evaluation.loss import evaluate
@@ -36,7 +36,7 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import METRICS
 
 SEED = 1337  # nanoGPT's
@@ -147,7 +147,7 @@ def _ours(flags: list[str], data: Path, out: Path) -> Result:
     command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
     wall, _ = _run([*command, f"--data_dir={data}", f"--out_dir={out}"], ROOT)
     speeds = [r["tokens_per_second"] for r in read_metrics(out / METRICS) if r["kind"] == "train"]
-    return Result(wall, statistics.median(speeds[5:]), _loss(checkpoint.choose(out, "latest").model(), data))
+    return Result(wall, statistics.median(speeds[5:]), _loss(find.choose(out, "latest").model(), data))
 
 
 def _loss(model: GPT, data: Path) -> float:

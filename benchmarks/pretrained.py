@@ -22,7 +22,7 @@ from pathlib import Path
 
 LOADS = {
     "folio": (
-        "from folio.model.gpt import GPT\nimport folio.checkpoints.hugging_face, huggingface_hub",
+        "from folio.model.gpt import GPT\nimport folio.checkpoints.find, huggingface_hub",
         "GPT.from_pretrained('gpt2')",
     ),
     "nanoGPT": ("from model import GPT\nimport transformers.models.gpt2", "GPT.from_pretrained('gpt2')"),

@@ -25,7 +25,7 @@ import tyro
 
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent

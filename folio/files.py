@@ -1,47 +1,41 @@
-"""Files that appear whole or not at all, stay through a loss of power, and have one writer at a time."""
+"""Files that are read whole, and that appear whole or not at all and survive a loss of power.
+
+Every rename, removal and fsync of the program is made by a function of this module, so that a test can make each fail.
+"""
 
 from __future__ import annotations
 
 import codecs
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import socket
 import stat
-import time
-import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from folio.errors import UserError
 
-_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: texts, and what stands between them
-_TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
-_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: strings, and the tokens between them
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file, or leaves it as it was. Raises OSError."""
+    """Replaces a file atomically and durably; if that fails, it is as before. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+            sync_open(file)
+        rename(unfinished, path)
     except OSError:
-        with suppress(OSError):
-            unfinished.unlink()
+        discard(unfinished)
         raise
     sync(path.parent)
 
@@ -52,9 +46,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a JSON file by one that ``read_sealed`` verifies: its ``sha256`` names a sum of the file itself.
+    """Replaces a JSON file by one that ``read_sealed`` verifies: its ``sha256`` contains a checksum of the file itself.
 
-    That is the SHA-256 of its text without the white space between the tokens, and without the digits of this sum.
+    That is the SHA-256 of its text without white space between tokens, and without the digits of this checksum.
     """
     value = {**value, "sha256": {**value.get("sha256", {}), path.name: ""}}
     value["sha256"][path.name] = _sum(json.dumps(value))
@@ -62,7 +56,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
-    """The object in a JSON file, and whether the file holds a sum of itself, which is verified.
+    """The object in a JSON file, and whether the file has a checksum of itself, which is verified.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: its checksum does not match, or as ``read_json``.
@@ -90,7 +84,7 @@ def _sum(text: str, own: str = "") -> str:
 
 
 def require_file(path: Path) -> Path:
-    """The path itself, once it is known to be a file that ends, or a link to one.
+    """Returns the path if it is a regular file, or a link to one.
 
     Raises:
         FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, which may never end.
@@ -143,7 +137,7 @@ def decode_text(raw: bytes) -> str:
 
 
 def other_encoding(raw: bytes) -> str:
-    """What to do about bytes that are not UTF-8, where their byte order mark tells what they are; else nothing."""
+    """The remedy for bytes whose byte order mark says that they are UTF-16; otherwise ""."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " but UTF-16: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it"
     return ""
@@ -172,45 +166,99 @@ def _finite(digits: str) -> float:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Where to write a file, or make a folder, that becomes ``path`` at the end, or nothing if it fails.
+    """Yields where to write a file, or make a folder, which becomes ``path`` at the end, or nothing if that fails.
 
     Raises:
-        FileExistsError: something is there. OSError: the disk is full or not writable.
+        FileExistsError: ``path`` exists, and is not an empty folder. OSError: the disk is full or not writable.
     """
     if not path.name or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(unfinished)
+        discard(unfinished)
         yield unfinished
         for part in (*unfinished.rglob("*"), unfinished):
             sync(part)
-        unfinished.replace(path)
+        rename(unfinished, path)
     except BaseException as error:
-        with suppress(OSError):  # its folder may be none
-            _remove(unfinished)
-        reason = error if isinstance(error, SafetensorError) else getattr(error, "strerror", None)
-        if reason:
-            raise OSError(f"{path} could not be written ({reason}): make room, or choose another") from None
-        if isinstance(error, OSError):
-            raise OSError(str(error).replace(str(unfinished), str(path))) from None
+        discard(unfinished)
+        if reason := _reason(error):
+            raise UnwrittenError(path, reason, "make room, or choose another") from None
         raise
     sync(path.parent)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written; "" if the error is of another kind."""
+    match error:
+        case UnwrittenError():
+            return error.reason
+        case SafetensorError():
+            return str(error)
+        case OSError():
+            return error.strerror or ""
+    return ""
+
+
+class UnwrittenError(OSError):
+    """A file or folder that could not be written."""
+
+    def __init__(self, path: Path | str, reason: str, remedy: str) -> None:
+        super().__init__(f"{path} could not be written ({reason}): {remedy}")
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __reduce__(self) -> tuple[type[UnwrittenError], tuple[Path | str, str, str]]:
+        return UnwrittenError, (self.path, self.reason, self.remedy)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder atomically, over a file or an empty folder of that name. Raises OSError."""
+    source.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or link, or a folder with its content, if it exists. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Does what ``remove`` does, but leaves what cannot be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes an empty folder. Raises OSError if it is not empty."""
+    folder.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Makes the content of a file durable, or the entries of a folder. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_open(file: IO[Any]) -> None:
+    """Makes durable what was written to an open file. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def download(url: str, digest: str, path: Path, remedy: str) -> None:
     """Fetches a file of a known SHA-256.
 
     Raises:
-        ValueError: it could not be fetched, or is another; ends with the ``remedy``.
+        ValueError: it could not be fetched, or has another checksum; ends with the ``remedy``.
     """
     import http.client
     import urllib.error
@@ -229,130 +277,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     write(path, content)
 
 
-def sync(path: Path) -> None:
-    """Makes a file's content durable, or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class InUseError(UserError):
-    """Another process, or another thread of this one, holds a lock."""
-
-
-class Lock:
-    """A file that one holder has at a time, and that tells who: host, process, since when.
-
-    It is held by ``flock``, which the kernel ends with the process, however that ends; NFS makes it a lock of bytes, so
-    that it holds between machines too. Children of the process do not hold it. Where a file system has no locks, one
-    warning says so, and whoever comes goes on.
-
-    Raises:
-        InUseError: another has it; the line is made of the folder, ``taken``, who, and the ``remedy``.
-        OSError: the file cannot be made.
-    """
-
-    def __init__(self, path: Path, taken: str, remedy: str) -> None:
-        made = [folder for folder in path.parents if not folder.exists()]
-        for _ in range(100):  # who had it may take it away, and the folder with it, between two of these steps
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            except FileNotFoundError:
-                continue
-            try:
-                held, here = _flock(handle, path), _is(path, handle)
-                who = "" if held or not here else _holder(handle)
-            except BaseException:
-                os.close(handle)
-                raise
-            if held and here:
-                break
-            os.close(handle)
-            if here:
-                raise InUseError(f"{path.parent}: {taken}{who}: {remedy}")
-        else:
-            raise InUseError(f"{path.parent}: {taken}: {remedy}")
-        with suppress(OSError):  # a full disk
-            os.ftruncate(handle, 0)
-            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode())
-        self._end = weakref.finalize(self, _let_go, handle, path, made)
-        _HELD.add(self)
-
-    def release(self) -> None:
-        """Removes the file, and the folders that were made for it, as far as nothing else came into them."""
-        self._end()
-
-
-_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
-
-
-def _forget() -> None:
-    """What a child process has of its parent's locks, it closes, or they would outlive the parent."""
-    for lock in list(_HELD):
-        if had := lock._end.detach():
-            os.close(had[2][0])
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
-
-
-def _flock(handle: int, path: Path) -> bool:
-    """Whether this one has the lock now; also where there are none to have."""
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _TAKEN:
-            return False
-        if error.errno not in _NO_LOCKS:
-            raise
-        warnings.warn(
-            f"{path.parent}: no file locks there ({error.strerror}): make sure that no other process writes there",
-            stacklevel=4,
-        )
-    except ModuleNotFoundError:
-        warnings.warn(
-            f"{path.parent}: no file locks on this system: make sure that no other process writes there", stacklevel=4
-        )
-    return True
-
-
-def _is(path: Path, handle: int) -> bool:
-    """Whether a path still leads to the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(handle: int) -> str:
-    """Who holds a lock, in brackets; "" where that does not say it."""
-    for _ in range(10):
-        with suppress(ValueError, LookupError, TypeError):
-            told = parse_json(os.pread(handle, 4096, 0))
-            who = f" (host {told['host']}, process {told['pid']}, since {told['since']})"
-            return "".join(c if c.isprintable() else "?" for c in who[:200])
-        time.sleep(0.02)  # it may have it for a moment only
-    return ""
-
-
-def _let_go(handle: int, path: Path, made: list[Path]) -> None:
-    if _is(path, handle):
-        with suppress(OSError):
-            path.unlink()
-    os.close(handle)
-    for folder in made:
-        with suppress(OSError):
-            folder.rmdir()

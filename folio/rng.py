@@ -29,7 +29,7 @@ def generator(*parts: int | str) -> torch.Generator:
 
 
 def mix(x: UInts) -> UInts:
-    """A bijection of 64-bit integers that looks random: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    """A bijection of 64-bit integers that looks random: the finalizer of SplitMix64 (Steele et al., 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -64,7 +64,7 @@ from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named 
 from folio.preparation.job import prepare  # noqa: E402
 from folio.preparation.recipes import known  # noqa: E402
 from folio.records import run_folder  # noqa: E402
-from folio.records.log import read_metrics  # noqa: E402
+from folio.records.metrics import read_metrics  # noqa: E402
 
 STORY = ROOT / "tests" / "story.txt"  # 20 kB, written for these tests
 

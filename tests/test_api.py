@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL, STORY, python, tree
 import folio
 from folio.config.options import TrainConfig, override
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 TINY: dict[str, Any] = {}
 for flag in SMALL:

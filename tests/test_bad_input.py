@@ -20,7 +20,7 @@ from conftest import SMALL, STORY, assert_refused, closed_port, server, tree
 from folio import cli
 from folio.commands import train
 from folio.preparation import recipes
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 
 @pytest.fixture

@@ -1,26 +1,29 @@
-"""Files that are read whole: JSON that cannot hurt, and nothing that never ends."""
+"""Files are read whole, appear whole, and every change of the file system is made in one module."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import ast
 import json
 import os
-import signal
+import pickle
 import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import ROOT, Spawn
+from conftest import ROOT
 
-from folio.files import InUseError, Lock, parse_json, read_json, read_sealed, read_text, require_file, write_sealed
+from folio import files
+from folio.files import (
+    UnwrittenError,
+    parse_json,
+    read_json,
+    read_sealed,
+    read_text,
+    require_file,
+    write_json,
+    write_sealed,
+)
 
 
 def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None:
@@ -100,6 +103,15 @@ def test_what_is_no_text_is_refused_by_name(content: bytes, word: str, tmp_path:
     assert str(tmp_path / "file") in str(refusal.value)
 
 
+def test_json_appears_whole(tmp_path: Path) -> None:
+    """A value that cannot be written leaves the old file as it was."""
+    path = tmp_path / "best.json"
+    write_json(path, {"step": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"step": 2, "odd": object()})
+    assert json.loads(path.read_text()) == {"step": 1}
+
+
 # What verifies itself
 
 
@@ -129,170 +141,55 @@ def test_what_is_not_what_was_written(content: str, tmp_path: Path) -> None:
         read_sealed(tmp_path / "file")
 
 
-# Locks
+# The only changes of the file system
 
-HOLDER = """
-import sys, time, os, subprocess
-from pathlib import Path
-from folio.files import Lock
-lock = Lock(Path(sys.argv[1]), "taken", "wait")
-{then}
-print("held", flush=True)
-time.sleep(600)
-"""
+CHANGES = {"rename", "replace", "renames", "unlink", "rmdir", "removedirs", "rmtree", "fsync", "fdatasync"}
+NOT_YET = {"preparation"}  # rooms that still make changes of their own
 
 
-@pytest.fixture
-def holder(spawn: Spawn) -> Callable[..., Any]:
-    """Another process that holds a lock, and has done more since."""
-
-    def start(path: Path, then: str = "") -> Any:
-        child = spawn("-c", HOLDER.replace("{then}", then), str(path))
-        child.wait_until(lambda: "held" in child.output())
-        return child
-
-    return start
-
-
-def taken(path: Path) -> Lock:
-    return Lock(path, "another is there", "wait")
-
-
-def test_a_lock_is_of_one_process_until_it_ends(holder: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "new" / "folder" / "lock"
-    child = holder(path)
-    with pytest.raises(InUseError) as refusal:
-        taken(path)
-    who = rf"host {socket.gethostname()}, process {child.process.pid}, since 20"
-    assert str(refusal.value).startswith(f"{path.parent}: another is there ({who}")
-    assert str(refusal.value).endswith("): wait")
-    child.kill()
-    child.end()
-    lock = taken(path)
-    assert json.loads(path.read_text())["pid"] == os.getpid()
-    lock.release()
-    assert not path.exists()
-
-
-def test_a_lock_leaves_nothing_but_what_others_made(tmp_path: Path) -> None:
-    for others in ([], ["new/file"]):
-        lock = taken(tmp_path / "new" / "folder" / "lock")
-        for name in others:
-            (tmp_path / name).write_text("")
-        lock.release()
-        lock.release()
-        assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == (
-            ["new", *others] if others else []
-        )
-
-
-@pytest.mark.parametrize(
-    "then",
-    [
-        "if os.fork() == 0:\n    print('child', os.getpid(), flush=True)\n    time.sleep(600)",
-        "print('child', subprocess.Popen(['sleep', '600'], close_fds=False).pid, flush=True)",
-    ],
-    ids=["forked", "started"],
-)
-def test_a_child_does_not_hold_the_lock(holder: Callable[..., Any], tmp_path: Path, then: str) -> None:
-    """Such as a worker or a tracker's service, which may outlive the process that was killed."""
-    child = holder(tmp_path / "lock", then)
-    child.wait_until(lambda: "child" in child.output())
-    other = int(child.output().split("child ")[1].split()[0])
-    child.kill([child.process.pid])
-    child.end()
-    try:
-        os.kill(other, 0)
-        time.sleep(0.1)
-        taken(tmp_path / "lock").release()
-    finally:
-        os.kill(other, signal.SIGKILL)
-
-
-def test_a_child_that_ends_leaves_the_lock(tmp_path: Path) -> None:
-    lock = taken(tmp_path / "lock")
-    script = "import sys; sys.exit(0)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True).returncode == 0
-    if (child := os.fork()) == 0:
-        lock.release()
-        os._exit(0)
-    os.waitpid(child, 0)
-    with pytest.raises(InUseError):
-        taken(tmp_path / "lock")
-    lock.release()
-
-
-def test_one_of_many_at_the_same_moment(tmp_path: Path) -> None:
-    """In a folder that comes and goes with the lock."""
-    path, together = tmp_path / "new" / "lock", threading.Barrier(8)
-    held, most, errors = [0], [0], []
-
-    def often() -> None:
-        together.wait()
-        for _ in range(100):
-            try:
-                lock = taken(path)
-            except InUseError:
+def changes(path: Path) -> list[str]:
+    """The calls in a module that rename, remove or sync files."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        match call.func:
+            case ast.Attribute(value=ast.Name("files")):
                 continue
-            except BaseException as error:
-                errors.append(error)
-                raise
-            held[0] += 1
-            most[0] = max(most[0], held[0])
-            time.sleep(0.0002)
-            held[0] -= 1
-            lock.release()
-
-    threads = [threading.Thread(target=often) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (most[0], errors) == (1, [])
-    assert not path.exists()
+            case ast.Attribute(value=ast.Name("os" | "shutil"), attr=("remove" | "replace" | "move") as name):
+                found.append(name)
+            case ast.Attribute(attr="replace") if len(call.args) != 1 or call.keywords:
+                continue  # of text, or of a dataclass
+            case ast.Attribute(attr=name) if name in CHANGES:
+                found.append(name)
+    return found
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning, and it goes on; any other error is one."""
-
-    def failing(number: int) -> Callable[..., None]:
-        def fail(*_: object) -> None:
-            raise OSError(number, os.strerror(number))
-
-        return fail
-
-    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-        monkeypatch.setattr(fcntl, "flock", failing(number))
-        with pytest.warns(UserWarning, match="no file locks there") as told:
-            taken(tmp_path / "lock").release()
-        assert len(told) == 1
-    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output"):
-        taken(tmp_path / "lock")
+def test_no_other_module_renames_removes_or_syncs_files() -> None:
+    """So that a test that fails each function of ``folio.files`` fails each change."""
+    package = ROOT / "folio"
+    rooms = {path: path.relative_to(package).parts[0] for path in package.rglob("*.py")}
+    found = {str(path): made for path, room in rooms.items() if room not in NOT_YET and (made := changes(path))}
+    assert found.pop(str(package / "files.py"))
+    assert found == {}
+    for room in NOT_YET:
+        assert any(changes(path) for path, other in rooms.items() if other == room), f"{room} need not be listed"
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", '{"host": 1}', "[" * 5000, '{"host": "\\u001b[2J", "pid": 1, "since": ""}']
-)
-def test_a_holder_that_does_not_say_who_it_is(content: str, tmp_path: Path) -> None:
-    lock = taken(tmp_path / "lock")
-    (tmp_path / "lock").write_text(content)
-    with pytest.raises(InUseError) as refusal:
-        taken(tmp_path / "lock")
-    assert str(refusal.value).isprintable()
-    lock.release()
+def test_an_unwritten_file_is_named_in_any_process() -> None:
+    error = pickle.loads(pickle.dumps(UnwrittenError("out", "disk full", "make room")))
+    assert str(error) == "out could not be written (disk full): make room"
+    assert error.reason == "disk full"
 
 
-@pytest.mark.parametrize("what", ["folder", "link", "below a file"])
-def test_a_lock_that_cannot_be(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    if what == "folder":
-        path.mkdir()
-    elif what == "link":
-        path.symlink_to(tmp_path / "elsewhere")
-    else:
-        path = tmp_path / "file" / "lock"
-        path.parent.write_text("")
-    with pytest.raises(OSError, match=r"director|symbolic|exists"):
-        taken(path)
-    assert not (tmp_path / "elsewhere").exists()
+def test_what_is_removed(tmp_path: Path) -> None:
+    """Files, links but not what they lead to, and folders with their content; what does not exist is no error."""
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "folder" / "inner" / "file").write_text("")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    for act in (files.remove, files.discard):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        for name in ("folder", "file", "link", "nothing", "other"):
+            act(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 LAYERS = [
-    {"", "errors", "files", "rng", "config", "model"},  # "" is folio/__init__.py
+    {"", "errors", "files", "locks", "rng", "config", "model"},  # "" is folio/__init__.py
     {"data", "machine", "records"},
     {"checkpoints", "generation", "preparation"},
     {"evaluation"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"cli", "api", "__main__"},
 ]
 DELEGATES = {  # whose functions are nanoGPT's methods of GPT, one line each
-    "checkpoints.hugging_face",
+    "checkpoints.find",
     "generation.sampling",
     "machine.flops",
     "training.optimizers",

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import secrets
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,8 +28,9 @@ from folio.machine.shares import is_finite, laid_out_as
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
-from folio.records.run_folder import BEST, CHECKPOINTS, MODEL, OPTIMIZER, STATE
+from folio.records.run_folder import CHECKPOINTS, MODEL, OPTIMIZER, STATE
 
+_NO_SUCH = "but the model has no such parameter (or its head is tied to the embedding)"
 _HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
 Tensors = Iterator[tuple[str, Tensor]]
 Shaped = TypeVar("Shaped", Tensor, StoredTensor)
@@ -41,12 +38,12 @@ Shaped = TypeVar("Shaped", Tensor, StoredTensor)
 
 @dataclass
 class State:
-    """Where a run is. With the weights and the optimiser's tensors, all that it needs to go on."""
+    """The position of a run. With the weights and the optimizer's tensors it is all that a run needs to resume."""
 
     step: int = 0  # updates done
     rows: int = 0  # rows of the order that they consumed
     tokens: int = 0  # targets in those
-    seconds: float = 0.0  # of wall time
+    seconds: float = 0.0  # wall time
     train_loss: float | None = None  # of the last evaluation
     val_loss: float | None = None
     best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
@@ -54,7 +51,7 @@ class State:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> State:
-        """From a ``state.json``. Raises ValueError for what is missing or no number that can be."""
+        """Reads a ``state.json``. Raises ValueError for a value that is missing or impossible."""
         try:
             state = cls(**{f.name: values[f.name] for f in fields(cls)})
             best = (state.best["step"], state.best["loss"]) if state.best else ()
@@ -69,10 +66,8 @@ class State:
         return state
 
 
-def state_of_elsewhere(
-    config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None
-) -> dict[str, Any]:
-    """What ``state.json`` would say of a model that another program wrote."""
+def foreign_state(config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None) -> dict[str, Any]:
+    """The content of a ``state.json`` for a model that another program wrote."""
     return {
         "run": secrets.token_hex(6),
         **asdict(state or State()),
@@ -86,9 +81,9 @@ def state_of_elsewhere(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, what is known of it (as ``state.json`` has it), and what was asked of its run.
+    """A model on disk, its ``state.json``, and the options of its run.
 
-    Tensors are read one at a time, when asked for. Other programs' files are subclasses of this
+    Tensors are read one at a time, on demand. Subclasses read other programs' files
     (``folio.checkpoints.hugging_face``, ``folio.checkpoints.pt_files``).
     """
 
@@ -118,35 +113,35 @@ class Checkpoint:
         return self.fitting(_floating(self.path, self._stored()))
 
     def fitting(self, stored: Iterable[tuple[str, Shaped]]) -> Iterator[tuple[str, Shaped]]:
-        """Passes on what is stored by name; raises ValueError where it is not the parameters of ``config``."""
+        """Yields the stored tensors; raises ValueError if they are not the parameters of ``config``."""
         wanted = self.parameters()
         for name, weight in stored:
             if (shape := wanted.pop(name, None)) != weight.shape:
-                model = "has it not, or once only" if shape is None else f"wants {tuple(shape)}"
-                raise UserError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, its model {model}")
+                model = _NO_SUCH if shape is None else f"but the model's has {tuple(shape)}"
+                raise UserError(f"{self.path}: {name[:100]} has the shape {tuple(weight.shape)}, {model}")
             yield name, weight
         if wanted:
             raise UserError(f"{self.path}: {min(wanted)} is not among its weights")
 
     def not_finite(self, name: str) -> UserError:
-        """What is said of a checkpoint of which a tensor holds NaN or infinity."""
+        """The error for a checkpoint with NaN or infinity in one of its tensors."""
         mine = self.path.parent.name == CHECKPOINTS
         earlier = [step for step in run_folder.steps(self.path.parent.parent) if step < self.step] if mine else []
-        remedy = f": take --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
-        return UserError(f"{self.path}: {name} is not finite, so that nothing can be computed with it{remedy}")
+        remedy = f": use --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
+        return UserError(f"{self.path}: {name} is not finite, so nothing can be computed with it{remedy}")
 
     def _stored(self) -> Tensors:
         return read(self.path / MODEL, opened=self.opened.get(MODEL))
 
     def slots(self) -> Tensors:
-        """The optimizer's tensors, as ``<parameter>/<slot>``; none where it is not known."""
+        """The optimizer's tensors, as ``<parameter>/<slot>``; none if its state is unknown."""
         return _floating(self.path, read(self.path / OPTIMIZER, opened=self.opened.get(OPTIMIZER)))
 
     def config(self) -> GPTConfig:
         return model_config(self.path, self.state["model"])
 
     def model(self, dropout: float | None = None) -> GPT:
-        """The model in float32 on the CPU, as it was saved but perhaps for the ``dropout``.
+        """The model in float32 on the CPU, as it was saved, with another ``dropout`` if one is given.
 
         Raises:
             ValueError: as ``weights``; a weight is not finite; the model does not fit into memory.
@@ -164,9 +159,9 @@ class Checkpoint:
 
     @property
     def tokenizer_spec(self) -> dict[str, Any] | None:
-        """Its tokenizer as JSON; None where nothing says what its token ids mean.
+        """Its tokenizer as JSON; None if it is unknown.
 
-        GPT-2's is none for a model with fewer ids: older checkpoints assumed it where the data said nothing.
+        GPT-2's tokenizer does not count for a model with fewer ids: older checkpoints assumed it if the data had none.
         """
         spec: dict[str, Any] | None = self.state["tokenizer"]
         size = self.config().vocab_size
@@ -174,7 +169,7 @@ class Checkpoint:
         return None if assumed or spec == IDS_ONLY else spec
 
     def tokenizer(self) -> Tokenizer:
-        """Raises ValueError where its vocabulary is not known."""
+        """Raises ValueError if its vocabulary is unknown."""
         if self.tokenizer_spec is None:
             raise UserError(
                 f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
@@ -187,7 +182,7 @@ class Checkpoint:
 
 
 def _floating(path: Path, tensors: Tensors) -> Tensors:
-    """Passes tensors on; raises ValueError for one that holds anything but floating-point numbers."""
+    """Yields the tensors; raises ValueError for one that is not of floating-point numbers."""
     for name, tensor in tensors:
         if tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -196,7 +191,7 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
 
 
 class Opened:
-    """A file that can be read at ``path`` for as long as this object lives, also when its own name is gone."""
+    """A file that can be read at ``path`` while this object lives, even if the file is removed."""
 
     def __init__(self, name: Path) -> None:
         self.name, self._handle = name, os.open(files.require_file(name), os.O_RDONLY)
@@ -212,12 +207,12 @@ class Opened:
 
 
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: Opened | None = None) -> Tensors:
-    """The tensors of these names in a safetensors file, each mapped only while it is looked at, the largest first.
+    """The tensors of these names in a safetensors file, each mapped only while it is in use, the largest first.
 
-    So whoever copies them into place needs hardly more memory than they do. ``opened``: the same file.
+    So copying them into a model needs little more memory than the model. ``opened`` is the same file, already open.
 
     Raises:
-        ValueError: the file is damaged, or none.
+        ValueError: the file is damaged, or is not a regular file.
     """
     here = opened.path if opened else path
     with files.require_file(here).open("rb") as raw:
@@ -236,16 +231,18 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
 
 
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes, syncs, and only then renames into place. A checkpoint of the same step is replaced.
+    """Writes and syncs a checkpoint, and only then renames it into place.
 
-    Where it has the same tensors, its state alone is, so that there is a whole one at any moment.
+    A checkpoint of the same step is replaced: where it has the same tensors, its ``state.json`` alone; otherwise it is
+    moved aside first, and a whole checkpoint of this step is on the disk at any moment. ``run_folder.hold`` puts back
+    one that a killed process had moved aside.
 
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
     """
-    final = run_folder.checkpoint_folder(out_dir, step)
+    final, replaced = run_folder.checkpoint_folder(out_dir, step), run_folder.replaced_folder(out_dir, step)
     unfinished = final.with_name(f".{final.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    files.discard(unfinished)
     try:
         unfinished.mkdir(parents=True)
         save_file(weights, unfinished / MODEL)
@@ -255,33 +252,40 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
         for name in (MODEL, OPTIMIZER):
             files.sync(unfinished / name)
         files.sync(unfinished)
+        if all((final / name).is_file() and files.sha256(final / name) == hashes[name] for name in hashes):
+            files.rename(unfinished / STATE, final / STATE)
+            files.sync(final)
+        elif final.exists():
+            if replaced.exists():
+                run_folder.remove_checkpoint(replaced)
+            files.rename(final, replaced)
+            _rename_or_put_back(unfinished, final, replaced)
+        else:
+            files.rename(unfinished, final)
+            files.sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise OSError(f"{final} could not be written ({error}): make room there or choose another --out_dir") from None
-    if all((final / name).is_file() and files.sha256(final / name) == hashes[name] for name in hashes):
-        (unfinished / STATE).replace(final / STATE)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        files.sync(final)
-        return
-    if final.exists():
-        _remove(final)
-    unfinished.rename(final)
+        files.discard(unfinished)
+        reason = getattr(error, "strerror", None) or str(error)
+        raise files.UnwrittenError(final, reason, "make room there or choose another --out_dir") from None
+    files.discard(unfinished)
+    if replaced.exists():
+        run_folder.remove_checkpoint(replaced)
+
+
+def _rename_or_put_back(unfinished: Path, final: Path, replaced: Path) -> None:
+    try:
+        files.rename(unfinished, final)
+    except OSError:
+        files.rename(replaced, final)
+        raise
     files.sync(final.parent)
 
 
-def _remove(path: Path) -> None:
-    """Takes a checkpoint away in one moment: whoever reads it has all of it, and whoever looks for it none."""
-    gone = path.with_name(f".{path.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    path.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
 def state_of(path: Path) -> tuple[dict[str, Any], bool]:
-    """What a checkpoint's ``state.json`` says, and whether a sum of itself bears it out, as older ones have none.
+    """The content of a checkpoint's ``state.json``, and whether it has a checksum of itself; older ones have none.
 
     Raises:
-        ValueError: it is missing, changed, cannot be, or is of another step than its folder.
+        ValueError: it is missing, changed, impossible, or of another step than its folder.
     """
     try:
         state, sealed = files.read_sealed(path / STATE)
@@ -300,147 +304,50 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def verify(path: Path, run_id: str | None = None) -> Checkpoint:
-    """A checkpoint whose files are what it says they are, and stay readable though it be removed meanwhile.
+    """A checkpoint whose files match its checksums; they stay readable even if it is removed meanwhile.
 
     Raises:
-        ValueError: something is missing, changed, or of another run.
+        ValueError: a file is missing, changed, or of another run.
     """
     try:
         opened = {name: Opened(path / name) for name in (MODEL, OPTIMIZER)}
-        state, _ = state_of(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    state, _ = state_of(path)
+    try:
         for name, file in opened.items():
             if files.sha256(file.path) != state["sha256"][name]:
                 raise UserError(f"{name} does not match its checksum")
         if run_id is not None and state["run"] != run_id:
             raise UserError(f"it is of another run, {state['run']}")
     except (OSError, ValueError, KeyError) as error:
-        sign = f"{path} is damaged: "
-        raise UserError(f"{sign}{str(error).removeprefix(sign)}") from None
+        raise UserError(f"{path} is damaged: {error}") from None
     return Checkpoint(path, state, opened=opened)
 
 
 def unsealed(found: Checkpoint) -> str:
-    """A line about a checkpoint that an older version wrote, else nothing."""
+    """A line about a checkpoint that an older version wrote, else ""."""
     if STATE in found.state["sha256"]:
         return ""
     return f"{found.path / STATE} has no checksum, as older versions wrote it: it is used as it is"
 
 
-def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not.
-
-    Those are set ``aside`` as ``….damaged``, so that a later look does not meet them again.
-    """
-    lines: list[str] = []
-    for step in reversed(run_folder.steps(out_dir)):
-        path = run_folder.checkpoint_folder(out_dir, step)
-        try:
-            found = verify(path, run_id)
-            return found, [*lines, *filter(None, [unsealed(found)])]
-        except ValueError as error:
-            lines.append(str(error))
-        if aside:
-            other = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(other, ignore_errors=True)
-            path.rename(other)
-            lines[-1] += f"; set aside as {other.name}"
-    return None, lines
-
-
-def best_step(out_dir: Path) -> int | None:
-    """The step of ``best.json``; where that is lost or damaged, the best that the newest checkpoint knows of."""
-    try:
-        best, sealed = files.read_sealed(out_dir / BEST)
-        if (sealed or best.keys() == {"step", "loss"}) and type(best["step"]) is int:
-            return best["step"]
-    except (OSError, ValueError, LookupError):
-        pass
-    for step in reversed(run_folder.steps(out_dir)):
-        try:
-            best = state_of(run_folder.checkpoint_folder(out_dir, step))[0]["best"]
-            return int(best["step"]) if best else None
-        except (ValueError, LookupError, TypeError):
-            continue
-    return None
-
-
-def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """``best``, ``latest`` or a step's number. One that is removed before it is read gives way to the next.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint; says what there is.
-        ValueError: it is damaged; names another.
-    """
-    while True:
-        step = _chosen(out_dir, which)
-        try:
-            found = verify(run_folder.checkpoint_folder(out_dir, step))
-            break
-        except ValueError as error:
-            if step in (have := run_folder.steps(out_dir)):
-                others = [other for other in have if other != step]
-                remedy = f"; --checkpoint={others[-1]} is another" if others else ""
-                raise UserError(f"{error}{remedy}") from None
-    knobs: dict[str, Any] = {}
-    try:
-        knobs = run_folder.asked(out_dir).options
-    except FileNotFoundError:
-        pass
-    except ValueError as error:  # a model is of use without what was asked for
-        warnings.warn(str(error), stacklevel=2)
-    if line := unsealed(found):
-        warnings.warn(line, stacklevel=2)
-    return replace(found, asked=knobs)
-
-
-def _chosen(out_dir: Path, which: str) -> int:
-    have = run_folder.steps(out_dir)
-    if not have:
-        raise FileNotFoundError(f"no checkpoint in {out_dir}: train with --out_dir={out_dir} first")
-    if which == "best":
-        best = best_step(out_dir)
-        return best if best in have else have[-1]
-    if which == "latest":
-        return have[-1]
-    step = int(which) if re.fullmatch("[0-9]{1,18}", which) else -1
-    if step not in have:
-        raise FileNotFoundError(
-            f"no checkpoint {which!r} in {out_dir}: there are best, latest and {', '.join(map(str, have))}"
-        )
-    return step
-
-
-def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
-    """Removes all but the best checkpoint, the two newest, and the ``keep`` newest at multiples of ``interval``.
-
-    Of the two newest one alone stays where ``keep`` is 1. What a killed save left goes too.
-    """
-    for path in (out_dir / CHECKPOINTS).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    there = run_folder.steps(out_dir)
-    kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
-    for step in there:
-        if step not in kept:
-            with suppress(OSError):
-                _remove(run_folder.checkpoint_folder(out_dir, step))
-
-
 def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies weights by name; raises ValueError where names or shapes differ."""
+    """Copies weights by name; raises ValueError if names or shapes differ."""
     wanted = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights:
             if (p := wanted.pop(name, None)) is None:
-                raise UserError(f"the weights do not fit the model: it has no {name}, or has it once only")
+                raise UserError(f"the weights do not fit the model: {name} is there, {_NO_SUCH}")
             if p.shape != weight.shape:
                 raise UserError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
             p.copy_(laid_out_as(p, weight))
     if wanted:
-        raise UserError(f"the weights do not fit the model: {min(wanted)} is not among them")
+        raise UserError(f"the weights do not fit the model: they lack {min(wanted)}")
 
 
 def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tuple[str, Tensor]]) -> None:
-    """Puts ``<parameter>/<slot>`` tensors back into an optimiser of this model."""
+    """Puts ``<parameter>/<slot>`` tensors back into an optimizer of this model."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in slots:
         name, slot = key.rsplit("/", 1)

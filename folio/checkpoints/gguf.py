@@ -23,14 +23,14 @@ _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)
 
 
 def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
-    """Writes a file that llama.cpp runs, in one dtype but for vectors and positions, which it wants in float32.
+    """Writes a file that llama.cpp runs, in one dtype, except that it needs vectors and positions in float32.
 
-    Biases that the model has not are written as zeros; token ids beyond the tokenizer's are cut off. llama.cpp has to
-    stop at some token: a vocabulary of characters gets an end-of-text after its last.
+    Biases that the model lacks are written as zeros; token ids beyond the tokenizer's are cut off. llama.cpp needs
+    a token to stop at: a vocabulary of characters gets an end-of-text after its last.
 
     Raises:
-        FileExistsError: the file is there. ValueError: the tokenizer is unknown, or not byte pairs as GPT-2's; the
-            model has what GPT-2 has not, or numbers that are not finite in ``dtype``.
+        FileExistsError: the file exists. ValueError: the tokenizer is unknown, or not of byte pairs like GPT-2's; the
+            model is not expressible, or has numbers that are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
     import gguf
@@ -82,7 +82,7 @@ class _Checked(np.ndarray[Any, Any]):
 
 
 def _tensors(found: Checkpoint, tokenizer: Tokenizer, dtype: str) -> Iterator[tuple[str, tuple[NDArray[Any], Any]]]:
-    """By llama.cpp's names, the numbers as they lie in the file and their type."""
+    """llama.cpp's name, numbers and type of each tensor of the file."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, found.config().n_layer)
@@ -90,7 +90,7 @@ def _tensors(found: Checkpoint, tokenizer: Tokenizer, dtype: str) -> Iterator[tu
         theirs = names.get_name(name, (".weight", ".bias"))
         assert theirs
         vector = weight.dim() < 2 or name == "transformer.wpe.weight"
-        rounded(found, name, weight, "float32" if vector else dtype)  # which checks it
+        rounded(found, name, weight, "float32" if vector else dtype)  # raises if a number is not finite
         if name in ("transformer.wte.weight", "lm_head.weight") and tokenizer.eot is None:
             weight = torch.cat([weight, weight.mean(0, keepdim=True)])
         kind = gguf.GGMLQuantizationType[_TYPES["float32" if vector else dtype][0]]
@@ -112,7 +112,8 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not isinstance(tokenizer, Bytes)}
         if spec["model"]["type"] != "BPE" or spec["normalizer"] or not gpt2.items() <= words.items():
             raise UserError(
-                "the tokenizer splits text otherwise than GPT-2's, as no GGUF file of GPT-2 does: export a folder"
+                "the tokenizer splits text in another way than GPT-2's, which a GGUF file of GPT-2 cannot express: "
+                "export a folder"
             )
         added = {t["id"]: t for t in spec["added_tokens"]}
         by_id = {i: token for token, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}

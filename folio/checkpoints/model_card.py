@@ -12,7 +12,8 @@ from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.decoding import decode
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
-from folio.records.log import hellaswag_line, read_metrics
+from folio.records.log import hellaswag_scores
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import EVALUATIONS, METRICS
 
 UNKNOWN = "not known"
@@ -37,14 +38,14 @@ def facts(found: Checkpoint) -> dict[str, str]:
     return {what: value for what, value in said.items() if value}
 
 
-def checked(told: Any) -> dict[str, str]:
+def checked(facts: Any) -> dict[str, str]:
     """Facts from an untrusted file. Raises ValueError if they are not short lines of text."""
-    if not isinstance(told, dict):
+    if not isinstance(facts, dict):
         raise UserError("its facts are not an object")
-    for what, value in told.items():
+    for what, value in facts.items():
         if not isinstance(value, str) or len(what + value) > 1000 or not (what + value).isprintable():
             raise UserError(f"its fact {what[:80]!r} is not a line of text")
-    return told
+    return facts
 
 
 def _data(found: Checkpoint) -> str:
@@ -70,7 +71,7 @@ def _hellaswag(found: Checkpoint) -> str:
     for path in (found.path.parents[1] / METRICS, found.path.parents[1] / EVALUATIONS):
         for record in read_metrics(path) if path.is_file() else []:
             if record["kind"] == "hellaswag" and record["step"] == found.step:
-                said = hellaswag_line(record).removeprefix("HellaSwag ")
+                said = hellaswag_scores(record)
     return said
 
 
@@ -131,8 +132,8 @@ A language model of GPT-2's architecture, exported by Folio {__version__}.
 ## Limits
 
 The context is {config.block_size:,} tokens. The model continues text in the style of its training data, so its output
-may be wrong or harmful. It was not tested for bias, safety or truth. Whoever publishes it must state the licenses of
-the model and of its data.
+may be wrong or harmful. It was not tested for bias, safety or truth. State the licenses of the model and of its data
+when you publish it.
 """
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints that other trainers wrote with ``torch.save``, read as they lie and with nothing in them run.
+"""Reads checkpoints that other trainers wrote with ``torch.save``; no code in them is run.
 
-nanoGPT's ``ckpt.pt``, with its optimiser; build-nanogpt's ``model_*.pt``; GPT-from-scratch's
-``model_epoch*_iter*.pt``, with its optimiser.
+nanoGPT's ``ckpt.pt``, with its optimizer; build-nanogpt's ``model_*.pt``; GPT-from-scratch's
+``model_epoch*_iter*.pt``, with its optimizer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NAMES = {  # GPT-from-scratch's names → ours
 
 @dataclass(frozen=True)
 class PtFile(Checkpoint):
-    """A checkpoint in one file of ``torch.save``; its tensors are read one at a time, when they are asked for."""
+    """A checkpoint in one file of ``torch.save``; its tensors are read one at a time, on demand."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict, repr=False)  # in the order of the model's parameters
     optimizer: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -61,7 +61,7 @@ class PtFile(Checkpoint):
         yield from _loaded(self.path, self.tensors)
 
     def slots(self) -> Tensors:
-        """AdamW's tensors, which are numbered: those of two and more dimensions first, then the others."""
+        """AdamW's tensors. The file numbers its parameters: first those of two and more dimensions, then the others."""
         names = sorted(self.tensors, key=lambda name: len(self.tensors[name].shape) < 2)
         found = {}
         try:
@@ -79,7 +79,7 @@ class PtFile(Checkpoint):
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: its optimizer does not fit its model: {error}; --init_from={self.path} "
-                "takes the weights alone"
+                "loads the weights alone"
             ) from None
         yield from ((name, torch.tensor(float(v))) for name, v in found.items() if not isinstance(v, StoredTensor))
         stored = {name: v for name, v in found.items() if isinstance(v, StoredTensor)}
@@ -87,10 +87,10 @@ class PtFile(Checkpoint):
 
 
 def read(path: Path) -> PtFile:
-    """The checkpoint in a ``.pt`` file; nothing in it is run.
+    """The checkpoint in a ``.pt`` file; no code in it is run.
 
     Raises:
-        ValueError: it is damaged, of another program, or names code to run, which is not run.
+        ValueError: it is damaged, of another program, or names code to run.
     """
     content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, fields_of))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
@@ -121,7 +121,7 @@ def read(path: Path) -> PtFile:
         val_loss=best,
         best=None if best is None else {"step": step, "loss": best},
     )
-    state = checkpoint.state_of_elsewhere(config, _tokenizer(path, config, asked.get("dataset", "")), known)
+    state = checkpoint.foreign_state(config, _tokenizer(path, config, asked.get("dataset", "")), known)
     made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
     for _ in made.fitting(found.items()):  # checks them all
         pass
@@ -145,11 +145,11 @@ def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
 
 
 def _loaded(path: Path, stored: Mapping[str, StoredTensor]) -> Tensors:
-    """Each tensor read when it is its turn, in the order that needs the least memory and time."""
+    """Reads one tensor at a time, in the order that needs the least memory and time."""
     for name, tensor in sorted(stored.items(), key=lambda item: item[1].place()):
         try:
             whole = tensor.load()
-        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it has changed since it was verified
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it was changed after it was verified
             raise UserError(f"{path} is damaged: {name}: {error}") from None
         yield name, whole
 
@@ -159,7 +159,7 @@ def _foreign(path: Path, why: str) -> UserError:
 
 
 def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
-    """The shape, the updates that were made, the best validation loss."""
+    """The shape, the number of updates, and the best validation loss."""
     shape: dict[str, Any] = {"bias": True}
     for name, value in content["model_args"].items():
         shape[name] = number(value) if isinstance(value, (StoredTensor, list)) else value
@@ -168,7 +168,7 @@ def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None
 
 
 def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
-    """The same of the two that pickle their config: build-nanogpt, and GPT-from-scratch under other names."""
+    """The same for the two that pickle their config: build-nanogpt, and GPT-from-scratch with its own names."""
     loss = content.get("val_loss")
     best = None if loss is None else float(number(loss))
     config = content["config"]
@@ -188,12 +188,12 @@ def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, floa
         "activation": "gelu_tanh",
         "tie_weights": False,
     }
-    slots = (content.get("optimizer") or {}).get("state", {})  # its own count begins anew with each epoch
+    slots = (content.get("optimizer") or {}).get("state", {})  # its ``iter`` starts from zero with each epoch
     return shape, int(number(slots[0]["step"]) if slots else number(content["iter"]) + 1), best
 
 
 def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, StoredTensor]:
-    """Our names and the tensors, in the file's order, which is that of the model's parameters."""
+    """The tensors by our names, in the file's order, which is that of the model's parameters."""
     found = {}
     for name, tensor in raw.items():
         if not isinstance(name, str) or len(name) > 200 or not isinstance(tensor, StoredTensor):
@@ -213,7 +213,7 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
 
 
 def _asked(path: Path, config: Any) -> dict[str, Any]:
-    """Those of nanoGPT's knobs that tell of the run, and not of the machine it was on."""
+    """nanoGPT's options that describe the run, not its machine."""
     if not isinstance(config, dict):
         return {}
     passed_over = {*knobs(System), *knobs(Processes), *OF_THE_CALL}
@@ -229,9 +229,9 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | None:
-    """What ``meta.pkl`` says, beside the file or in the folder of the data set; else GPT-2's if it fits.
+    """The tokenizer of the ``meta.pkl`` beside the file or in the data set's folder, else GPT-2's if its size fits.
 
-    A data set that this program prepared under that name serves as well.
+    The ``meta.json`` of a data set that Folio prepared under that name is used too.
     """
     for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if 0 < len(dataset) < 200)):
         if (pickled := folder / META_PKL).is_file():
@@ -239,7 +239,7 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
             if size == config.vocab_size:
                 return None if found == IDS_ONLY else found
         elif (folder / META).is_file():
-            with contextlib.suppress(ValueError, OSError):  # whatever is wrong with the data, this is about the model
+            with contextlib.suppress(ValueError, OSError):  # damaged data must not keep the model from being read
                 data = open_folder(folder)
                 if data.vocab_size == config.vocab_size:
                     return data.tokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from folio.data import pickles
 from folio.data.pickled_values import opaque
-from folio.errors import UserError
+from folio.errors import UserError, first_line
 from folio.files import require_file
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
@@ -150,8 +150,7 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
     except pickles.RefusedError as error:
         raise UserError(f"{path}: refused: {error}") from None
     except (ValueError, TypeError, LookupError, RuntimeError, EOFError, OSError, *_ZIP_ERRORS) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} is damaged, or not a file of torch.save: {reason}") from None
+        raise UserError(f"{path} is damaged, or not a file of torch.save: {first_line(error)[:200]}") from None
 
 
 # The two formats

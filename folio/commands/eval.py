@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from folio import files
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.config.options import (
     EACH,
@@ -37,11 +37,12 @@ from folio.machine import shortage
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
-from folio.records.log import hellaswag_line, to_json
+from folio.records.log import hellaswag_line
+from folio.records.metrics import to_json
 from folio.records.run_folder import EVALUATIONS
 
 _DATA = {f.name for f in fields(Data)}
-_OF = {  # what a knob is for, where not for all
+_OF = {  # the measurements that an option is for, if not all
     "split": ("loss",),
     "eval_iters": ("loss",),
     "style": ("hellaswag",),
@@ -73,7 +74,7 @@ class Options:
     tokens: Data = field(default_factory=Data)
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
-    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
+    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # option → who set it
 
 
 def main(options: Options) -> None:
@@ -81,11 +82,11 @@ def main(options: Options) -> None:
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
-    """What was found, and that in words; of a run it is kept in its folder as well."""
+    """The result, and a text for the reader; for a run it is also appended to its ``evaluations.jsonl``."""
     o = options
     if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
         raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
-    chosen = hugging_face.choose(o.source)
+    chosen = find.from_source(o.source)
     runtime = Runtime(resolve(o.system, o.processes))
     try:
         with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):

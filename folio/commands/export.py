@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio.checkpoints import gguf, hugging_face
+from folio.checkpoints import find, gguf, hub, hugging_face
 from folio.config.options import ITSELF, knob, out_dir_knob
 from folio.errors import UserError
 from folio.records.console import say
@@ -26,8 +26,8 @@ class Options:
 def main(options: Options) -> None:
     to = Path(options.to)
     if options.push_to_hub:
-        hugging_face.check_hub_name(options.push_to_hub)
-    found = hugging_face.in_folder(Path(options.out_dir), options.checkpoint)
+        hub.check_name(options.push_to_hub)
+    found = find.in_folder(Path(options.out_dir), options.checkpoint)
     if to.suffix == ".gguf":
         if options.push_to_hub:
             raise UserError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
@@ -36,4 +36,4 @@ def main(options: Options) -> None:
         hugging_face.export(found, to, options.dtype, options.push_to_hub)
     say(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
     if options.push_to_hub:
-        say(f"pushed to {hugging_face.push(to, options.push_to_hub)}")
+        say(f"pushed to {hub.push(to, options.push_to_hub)}")

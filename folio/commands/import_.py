@@ -1,4 +1,4 @@
-"""folio import: another program's model as a run of this one, to go on with."""
+"""folio import: another program's model as a run of this one, to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from folio import files
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find
 from folio.config.options import ITSELF, knob
 from folio.model.config import AUTO
 from folio.records import run_folder
@@ -34,7 +34,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    found = hugging_face.find(options.model)
+    found = find.by_name(options.model)
     model = found.model()
     if options.vocab_size != "auto":
         model.grow_vocab_size(options.vocab_size)
@@ -55,10 +55,11 @@ def main(options: Options) -> None:
             "text needs a tokenizer"
         )
     say(
-        f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
+        f"{options.to}: the model of {found.path}, step {found.step}; "
+        f"--init_from=resume --out_dir={options.to} resumes it"
     )
 
 
 def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
-    """An optimiser's tensor with zeros for the rows that its weight has grown by."""
+    """An optimizer's tensor with zeros for the rows that its weight has grown by."""
     return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot

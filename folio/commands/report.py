@@ -1,4 +1,4 @@
-"""folio report: all that is known of a run as one page."""
+"""folio report: a one-page report of a run."""
 
 from __future__ import annotations
 

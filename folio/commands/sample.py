@@ -1,4 +1,4 @@
-"""folio sample: what a trained model writes."""
+"""folio sample: text from a trained model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.config.options import Sampling, Source, System
 from folio.data.tokenizers import Tokenizer
 from folio.generation.sampling import continuations, samples
@@ -35,14 +35,14 @@ def main(options: Options) -> None:
 
 
 def texts(options: Options) -> list[str]:
-    """What it writes, each text with its prompt."""
+    """The texts, each with its prompt."""
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
-    chosen = hugging_face.choose(options.source)
+    chosen = find.from_source(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(resolve(options.system))
     try:

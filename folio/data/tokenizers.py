@@ -56,6 +56,17 @@ class Tokenizer(Protocol):
         ...
 
 
+class MissingCharactersError(UserError):
+    """A text has characters that the vocabulary lacks; ``lack`` says which, without a remedy."""
+
+    @property
+    def lack(self) -> str:
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.lack}: leave them out of the text"
+
+
 class Characters:
     """One id for each character of a fixed, sorted vocabulary, as nanoGPT's shakespeare_char."""
 
@@ -75,9 +86,9 @@ class Characters:
         ids = self._ids[np.minimum(codes, len(self._ids) - 1)]
         if (ids < 0).any():
             missing = sorted(set(text) - set(self.characters))
-            raise UserError(
+            raise MissingCharactersError(
                 f"the vocabulary of {self.size} characters lacks {', '.join(map(repr, missing[:5]))}"
-                f"{' …' if len(missing) > 5 else ''}: leave them out of the text"
+                f"{' …' if len(missing) > 5 else ''}"
             )
         return ids
 

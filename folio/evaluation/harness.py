@@ -1,4 +1,4 @@
-"""The tasks of EleutherAI's lm-evaluation-harness, put to a model of ours. The only user of lm_eval."""
+"""Evaluates a model on tasks of EleutherAI's lm-evaluation-harness; the only module that imports lm_eval."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from folio.evaluation.scoring import Query, Scores, fitted, score
 from folio.generation import sampling
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
-from folio.records.log import silent_stderr
+from folio.records.console import silent_stderr
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -50,15 +50,15 @@ def evaluate(
         FileNotFoundError: no such task file. ModuleNotFoundError: lm_eval, or what a task needs, is not installed.
     """
     lm = language_model(model, tokens, runtime)
-    while isinstance(told := runtime.broadcast(lambda: _ask(lm, tasks, limit)), tuple):  # not on rank 0: work of its
-        method, *what = told
+    while isinstance(sent := runtime.broadcast(lambda: _ask(lm, tasks, limit)), tuple):  # work that rank 0 sends
+        method, *what = sent
         getattr(lm, method)(*what)
-    return told
+    return sent
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines, bars and warnings of lm_eval and the libraries below it; what fails is raised."""
+    """Drops the output and warnings of lm_eval and its libraries; exceptions are raised."""
     nowhere = io.StringIO()
     with (
         silent_stderr(),  # git's, which it asks for its own version
@@ -88,7 +88,7 @@ def _manager() -> TaskManager:
 
 
 def _load(manager: TaskManager, name: str) -> list[Any]:
-    """What a name stands for: a group, or tasks."""
+    """The group or the tasks of a name."""
     if name not in manager.all_tasks and not Path(name).is_file():
         if name.endswith((".yaml", ".yml")):
             raise FileNotFoundError(f"{name}: there is no such task file")
@@ -108,7 +108,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers among what is told of a task, whose names are "metric,filter"."""
+    """The numbers among a task's results, whose names are "metric,filter"."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in metrics.items()
@@ -172,9 +172,9 @@ def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
             return totals
 
         def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-            return [self._go_on(i, *request.args) for i, request in enumerate(requests)]
+            return [self._continue(i, *request.args) for i, request in enumerate(requests)]
 
-        def _go_on(self, number: int, context: str, asked: dict[str, Any]) -> str:
+        def _continue(self, number: int, context: str, asked: dict[str, Any]) -> str:
             how = normalize_gen_kwargs(asked)
             new, until = how["max_gen_toks"], [stop for stop in how["until"] if stop]
             if (room := block_size - new) < 1:

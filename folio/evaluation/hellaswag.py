@@ -1,4 +1,4 @@
-"""HellaSwag: which of four endings goes on best from a context.
+"""HellaSwag: which of four endings continues a context best.
 
 Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; scored in both ways that are published
 for GPT-2.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from folio import files
 from folio.config.options import HellaSwagStyle
 from folio.data.token_files import CLONE
-from folio.data.tokenizers import Tokenizer
+from folio.data.tokenizers import MissingCharactersError, Tokenizer
 from folio.errors import UserError
 from folio.evaluation.scoring import Query, fitted, score
 from folio.machine.runtime import Runtime
@@ -32,7 +32,7 @@ FILE = Path("data", "hellaswag", "hellaswag_val.jsonl")
 
 
 class Item(NamedTuple):
-    """A question as a style puts it: the endings as they follow the context, and the length each is judged by."""
+    """A question in one style: the context, its endings, and the length by which each ending's score is divided."""
 
     context: str
     endings: list[str]
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """Items in a model's tokens. ``cut`` of them are longer than its context, and lost their fronts."""
+    """Items in a model's tokens. ``cut`` of them are longer than its context and lost their beginnings."""
 
     style: HellaSwagStyle
     queries: list[Query]  # four continuations to an item, in one query or four
@@ -52,7 +52,7 @@ class Questions:
 
     @property
     def note(self) -> str:
-        """A line about the items that lost their fronts; empty where none did."""
+        """A line about the items that lost their beginnings; empty if none did."""
         of = f"{self.cut} of {len(self.labels)} HellaSwag items are"
         return f"{of} longer than the model's context: their fronts are left out" if self.cut else ""
 
@@ -114,8 +114,8 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
     if label == "":
         raise UserError("its label is empty, as in the test split: the validation split has labels")
     if str(label) not in ("0", "1", "2", "3"):
-        told = f"{label!r:.40}" if isinstance(label, (str, int, float)) else f"a {type(label).__name__}"
-        raise UserError(f"its label is {told}: must be 0, 1, 2 or 3")
+        shown = f"{label!r:.40}" if isinstance(label, (str, int, float)) else f"a {type(label).__name__}"
+        raise UserError(f"its label is {shown}: must be 0, 1, 2 or 3")
     parts = [raw[name] for name in (("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"))]
     if not all(isinstance(part, str) for part in parts) or not "".join(parts).strip():
         raise UserError("its context is empty or not text")
@@ -146,7 +146,7 @@ def load(
 
 
 def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape: GPTConfig) -> Questions:
-    """The items as a model of this shape reads them.
+    """Encodes the items for a model of this shape.
 
     Raises:
         ValueError: the tokenizer lacks a character, or the model a token.
@@ -166,12 +166,14 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
         try:
             contexts, endings = zip(*pairs(item), strict=True)
             if not all(endings):
-                raise UserError("the tokenizer merges an ending into its context: take the other style")
+                raise UserError("the tokenizer merges an ending into its context: use the other style")
             if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
                 raise UserError(f"its tokens are not all among the model's {shape.vocab_size}")
+        except MissingCharactersError as error:
+            remedy = "HellaSwag needs a tokenizer of bytes or words"
+            raise UserError(f"HellaSwag item {number}: {error.lack}: {remedy}") from None
         except ValueError as error:
-            reason = str(error).replace("leave them out of the text", "HellaSwag needs a tokenizer of bytes or words")
-            raise UserError(f"HellaSwag item {number}: {reason}") from None
+            raise UserError(f"HellaSwag item {number}: {error}") from None
         parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
         queries += parts
         cut += len(parts) > 1
@@ -188,7 +190,7 @@ def predictions(
 
 
 def evaluate(model: GPT, questions: Questions, runtime: Runtime, **how: Any) -> dict[str, Any]:
-    """Shares of items that are answered right: ``acc``, and ``acc_norm`` where an ending is judged by its length.
+    """The shares of right answers: ``acc`` by the likeliest ending, ``acc_norm`` by the likeliest for its length.
 
     Further arguments as ``score``'s.
     """

@@ -38,7 +38,7 @@ class Scores(NamedTuple):
 
 
 def fitted(query: Query, block_size: int) -> list[Query]:
-    """The query as the model can take it: where context and continuation are too long, the front is left out.
+    """The query cut to the model's context: if context and continuation are too long, the beginning is left out.
 
     Each continuation loses no more than it must, so that those of a long query no longer share one context, as in
     the lm-evaluation-harness. That refuses a continuation of more than ``block_size`` tokens; here it keeps its last.
@@ -78,7 +78,7 @@ def score(
     def run() -> None:
         for turn in track(range(0, len(batches), runtime.world)):
             mine = turn + runtime.rank
-            here = batches[min(mine, len(batches) - 1)]  # all ranks run as many, as sharing a model demands
+            here = batches[min(mine, len(batches) - 1)]  # all ranks run as many, as sharding needs
             nats, missed, lengths = _score(model, [queries[i] for i in here], runtime)
             if mine < len(batches):
                 ends = np.cumsum(lengths)[:-1]

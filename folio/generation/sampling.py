@@ -43,11 +43,11 @@ def stream(
 
     ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
     come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
-    takes the likeliest token. ``track`` sees the new tokens' numbers go by, as ``rich.progress.track`` does.
+    picks the likeliest token. ``track`` wraps the iteration, as ``rich.progress.track`` does.
 
     Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
-    ``block_size`` tokens, as in nanoGPT; with learned positions every one of them has then moved, so nothing
-    cached is of use and each new token costs ``block_size`` tokens' work.
+    ``block_size`` tokens, as in nanoGPT; all their positions have then moved, so the cache is useless
+    and each new token costs ``block_size`` tokens' work.
 
     Raises:
         FloatingPointError: the logits are not finite, so that nothing can be drawn.
@@ -154,29 +154,29 @@ def _drawn(
     )
 
 
-def encode_prompt(knob: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
+def encode_prompt(name: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
     """A prompt, or that of FILE:name, and its token ids, special tokens by their names.
 
     Raises:
-        ValueError: there are none, or the model does not know them. FileNotFoundError: no such file. Names the knob.
+        ValueError: there are none, or the model does not know them. FileNotFoundError: no such file. Names the option.
     """
-    prompt = _prompt(knob, start)
+    prompt = _prompt(name, start)
     try:
         ids: list[int] = tokens.encode(prompt, special=True).tolist()
     except ValueError as error:
-        raise UserError(f"{knob}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     if not ids:
-        raise UserError(f"{knob} is empty: give at least one token to go on from")
+        raise UserError(f"{name} is empty: give at least one token to continue")
     if isinstance(shape.vocab_size, int) and max(ids) >= shape.vocab_size:
-        raise UserError(f"{knob}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
+        raise UserError(f"{name}: its token id {max(ids)} is not among the model's {shape.vocab_size}")
     return prompt, ids
 
 
-def _prompt(knob: str, start: str) -> str:
+def _prompt(name: str, start: str) -> str:
     if not start.startswith("FILE:"):
         return start
     path = Path(start.removeprefix("FILE:"))
     try:
         return read_text(path, most=1 << 28).removeprefix("\ufeff")
     except OSError as error:
-        raise FileNotFoundError(f"{knob}={start}: {path}: {error.strerror}") from None
+        raise FileNotFoundError(f"{name}={start}: {path}: {error.strerror}") from None

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from folio import files
 from folio.machine.shares import here
-from folio.records.log import silent_stderr
+from folio.records.console import silent_stderr
 from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 
 WARM_UP = 2  # steps before the first that is profiled: they compile, and make AdamW's moments
@@ -96,7 +96,7 @@ class Profiler:
                 files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})
                 text += _in_words(peak)
             for path in trace.parent.iterdir():
-                path.replace(self._folder / path.name)
+                files.rename(path, self._folder / path.name)
         return f"{text}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
 
     def _unfinished(self) -> TemporaryDirectory[str]:

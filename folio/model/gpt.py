@@ -235,8 +235,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
-        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another source; see ``folio.checkpoints.hugging_face``."""
-        from folio.checkpoints.hugging_face import from_pretrained
+        """gpt2, gpt2-medium, gpt2-large, gpt2-xl, or another source; see ``folio.checkpoints.find``."""
+        from folio.checkpoints.find import from_pretrained
 
         return from_pretrained(model_type, override_args)
 

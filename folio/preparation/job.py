@@ -24,7 +24,7 @@ from typing import Any
 from folio.data.token_files import SPLITS, UNFINISHED
 from folio.data.tokenizers import Characters, Tokenizer, stored
 from folio.errors import UserError
-from folio.files import InUseError, Lock
+from folio.locks import InUseError, Lock
 from folio.preparation import sources
 from folio.preparation.documents import Work
 from folio.preparation.parts import Parts, PartWriter

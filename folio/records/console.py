@@ -9,6 +9,7 @@ import sys
 import unicodedata
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 _STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line and paragraph ends
@@ -134,3 +135,16 @@ def flush() -> None:
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Drops what is written to stderr, also by C++ code and child processes."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from folio import files
 from folio.errors import UserError
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.run_folder import METRICS
 
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
@@ -43,19 +43,19 @@ Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
 
 
 class History(NamedTuple):
-    """What a run has measured; null, which stands for a loss that is not finite, is left out."""
+    """The measurements of a run; null, which stands for a number that is not finite, is left out."""
 
     name: str
     train: Points
     validation: Points
     hellaswag: dict[str, NDArray[np.float64]]  # style → (3, N): steps, acc_norm, its standard error
-    tokens: Points  # that the weights have seen after so many steps
+    tokens: Points  # that the model was trained on after so many steps
     fineweb: bool  # the data is FineWeb-Edu, as far as its name tells
 
     def along(self, steps: NDArray[np.float64], unit: float | None) -> NDArray[np.float64]:
-        """Where these steps stand on an axis of tokens in this unit: nowhere (NaN) if the run tells none.
+        """The steps as positions on an axis of tokens in this unit; NaN if the run recorded no tokens.
 
-        Without a unit the axis is that of the steps.
+        Without a unit the axis is in steps.
         """
         if unit is None:
             return steps
@@ -80,7 +80,7 @@ def read(out_dir: Path) -> Records:
         raise FileNotFoundError(f"{path} is missing: train with --out_dir={out_dir} first")
     records: Records = defaultdict(list)
     found = sorted(read_metrics(path), key=lambda r: r["step"])
-    # of what a run says twice of a step, the later counts
+    # the later of two records of one step counts
     for record in {tuple(map(str, map(r.get, ("kind", "step", "style", "number")))): r for r in found}.values():
         records[record["kind"]].append(record)
     if not records:
@@ -89,13 +89,13 @@ def read(out_dir: Path) -> Records:
 
 
 def asked(out_dir: Path) -> dict[str, Any]:
-    """The knobs that a run was asked for; none where it does not tell."""
+    """The options of a run; empty if its ``config.json`` cannot be read."""
     with suppress(ValueError, OSError):
         return run_folder.asked(out_dir).options
     return {}
 
 
-def history(name: str, records: Records, knobs: dict[str, Any]) -> History:
+def history(name: str, records: Records, options: dict[str, Any]) -> History:
     """Sorts the records of a run by what they measure."""
     hellaswag = {}
     scored = [
@@ -109,7 +109,7 @@ def history(name: str, records: Records, knobs: dict[str, Any]) -> History:
     updates[0] += 1  # a train line counts its own step's tokens
     seen = np.hstack([updates, points(records["eval"], "step", "tokens")])
     seen = seen[:, seen.min(axis=0) > 0]
-    source = "" if knobs.get("data_mixture") else knobs.get("data_dir") or knobs.get("dataset") or ""
+    source = "" if options.get("data_mixture") else options.get("data_dir") or options.get("dataset") or ""
     return History(
         name,
         points(records["train"], "step", "loss"),
@@ -121,12 +121,12 @@ def history(name: str, records: Records, knobs: dict[str, Any]) -> History:
 
 
 def figure(value: Any) -> float:
-    """A number that a run can have measured, NaN for anything else."""
+    """The value as a number; NaN if it is none or out of range."""
     return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else math.nan
 
 
 def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
-    """These values of all records that have all of them, (keys, N)."""
+    """The values of these keys, (keys, N), from all records that have all of them."""
     columns = np.array([[figure(r.get(key)) for r in records] for key in keys], dtype=np.float64)
     return columns[:, np.isfinite(columns).all(axis=0)]
 
@@ -134,8 +134,8 @@ def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The mean of all values (N,), each weighted by exp(−distance / horizon), with N / 100 as the horizon.
 
-    It looks to both sides, so that the curve does not lag behind the evaluations; the weights of every mean add
-    up to one, so that its ends are not drawn to zero.
+    It averages to both sides, so that the curve does not lag behind the evaluations; the weights of each mean sum
+    to one, so that the ends are not pulled to zero.
     """
     decay = math.exp(-1 / max(1.0, len(values) / 100))
 
@@ -189,13 +189,13 @@ def span(histories: Sequence[History]) -> tuple[float, float]:
 def draw(out_dirs: Sequence[Path], picture: Path) -> None:
     """Draws the losses of runs, and their HellaSwag accuracies where there are any; the suffix says the format.
 
-    The axes are linear: half of the width is half of the work, and what a learning rate does at the end is seen.
+    The axes are linear: half of the width is half of the work, and the effect of the last learning rates is visible.
     Tokens stand above the steps; where the runs differ in tokens per step, a second column is drawn over tokens.
-    Runs differ in line, marker and lightness, so that they do in greys as well.
+    Runs differ in line, marker and lightness, and so in grayscale too.
 
     Raises:
         FileNotFoundError: no run in one of ``out_dirs``.
-        ValueError: nothing to draw yet; a format that is not known.
+        ValueError: nothing to draw yet; an unknown format.
         OSError: the picture cannot be written.
     """
     if picture.suffix.lower() not in FORMATS:
@@ -229,7 +229,7 @@ def names(folders: Sequence[Path]) -> list[str]:
 
 
 def unit_of(histories: Sequence[History]) -> tuple[float, str]:
-    """In which their tokens are told, and its name, "" for 1."""
+    """The unit for their tokens, and its name, "" for 1."""
     most = max((h.tokens[1].max() for h in histories if h.tokens.size), default=0.0)
     return next(((unit, word) for unit, word in UNITS.items() if most >= unit), (1.0, ""))
 
@@ -239,7 +239,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         files.write(path, content)
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror}): choose another with --output") from None
+        raise files.UnwrittenError(path, error.strerror or str(error), "choose another with --output") from None
 
 
 def _panels(fig: Any, histories: list[History]) -> None:
@@ -287,15 +287,15 @@ def _panels(fig: Any, histories: list[History]) -> None:
 
 
 def looks(count: int) -> list[dict[str, Any]]:
-    """Lines that are told apart in greys as well: the lightness of inferno rises evenly."""
+    """Line styles that differ in grayscale too: the lightness of inferno rises evenly."""
     from matplotlib import colormaps
 
     look = {"linewidth": 1.3, "markersize": 4, "markerfacecolor": "white"}
     lines, markers = itertools.cycle(["-", "--", "-.", ":"]), itertools.cycle("os^Dv")
-    colours = colormaps["inferno"](np.linspace(0, 0.72, count)).tolist()
+    colors = colormaps["inferno"](np.linspace(0, 0.72, count)).tolist()
     return [
-        {"color": colour, "linestyle": line, "marker": marker, **look}
-        for colour, line, marker in zip(colours, lines, markers, strict=False)
+        {"color": color, "linestyle": line, "marker": marker, **look}
+        for color, line, marker in zip(colors, lines, markers, strict=False)
     ]
 
 

@@ -1,4 +1,4 @@
-"""All that is known of a run as one page, which holds everything it shows and asks no network for anything."""
+"""A one-page report of a run; the page is one file and needs no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from folio.config.options import TrainConfig, defaults
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.records.plot import (
     GPT2_HELLASWAG,
     GPT2_LOSS,
@@ -38,16 +38,16 @@ BLUE, ORANGE, GREY, FAINT = "#3a86c8", "#d9731a", "#808080", "rgba(128,128,128,.
 
 
 def report(out_dir: Path, page: Path) -> None:
-    """Writes the page: figures to hover over, evaluations, samples, the machine, and what was asked.
+    """Writes the page: interactive figures, evaluations, samples, the machine, and the options.
 
     Raises:
         FileNotFoundError: no run in ``out_dir``.
         ValueError: the run has not begun.
         OSError: the page cannot be written.
     """
-    records, knobs = read(out_dir), asked(out_dir)
+    records, options = read(out_dir), asked(out_dir)
     evaluated = out_dir / EVALUATIONS
-    h = history(names([out_dir.resolve()])[0], records, knobs)
+    h = history(names([out_dir.resolve()])[0], records, options)
     sections = {
         "": _summary(h, records),
         "Curves": _figure(h, records),
@@ -56,7 +56,7 @@ def report(out_dir: Path, page: Path) -> None:
         "Measured by folio eval": _measured(read_metrics(evaluated) if evaluated.is_file() else []),
         "Samples": _samples(records["sample"]),
         "Machine": _machine(records["start"]),
-        "Configuration": _configuration(knobs),
+        "Configuration": _configuration(options),
     }
     body = "".join(
         f"<section>{f'<h2>{title}</h2>' * bool(title)}{content}</section>\n"
@@ -67,7 +67,7 @@ def report(out_dir: Path, page: Path) -> None:
 
 
 def _summary(h: History, records: Records) -> str:
-    """The figures that are asked for first, as far as they are known."""
+    """The most important figures, as far as they are known."""
     seconds = np.hstack([points(records[kind], "seconds")[0] for kind in ("train", "eval")])
     speed, share = (points(records["train"], key)[0] for key in ("tokens_per_second", "mfu"))
     unit, word = unit_of([h])
@@ -121,8 +121,8 @@ def _figure(h: History, records: Records) -> str:
         subplot_titles=list(panels),
     )
     for row, (title, drawn) in enumerate(panels.items(), 1):
-        for name, (steps, values), colour in drawn:
-            line = {"color": colour, "width": 0.7 if colour == FAINT else 1.6}
+        for name, (steps, values), color in drawn:
+            line = {"color": color, "width": 0.7 if color == FAINT else 1.6}
             mode = "lines+markers" if len(steps) <= 50 else "lines"
             curve = graph_objects.Scatter(
                 x=steps, y=values, name=name, mode=mode, line=line, marker={"size": 5}, showlegend=row == 1
@@ -162,7 +162,7 @@ def _figure(h: History, records: Records) -> str:
 
 
 def _noisy(name: str, found: Points) -> list[tuple[str, Points, str]]:
-    """What was measured at each step in grey, and smoothed in colour."""
+    """Each step's value in gray, and a smoothed curve in color."""
     return [(name, thin(found), FAINT), (f"{name}, smoothed", thin(np.stack([found[0], smooth(found[1])])), BLUE)]
 
 
@@ -192,13 +192,13 @@ def _measured(records: list[dict[str, Any]]) -> str:
         tasks = r.get("tasks") if r["kind"] == "lm_eval" else {which: r}
         for task, figures in tasks.items() if isinstance(tasks, dict) else ():
             found = figures.items() if isinstance(figures, dict) else ()
-            told = ((k, v) for k, v in found if not math.isnan(figure(v)) and k != "step")
-            rows += [(r["step"], task + first, metric, value) for metric, value in told]
+            numbers = ((k, v) for k, v in found if not math.isnan(figure(v)) and k != "step")
+            rows += [(r["step"], task + first, metric, value) for metric, value in numbers]
     return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
 
 
 def _samples(records: list[dict[str, Any]]) -> str:
-    """The last step's are open."""
+    """The samples by step; those of the last step are unfolded."""
     by_step: dict[int, list[str]] = {}
     for r in records:
         if isinstance(text := r.get("text"), str):
@@ -210,7 +210,7 @@ def _samples(records: list[dict[str, Any]]) -> str:
 
 
 def _machine(starts: list[dict[str, Any]]) -> str:
-    """What ``auto`` became, a column for all starts that resolved to the same."""
+    """The machine and the resolved ``auto`` options; starts with equal ones share a column."""
     columns: dict[str, tuple[list[int], dict[str, Any]]] = {}
     for start in starts:
         chosen = {k: v for k, v in start.items() if k not in ("kind", "step")}
@@ -220,13 +220,13 @@ def _machine(starts: list[dict[str, Any]]) -> str:
     return _table(head, [[key.replace("_", " "), *(c.get(key) for _, c in columns.values())] for key in keys])
 
 
-def _configuration(knobs: dict[str, Any]) -> str:
-    """What was asked: first what differs from the defaults, then the rest."""
+def _configuration(options: dict[str, Any]) -> str:
+    """The options of the run: first those that differ from the defaults, then the rest."""
     usual = defaults(TrainConfig)
-    changed = [[k, str(v), str(usual.get(k, "none"))] for k, v in knobs.items() if k not in usual or usual[k] != v]
-    same = [[k, str(v)] for k, v in knobs.items() if k in usual and usual[k] == v]
-    rest = _folded(f"{len(same)} knobs at their defaults", _table(["knob", "default"], same)) if same else ""
-    return _table(["knob", "asked, other than the default", "default"], changed) + rest
+    changed = [[k, str(v), str(usual.get(k, "none"))] for k, v in options.items() if k not in usual or usual[k] != v]
+    same = [[k, str(v)] for k, v in options.items() if k in usual and usual[k] == v]
+    rest = _folded(f"{len(same)} options at their defaults", _table(["option", "default"], same)) if same else ""
+    return _table(["option", "value", "default"], changed) + rest
 
 
 def _folded(title: str, content: str, opened: bool = False) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from folio import __version__, files
 from folio.config.options import OF_THE_CALL, possible
 from folio.errors import UserError
+from folio.locks import Lock
 
 CONFIG = "config.json"  # the options that were given, and the run's id
 METRICS = "metrics.jsonl"
@@ -25,11 +26,17 @@ PROFILE = "profile"
 TRACE, OPERATIONS, MEMORY = "trace.json", "operations.txt", "memory.json"  # in the folder PROFILE
 NANOGPT = "ckpt.pt"  # nanoGPT's checkpoint
 MOVING = ".previous.unfinished"
+REPLACED = ".replaced"  # suffix of a checkpoint that another of its step replaces
 _LOCK = ".folio.lock"
 
 
 def checkpoint_folder(out_dir: Path, step: int) -> Path:
     return out_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def replaced_folder(out_dir: Path, step: int) -> Path:
+    """Where a checkpoint is while another of the same step takes its place."""
+    return out_dir / CHECKPOINTS / f".step-{step:08d}{REPLACED}"
 
 
 def steps(out_dir: Path) -> list[int]:
@@ -38,23 +45,52 @@ def steps(out_dir: Path) -> list[int]:
     return sorted(step for p in there if p == checkpoint_folder(out_dir, step := int(p.name[5:])) and p.is_dir())
 
 
-def hold(out_dir: Path) -> files.Lock:
-    """Locks the folder for one run until the lock is released, and puts back files that a killed run was moving aside.
+def remove_checkpoint(path: Path) -> None:
+    """Renames a checkpoint before it deletes its files, so that no reader finds one that lacks some. Raises OSError."""
+    gone = path.with_name(f".{path.name.removeprefix('.')}.gone")
+    files.discard(gone)
+    files.rename(path, gone)
+    files.discard(gone)
+
+
+def hold(out_dir: Path) -> Lock:
+    """Locks the folder for one run until the lock is released, and puts back what a killed run had moved aside.
 
     Raises:
         InUseError: another run has the lock; names it. OSError: the folder cannot be written.
     """
-    lock = files.Lock(out_dir / _LOCK, "another run trains there", "wait for its end, or choose another --out_dir")
+    lock = Lock(out_dir / _LOCK, "another run trains there", "wait for its end, or choose another --out_dir")
     try:
-        if (moving := out_dir / MOVING).is_dir():
-            for path in list(moving.iterdir()):
-                if not os.path.lexists(out_dir / path.name):
-                    path.rename(out_dir / path.name)
-            moving.rename(next_previous(out_dir)) if any(moving.iterdir()) else moving.rmdir()
+        _put_back_files(out_dir)
+        _put_back_checkpoints(out_dir)
     except BaseException:
         lock.release()
         raise
     return lock
+
+
+def _put_back_files(out_dir: Path) -> None:
+    """Undoes a move to ``previous-N`` that was not completed; files that exist again go there."""
+    moving = out_dir / MOVING
+    if not moving.is_dir():
+        return
+    for path in list(moving.iterdir()):
+        if not os.path.lexists(out_dir / path.name):
+            files.rename(path, out_dir / path.name)
+    if any(moving.iterdir()):
+        files.rename(moving, next_previous(out_dir))
+    else:
+        files.remove_empty(moving)
+
+
+def _put_back_checkpoints(out_dir: Path) -> None:
+    """Undoes the replacement of a checkpoint if the new one is not in its place; otherwise removes the old one."""
+    for replaced in list((out_dir / CHECKPOINTS).glob(f".step-*{REPLACED}")):
+        final = replaced.with_name(replaced.name.removeprefix(".").removesuffix(REPLACED))
+        if final.exists():
+            remove_checkpoint(replaced)
+        else:
+            files.rename(replaced, final)
 
 
 def next_previous(out_dir: Path) -> Path:
@@ -63,15 +99,15 @@ def next_previous(out_dir: Path) -> Path:
 
 
 class Asked(NamedTuple):
-    """What ``config.json`` says."""
+    """The content of ``config.json``."""
 
     run: str  # its id
-    options: dict[str, Any]  # that it was asked for, by flat name
-    sealed: bool  # a sum bears it out, as older files have none
+    options: dict[str, Any]  # that were given, by flat name
+    sealed: bool  # it has a checksum of itself; older files have none
 
 
 def asked(out_dir: Path) -> Asked:
-    """What a run was asked for, held to the types and bounds of the options; those that are no more are passed over.
+    """The options of a run, checked against their types and bounds; options that no longer exist are kept as they are.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -87,15 +123,19 @@ def asked(out_dir: Path) -> Asked:
         return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, LookupError) as error:
-        why = str(error).removeprefix(f"{path}").lstrip(": ")
-        raise UserError(
-            f"{path} is damaged ({why}): restore a copy of it, or remove it and repeat the run's options with "
-            f"--init_from=resume; --init_from={out_dir} loads the weights alone"
-        ) from None
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror or error}"
+    except LookupError as error:
+        why = f"{path} is damaged: it has no {error}"
+    except ValueError as error:  # which names the file
+        why = str(error)
+    raise UserError(
+        f"{why}: restore a copy of that file, or remove it and repeat the run's options with --init_from=resume; "
+        f"--init_from={out_dir} loads the weights alone"
+    )
 
 
-def keep_asked(out_dir: Path, run_id: str, knobs: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the knobs that a run does not keep."""
-    kept = {name: value for name, value in knobs.items() if name not in OF_THE_CALL}
+def keep_asked(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
+    """Writes what ``asked`` reads, without the options that hold for one call only."""
+    kept = {name: value for name, value in options.items() if name not in OF_THE_CALL}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

@@ -1,4 +1,4 @@
-"""Where a run may be followed besides its own files: TensorBoard, Weights & Biases, trackio; their only user."""
+"""Sends records to TensorBoard, Weights & Biases and trackio; the only module that imports them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from folio.errors import UserError
+from folio.errors import UserError, first_line
 from folio.records.run_folder import TENSORBOARD
 
 Record = dict[str, Any]
@@ -34,9 +34,9 @@ _NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # what nanoGPT sends to W
 
 
 class Identity(NamedTuple):
-    """The run that is followed. A tracker that knows ``run_id`` continues there, from ``step``.
+    """The run that is tracked. A tracker that knows ``run_id`` continues that run from ``step``.
 
-    ``measured`` are the records of that step that a resumed run has and does not make again.
+    ``measured`` are the records of that step that exist already and are not made again.
     """
 
     out_dir: Path
@@ -49,7 +49,7 @@ class Identity(NamedTuple):
 
 
 class Tracker(Protocol):
-    """Is sent every record and shows what it can, over the steps; each method may raise anything."""
+    """Gets every record and shows what it can over the steps; each method may raise any exception."""
 
     def __init__(self, run: Identity) -> None: ...
 
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 
 def figures(record: Record, more: Mapping[str, str] = {}) -> dict[str, float]:
-    """The finite numbers of a record by their names in the trackers; ``mfu`` in per cent, as nanoGPT has it."""
+    """The finite numbers of a record by their names in the trackers; ``mfu`` in percent, as in nanoGPT."""
     names = {**_FIGURES.get(record["kind"], {}), **more}
     values = {name: record[field] * (100 if field == "mfu" else 1) for field, name in names.items()}
     return {name: value for name, value in values.items() if math.isfinite(value)}
@@ -71,7 +71,7 @@ class TensorBoard:
     def __init__(self, run: Identity) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # hides what a former process wrote from this step on, of which some is not written again
+        # hides what an earlier process wrote from this step on
         self._writer: Any = SummaryWriter(str(run.out_dir / TENSORBOARD), purge_step=run.step)
         self._writer.add_text("config", _verbatim(json.dumps(run.config, indent=1)), run.step)
         for record in run.measured:
@@ -158,7 +158,7 @@ def parse(track: str) -> tuple[str, ...]:
 
 
 class Trackers:
-    """Those that follow a run. One that fails is dropped with a warning: none may stop the run."""
+    """The trackers of a run. One that fails is dropped with a warning and does not stop the run."""
 
     def __init__(self) -> None:
         self._open: dict[str, Tracker] = {}
@@ -185,6 +185,5 @@ class Trackers:
             yield
         except Exception as error:
             self._open.pop(name, None)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             remedy = f" (pip install {name})" if isinstance(error, ImportError) else ""
-            warnings.warn(f"{name}: {reason}: training goes on without{remedy}", stacklevel=2)
+            warnings.warn(f"{name}: {first_line(error)}: training continues without it{remedy}", stacklevel=2)

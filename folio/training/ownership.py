@@ -9,7 +9,8 @@ from pathlib import Path
 from folio import files
 from folio.checkpoints import pt_files
 from folio.errors import UserError
-from folio.records import log, run_folder
+from folio.records import metrics, run_folder
+from folio.records.log_txt import LINE
 from folio.records.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -47,7 +48,6 @@ _NAMES = (
 )
 _OVERWRITTEN = (METRICS, BEST)  # by a resumed run, besides the config.json that it reads
 _STEP = re.compile(r"step-\d{8,}(\.damaged)?")
-_LOG_LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")
 
 
 def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
@@ -82,9 +82,9 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
     moving = out_dir / MOVING
     moving.mkdir()
     for path in there:
-        path.rename(moving / path.name)
+        files.rename(path, moving / path.name)
     aside = next_previous(out_dir)
-    moving.rename(aside)
+    files.rename(moving, aside)
     files.sync(out_dir)
     return f"an earlier run was in {out_dir}: its files were moved to {aside}"
 
@@ -113,7 +113,7 @@ def _is_ours(path: Path) -> bool | None:
                 best, sealed = files.read_sealed(path)
                 return sealed or (None if best.keys() == {"step", "loss"} else False)
             case run_folder.METRICS | run_folder.EVALUATIONS:
-                return log.holds_records(path)
+                return metrics.holds_records(path)
             case run_folder.NANOGPT:
                 pt_files.read(path)
                 return True
@@ -148,7 +148,7 @@ def _is_log(path: Path) -> bool:
     """Whether the first line of a ``log.txt`` is in one of the known formats."""
     try:
         with files.require_file(path).open("rb") as file:
-            return bool(_LOG_LINE.fullmatch(file.readline(1 << 16)))
+            return bool(LINE.fullmatch(file.readline(1 << 16)))
     except (ValueError, OSError):
         return False
 

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from folio.checkpoints import checkpoint, pt_files
+from folio.checkpoints import checkpoint, find, pt_files
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
 from folio.config.options import COMMAND_LINE, OF_THE_CALL, TrainConfig, flat, override
@@ -14,7 +14,7 @@ from folio.errors import UserError
 from folio.machine import processes
 from folio.model.config import GPTConfig
 from folio.records import run_folder
-from folio.records.log import rewind
+from folio.records.metrics import rewind
 from folio.records.run_folder import METRICS, NANOGPT
 from folio.training import ownership
 from folio.training.ownership import unwritable
@@ -158,7 +158,7 @@ def _whole_checkpoint(run: Run, former: Former) -> tuple[checkpoint.Checkpoint, 
     """The checkpoint to restore, and notes about damaged ones, which are set aside unless the run is read-only."""
     if isinstance(former.found, PtFile):
         return former.found, []
-    found, notes = run.runtime.broadcast(lambda: checkpoint.latest(run.out_dir, former.id, aside=not run.read_only))
+    found, notes = run.runtime.broadcast(lambda: find.latest(run.out_dir, former.id, aside=not run.read_only))
     if found is None:
         raise UserError(
             f"{'; '.join(notes)}: no checkpoint in {run.out_dir} is whole; start afresh with --init_from=scratch"

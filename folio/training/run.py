@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from folio import files
 from folio.checkpoints.checkpoint import State
 from folio.config.options import TrainConfig
 from folio.data.rows import Tokens
 from folio.data.tokenizers import Tokenizer, from_json
 from folio.errors import UserError
+from folio.locks import Lock
 from folio.machine.flops import mfu
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
@@ -96,7 +96,7 @@ class Run:
     runtime: Runtime
     log: Log
     state: State
-    lock: files.Lock | None = None  # on the folder, held by rank 0 for all ranks
+    lock: Lock | None = None  # on the folder, held by rank 0 for all ranks
     read_only: bool = False  # eval_only: measures the loss once and writes no file
     work: list[Work] = field(default_factory=list)  # between updates
     clock: Clock = field(default_factory=Clock)

@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from folio import files, rng
-from folio.checkpoints import checkpoint, hugging_face
+from folio import rng
+from folio.checkpoints import checkpoint, find
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
 from folio.config.options import COMMAND_LINE, TrainConfig, accumulated, check, flat
 from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
 from folio.errors import UserError
+from folio.locks import Lock
 from folio.machine import processes, shortage
 from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
@@ -80,7 +81,7 @@ def build(config: TrainConfig) -> Run:
         raise
 
 
-def _hold(config: TrainConfig) -> files.Lock | None:
+def _hold(config: TrainConfig) -> Lock | None:
     """Locks the folder, on rank 0 for all ranks; None on other ranks, and if there is nothing to resume."""
     out_dir = Path(config.output.out_dir)
     nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
@@ -93,7 +94,7 @@ def _hold(config: TrainConfig) -> files.Lock | None:
 
 
 @contextmanager
-def _released_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
+def _released_at_sigterm(lock: Lock | None) -> Iterator[None]:
     """SIGTERM releases the lock before it ends the process: a launcher sends it when another process fails."""
     if lock is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -111,7 +112,7 @@ def _released_at_sigterm(lock: files.Lock | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _build(config: TrainConfig, lock: files.Lock | None, read_only: bool) -> Run:
+def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     number = next(_NUMBERS)
     former = _former_run(config, number, lock)
     begin = config.output.init_from
@@ -119,7 +120,7 @@ def _build(config: TrainConfig, lock: files.Lock | None, read_only: bool) -> Run
     if former:
         config, notes = overlay(config, former)
         check(config)
-    source = hugging_face.find(begin) if not former and begin not in ("scratch", "resume", "auto") else None
+    source = find.by_name(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found if former else source
     shape = config.model
     if given:
@@ -160,7 +161,7 @@ def _build(config: TrainConfig, lock: files.Lock | None, read_only: bool) -> Run
     return run
 
 
-def _former_run(config: TrainConfig, number: int, lock: files.Lock | None) -> Former | None:
+def _former_run(config: TrainConfig, number: int, lock: Lock | None) -> Former | None:
     """The run in the folder that this one resumes; checks that the folder's files may be replaced.
 
     A job that its launcher restarted resumes the run that it had begun, whatever ``init_from`` says.

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from folio import files
-from folio.checkpoints import checkpoint
+from folio.checkpoints import checkpoint, find
 from folio.config.options import Sampling
 from folio.data.token_files import Split
 from folio.data.tokenizers import Tokenizer
@@ -263,9 +263,9 @@ def save_checkpoint(run: Run) -> tuple[()]:
             files.write_sealed(run.out_dir / run_folder.BEST, best)
         if output.always_save_checkpoint:
             interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
-            checkpoint.prune(run.out_dir, output.keep_checkpoints, interval)
+            find.prune(run.out_dir, output.keep_checkpoints, interval)
         else:
-            checkpoint.prune(run.out_dir, 1)
+            find.prune(run.out_dir, 1)
 
     run.log.say(f"saving checkpoint to {run_folder.checkpoint_folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)

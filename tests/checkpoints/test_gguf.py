@@ -14,7 +14,7 @@ import torch
 from conftest import STORY, WIDE
 from torch import Tensor
 
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find, hugging_face
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.gguf import export
 from folio.data.tokenizers import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
@@ -49,9 +49,9 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
         name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         for name, p in GPT(config).named_parameters()
     }
-    state = checkpoint.state_of_elsewhere(config, tokens and tokens.to_json(), State(step=7))
+    state = checkpoint.foreign_state(config, tokens and tokens.to_json(), State(step=7))
     checkpoint.save(out_dir, 7, weights, {}, state)
-    return hugging_face.in_folder(out_dir)
+    return find.in_folder(out_dir)
 
 
 def theirs(name: str) -> str:
@@ -107,9 +107,9 @@ def test_from_a_hugging_face_folder(tmp_path, before, dtype) -> None:
     """Whose matrices lie the other way round, and in any dtype."""
     pytest.importorskip("transformers")
     hugging_face.export(saved(tmp_path / "out", Bytes()), tmp_path / "hf", before)
-    export(hugging_face.in_folder(tmp_path / "hf"), tmp_path / "m.gguf", dtype)
+    export(find.in_folder(tmp_path / "hf"), tmp_path / "m.gguf", dtype)
     there = tensors(tmp_path / "m.gguf")
-    for name, weight in hugging_face.in_folder(tmp_path / "hf").weights():
+    for name, weight in find.in_folder(tmp_path / "hf").weights():
         kept = weight if weight.dim() < 2 or "wpe" in name else weight.to(getattr(torch, dtype))
         assert torch.equal(there[theirs(name)][: len(weight)], kept.float()), name
 

@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, SPELLINGS, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
 from torch.nn import functional as F
 
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.data.tokenizers import Bytes, Tokenizer
 from folio.model.gpt import GPT
 
@@ -54,10 +54,10 @@ def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path,
     out = shutil.copytree(trained, tmp_path / "out")
     code, said, _ = folio("eval", f"--out_dir={out}", f"--split={split}", *HERE)
     assert code == 0
-    model, block = hugging_face.find(str(out)).model(), 16
+    model, block = find.by_name(str(out)).model(), 16
     text = STORY.read_text(encoding="utf-8")
     text = text[int(len(text) * 0.9) :] if split == "val" else text[: int(len(text) * 0.9)]
-    ids = torch.from_numpy(hugging_face.find(str(out)).tokenizer().encode(text).astype("int64"))
+    ids = torch.from_numpy(find.by_name(str(out)).tokenizer().encode(text).astype("int64"))
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, block):

@@ -1,4 +1,4 @@
-"""Going on with nanoGPT's run, in its own folder or imported: weights, optimiser and counts are those it left."""
+"""Going on with nanoGPT's run, in its own folder or imported: weights, optimizer and counts are those it left."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from conftest import Outcome, assert_refused, python, tree
 from torch import Tensor, nn
 
 from folio import cli
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find
 from folio.commands import train
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.loop import fit
 from folio.training.run import Run, finish
 from folio.training.start import build
@@ -92,7 +92,7 @@ def run_of(out_dir: Path, data: Path, *more: str) -> Iterator[Run]:
 
 
 def nanogpt_s(theirs: dict[str, Any]) -> tuple[GPT, dict[str, nn.Parameter], torch.optim.AdamW]:
-    """Its model, its parameters in its order, and its optimiser as its configure_optimizers makes it."""
+    """Its model, its parameters in its order, and its optimizer as its configure_optimizers makes it."""
     model = GPT(GPTConfig(**{**theirs["model_args"], "dropout": 0.0}))
     model.load_state_dict(theirs["model"])
     params = {name: model.get_parameter(name) for name in theirs["model"] if name != "lm_head.weight"}
@@ -117,7 +117,7 @@ def assert_equal(mine: dict[str, Any], others: dict[str, Any]) -> None:
 # Going on
 
 
-def test_the_optimiser_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
+def test_the_optimizer_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
     """Each parameter has its tensors, to the bit, and its weights; the counts and knobs are those of its run."""
     _, params, optimizer = nanogpt_s(theirs)
     with run_of(begun, shakespeare, "--max_iters=201") as run:
@@ -134,7 +134,7 @@ def test_the_optimiser_is_nanogpt_s(begun: Path, shakespeare: Path, theirs: dict
 
 
 def test_a_step_is_that_of_torch(begun: Path, shakespeare: Path, theirs: dict[str, Any]) -> None:
-    """The next step is what torch's AdamW makes of nanoGPT's own optimiser state and the same batch."""
+    """The next step is what torch's AdamW makes of nanoGPT's own optimizer state and the same batch."""
     model, params, optimizer = nanogpt_s(theirs)
     with run_of(begun, shakespeare, "--max_iters=201", "--dropout=0.0") as run:
         rows = torch.from_numpy(run.tokens.rows("train", run.state.rows, BATCH))
@@ -201,12 +201,12 @@ def test_eval_only_writes_nothing(begun: Path, shakespeare: Path, folio: Folio, 
 def test_positions_are_cropped(
     out_dir: Path, shakespeare: Path, folio: Folio, theirs: dict[str, Any], own: bool
 ) -> None:
-    """Of the model and of the optimiser; it says so, counts on rightly, and keeps them. There are no more to be had."""
+    """Of the model and of the optimizer; it says so, counts on rightly, and keeps them. There are no more to be had."""
     first = 200
     if own:
         assert folio("train", *argv(out_dir, shakespeare, "--max_iters=201")).code == 0
         first = 201
-        found = checkpoint.choose(out_dir, "latest")
+        found = find.choose(out_dir, "latest")
         weights, slots = dict(found.weights()), dict(found.slots())
     else:
         _, params, optimizer = nanogpt_s(theirs)
@@ -231,7 +231,7 @@ def test_positions_are_cropped(
     assert outcome.code == 0
     assert "block_size" not in outcome.out
     assert f"tokens per iteration will be: {BATCH * 32}" in outcome.out
-    assert checkpoint.choose(out_dir, "latest").config().block_size == 32
+    assert find.choose(out_dir, "latest").config().block_size == 32
     records = read_metrics(out_dir / "metrics.jsonl")
     trained = [r["tokens"] for r in records if r["kind"] == "train" and r["step"] >= first]
     assert trained == [consumed + (n + 1) * BATCH * 32 for n in range(3)]
@@ -246,7 +246,7 @@ def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio)
     """Though no checkpoint of it was written; data goes on at the same token, and the best is looked for anew."""
     with run_of(imported, shakespeare, "--max_iters=300", "--block_size=32"):
         pass
-    assert [checkpoint.choose(imported, "latest").config().block_size, run_folder.steps(imported)] == [64, [200]]
+    assert [find.choose(imported, "latest").config().block_size, run_folder.steps(imported)] == [64, [200]]
     with run_of(imported, shakespeare, "--max_iters=300") as run:
         assert run.model.config.block_size == run.tokens.block_size == 32
         assert (run.state.rows, run.state.tokens) == (400 * BATCH, BEFORE)
@@ -254,7 +254,7 @@ def test_a_crop_outlives_a_kill(imported: Path, shakespeare: Path, folio: Folio)
     assert not (imported / "best.json").exists()
     outcome = folio("train", *argv(imported, shakespeare, "--max_iters=202"))
     assert outcome.code == 0
-    assert checkpoint.choose(imported).step == 202
+    assert find.choose(imported).step == 202
 
 
 def test_a_new_run_moves_nanogpt_s_checkpoint_aside(
@@ -269,11 +269,11 @@ def test_a_new_run_moves_nanogpt_s_checkpoint_aside(
     assert aside.read_bytes() == (shared_data / "nanogpt_ckpt" / "ckpt.pt").read_bytes()
 
 
-def test_knobs_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict[str, Any], folio: Folio) -> None:
+def test_options_as_nanogpt_takes_them(out_dir: Path, tmp_path: Path, theirs: dict[str, Any], folio: Folio) -> None:
     """It checks no types: whole numbers are taken, what cannot be meant is left out."""
     config = {**theirs["config"], "max_iters": 6e5, "batch_size": "twelve", "dataset": None}
     torch.save({**theirs, "config": config}, out_dir / "ckpt.pt")
-    found = hugging_face.in_folder(out_dir)
+    found = find.in_folder(out_dir)
     assert found.asked["max_iters"] == 600_000
     assert type(found.asked["max_iters"]) is int
     assert not {"batch_size", "dataset"} & found.asked.keys()
@@ -285,9 +285,9 @@ def test_damaged_data_is_no_matter_of_the_model(
     """The data set that its config names tells the vocabulary, where it is whole."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(shakespeare, tmp_path / "data" / "shakespeare_char")
-    assert hugging_face.in_folder(out_dir).tokenizer().size == 65
+    assert find.in_folder(out_dir).tokenizer().size == 65
     (tmp_path / "data" / "shakespeare_char" / "meta.json").write_text("{")
-    assert hugging_face.in_folder(out_dir).state["tokenizer"] is None
+    assert find.in_folder(out_dir).state["tokenizer"] is None
 
 
 # Sampling
@@ -298,7 +298,7 @@ def test_sampling_from_nanogpt_s_folder(out_dir: Path, shared_data: Path, folio:
     given = shared_data / "nanogpt_ckpt"
     shutil.copyfile(given / "meta.pkl", out_dir / "meta.pkl")
     expected = json.loads((given / "expected.json").read_text())["greedy_from_first_8"]
-    text = hugging_face.find(str(out_dir)).tokenizer().bytes(expected).decode()
+    text = find.by_name(str(out_dir)).tokenizer().bytes(expected).decode()
     for which in (f"--out_dir={out_dir}", f"--init_from={out_dir}", f"--init_from={out_dir / 'ckpt.pt'}"):
         outcome = folio(
             "sample", which, *QUICK, f"--start={text[:8]}", "--temperature=0", "--num_samples=1",
@@ -327,7 +327,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
     assert (outcome.code, outcome.err) == (0, "")
     assert "step 200" in outcome.out
     assert f"--init_from=resume --out_dir={to}" in outcome.out
-    one, two = hugging_face.find(str(out_dir)), hugging_face.find(str(to))
+    one, two = find.by_name(str(out_dir)), find.by_name(str(to))
     checkpoint.verify(two.path, run_folder.asked(to)[0])
     for mine, others in ((one.weights(), two.weights()), (one.slots(), two.slots())):
         assert_equal(dict(mine), dict(others))
@@ -342,10 +342,10 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
 def test_import_grows_the_vocabulary(
     out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, theirs: dict[str, Any]
 ) -> None:
-    """The first ids keep weights and optimiser, the new ones begin at the mean and without a past; training goes on."""
+    """The first ids keep weights and optimizer, the new ones begin at the mean and without a past; training goes on."""
     to = tmp_path / "grown"
     assert folio("import", out_dir / "ckpt.pt", "--to", to, "--vocab_size=128").code == 0
-    assert hugging_face.find(str(to)).state["best"] is None  # nobody measured this model
+    assert find.by_name(str(to)).state["best"] is None  # nobody measured this model
     _, params, optimizer = nanogpt_s(theirs)
     slots, wte = slots_of(params, optimizer), "transformer.wte.weight"
     with run_of(to, shakespeare, "--max_iters=200") as run:
@@ -401,7 +401,7 @@ def test_import_of_a_damaged_file(out_dir: Path, tmp_path: Path, folio: Folio, p
 
 
 def test_import_that_fails_late(out_dir: Path, tmp_path: Path, folio: Folio, theirs: dict[str, Any]) -> None:
-    """An optimiser's last tensor that does not fit leaves nothing behind either."""
+    """An optimizer's last tensor that does not fit leaves nothing behind either."""
     state = {**theirs["optimizer"]["state"], 14: {"step": torch.tensor(200.0), "exp_avg": torch.ones(3)}}
     torch.save({**theirs, "optimizer": {**theirs["optimizer"], "state": state}}, out_dir / "ckpt.pt")
     before = tree(tmp_path)
@@ -423,5 +423,5 @@ def test_import_without_room(out_dir: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
     done = python("-c", LIMITED, out_dir, "--to", tmp_path / "to")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert f"{tmp_path / 'to' / 'checkpoints' / 'step-00000200'} could not be written" in done.stderr
+    assert f"{tmp_path / 'to'} could not be written" in done.stderr
     assert tree(tmp_path) == before

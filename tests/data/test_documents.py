@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from folio import rng
-from folio.checkpoints import checkpoint
+from folio.checkpoints import checkpoint, find
 from folio.config.options import System
 from folio.data.documents import Documents
 from folio.data.folders import open_folder
@@ -29,7 +29,7 @@ from folio.model.attention import within_documents
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 GPT2_EOT = 50256
 Ids = NDArray[np.uint16]
@@ -264,7 +264,7 @@ def test_training_under_the_mask(folio: Callable[..., Outcome], tmp_path: Path, 
         a, b = (run_folder.checkpoint_folder(tmp_path / out, 6) / name for out in ("six", "three"))
         assert a.read_bytes() == b.read_bytes()
     records = read_metrics(tmp_path / "six" / "metrics.jsonl")
-    found = checkpoint.choose(tmp_path / "six")
+    found = find.choose(tmp_path / "six")
     shape = GPTConfig(**found.state["model"])
     model = GPT(shape, lambda name: rng.generator(1337, name))
     rows = Tokens([open_folder(data)], 16).rows("train", 0, 8)

@@ -23,7 +23,7 @@ from folio.data.mixture import parse as parse_mixture
 from folio.data.rows import Tokens
 from folio.data.shards import Rows, rows_per_epoch
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.batches import micro_batches
 from folio.training.run import finish
 from folio.training.start import build

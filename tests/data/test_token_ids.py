@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, STORY, Outcome, assert_refused, tree
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.data.tokenizer_comparison import difference
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, TokenizersFile, named
 from folio.preparation.job import prepare
@@ -136,7 +136,7 @@ def test_a_resume_over_other_text_of_the_same_tokenizer(tmp_path: Path, folio: F
     outcome = folio("train", "--init_from=resume", f"--out_dir={out}", f"--data_dir={two}", "--max_iters=4")
     assert outcome.code == 0
     assert "exact to rounding only" in outcome.out
-    assert checkpoint.choose(out, "latest").state["tokenizer"] == {"kind": "bytes"}
+    assert find.choose(out, "latest").state["tokenizer"] == {"kind": "bytes"}
 
 
 @pytest.mark.parametrize("pair", ["characters", "bytes and BPE", "two files of one size"])
@@ -168,8 +168,8 @@ def test_fine_tuning_on_other_ids_warns(
     assert outcome.code == 0, outcome.err
     assert f"warning: the token ids of {second} mean something else to the model of {base}" in outcome.out
     assert "folio export" in outcome.out
-    kept = checkpoint.choose(tuned, "latest").state["tokenizer"]
-    assert kept != checkpoint.choose(base, "latest").state["tokenizer"]
+    kept = find.choose(tuned, "latest").state["tokenizer"]
+    assert kept != find.choose(base, "latest").state["tokenizer"]
     assert folio("eval", f"--out_dir={tuned}", "--eval_iters=1").code == 0  # on its own data
 
 
@@ -188,8 +188,8 @@ def test_files_that_say_nothing_are_taken_for_the_models(out: Path, story: Path,
     assert folio("eval", f"--out_dir={out}", f"--data_dir={bare}").out == said.replace(str(story), str(bare))
     argv = [f"--init_from={out}", f"--data_dir={bare}", f"--out_dir={tmp_path / 'tuned'}", *SMALL, "--max_iters=1"]
     assert folio("train", *argv).code == 0
-    tuned = checkpoint.choose(tmp_path / "tuned").state["tokenizer"]
-    assert tuned == checkpoint.choose(out).state["tokenizer"]
+    tuned = find.choose(tmp_path / "tuned").state["tokenizer"]
+    assert tuned == find.choose(out).state["tokenizer"]
 
 
 def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Folio) -> None:
@@ -201,7 +201,7 @@ def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Fo
     argv = [*SMALL, "--max_iters=1", "--vocab_size=300", f"--data_dir={bare}", f"--out_dir={out}"]
     assert_refused(folio("train", *argv, "--sample_interval=1"), bare, "nothing says what the token ids", "meta.json")
     assert folio("train", *argv).code == 0
-    assert checkpoint.choose(out).state["tokenizer"] is None
+    assert find.choose(out).state["tokenizer"] is None
     said = folio("eval", f"--out_dir={out}")
     assert said.code == 0
     assert "no bits per byte, since nothing says what the ids mean" in said.out

@@ -25,7 +25,7 @@ from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.batches import micro_batches
 from folio.training.optimizers import adamw
 from folio.training.schedule import learning_rate

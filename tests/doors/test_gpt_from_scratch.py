@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, Outcome, assert_same_bits, python, succeed, tree
 
 from folio import cli, rng
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.config.options import TrainConfig, override
 from folio.doors import train_gpt
 from folio.doors.train_gpt import BEFORE_AND_AFTER, Options
@@ -28,7 +28,7 @@ from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import sharded
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 from folio.training.showcase import show
 
 Script = Callable[..., Outcome]
@@ -167,13 +167,13 @@ def test_every_flag_has_its_effect() -> None:
 def test_monitor_and_qkv_bias(script: Script, here: Path) -> None:
     """Flags without a value. Unmonitored, a run says nothing of its steps, and records them all the same."""
     assert script(*SMALL, "--qkv_bias", "--monitor").out.count("\niter ") == 6
-    weights = dict(checkpoint.choose(here / "log").weights())
+    weights = dict(find.choose(here / "log").weights())
     assert weights["transformer.h.0.attn.c_attn.bias"].shape == (48,)
     outcome = script(*SMALL, "--no-monitor")
     assert (outcome.code, outcome.err) == (0, "")
     assert not re.search(r"^(iter|step \d+:) ", outcome.out, re.MULTILINE)
     assert len(losses(here / "log")) == 6
-    assert "transformer.h.0.attn.c_attn.bias" not in dict(checkpoint.choose(here / "log").weights())
+    assert "transformer.h.0.attn.c_attn.bias" not in dict(find.choose(here / "log").weights())
 
 
 # Its epochs
@@ -211,7 +211,7 @@ def test_rows_shorter_than_the_context(script: Script, here: Path) -> None:
     outcome = script(*SMALL, "--context_length", "32", "--total_batch_size", "128")
     assert outcome.code == 0, outcome.err
     assert "tokens per iteration will be: 128" in outcome.out
-    shorter = dict(checkpoint.choose(here / "log", "latest").weights())["transformer.wpe.weight"]
+    shorter = dict(find.choose(here / "log", "latest").weights())["transformer.wpe.weight"]
     untrained = initial(configured(*SMALL, "--context_length", "32"))["transformer.wpe.weight"]
     moved = (shorter - untrained).abs().amax(dim=1) > 1e-3  # weight decay alone moves a weight by 1e-4 of itself
     assert moved.tolist() == [True] * 16 + [False] * 16

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import python
 
-from folio.checkpoints import checkpoint, hugging_face
+from folio.checkpoints import checkpoint, find, hugging_face
 from folio.config.options import System
 from folio.data.tokenizers import Bytes, Tiktoken
 from folio.evaluation import harness, hellaswag
@@ -70,9 +70,9 @@ def pair(tmp_path: Path, gpt2: Tiktoken) -> Callable[[int], tuple[GPT, Any]]:
         model, generator = GPT(shape), torch.Generator().manual_seed(1)
         for name, p in model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
-        state = checkpoint.state_of_elsewhere(shape, gpt2.to_json())
+        state = checkpoint.foreign_state(shape, gpt2.to_json())
         checkpoint.save(tmp_path / "out", 0, dict(model.named_parameters()), {}, state)
-        hugging_face.export(hugging_face.in_folder(tmp_path / "out"), tmp_path / "hf")
+        hugging_face.export(find.in_folder(tmp_path / "out"), tmp_path / "hf")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
         words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
         return model, HFLM(pretrained=theirs, tokenizer=words, batch_size=1, max_length=block_size)
@@ -265,7 +265,7 @@ def test_drawn_texts(pair, gpt2) -> None:
 RANKS = """
 import json, sys
 import torch
-from folio.checkpoints import hugging_face
+from folio.checkpoints import find
 from folio.evaluation import harness
 from folio.config.options import Processes, System
 from folio.machine.choices import resolve
@@ -274,7 +274,7 @@ from folio.machine.runtime import Runtime
 
 model_folder, out, parallel, *tasks = sys.argv[1:]
 runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False), Processes(parallel=parallel)))
-found = hugging_face.find(model_folder)
+found = find.by_name(model_folder)
 model = found.model()
 runtime.wrap(model, None)
 told = []

@@ -247,7 +247,7 @@ def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], trained: Path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--start="], "start is empty: give at least one token to go on from"),
+        (["--start="], "start is empty: give at least one token to continue"),
         (["--start=The €"], "characters lacks '€'"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--checkpoint=7"], "no checkpoint '7' in"),

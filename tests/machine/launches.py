@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, Child
 
 from folio import cli
 from folio.commands import train
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
 

@@ -15,7 +15,7 @@ from conftest import SMALL, Outcome, assert_same_bits
 from launches import Train, Trained, by_hand, torchrun, trained
 from safetensors.torch import load_file, save_file
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import checkpoint, find
 from folio.records import run_folder
 
 # Rows for 1, 2, 3 and 4 processes, sizes that 3 do not divide (the vocabulary has 59), norms that are clipped
@@ -240,7 +240,7 @@ def test_shares_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> N
     several, whole = Trained(hsdp[0]["out"], ""), run(4, "--parallel=ddp")
     assert several.losses() == pytest.approx(whole.losses(), abs=1e-5)
     assert several.norms() == pytest.approx(whole.norms(), rel=1e-4)
-    state = checkpoint.choose(several.out, "latest").state
+    state = find.choose(several.out, "latest").state
     assert (state["resolved"]["world"], state["resolved"]["parallel"]) == (4, "hsdp")
 
 
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_shares_is_whole(
                 load_file(run_folder.checkpoint_folder(folder, step) / name) for folder in (out, run(1).out)
             )
             torch.testing.assert_close(shares, whole, rtol=0, atol=error)
-    found = checkpoint.choose(out, "latest")
+    found = find.choose(out, "latest")
     names = {name for name, _ in found.model().named_parameters()}
     assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight"} < names
     assert {name for name, _ in found.slots()} == {f"{n}/{s}" for n in names for s in ("step", "exp_avg", "exp_avg_sq")}

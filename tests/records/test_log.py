@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from folio.records.log import Log, read_metrics, rewind, to_json
+from folio.records.log import Log
+from folio.records.metrics import read_metrics, rewind, to_json
 from folio.records.run_folder import LOG_TXT, METRICS
 
 Record = dict[str, Any]
@@ -286,7 +287,7 @@ def test_an_earlier_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
         ([0, 4], 4, "ends at step 4, but the run resumes at step 10"),
         ([], 1, "has nothing from before, but the run resumes at step 10"),
         ([11, 12], 1, "has nothing from before"),
-        (None, 1, "is missing: what was measured before step 10 is lost"),
+        (None, 1, "is missing: all measurements before step 10 are lost"),
         (None, 0, None),
         ([], 0, None),
         ([9, 0, 0, 3, 9], 1, None),

@@ -58,7 +58,7 @@ def test_the_page_of_a_real_run_tells_what_it_did(folio: Folio, story: Path, tmp
 
 def test_what_differs_from_the_defaults_comes_first(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual(), n_layer=12, n_head=6, dataset="<b>", gone="yes")
-    changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 knobs at their defaults")
+    changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 options at their defaults")
     assert "n_head 6 12 dataset &lt;b&gt; openwebtext gone yes none" in changed
     assert "n_layer 12" in same
 
@@ -229,8 +229,8 @@ def test_a_browser_shows_it_without_a_network(browser: Any, page_file: Path, wid
     read = page.locator("body").inner_text()
     assert read.count("<script>window.evil = 1</script>") >= 6
     assert page.evaluate("window.evil") is None
-    colours = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
-    ink, paper = page.locator("body").evaluate(colours)
+    colors = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
+    ink, paper = page.locator("body").evaluate(colors)
     assert (ink > 200 > 50 > paper) if scheme == "dark" else (ink < 50 < 200 < paper)
     tick = page.locator("#curves .ytick text").first.evaluate("e => parseInt(getComputedStyle(e).fill.slice(4))")
     assert tick == ink

@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT, SMALL, Outcome, Spawn, assert_refused, reached, timeless, tree
 
 import folio as package
-from folio import cli
-from folio.checkpoints import checkpoint
+from folio import cli, files
+from folio.checkpoints import find
 from folio.config.options import TrainConfig
 from folio.records import run_folder
 from folio.training import ownership
@@ -249,15 +249,15 @@ def test_killed_while_an_earlier_run_is_moved(
     train: Train, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
 ) -> None:
     """Nothing is lost or mixed: the next call finds the earlier run as it was, to go on with or to move whole."""
-    before, rename, count = tree(out), Path.rename, [0]
+    before, rename, count = tree(out), files.rename, [0]
 
-    def die(self: Path, target: Path) -> Path:
+    def die(source: Path, target: Path) -> None:
         count[0] += 1
         if count[0] == moved:
             raise KeyboardInterrupt
-        return rename(self, target)
+        rename(source, target)
 
-    monkeypatch.setattr(Path, "rename", die)
+    monkeypatch.setattr(files, "rename", die)
     assert train("out", "--max_iters=2").code == 130
     monkeypatch.undo()
     assert tree(out) != before
@@ -303,7 +303,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
     train("whole", *options)
     assert timeless(out) == timeless(whole)
     assert run_folder.asked(out) == run_folder.asked(whole)
-    models = [dict(checkpoint.choose(o, "latest").weights()) for o in (out, whole)]
+    models = [dict(find.choose(o, "latest").weights()) for o in (out, whole)]
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
 
 

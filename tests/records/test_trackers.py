@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio.records.log import Log, read_metrics
+from folio.records.log import Log
+from folio.records.metrics import read_metrics
 from folio.records.trackers import KNOWN, parse
 
 CONFIG = {"n_layer": 2, "compile": "auto", "dropout": 0.1}
@@ -285,7 +286,9 @@ def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.M
     for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.warns(UserWarning, match=rf"^{name}: .*: training goes on without \(pip install {name}\)$") as seen:
+    with pytest.warns(
+        UserWarning, match=rf"^{name}: .*: training continues without it \(pip install {name}\)$"
+    ) as seen:
         written(follow(out, *KNOWN), FIRST)
     monkeypatch.undo()
     assert len(seen) == 1
@@ -295,7 +298,7 @@ def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.M
 
 def test_a_folder_that_cannot_be_written(out: Path) -> None:
     (out / "tensorboard").write_text("in the way")
-    with pytest.warns(UserWarning, match=r"^tensorboard: .*File exists.*: training goes on without$") as seen:
+    with pytest.warns(UserWarning, match=r"^tensorboard: .*File exists.*: training continues without it$") as seen:
         written(follow(out, "tensorboard"), FIRST)
     assert len(seen) == 1
     assert losses(out) == list(range(8))
@@ -303,7 +306,7 @@ def test_a_folder_that_cannot_be_written(out: Path) -> None:
 
 def test_wandb_without_a_key(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "online")
-    with pytest.warns(UserWarning, match=r"^wandb: No API key configured.*: training goes on without$") as seen:
+    with pytest.warns(UserWarning, match=r"^wandb: No API key configured.*: training continues without it$") as seen:
         written(follow(out, "wandb"), FIRST)
     assert len(seen) == 1
     assert losses(out) == list(range(8))
@@ -333,7 +336,7 @@ def test_one_that_fails_in_mid_run_is_dropped(name: str, out: Path) -> None:
             time.sleep(0.02)  # for that thread
         log.close()
 
-    with pytest.warns(UserWarning, match=f"^{name}: .*: training goes on without$") as seen:
+    with pytest.warns(UserWarning, match=f"^{name}: .*: training continues without it$") as seen:
         go_on()
     assert len(seen) == 1
     assert losses(out) == list(range(8))
@@ -344,7 +347,7 @@ def test_one_that_fails_in_mid_run_is_dropped(name: str, out: Path) -> None:
 def test_one_that_fails_at_the_end(out: Path) -> None:
     log = follow(out, *KNOWN)
     break_off("trackio", out)
-    with pytest.warns(UserWarning, match="^trackio: .*: training goes on without$") as seen:
+    with pytest.warns(UserWarning, match="^trackio: .*: training continues without it$") as seen:
         log.close()
     assert len(seen) == 1
 

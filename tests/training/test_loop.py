@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, GOLDEN_DROPOUT, GOLDEN_OPTIONS, SMALL, STORY, Outcome, Train, python, records, timeless
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.records import run_folder
 
 Folio = Callable[..., Outcome]
@@ -88,7 +88,7 @@ def test_it_learns(train: Train, sampling: str) -> None:
 def test_the_evaluation_counts_every_token_once(train: Train, story: Path) -> None:
     """With eval_iters=0 the validation loss is the mean over all of them, here computed window by window."""
     out = train("out", "--eval_iters=0", "--learning_rate=1e-2")
-    model = checkpoint.choose(out, "latest").model().eval()
+    model = find.choose(out, "latest").model().eval()
     ids = torch.from_numpy(np.fromfile(story / "val.bin", np.uint16).astype(np.int64))
     nats = 0.0
     with torch.no_grad():

@@ -25,11 +25,12 @@ from conftest import (
     tree,
 )
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.evaluation import scoring
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
-from folio.records.log import Log, read_metrics
+from folio.records.log import Log
+from folio.records.metrics import read_metrics
 
 Run = Callable[..., Outcome]
 
@@ -197,7 +198,7 @@ def test_an_owed_measurement_that_is_no_longer_scheduled(
     flags = ["--init_from=resume", "--eval_interval=7", "--checkpoint_interval=7", f"--out_dir={out}"]
     assert folio("train", *argv, *flags).code == 0
     assert [r["step"] for r in lines(out, "eval")] == [0, 7, 10]
-    assert checkpoint.choose(out, "latest").state["owed"] == []
+    assert find.choose(out, "latest").state["owed"] == []
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from conftest import ROOT, Outcome
 from safetensors.torch import load_file
 
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 FIXTURE = ROOT / "tests" / "fixtures" / "older_version"
 LAST = 8

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Outcome, Train, records, said, timeless, tree, updates
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.machine import flops
 from folio.records import run_folder
 
@@ -87,7 +87,7 @@ def test_the_position_in_the_data_is_kept(train: Train) -> None:
     """The position counts rows, not steps: another batch size continues after the last row."""
     out = train("out", "--max_iters=5")
     train("out", "--init_from=resume", "--batch_size=8")
-    state = checkpoint.choose(out, "latest").state
+    state = find.choose(out, "latest").state
     assert (state["rows"], state["tokens"]) == (5 * 8 + 5 * 16, 5 * 128 + 5 * 256)
 
 
@@ -143,9 +143,9 @@ def test_float16_trains_with_a_scaler(train: Train, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(flops, "peak", lambda device, dtype: None)  # slow to measure where float16 is
     flags = ("--dtype=float16", "--learning_rate=1e-2", "--dropout=0.1")
     whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")
-    assert checkpoint.choose(out, "latest").state["scaler"]["_growth_tracker"] == 5
+    assert find.choose(out, "latest").state["scaler"]["_growth_tracker"] == 5
     train("out", *flags, "--init_from=resume", "--max_iters=10")
-    scalers = [checkpoint.choose(folder, "latest").state["scaler"] for folder in (out, whole)]
+    scalers = [find.choose(folder, "latest").state["scaler"] for folder in (out, whole)]
     assert scalers[0] == scalers[1]
     assert (scalers[0]["scale"], scalers[0]["_growth_tracker"]) == (65536.0, 10)
     assert timeless(out) == timeless(whole)

@@ -14,7 +14,7 @@ import torch
 from conftest import ALONE, SMALL, Spawn, alone, assert_same_bits, group, reached, timeless, to_its_end
 
 from folio import cli
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.commands import train
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
@@ -26,10 +26,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals
 SUICIDE = """
 import os, signal, sys
 from folio import cli, files
-from folio.checkpoints import checkpoint
+from folio.checkpoints import checkpoint, find
 from folio.records import log
 name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
-owner = {"checkpoint": checkpoint, "files": files, "log": log.Log}[name.split(".")[0]]
+owner = {"checkpoint": checkpoint, "find": find, "files": files, "log": log.Log}[name.split(".")[0]]
 function, calls = getattr(owner, name.split(".")[1]), 0
 def wrapped(*args, **kwargs):
     global calls
@@ -72,7 +72,7 @@ def test_killed_within_a_checkpoint(
         ("files.sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
         ("checkpoint.save", 1, "after", 40),  # it is renamed, and nothing else is done
         ("files.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
-        ("checkpoint.prune", 2, "before", 80),  # nothing old is gone yet
+        ("find.prune", 2, "before", 80),  # nothing old is gone yet
         ("log.write", 12, "after", 80),  # between two checkpoints
     ]
     for name, count, when, kept in moments:
@@ -140,9 +140,9 @@ def test_a_signal_in_a_long_evaluation(spawn: Spawn, story: Path, tmp_path: Path
     assert child.end(60) == (143 if who == "alone" else 1), child.output()
     assert time.monotonic() - began < 20
     assert "step 12 of 12 (SIGTERM)" in child.output()
-    assert checkpoint.choose(out, "latest").state["owed"] == ["eval"]
+    assert find.choose(out, "latest").state["owed"] == ["eval"]
     assert "step 12: train loss" in to_its_end(spawn(*argv, "--max_iters=12", "--eval_iters=1", threads=1))
-    assert checkpoint.choose(out, "latest").state["owed"] == []
+    assert find.choose(out, "latest").state["owed"] == []
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from conftest import SMALL, Outcome, Train, records, said, tree, updates
 
 from folio import api
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.records import run_folder
 
 Folio = Callable[..., Outcome]
@@ -124,7 +124,7 @@ def test_files_yield_to_the_checkpoint_and_flags_do_not(
         "max_iters": 10,
     }
     assert {name: asked[name] for name in wanted} == wanted
-    assert checkpoint.choose(out, "latest").state["model"]["dropout"] == 0.1
+    assert find.choose(out, "latest").state["model"]["dropout"] == 0.1
 
 
 def test_counts_of_one_are_singular(train: Train) -> None:
@@ -138,4 +138,4 @@ def test_an_out_dirs_weights_bring_their_shape(folio: Callable[..., Outcome], st
     flags = [f"--data_dir={story}", f"--init_from={tmp_path / 'first'}", f"--out_dir={tmp_path / 'second'}"]
     outcome = folio("train", *others, *flags)
     assert outcome.code == 0, outcome.err
-    assert checkpoint.choose(tmp_path / "second").state["model"]["block_size"] == 16
+    assert find.choose(tmp_path / "second").state["model"]["block_size"] == 16

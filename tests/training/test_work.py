@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Outcome, Train, records, said, timeless, tree, updates
 
-from folio.checkpoints import checkpoint
+from folio.checkpoints import find
 from folio.records import run_folder
-from folio.records.log import read_metrics
+from folio.records.metrics import read_metrics
 
 Folio = Callable[..., Outcome]
 
@@ -38,7 +38,7 @@ def test_steps(train: Train, flags: list[str], trained: Sequence[int], evaluated
     assert run_folder.steps(out) == kept
     if kept:
         assert updates(out, kept[-1]) == {float(evaluated[-1])}
-        state = checkpoint.choose(out, "latest").state
+        state = find.choose(out, "latest").state
         assert (state["step"], state["rows"], state["tokens"]) == (kept[-1], 8 * kept[-1], 128 * kept[-1])
 
 
@@ -103,8 +103,8 @@ def test_the_best_and_the_latest_are_kept(train: Train) -> None:
     train("out", "--init_from=resume", *ruin)
     assert run_folder.steps(out) == [10, 25]
     assert json.loads((out / "best.json").read_text())["step"] == 10
-    assert checkpoint.choose(out).step == 10
-    assert checkpoint.choose(out, "latest").state["evaluations_without_improvement"] == 3
+    assert find.choose(out).step == 10
+    assert find.choose(out, "latest").state["evaluations_without_improvement"] == 3
 
 
 def test_the_first_evaluation_is_never_the_best(train: Train) -> None:
@@ -132,6 +132,6 @@ def test_losses_that_are_not_finite(folio: Folio, train: Train, story: Path) -> 
     assert re.search(
         r"the (loss|gradient) of step \d+ is not finite.*lower --learning_rate, or resume from step \d+", outcome.err
     )
-    found = checkpoint.choose(out, "latest")
+    found = find.choose(out, "latest")
     assert f"resume from step {found.step}\n" in outcome.err
     assert all(weight.isfinite().all() for _, weight in found.weights())

@@ -1,0 +1,132 @@
+"""Lock files: a folder has one writer at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import time
+import warnings
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from folio import files
+from folio.errors import UserError
+
+_TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class InUseError(UserError):
+    """Another process, or another thread of this one, holds a lock."""
+
+
+class Lock:
+    """A lock file with one holder at a time; it names the holder's host and process, and since when.
+
+    The lock is ``flock``'s: the kernel releases it when the process ends in any way. NFS makes it a byte-range lock, so
+    it works between machines too. Child processes do not hold it. On a file system without locks there is one warning,
+    and every process gets the lock.
+
+    Raises:
+        InUseError: another holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, taken: str, remedy: str) -> None:
+        made = [folder for folder in path.parents if not folder.exists()]
+        for _ in range(100):  # its holder may remove it, and the folder, between two of these steps
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            except FileNotFoundError:
+                continue
+            try:
+                held, here = _flock(handle, path), _is(path, handle)
+                who = "" if held or not here else _holder(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            if held and here:
+                break
+            os.close(handle)
+            if here:
+                raise InUseError(f"{path.parent}: {taken}{who}: {remedy}")
+        else:
+            raise InUseError(f"{path.parent}: {taken}: {remedy}")
+        with suppress(OSError):  # a full disk
+            os.ftruncate(handle, 0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode())
+        self._end = weakref.finalize(self, _let_go, handle, path, made)
+        _HELD.add(self)
+
+    def release(self) -> None:
+        """Removes the file, and the folders that were made for it if they are empty."""
+        self._end()
+
+
+_HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _forget() -> None:
+    """Closes the parent's locks in a child process, so that they end with the parent."""
+    for lock in list(_HELD):
+        if had := lock._end.detach():
+            os.close(had[2][0])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _flock(handle: int, path: Path) -> bool:
+    """Whether this process has the lock now; True if the file system has no locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{path.parent}: no file locks there ({error.strerror}): make sure that no other process writes there",
+            stacklevel=4,
+        )
+    except ModuleNotFoundError:
+        warnings.warn(
+            f"{path.parent}: no file locks on this system: make sure that no other process writes there", stacklevel=4
+        )
+    return True
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether a path still names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(handle: int) -> str:
+    """The holder of a lock, in brackets; "" if the file does not name it."""
+    for _ in range(10):
+        with suppress(ValueError, LookupError, TypeError):
+            holder = files.parse_json(os.pread(handle, 4096, 0))
+            who = f" (host {holder['host']}, process {holder['pid']}, since {holder['since']})"
+            return "".join(c if c.isprintable() else "?" for c in who[:200])
+        time.sleep(0.02)  # the file may not be written yet
+    return ""
+
+
+def _let_go(handle: int, path: Path, made: list[Path]) -> None:
+    if _is(path, handle):
+        files.discard(path)
+    os.close(handle)
+    for folder in made:
+        with suppress(OSError):
+            files.remove_empty(folder)

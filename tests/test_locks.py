@@ -1,0 +1,188 @@
+"""A folder has one writer at a time, and its lock ends with the process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Spawn
+
+from folio.locks import InUseError, Lock
+
+HOLDER = """
+import sys, time, os, subprocess
+from pathlib import Path
+from folio.locks import Lock
+lock = Lock(Path(sys.argv[1]), "taken", "wait")
+{then}
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(spawn: Spawn) -> Callable[..., Any]:
+    """Another process that holds a lock, and has done more since."""
+
+    def start(path: Path, then: str = "") -> Any:
+        child = spawn("-c", HOLDER.replace("{then}", then), str(path))
+        child.wait_until(lambda: "held" in child.output())
+        return child
+
+    return start
+
+
+def taken(path: Path) -> Lock:
+    return Lock(path, "another is there", "wait")
+
+
+def test_a_lock_is_of_one_process_until_it_ends(holder: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "lock"
+    child = holder(path)
+    with pytest.raises(InUseError) as refusal:
+        taken(path)
+    who = rf"host {socket.gethostname()}, process {child.process.pid}, since 20"
+    assert str(refusal.value).startswith(f"{path.parent}: another is there ({who}")
+    assert str(refusal.value).endswith("): wait")
+    child.kill()
+    child.end()
+    lock = taken(path)
+    assert json.loads(path.read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not path.exists()
+
+
+def test_a_lock_leaves_nothing_but_what_others_made(tmp_path: Path) -> None:
+    for others in ([], ["new/file"]):
+        lock = taken(tmp_path / "new" / "folder" / "lock")
+        for name in others:
+            (tmp_path / name).write_text("")
+        lock.release()
+        lock.release()
+        assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == (
+            ["new", *others] if others else []
+        )
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "if os.fork() == 0:\n    print('child', os.getpid(), flush=True)\n    time.sleep(600)",
+        "print('child', subprocess.Popen(['sleep', '600'], close_fds=False).pid, flush=True)",
+    ],
+    ids=["forked", "started"],
+)
+def test_a_child_does_not_hold_the_lock(holder: Callable[..., Any], tmp_path: Path, then: str) -> None:
+    """Such as a worker or a tracker's service, which may outlive the process that was killed."""
+    child = holder(tmp_path / "lock", then)
+    child.wait_until(lambda: "child" in child.output())
+    other = int(child.output().split("child ")[1].split()[0])
+    child.kill([child.process.pid])
+    child.end()
+    try:
+        os.kill(other, 0)
+        time.sleep(0.1)
+        taken(tmp_path / "lock").release()
+    finally:
+        os.kill(other, signal.SIGKILL)
+
+
+def test_a_child_that_ends_leaves_the_lock(tmp_path: Path) -> None:
+    lock = taken(tmp_path / "lock")
+    script = "import sys; sys.exit(0)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True).returncode == 0
+    if (child := os.fork()) == 0:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(InUseError):
+        taken(tmp_path / "lock")
+    lock.release()
+
+
+def test_one_of_many_at_the_same_moment(tmp_path: Path) -> None:
+    """In a folder that comes and goes with the lock."""
+    path, together = tmp_path / "new" / "lock", threading.Barrier(8)
+    held, most, errors = [0], [0], []
+
+    def often() -> None:
+        together.wait()
+        for _ in range(100):
+            try:
+                lock = taken(path)
+            except InUseError:
+                continue
+            except BaseException as error:
+                errors.append(error)
+                raise
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+            time.sleep(0.0002)
+            held[0] -= 1
+            lock.release()
+
+    threads = [threading.Thread(target=often) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most[0], errors) == (1, [])
+    assert not path.exists()
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning, and it goes on; any other error is one."""
+
+    def failing(number: int) -> Callable[..., None]:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        monkeypatch.setattr(fcntl, "flock", failing(number))
+        with pytest.warns(UserWarning, match="no file locks there") as told:
+            taken(tmp_path / "lock").release()
+        assert len(told) == 1
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        taken(tmp_path / "lock")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"host": 1}', "[" * 5000, '{"host": "\\u001b[2J", "pid": 1, "since": ""}']
+)
+def test_a_holder_that_does_not_say_who_it_is(content: str, tmp_path: Path) -> None:
+    lock = taken(tmp_path / "lock")
+    (tmp_path / "lock").write_text(content)
+    with pytest.raises(InUseError) as refusal:
+        taken(tmp_path / "lock")
+    assert str(refusal.value).isprintable()
+    lock.release()
+
+
+@pytest.mark.parametrize("what", ["folder", "link", "below a file"])
+def test_a_lock_that_cannot_be(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    if what == "folder":
+        path.mkdir()
+    elif what == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path = tmp_path / "file" / "lock"
+        path.parent.write_text("")
+    with pytest.raises(OSError, match=r"director|symbolic|exists"):
+        taken(path)
+    assert not (tmp_path / "elsewhere").exists()

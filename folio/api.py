@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
-from folio.config.options import COMMAND_LINE, EITHER, TrainConfig, at_home, check, flat, override, read_file, typed
+from folio.config.compose import Layer, compose
+from folio.config.files import read_file
+from folio.config.options import TrainConfig
+from folio.config.table import flat
+from folio.config.values import COMMAND_LINE, typed
 from folio.training.loop import EXIT, Run, build, finish, fit
 
 T = TypeVar("T")
@@ -88,33 +92,26 @@ def evaluate(what: str = "loss", **knobs: Any) -> dict[str, Any]:
     return _eval.run(_options(_eval.Options(), "evaluate", {"what": what, **knobs}))[0]
 
 
-def _options(options: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
-    """Files, then what was given by keyword, held to the types and bounds that the command line holds it to."""
-    sources = dict(getattr(options, "sources", {}))
-    names: dict[str, Any] = {}  # what a .py file finds assigned
+def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
+    """Files, then what is given by keyword, with the types and bounds of the command line."""
+    layers: list[Layer] = []
+    names: dict[str, Any] = {}  # that a .py file finds assigned
     for item in config:
         if isinstance(item, TrainConfig):
-            usual = flat(TrainConfig())
-            named = dict.fromkeys((name for name, value in flat(item).items() if value != usual[name]), COMMAND_LINE)
-            if item.data.total_batch_size:
-                named.pop("gradient_accumulation_steps", None)  # which follows from it
-            options, sources = item, named | item.sources  # type: ignore[assignment]
-            names = flat(item)
+            base, layers, names = _with_sources(item), [], flat(item)  # type: ignore[assignment]
         else:
-            values = read_file(os.fspath(item), type(options), names=names)
+            values = read_file(os.fspath(item), type(base), names=names)
             names |= values
-            options = override(options, values)
-            sources = _later(sources, values, os.fspath(item))
+            layers.append(Layer(os.fspath(item), values, supersedes=True))
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    options = override(options, {name: typed(caller, name, value, type(options)) for name, value in plain.items()})
-    if hasattr(options, "sources"):
-        options = replace(options, sources=_later(sources, given, COMMAND_LINE))  # type: ignore[type-var]
-    options = at_home(options)
-    check(options)
-    return options
+    keywords = {name: typed(caller, name, value, type(base)) for name, value in plain.items()}
+    return compose(base, [*layers, Layer(COMMAND_LINE, keywords, supersedes=True)])
 
 
-def _later(sources: Mapping[str, str], names: Collection[str], source: str) -> dict[str, str]:
-    """Who set which knob, now that this source has set these; of two that exclude each other the later is left."""
-    over = {*names, *(EITHER if EITHER.intersection(names) else ())}
-    return {name: by for name, by in sources.items() if name not in over} | dict.fromkeys(names, source)
+def _with_sources(config: TrainConfig) -> TrainConfig:
+    """The config, in which each value that is no default counts as given in this call."""
+    usual = flat(TrainConfig())
+    given = dict.fromkeys((name for name, value in flat(config).items() if value != usual[name]), COMMAND_LINE)
+    if config.data.total_batch_size:
+        given.pop("gradient_accumulation_steps", None)  # which follows from it
+    return replace(config, sources=given | config.sources)

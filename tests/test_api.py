@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, SMALL, STORY, python, tree
 
 import folio
-from folio.config.options import TrainConfig, override
+from folio.config.options import TrainConfig
+from folio.config.table import override
 from folio.records import run_folder
 from folio.records.log import read_metrics
 

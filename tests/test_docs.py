@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT, STORY, TINY, Outcome, run
 
 from folio import cli
-from folio.config.options import DATA_SETS, TrainConfig, defaults
+from folio.config.options import DATA_SETS, TrainConfig
+from folio.config.table import defaults
 from folio.machine.flops import GPUS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

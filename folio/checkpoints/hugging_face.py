@@ -21,7 +21,10 @@ from torch import Tensor
 from folio import __version__, files
 from folio.checkpoints import checkpoint, model_card, pt_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
-from folio.config.options import Optimizer, Source, TrainConfig, model_config, typed
+from folio.config.compose import model_config
+from folio.config.options import Source, TrainConfig
+from folio.config.table import those
+from folio.config.values import typed
 from folio.data import tokenizer_folder
 from folio.data.token_files import GPT2
 from folio.data.tokenizers import Tokenizer
@@ -56,7 +59,7 @@ _FIELDS = (  # of GPTConfig: what exporters know how to say
 )
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
+_PUBLIC = those(TrainConfig, public=True)
 _FILES = ["config.json", *tokenizer_folder.FILES, "model*.safetensors", "model.safetensors.index.json"]
 _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

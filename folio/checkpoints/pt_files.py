@@ -21,7 +21,10 @@ import torch
 from folio.checkpoints import checkpoint, torch_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
-from folio.config.options import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
+from folio.config.compose import model_config
+from folio.config.options import TrainConfig
+from folio.config.table import table, those
+from folio.config.values import typed
 from folio.data import pickles
 from folio.data.pickles import Fields, shown
 from folio.data.token_files import CLONE, GPT2, GPT2_SIZES, META, META_PKL, open_folder, read_meta_pkl
@@ -211,12 +214,12 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
 
 
 def _asked(path: Path, config: Any) -> dict[str, Any]:
-    """Those of nanoGPT's knobs that tell of the run, and not of the machine it was on."""
+    """Those of nanoGPT's options that tell of the run, and not of the machine it was on."""
     if not isinstance(config, dict):
         return {}
-    passed_over = {*knobs(System), *knobs(Processes), *OF_THE_CALL}
+    passed_over = those(TrainConfig, role="machine") | those(TrainConfig, role="call")
     kept = {}
-    for name in knobs(TrainConfig):
+    for name in table(TrainConfig):
         if name in config and name not in passed_over:
             value = config[name]
             if isinstance(value, float) and value.is_integer():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from folio import rng
-from folio.config.options import Data, Processes, System, knob
+from folio.config.options import Data, Processes, System, option
 from folio.data.rows import Tokens
 from folio.errors import UserError
 from folio.machine.flops import flops_per_token, mfu
@@ -27,9 +27,11 @@ BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 class Options:
     """Time training steps of a model: folio bench [PRESET or FILE …] [--option=value …]."""
 
-    real_data: bool = knob(True, "False: random tokens, no data set needed")
-    profile: bool = knob(
-        False, "profile some steps instead, into bench_log/: a trace, the costliest operations, memory by kind"
+    real_data: bool = option(True, "False: random tokens, no data set needed")
+    profile: bool = option(
+        False,
+        "profile some steps instead, into bench_log/",
+        details="It writes a trace, the most expensive operations, and memory by kind.",
     )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
-from folio.config.options import ITSELF, TokenDtype, knob, token_dtype_knob
+from folio.config.options import ITSELF, TokenDtype, option, token_dtype_option
 from folio.data import tokenizers
 from folio.data.token_files import GPT2, META, SPLITS, Folder, TokenFile, open_folder
 from folio.data.tokenizers import IDS_ONLY
@@ -24,12 +23,10 @@ _SAMPLE = 64  # tokens
 class Options:
     """Look into a data set: folio data info FOLDER."""
 
-    action: tyro.conf.Positional[Literal["info"]] = knob(MISSING, "what they hold")
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
-        MISSING, "a data set's folder, or a glob of its files", path=ITSELF
-    )
-    token_dtype: TokenDtype = token_dtype_knob()
-    verify: bool = knob(False, "hash every file, and compare with the meta file")
+    action: Literal["info"] = option(MISSING, "what the files hold", positional="info")
+    folder: str = option(MISSING, "folder of a data set, or a glob of its files", path=ITSELF, positional="FOLDER")
+    token_dtype: TokenDtype = token_dtype_option()
+    verify: bool = option(False, "hash every file, and compare with the meta file")
 
 
 def main(options: Options) -> int:

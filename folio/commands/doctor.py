@@ -296,7 +296,7 @@ def _packages() -> Iterator[Row]:
 
 
 def requirements() -> dict[str, list[str]]:
-    """What Folio needs, as ``"tyro>=1.0"``, by extra; the core's under "". Those of its developers are left out.
+    """What Folio needs, as ``"rich>=13"``, by extra; the core's under "". Those of its developers are left out.
 
     The clone's ``pyproject.toml`` says it, since the metadata of an editable install may be older; else the metadata.
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -24,10 +23,11 @@ from folio.config.options import (
     Processes,
     Source,
     System,
-    hellaswag_data_knob,
-    hellaswag_style_knob,
-    knob,
+    hellaswag_data_option,
+    hellaswag_style_option,
+    option,
 )
+from folio.config.table import table, those
 from folio.data.rows import Tokens
 from folio.data.token_files import Split
 from folio.errors import UserError
@@ -39,40 +39,34 @@ from folio.records.console import accompanying, show
 from folio.records.log import hellaswag_line, to_json
 from folio.records.run_folder import EVALUATIONS
 
-_DATA = {f.name for f in fields(Data)}
-_OF = {  # what a knob is for, where not for all
-    "split": ("loss",),
-    "eval_iters": ("loss",),
-    "style": ("hellaswag",),
-    "data": ("hellaswag",),
-    "tasks": ("lm_eval",),
-    "limit": ("hellaswag", "lm_eval"),
-    **dict.fromkeys(_DATA, ("loss",)),
-}
-_PLACES = {"dataset", "data_dir", "data_mixture"}
-_OF_PLACES = {"token_dtype"}  # what holds for the run's data alone
-
 
 @dataclass(frozen=True)
 class Options:
     """Measure a model: folio eval [loss | hellaswag | lm_eval] [--option=value …]."""
 
-    what: tyro.conf.Positional[Literal["loss", "hellaswag", "lm_eval"]] = knob(
-        "loss", "loss: over a split of the run's data, or other; lm_eval: tasks of the lm-evaluation-harness"
+    what: Literal["loss", "hellaswag", "lm_eval"] = option(
+        "loss",
+        "what to measure: loss | hellaswag | lm_eval",
+        details="loss: over a split of the run's data, or of other data; lm_eval: tasks of the lm-evaluation-harness",
+        positional="WHAT",
     )
-    split: Split = knob("val", "loss: of which split")
-    eval_iters: int = knob(0, "loss: batches, evenly spaced; 0: every token once", min=0)
-    style: HellaSwagStyle = hellaswag_style_knob()
-    data: str = hellaswag_data_knob()
-    tasks: str = knob(
-        "hellaswag,lambada_openai,arc_easy", "lm_eval: names of its tasks, or files of your own", path=EACH
+    split: Split = option("val", "split of the data", of=("loss",))
+    eval_iters: int = option(0, "evenly spaced; 0: every token once", unit="batches", min=0, of=("loss",))
+    style: HellaSwagStyle = hellaswag_style_option(of=("hellaswag",))
+    data: str = hellaswag_data_option(of=("hellaswag",))
+    tasks: str = option(
+        "hellaswag,lambada_openai,arc_easy",
+        "tasks",
+        details="Names of tasks, or files of your own.",
+        path=EACH,
+        of=("lm_eval",),
     )
-    limit: int = knob(0, "hellaswag, lm_eval: items, from the first; 0: all", min=0)
+    limit: int = option(0, "from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
     source: Source = field(default_factory=Source)
-    tokens: Data = field(default_factory=Data)
+    tokens: Data = field(default_factory=Data, metadata={"of": ("loss",)})
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
-    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
+    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 
 
 def main(options: Options) -> None:
@@ -82,8 +76,10 @@ def main(options: Options) -> None:
 def run(options: Options) -> tuple[dict[str, Any], str]:
     """What was found, and that in words; of a run it is kept in its folder as well."""
     o = options
-    if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
-        raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
+    known = table(Options)
+    for name in o.sources:
+        if o.what not in (of := known[name].metadata.get("of", (o.what,))):
+            raise UserError(f"--{name} is for folio eval {' and '.join(of)}, not for {o.what}")
     chosen = hugging_face.choose(o.source)
     runtime = Runtime(o.system, o.processes)
     try:
@@ -110,8 +106,11 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
-    typed = o.sources.keys() | (_PLACES | _OF_PLACES if _PLACES & o.sources.keys() else set())
-    data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
+    named, places = set(o.sources), those(Options, role="data")
+    if places & named:
+        named |= places | {"token_dtype"}  # a type that holds for the run's data alone
+    kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}
+    data = replace(o.tokens, **kept)
     model = chosen.model(dropout=0.0)
     tokens = Tokens.open(data, model.config.block_size, o.system.seed)
     tokens.vocab_size = model.transformer.wte.num_embeddings

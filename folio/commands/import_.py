@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from torch import Tensor
 from torch.nn import functional
 
 from folio import files
 from folio.checkpoints import checkpoint, hugging_face
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.model.config import AUTO
 from folio.records import run_folder
 from folio.records.console import say
@@ -22,13 +20,15 @@ from folio.records.console import say
 class Options:
     """Take a model in: folio import MODEL --to OUT, which --init_from=resume --out_dir=OUT goes on with."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = knob(
+    model: str = option(
         MISSING,
-        "nanoGPT's ckpt.pt or its out_dir, a .pt of build-nanogpt or GPT-from-scratch, a Hugging Face folder or name",
+        "a .pt file, an out_dir of nanoGPT, a Hugging Face folder or name",
+        details="A .pt file is one of nanoGPT, build-nanogpt or GPT-from-scratch.",
         path=ITSELF,
+        positional="MODEL",
     )
-    to: str = knob(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
-    vocab_size: int | AUTO = knob(
+    to: str = option(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
+    vocab_size: int | AUTO = option(
         "auto", "token ids to grow to, such as the next multiple of 64; auto: as it is", min=1
     )
 

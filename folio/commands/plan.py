@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
-from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
+from folio.config.compose import accumulated
+from folio.config.options import Data, Optimizer, Processes, System, option
+from folio.config.table import override
 from folio.data.rows import Tokens
 from folio.errors import UserError
 from folio.machine import flops, shortage
@@ -36,18 +37,22 @@ _KINDS = {
 class Options:
     """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
 
-    gpus: int = knob(1, "devices, one process each", min=1)
-    gpu: str = knob("h100", f"their kind: {', '.join(flops.GPUS)}; or cpu, this machine's")
-    gpus_per_node: int = knob(8, "devices in a machine; with hsdp they share a copy of the model", min=1)
-    mfu: float = knob(0.4, "share of the devices' peak that training is taken to reach", above=0, max=1)
-    price: float = knob(0.0, "of one device for an hour; 0: no cost is worked out", min=0)
-    init_from: str = knob("scratch", "scratch, resume or auto: the shape of another model is not looked up")
+    gpus: int = option(1, "devices, one process each", min=1)
+    gpu: str = option(
+        "h100", "their kind, such as h100, a100, l4, rtx 4090; or cpu", details="cpu: this machine's processor"
+    )
+    gpus_per_node: int = option(8, "devices in a machine", details="With hsdp they share a copy of the model.", min=1)
+    mfu: float = option(0.4, "share of the devices' peak that training reaches", above=0, max=1)
+    price: float = option(0.0, "of one device for an hour; 0: no cost is computed", min=0)
+    init_from: str = option(
+        "scratch", "scratch | resume | auto", details="The shape of another model is not looked up."
+    )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
-    system: System = field(default_factory=System)
+    system: System = field(default_factory=System, metadata={"advanced": True})
     processes: Processes = field(default_factory=Processes)
-    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
+    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 
 
 class Device(NamedTuple):

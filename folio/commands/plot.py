@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.records.console import say
 from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
@@ -18,11 +15,9 @@ from folio.records.run_folder import PICTURE
 class Options:
     """Draw the losses and HellaSwag accuracies of runs, over their steps and tokens."""
 
-    out_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OUT_DIR …]")] = knob(
-        ("out",), "folders of the runs", path=ITSELF
-    )
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder", path=ITSELF
+    out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
+    output: str = option(
+        "", "picture (.png, .svg, .pdf); default: loss.png in the first folder", path=ITSELF, short="-o"
     )
 
 

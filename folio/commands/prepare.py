@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from folio.config.options import ITSELF, knob
+from folio.config.options import DATA_SETS, ITSELF, option
 from folio.errors import UserError
 from folio.preparation.job import prepare
 from folio.preparation.recipes import KNOWN, known, named_by_user
@@ -31,28 +29,29 @@ _CHOICES = (
 class Options:
     """Make the token files of a data set. Killed at any point, the same command goes on where it was."""
 
-    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), f"{' | '.join(KNOWN)}, or files, folders and globs of text, JSON lines and parquet, or hf:NAME", path=ITSELF
+    text: tuple[str, ...] = option(
+        (),
+        "a known data set; files, folders and globs; or hf:NAME",
+        details=f"Known are {', '.join(DATA_SETS)}. Files are text, JSON lines or parquet. hf:NAME is a data set of "
+        "the Hugging Face hub.",
+        path=ITSELF,
+        positional="TEXT …",
     )
-    name: str = knob("", "name of the data set; default: that of the first source")
-    data_dir: str = knob("", "where to write; default: data/<name>", path=ITSELF)
-    source: str = knob(
-        "", "file or folder to take the text of a known data set from, instead of its usual place", path=ITSELF
-    )
-    tokenizer: str = knob(
-        "", "char | bytes | an encoding of tiktoken (default: gpt2) | FILE.json of tokenizers", path=ITSELF
-    )
-    text_key: str = knob("", "key or column that holds the text; default: text")
-    shard_size: int = knob(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
-    val_fraction: float = knob(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
-    val_documents: int = knob(0, "so many of the first documents are for validation instead", min=0)
-    on_error: Literal["stop", "skip"] = knob("stop", "skip: count documents that cannot be taken and go on")
-    overwrite: bool = knob(False, "replace a data set that was made with other settings")
-    workers: int = knob(0, "processes that tokenise; 0: one for each core", min=0)
-    shard_of: str = knob("", "I/N: prepare part I (from 0) of N; the last one to end puts all together")
-    config: str = knob("", "hf: configuration of the data set")
-    split: str = knob("", "hf: split of it; default: train")
-    streaming: bool = knob(False, "hf: read it as it comes, without a copy in the cache")
+    name: str = option("", "name of the data set; default: that of the first source")
+    data_dir: str = option("", "where to write; default: data/<name>", path=ITSELF)
+    source: str = option("", "file or folder with the text of a known data set", path=ITSELF)
+    tokenizer: str = option("", "char | bytes | gpt2 | another of tiktoken | FILE.json; default: gpt2", path=ITSELF)
+    text_key: str = option("", "key or column that holds the text; default: text")
+    shard_size: int = option(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
+    val_fraction: float = option(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
+    val_documents: int = option(0, "so many of the first documents are for validation instead", min=0)
+    on_error: Literal["stop", "skip"] = option("stop", "skip: count documents that cannot be taken and go on")
+    overwrite: bool = option(False, "replace a data set that was made with other settings")
+    workers: int = option(0, "processes that tokenise; 0: one for each core", min=0)
+    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last one to end puts all together")
+    config: str = option("", "hf: configuration of the data set")
+    split: str = option("", "hf: split of it; default: train")
+    streaming: bool = option(False, "hf: read it as it comes, without a copy in the cache")
 
 
 def main(options: Options) -> None:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.config.options import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
 from folio.records.report import report
@@ -18,10 +15,8 @@ from folio.records.report import report
 class Options:
     """Put all that is known of a run on one page, which opens without a network."""
 
-    out_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[OUT_DIR]")] = out_dir_knob()
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "page (.html); default: OUT_DIR/report.html", path=ITSELF
-    )
+    out_dir: str = out_dir_option(positional="OUT_DIR")
+    output: str = option("", "page (.html); default: OUT_DIR/report.html", path=ITSELF, short="-o")
 
 
 def main(options: Options) -> None:

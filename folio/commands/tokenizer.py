@@ -7,11 +7,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.data.tokenizers import END_OF_TEXT
 from folio.errors import UserError
 from folio.preparation.sources import Files, find
@@ -26,14 +24,14 @@ LEAST = 257  # the bytes and the end of text
 class Options:
     """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
 
-    action: tyro.conf.Positional[Literal["train"]] = knob(MISSING, "learn the merges that the text needs most")
-    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), "files, folders and globs, as folio prepare takes them", path=ITSELF
+    action: Literal["train"] = option(MISSING, "learn the most frequent merges", positional="train")
+    text: tuple[str, ...] = option(
+        (), "files, folders and globs, as for folio prepare", path=ITSELF, positional="TEXT …"
     )
-    vocab_size: int = knob(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
-    out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
-    text_key: str = knob("text", "key or column that holds the text")
-    on_error: Literal["stop", "skip"] = knob("stop", "skip: leave out documents that cannot be taken")
+    vocab_size: int = option(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
+    out: str = option("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
+    text_key: str = option("text", "key or column that holds the text")
+    on_error: Literal["stop", "skip"] = option("stop", "skip: leave out documents that cannot be taken")
 
 
 def main(options: Options) -> None:

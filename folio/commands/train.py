@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from folio.config.options import COMMAND_LINE, override, read_file
+from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
+from folio.config.table import override, those
+from folio.config.values import COMMAND_LINE
 from folio.data.rows import find
 from folio.records.console import say
 from folio.training.loop import EXIT, build, finish, fit, has_run
 
 _FINEWEB = "train_gpt2_124m_fineweb"
-_CHOICES = {"dataset", "data_dir", "data_mixture"}
 
 
 def main(options: Options) -> int:
@@ -29,7 +30,7 @@ def _beside_fineweb(options: Options) -> Options:
     OpenWebText, on which nanoGPT trains then, goes before, and so does a run that goes on, which knows its data.
     """
     typed, begin = options.sources, options.output.init_from
-    if typed.keys() & _CHOICES or set(typed.values()) - {COMMAND_LINE}:
+    if typed.keys() & those(Options, role="data") or set(typed.values()) - {COMMAND_LINE}:
         return options
     if begin not in ("scratch", "auto", "resume") or (begin != "scratch" and has_run(Path(options.output.out_dir))):
         return options

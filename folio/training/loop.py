@@ -25,18 +25,10 @@ from folio import files, rng
 from folio.checkpoints import checkpoint, hugging_face, pt_files
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
-from folio.config.options import (
-    COMMAND_LINE,
-    OF_THE_CALL,
-    Data,
-    Processes,
-    Sampling,
-    TrainConfig,
-    accumulated,
-    check,
-    flat,
-    override,
-)
+from folio.config.compose import accumulated, check, over_files
+from folio.config.options import Data, Processes, Sampling, TrainConfig
+from folio.config.table import flat, override, those
+from folio.config.values import COMMAND_LINE
 from folio.data.rows import Tokens
 from folio.data.token_files import GPT2, Split
 from folio.data.tokenizers import Tokenizer, from_json
@@ -66,15 +58,6 @@ ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons at which everyth
 # summed over the ranks, of which there are fewer than 2¹⁴, the largest tells; float32 has powers of two exactly
 _WISHES = {"SIGTERM": 2.0**56, "SIGHUP": 2.0**42, "SIGUSR1": 2.0**28, "SIGINT": 2.0**14, "max_minutes": 1.0}
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
-_OWN = (  # knobs of a machine or a moment
-    "out_dir",
-    "init_from",
-    "data_dir",
-    "dataset",
-    "data_mixture",
-    "hellaswag_data",
-    "wandb_run_name",
-)
 _NUMBERS = itertools.count()  # of the runs that this process builds
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
 T = TypeVar("T")
@@ -676,7 +659,7 @@ def _build(config: TrainConfig, lock: files.Lock | None) -> Run:
     runtime = Runtime(config.system, config.processes, flops=flops, resolved=resolved)
     try:
         runtime.agree(
-            {name: value for name, value in flat(config).items() if name not in _OWN}
+            {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
             | {"the vocabulary": vocab_size, "the data": tokens.fingerprint()}
             | {"the newest checkpoint": former.found.step if former else None}
             | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}
@@ -873,15 +856,8 @@ def _former(out_dir: Path, begin: str, known: str = "") -> _Former | None:
 
 def _overlay(config: TrainConfig, asked: dict[str, Any], lines: list[str]) -> TrainConfig:
     """defaults < files < what the checkpoint's run was asked < command line."""
-    mine, values = flat(config), {}
-    for name, value in asked.items():
-        source = config.sources.get(name)
-        if name in OF_THE_CALL or name not in mine or source == COMMAND_LINE:
-            continue
-        if source and mine[name] != value:
-            lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
-        values[name] = value
-    merged = override(config, values)
+    merged, overridden = over_files(config, asked)
+    lines += overridden
     o = merged.optimizer
     longer = o.max_iters > max(asked.get("max_iters", o.max_iters), o.lr_decay_iters)
     if longer and o.decay_lr and not o.restart_interval and o.lr_decay_iters == asked.get("lr_decay_iters"):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from folio import files
 from folio.checkpoints import checkpoint
-from folio.config.options import TrainConfig, flat
+from folio.config.options import TrainConfig
+from folio.config.table import flat
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder

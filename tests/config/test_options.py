@@ -11,8 +11,12 @@ from conftest import ROOT
 
 from folio import api, cli
 from folio.commands import bench, prepare, sample
-from folio.config import options as config
-from folio.config.options import Data, TrainConfig, flat
+from folio.config import files
+from folio.config.options import Data, TrainConfig, option
+from folio.config.compose import check
+from folio.config.names import FOREIGN
+from folio.config.table import flat, override, table
+from folio.config.values import COMMAND_LINE
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto
 NANOGPT_DEFAULTS = {
@@ -116,7 +120,7 @@ def read(tmp_path: Path):
     def write_and_read(text: str, suffix: str = ".py", options: type = TrainConfig):
         path = tmp_path / f"config{suffix}"
         path.write_text(text)
-        return config.read_file(str(path), options)
+        return files.read_file(str(path), options)
 
     return write_and_read
 
@@ -137,7 +141,7 @@ def test_the_defaults_are_nanogpts() -> None:
 
 @pytest.mark.parametrize("name", NANOGPT_PRESETS)
 def test_a_preset_sets_what_nanogpts_file_of_that_name_sets(name: str) -> None:
-    ours, theirs = config.read_file(name, TrainConfig), dict(NANOGPT_PRESETS[name])
+    ours, theirs = files.read_file(name, TrainConfig), dict(NANOGPT_PRESETS[name])
     if name == "finetune_shakespeare":
         assert ours.pop("wandb_run_name").startswith(theirs.pop("wandb_run_name"))
     assert ours == theirs
@@ -146,11 +150,11 @@ def test_a_preset_sets_what_nanogpts_file_of_that_name_sets(name: str) -> None:
 def test_the_presets_stand_where_nanogpts_users_look() -> None:
     """config/ and the packaged presets are the same files, byte by byte."""
     here = {p.name: p.read_bytes() for p in (ROOT / "config").iterdir()}
-    assert here == {p.name: p.read_bytes() for p in config.PRESETS.glob("*.py")}
+    assert here == {p.name: p.read_bytes() for p in files.PRESETS.glob("*.py")}
     assert here.keys() >= {f"{name}.py" for name in NANOGPT_PRESETS}
 
 
-@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(files.PRESETS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_preset_passes_the_checks(path: Path) -> None:
     parse(path.stem)
     parse(str(path))
@@ -243,7 +247,7 @@ def test_a_file_finds_what_files_and_flags_before_it_set(tmp_path) -> None:
 def test_marks_line_ends_and_tabs_change_nothing(tmp_path, text, suffix) -> None:
     path = tmp_path / f"config{suffix}"
     path.write_bytes(text.encode())
-    assert config.read_file(str(path), TrainConfig) == {"n_layer": 2, "n_head": 2}
+    assert files.read_file(str(path), TrainConfig) == {"n_layer": 2, "n_head": 2}
 
 
 VALUES = [
@@ -345,7 +349,7 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path) -> None:
     path = tmp_path / "config.py"
     path.write_bytes(b"out_dir = '\xff'")
     with pytest.raises(ValueError, match=r"config\.py"):
-        config.read_file(str(path), TrainConfig)
+        files.read_file(str(path), TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +422,7 @@ def test_files_and_flags_apply_left_to_right(tmp_path) -> None:
     assert read.sources == {
         "batch_size": str(second),
         "n_layer": str(first),
-        "n_head": config.COMMAND_LINE,
+        "n_head": COMMAND_LINE,
     }
 
 
@@ -426,7 +430,7 @@ def test_files_and_flags_apply_left_to_right(tmp_path) -> None:
 def test_both_spellings_of_a_flag(flag) -> None:
     read = parse(*flag)
     assert read.model.n_layer == 4
-    assert read.sources == {"n_layer": config.COMMAND_LINE}
+    assert read.sources == {"n_layer": COMMAND_LINE}
 
 
 @pytest.mark.parametrize(
@@ -478,8 +482,8 @@ PLACES = {
 
 @pytest.mark.parametrize("command", PLACES)
 def test_every_knob_that_names_a_place_says_so(command) -> None:
-    knobs = config.knobs(cli.module_of(command).Options)
-    assert {name for name, knob in knobs.items() if knob.field.metadata.get("path")} == PLACES[command]
+    knobs = table(cli.module_of(command).Options)
+    assert {name for name, knob in knobs.items() if knob.metadata.get("path")} == PLACES[command]
 
 
 @pytest.mark.parametrize(
@@ -530,10 +534,10 @@ def test_a_home_that_is_not_known_is_refused() -> None:
 
 
 def test_other_trainers_names_are_of_no_command_and_lead_to_one_that_is() -> None:
-    knobs = {name: config.knobs(cli.module_of(name).Options) for name in cli.COMMANDS}
+    knobs = {name: table(cli.module_of(name).Options) for name in cli.COMMANDS}
     ours = {name for command in knobs.values() for name in command}
     trained = knobs["train"]
-    for theirs, meant in config._ELSEWHERE.items():
+    for theirs, meant in FOREIGN.items():
         assert meant.partition(",")[0] in ours, meant
         assert theirs not in trained
 
@@ -563,32 +567,32 @@ def test_another_trainers_name_is_answered_with_ours(command, name, hint) -> Non
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_knob_of_a_command_has_one_name_and_a_help(command) -> None:
-    knobs = config.knobs(cli.module_of(command).Options)
-    assert all(knob.field.metadata["help"] for knob in knobs.values())
+    knobs = table(cli.module_of(command).Options)
+    assert all(knob.metadata["help"] for knob in knobs.values())
 
 
 def test_two_knobs_of_one_name_are_refused() -> None:
     @dataclass(frozen=True)
     class Twice:
         data: Data = field(default_factory=Data)
-        batch_size: int = config.knob(1, "again")
+        batch_size: int = option(1, "again")
 
     with pytest.raises(TypeError, match="batch_size"):
-        config.knobs(Twice)
+        table(Twice)
 
 
 def _out_of_bounds():
     for options in (TrainConfig, sample.Options):
-        for name, knob in config.knobs(options).items():
+        for name, knob in table(options).items():
             for rule, step in {"min": -1, "max": 1, "above": 0, "below": 0}.items():
-                if rule in knob.field.metadata:
-                    yield pytest.param(options, name, knob.field.metadata[rule] + step, id=f"{name}-{rule}")
+                if rule in knob.metadata:
+                    yield pytest.param(options, name, knob.metadata[rule] + step, id=f"{name}-{rule}")
 
 
 @pytest.mark.parametrize(("options", "name", "value"), list(_out_of_bounds()))
 def test_bounds_are_held(options, name, value) -> None:
     with pytest.raises(ValueError, match=rf"^{name}={value}: must be .*\d"):
-        config.check(config.override(options(), {name: value}))
+        check(override(options(), {name: value}))
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "dropout", "weight_decay", "beta1", "grad_clip", "min_lr"])

@@ -50,7 +50,7 @@ cli.main()
 DYING = """
 import json, os, sys, traceback
 from folio import cli
-import tyro
+import folio.config.arguments
 from folio.commands import prepare as _
 from folio.preparation import job, sources, workers
 from folio.data.tokenizers import Tiktoken

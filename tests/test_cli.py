@@ -6,7 +6,7 @@ import runpy
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, python
+from conftest import ROOT, SMALL, STORY, python
 
 from folio import __version__, cli
 from folio.config.table import Option, table
@@ -167,3 +167,42 @@ def test_a_bug_of_folio_itself_is_not_hidden(folio, monkeypatch) -> None:
     *_, error, remedy = err.splitlines()
     assert error == "AttributeError: a bug"
     assert "please report it" in remedy
+
+
+LOADED = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", *sorted({"torch", "numpy", "tiktoken"} & sys.modules.keys())))
+from folio import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(
+            "--help",
+            "help train",
+            "version",
+            "train --help",
+            "sample --help",
+            "prepare --help",
+            "eval hellaswag --help",
+        ),
+        *("train --n_layr=4", "sample --tempratur=1", "train nowhere.py", "prepare", "export"),
+    ],
+)
+def test_an_answer_needs_no_heavy_package(tmp_path, argv) -> None:
+    """So that it is there in a third of a second."""
+    done = python("-c", LOADED, *argv.split(), cwd=tmp_path, PYTHONPATH=ROOT)
+    loaded = set(done.stdout.splitlines()[-1].split()[1:])
+    assert loaded <= ({"numpy"} if argv.startswith("eval") else set())
+    assert done.returncode == (0 if "help" in argv or argv == "version" else 2)
+
+
+def test_preparing_needs_no_torch(tmp_path) -> None:
+    """Nor does finding that there is nothing to do."""
+    argv = ["prepare", "shakespeare_char", f"--source={STORY}"]
+    for _ in range(2):
+        done = python("-c", LOADED, *argv, cwd=tmp_path, PYTHONPATH=ROOT)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "loaded: numpy"), done

@@ -6,19 +6,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from folio import rng
 from folio.config.options import Data, Processes, System, option
-from folio.data.rows import Tokens
 from folio.errors import UserError
-from folio.machine.flops import flops_per_token, mfu
-from folio.machine.profiler import WARM_UP, Profiler
-from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import show
-from folio.training.optimizers import adamw
 
 BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 
@@ -40,6 +31,16 @@ class Options:
 
 
 def main(options: Options) -> None:
+    import torch
+
+    from folio import rng
+    from folio.data.rows import Tokens
+    from folio.machine.flops import flops_per_token, mfu
+    from folio.machine.profiler import WARM_UP, Profiler
+    from folio.machine.runtime import Runtime
+    from folio.model.gpt import GPT
+    from folio.training.optimizers import adamw
+
     shape, size, seed = options.model, options.data.batch_size, options.system.seed
     if shape.vocab_size == "auto":
         raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")

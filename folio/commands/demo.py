@@ -9,17 +9,18 @@ from pathlib import Path
 
 from folio.config.options import Sampling
 from folio.config.options import TrainConfig as Options
-from folio.data.token_files import META
-from folio.preparation.job import prepare
-from folio.preparation.recipes import known
 from folio.records.console import say
-from folio.training.loop import EXIT
-from folio.training.showcase import show
 
 FIRST = ["train_stdlib"]
 
 
 def main(options: Options) -> int:
+    from folio.data.token_files import META
+    from folio.preparation.job import prepare
+    from folio.preparation.recipes import known
+    from folio.training.loop import EXIT
+    from folio.training.showcase import show
+
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
     if not (folder / META).exists():
         prepare(known(options.data.dataset, folder, "", {}), folder)

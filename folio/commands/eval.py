@@ -8,14 +8,9 @@ import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import track
+from typing import TYPE_CHECKING, Any, Literal
 
 from folio import files
-from folio.checkpoints import hugging_face
-from folio.checkpoints.checkpoint import Checkpoint
 from folio.config.options import (
     EACH,
     Data,
@@ -28,16 +23,14 @@ from folio.config.options import (
     option,
 )
 from folio.config.table import table, those
-from folio.data.rows import Tokens
 from folio.data.token_files import Split
 from folio.errors import UserError
-from folio.evaluation import hellaswag
-from folio.evaluation.loss import evaluate, text_size
-from folio.machine import shortage
-from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
-from folio.records.log import hellaswag_line, to_json
 from folio.records.run_folder import EVALUATIONS
+
+if TYPE_CHECKING:
+    from folio.checkpoints.checkpoint import Checkpoint
+    from folio.machine.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,10 @@ def main(options: Options) -> None:
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
     """What was found, and that in words; of a run it is kept in its folder as well."""
+    from folio.checkpoints import hugging_face
+    from folio.machine import shortage
+    from folio.machine.runtime import Runtime
+
     o = options
     known = table(Options)
     for name in o.sources:
@@ -96,6 +93,8 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
 
 
 def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
+    from folio.machine import shortage
+
     weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
     remedy = "lower --batch_size" if o.what == "loss" else "another device has more, perhaps: --device"
     return (
@@ -106,6 +105,9 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
+    from folio.data.rows import Tokens
+    from folio.evaluation.loss import evaluate, text_size
+
     named, places = set(o.sources), those(Options, role="data")
     if places & named:
         named |= places | {"token_dtype"}  # a type that holds for the run's data alone
@@ -147,6 +149,12 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
 
 
 def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from folio.evaluation import hellaswag
+    from folio.records.log import hellaswag_line
+
     questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
@@ -171,6 +179,8 @@ def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str
 
 def _keep(out_dir: Path, record: dict[str, Any]) -> None:
     """Adds a line to the folder's evaluations, for its report; one warning where that is not possible."""
+    from folio.records.log import to_json
+
     path = out_dir / EVALUATIONS
     try:
         before = path.read_bytes() if path.exists() else b""

@@ -6,7 +6,6 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio.checkpoints import gguf, hugging_face
 from folio.config.options import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
@@ -24,6 +23,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.checkpoints import gguf, hugging_face
+
     to = Path(options.to)
     if options.push_to_hub:
         hugging_face.check_hub_name(options.push_to_hub)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
 
 from folio import files
-from folio.checkpoints import checkpoint, hugging_face
 from folio.config.options import ITSELF, option
 from folio.model.config import AUTO
 from folio.records import run_folder
 from folio.records.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.checkpoints import checkpoint, hugging_face
+
     found = hugging_face.find(options.model)
     model = found.model()
     if options.vocab_size != "auto":
@@ -60,5 +62,7 @@ def main(options: Options) -> None:
 
 
 def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
-    """An optimiser's tensor with zeros for the rows that its weight has grown by."""
+    """An optimizer's tensor, with zeros for the rows that its weight has gained."""
+    from torch.nn import functional
+
     return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from folio.config.compose import accumulated
+from folio.config.names import did_you_mean
 from folio.config.options import Data, Optimizer, Processes, System, option
 from folio.config.table import override
-from folio.data.rows import Tokens
 from folio.errors import UserError
-from folio.machine import flops, shortage
-from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
-from folio.machine.runtime import DTYPES, Runtime
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import show
-from folio.records.log import counted
-from folio.training.loop import step_of_a_device, vocab_size_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from folio.data.rows import Tokens
+    from folio.machine.memory import Memory, Step
 
 _KINDS = {
     "weights": "weights",
@@ -65,6 +62,8 @@ class Device(NamedTuple):
 
 
 def main(options: Options) -> None:
+    from folio.machine.memory import needed
+
     _check(options)
     device = device_of(options)
     data, vocab_size = _data(options)
@@ -98,6 +97,11 @@ def _check(options: Options) -> None:
 
 def device_of(options: Options) -> Device:
     """Raises ValueError for a kind that is not known, or a dtype that it or FSDP lacks."""
+    import torch
+
+    from folio.machine import flops, shortage
+    from folio.machine.runtime import DTYPES, Runtime
+
     asked, parallel = options.system.dtype, options.processes.parallel
     if options.gpu.lower() == "cpu":
         runtime = Runtime(replace(options.system, device="cpu"))
@@ -108,8 +112,7 @@ def device_of(options: Options) -> Device:
     else:
         names = {plain(name): name for name in flops.GPUS}
         if plain(options.gpu) not in names:
-            close = difflib.get_close_matches(plain(options.gpu), names, n=1)
-            hint = f"did you mean {names[close[0]]!r}?" if close else f"choose {', '.join(flops.GPUS)} or cpu"
+            hint = did_you_mean(options.gpu.upper(), flops.GPUS) or f"choose {', '.join(flops.GPUS)} or cpu"
             raise UserError(f"gpu={options.gpu}: it is not known: {hint}")
         name = names[plain(options.gpu)]
         gpu = flops.GPUS[name]
@@ -129,6 +132,9 @@ def plain(name: str) -> str:
 
 def _data(options: Options) -> tuple[Tokens | str, int]:
     """The data set, or why it cannot be read; and the vocabulary that training would take."""
+    from folio.data.rows import Tokens
+    from folio.training.loop import vocab_size_of
+
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
@@ -139,6 +145,8 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
 
 def step_of(options: Options, device: Device) -> Step:
     """What the first device does in a step. Raises ValueError where the devices do not divide the rows."""
+    from folio.training.loop import step_of_a_device
+
     shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
     context = options.data.row(options.model.block_size)
     return step_of_a_device(
@@ -150,6 +158,13 @@ def _report(
     options: Options, device: Device, step: Step, memory: Memory, data: Tokens | str
 ) -> Iterator[tuple[str, str]]:
     """Lines: a title, and what is said under it."""
+    import torch
+
+    from folio.machine import flops
+    from folio.machine.memory import sent
+    from folio.model.gpt import GPT
+    from folio.records.log import counted
+
     shape, gpus, several = options.model, options.gpus, options.gpus > 1
     context = options.data.row(shape.block_size)
     with torch.device("meta"):
@@ -209,6 +224,10 @@ def _gigabytes(size: float) -> str:
 
 def _verdict(options: Options, device: Device, total: int) -> str:
     """Whether it fits, and where not, what would: all of it worked out as the plan itself is."""
+    import torch
+
+    from folio.machine.memory import NOTHING_FITS, needed, remedies
+
     of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
     if total <= device.memory:
         return f"fits: {of}"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from folio.config.options import ITSELF, option
 from folio.records.console import say
-from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
 
 
@@ -22,6 +21,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.records.plot import draw
+
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     picture = Path(options.output) if options.output else out_dirs[0] / PICTURE
     draw(out_dirs, picture)

@@ -9,9 +9,6 @@ from typing import Any, Literal
 
 from folio.config.options import DATA_SETS, ITSELF, option
 from folio.errors import UserError
-from folio.preparation.job import prepare
-from folio.preparation.recipes import KNOWN, known, named_by_user
-from folio.preparation.sources import kind_of
 
 _CHOICES = (
     "tokenizer",
@@ -61,12 +58,15 @@ def main(options: Options) -> None:
 def run(options: Options) -> Path:
     """Prepares, and returns the folder."""
     if not any(options.text):
-        raise UserError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
+        raise UserError(f"nothing to prepare: there are {', '.join(DATA_SETS)}, your files and folders, or hf:NAME")
+    from folio.preparation.job import prepare
+    from folio.preparation.recipes import known, named_by_user
+
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
     if options.val_fraction and options.val_documents:
         raise UserError("--val_fraction and --val_documents exclude each other: give one")
     first = options.text[0]
-    by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
+    by_name = len(options.text) == 1 and (first in DATA_SETS or not _names_text(first))
     name = options.name or (first if by_name else _name(first))
     folder = Path(options.data_dir or Path("data") / name)
     if by_name:
@@ -92,6 +92,8 @@ def _names_text(source: str) -> bool:
 
 
 def _name(source: str) -> str:
+    from folio.preparation.sources import kind_of
+
     path = Path(source.removeprefix("hf:"))
     name = path.name if kind_of(path) is None else path.name.split(".")[0]
     return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "corpus"

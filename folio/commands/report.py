@@ -8,7 +8,6 @@ from pathlib import Path
 from folio.config.options import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
-from folio.records.report import report
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.records.report import report
+
     out_dir = Path(options.out_dir)
     page = Path(options.output) if options.output else out_dir / "report.html"
     if page.suffix not in (".html", ".htm"):

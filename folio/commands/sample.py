@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from folio.checkpoints import hugging_face
 from folio.config.options import Sampling, Source, System
-from folio.data.tokenizers import Tokenizer
-from folio.generation.sampling import continuations, samples
-from folio.machine import shortage
-from folio.machine.runtime import Runtime, compiled
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import put
+
+if TYPE_CHECKING:
+    from folio.data.tokenizers import Tokenizer
+    from folio.machine.runtime import Runtime
+    from folio.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,27 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.generation.sampling import samples
+
     with _opened(options) as (model, vocabulary):
         for text in samples(model, vocabulary, options.sampling, options.system.seed):
             put(text)
 
 
 def texts(options: Options) -> list[str]:
-    """What it writes, each text with its prompt."""
+    """The generated texts, each with its prompt."""
+    from folio.generation.sampling import continuations
+
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
+    from folio.checkpoints import hugging_face
+    from folio.machine import shortage
+    from folio.machine.runtime import Runtime, compiled
+
     chosen = hugging_face.choose(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(options.system)
@@ -56,6 +64,8 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
 
 
 def _needs(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
+    from folio.machine import shortage
+
     cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * runtime.dtype.itemsize
     return (
         f"{how.num_samples} samples keep up to {cached * shape.block_size / 1e9:,.2f} GB of keys and values, of the "

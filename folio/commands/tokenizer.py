@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from folio.config.options import ITSELF, option
-from folio.data.tokenizers import END_OF_TEXT
 from folio.errors import UserError
-from folio.preparation.sources import Files, find
-from folio.preparation.workers import Flaw, Work, documents, refusal
 from folio.records.console import say
+
+if TYPE_CHECKING:
+    from folio.preparation.sources import Files
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 LEAST = 257  # the bytes and the end of text
@@ -36,6 +36,9 @@ class Options:
 
 def main(options: Options) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from folio.data.tokenizers import END_OF_TEXT
+    from folio.preparation.sources import Files, find
 
     if not options.text:
         raise UserError("no text to train on: name files, folders or globs")
@@ -65,6 +68,8 @@ def main(options: Options) -> None:
 
 
 def _texts(source: Files, options: Options) -> Iterator[str]:
+    from folio.preparation.workers import Flaw, Work, documents, refusal
+
     work = Work({}, "none", options.text_key)
     for block in source.blocks():
         for span in block.spans:

@@ -9,19 +9,19 @@ from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
 from folio.config.table import override, those
 from folio.config.values import COMMAND_LINE
-from folio.data.rows import find
 from folio.records.console import say
-from folio.training.loop import EXIT, build, finish, fit, has_run
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 
 
 def main(options: Options) -> int:
-    run = build(_beside_fineweb(options))
+    from folio.training import loop
+
+    run = loop.build(_beside_fineweb(options))
     try:
-        return EXIT.get(fit(run), 0)
+        return loop.EXIT.get(loop.fit(run), 0)
     finally:
-        finish(run)
+        loop.finish(run)
 
 
 def _beside_fineweb(options: Options) -> Options:
@@ -29,6 +29,9 @@ def _beside_fineweb(options: Options) -> Options:
 
     OpenWebText, on which nanoGPT trains then, goes before, and so does a run that goes on, which knows its data.
     """
+    from folio.data.rows import find
+    from folio.training.loop import has_run
+
     typed, begin = options.sources, options.output.init_from
     if typed.keys() & those(Options, role="data") or set(typed.values()) - {COMMAND_LINE}:
         return options

@@ -8,11 +8,9 @@ from typing import Literal
 
 from folio.config.options import ITSELF, Sampling, TrainConfig, option
 from folio.config.table import override
-from folio.data.rows import find
-from folio.training.loop import EXIT
-from folio.training.showcase import show
+from folio.errors import UserError
 
-KNOBS = {  # of folio train, where it has another name
+NAMES = {  # of folio train, where it has another name
     "data_root": "data_dir",
     "n_batches": "batch_size",
     "n_tokens": "window",
@@ -71,12 +69,12 @@ class Options:
 
 
 def configured(options: Options) -> TrainConfig:
-    """The same run in folio train's knobs."""
+    """The same run in the options of folio train."""
     o = options
     named = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in ("n_epochs", "metrics")}
     return override(
         TrainConfig(),
-        {KNOBS.get(name, name): value for name, value in named.items()}
+        {NAMES.get(name, name): value for name, value in named.items()}
         | ALWAYS
         | {"max_iters": o.n_epochs * o.max_iters, "lr_decay_iters": o.max_iters, "restart_interval": o.max_iters}
         | {"hellaswag_interval": 250 if o.metrics == "Hellaswag" else 0},
@@ -84,6 +82,10 @@ def configured(options: Options) -> TrainConfig:
 
 
 def main(options: Options) -> int:
+    from folio.data.rows import find
+    from folio.training.loop import EXIT
+    from folio.training.showcase import show
+
     config = configured(options)
     try:
         find(config.data)
@@ -94,9 +96,15 @@ def main(options: Options) -> int:
         ) from None
     try:
         return EXIT.get(show(config, BEFORE_AND_AFTER).stop, 0)
-    except (ValueError, OSError, FloatingPointError) as error:  # which speak of folio train's knobs
+    except FloatingPointError as error:
+        raise FloatingPointError(_in_flags(str(error))) from None
+    except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise
-        flags = {ours: theirs for theirs, ours in KNOBS.items()}
-        line = re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], str(error))
-        raise (FloatingPointError if isinstance(error, FloatingPointError) else ValueError)(line) from None
+        raise UserError(_in_flags(str(error))) from None
+
+
+def _in_flags(line: str) -> str:
+    """A line about folio train's options, with the names that they have here."""
+    flags = {ours: theirs for theirs, ours in NAMES.items()}
+    return re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], line)

@@ -18,6 +18,7 @@ from folio.checkpoints import checkpoint
 from folio.commands import train
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
+from folio.training import loop
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -169,7 +170,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         return train.main(cli.parse(train.Options, [*argv, f"--out_dir={out}"], "folio train", files=True))
 
     assert go(tmp_path / "undisturbed") == 0
-    build, update = train.build, Runtime.update
+    build, update = loop.build, Runtime.update
 
     def disturbed(config: Any) -> Any:
         run = build(config)
@@ -182,7 +183,7 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Runtime, "update", last)
         return run
 
-    monkeypatch.setattr(train, "build", disturbed)
+    monkeypatch.setattr(loop, "build", disturbed)
     go(tmp_path / "out")
     monkeypatch.undo()
     assert go(tmp_path / "out") == 0

@@ -1,4 +1,4 @@
-"""The commands as functions: the same knobs by keyword, and what they find as what they return."""
+"""The commands as functions: the same options, as keywords; results are returned."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from folio.training.loop import EXIT, Run, build, finish, fit
 T = TypeVar("T")
 
 
-def prepare(*text: str | os.PathLike[str], **knobs: Any) -> Path:
+def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
     """Turns text into token files, as ``folio prepare`` does; returns their folder.
 
     ``text`` is the name of a known data set (``"shakespeare_char"``), or files, folders and globs of text, JSON lines
-    and parquet. A call that was killed goes on where it was; one whose files are there already does nothing.
+    and parquet. A call that was killed continues where it stopped; if the files are there already, it does nothing.
 
     >>> folio.prepare("novels/", name="mycorpus", tokenizer="bytes")
     PosixPath('data/mycorpus')
 
     Raises:
-        ValueError, FileNotFoundError: one line that names the file or knob, the value and the remedy.
+        ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", knobs))
+    return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", options))
 
 
-def train(*config: str | os.PathLike[str] | TrainConfig, **knobs: Any) -> Run:
-    """Trains a model, as ``folio train`` does, and returns its run, which is over: ``model``, ``out_dir``, ``state``.
+def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
+    """Trains a model, as ``folio train`` does, and returns the finished run: ``model``, ``out_dir``, ``state``.
 
-    ``config`` are presets (``"shakespeare_char"``), files, or a ``TrainConfig`` to begin with; knobs have the names
-    that ``folio train --help`` lists. What comes later wins.
+    ``config`` are presets (``"shakespeare_char"``), files, or a ``TrainConfig`` to start from; options have the names
+    that ``folio train --help`` lists. Later ones win.
 
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
     Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end it after the step, with a checkpoint, and then the program;
-    ``init_from="resume"`` goes on, to the same bits.
+    ``init_from="resume"`` continues it, to the same bits.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: one line that names the file or knob, the value and the remedy.
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
-    run = build(_options(TrainConfig(), "train", knobs, *config))
+    run = build(_options(TrainConfig(), "train", options, *config))
     try:
         fit(run)
     finally:
@@ -64,32 +64,33 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **knobs: Any) -> Run:
     return run
 
 
-def generate(start: str = "\n", **knobs: Any) -> list[str]:
-    """Samples from a trained model, as ``folio sample`` does: their texts, with the prompt.
+def generate(start: str = "\n", **options: Any) -> list[str]:
+    """Generates texts, as ``folio sample`` does; each begins with the prompt.
 
-    Knobs say which model (``out_dir``, ``init_from="gpt2"``, ``checkpoint``), how many samples (``num_samples``) of how
-    many tokens (``max_new_tokens``), and how they are drawn (``temperature``, ``top_k``, ``top_p``, ``seed``).
+    Options choose the model (``out_dir``, ``init_from="gpt2"``, ``checkpoint``), the number of samples
+    (``num_samples``) and of their tokens (``max_new_tokens``), and how tokens are drawn (``temperature``, ``top_k``,
+    ``top_p``, ``seed``).
 
     >>> folio.generate("ROMEO:", out_dir="out", num_samples=2, max_new_tokens=100)
 
     Raises:
-        ValueError, FileNotFoundError: one line that names the file or knob, the value and the remedy.
+        ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    return _sample.texts(_options(_sample.Options(), "generate", {"start": start, **knobs}))
+    return _sample.texts(_options(_sample.Options(), "generate", {"start": start, **options}))
 
 
-def evaluate(what: str = "loss", **knobs: Any) -> dict[str, Any]:
+def evaluate(what: str = "loss", **options: Any) -> dict[str, Any]:
     """Measures a model, as ``folio eval`` does: ``what`` is ``"loss"``, ``"hellaswag"`` or ``"lm_eval"``.
 
-    Of the loss it returns nats per token, perplexity, bits per byte, and of how much; of HellaSwag ``acc`` and
-    ``acc_norm``; of the harness what it finds, by task.
+    The loss comes as nats per token, perplexity and bits per byte, with the number of tokens and bytes; HellaSwag as
+    ``acc`` and ``acc_norm``; the harness as its metrics by task.
 
     >>> folio.evaluate(out_dir="out", split="val")["loss"]
 
     Raises:
-        ValueError, FileNotFoundError: one line that names the file or knob, the value and the remedy.
+        ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    return _eval.run(_options(_eval.Options(), "evaluate", {"what": what, **knobs}))[0]
+    return _eval.run(_options(_eval.Options(), "evaluate", {"what": what, **options}))[0]
 
 
 def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:

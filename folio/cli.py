@@ -1,4 +1,4 @@
-"""argv → config → command. The only reader of sys.argv, and where errors become one line."""
+"""argv → config → command: the only reader of sys.argv. Errors become one line here."""
 
 from __future__ import annotations
 
@@ -57,9 +57,11 @@ T = TypeVar("T")
 
 
 def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
-    """Runs one command and exits: 0; 2 for bad input; 1 for a run that failed; 128 + n for a signal.
+    """Runs one command and exits: 0; 2 for bad input; 1 for a failed run; 128 + n for a signal.
 
-    A script at the root names its command, and what stands before the arguments that were typed.
+    Args:
+        command: The command of a script at the root; else the first argument names it.
+        first: Arguments before those that were typed.
     """
     line = ""
     console.open_streams()
@@ -78,7 +80,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     except KeyboardInterrupt:
         code, line = 130, "interrupted" * (os.environ.get("RANK", "0") == "0")
     except Exception as error:
-        code, line = _told(error)
+        code, line = _line_about(error)
     if line:
         name = Path(sys.argv[0]).name
         sign = "" if line.startswith("Traceback") else f"{'folio' if name == '__main__.py' else name}: "
@@ -90,10 +92,10 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     sys.exit(code)
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """The exit code, and what is said: one line, or of a defect of this program where it is.
+def _line_about(error: Exception) -> tuple[int, str]:
+    """The exit code, and one line about the error; about a defect of Folio, its traceback.
 
-    Of several processes the first to fail speaks for all.
+    Of several processes, only the first that fails prints its line.
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (whoever types python3 may well have an older one)
         return 2, f"Folio needs Python 3.11 or later, and this is {sys.version.split()[0]}"
@@ -117,7 +119,7 @@ def _told(error: Exception) -> tuple[int, str]:
 
 
 def _shortage(error: Exception) -> str:
-    """The line about memory that ran out; "" where it did not."""
+    """The line about memory that ran out; "" if that was not the error."""
     if isinstance(error, MemoryError) or "torch" in sys.modules:
         from folio.machine import shortage
 
@@ -153,16 +155,16 @@ def _main(command: str | None, argv: list[str]) -> int:
 
 
 def module_of(command: str) -> ModuleType:
-    """A command's module, with its Options and main; import's is ``import_``."""
+    """The module of a command, with its Options and main; that of import is ``import_``."""
     room = "commands" if command in COMMANDS else "doors"
     return importlib.import_module(f"folio.{room}.{command}{'_' * keyword.iskeyword(command)}")
 
 
 def parse(options: type[T], argv: Sequence[str], prog: str, *, files: bool) -> T:
-    """Files and options, from left to right, as a command's options.
+    """Parses files and options, from left to right, into the options of a command.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong, in one line.
+        UserError, FileNotFoundError: one line about the mistake.
         SystemExit: after --help.
     """
     from folio.config import arguments
@@ -186,8 +188,8 @@ def _overview() -> str:
     return (
         "Folio trains GPT-2-class language models from scratch.\n\n"
         f"usage: folio COMMAND [FILE or PRESET …] [--option=value …]\n\n{table}\n\n"
-        "folio COMMAND --help lists the options of a command. A yes-or-no option alone means yes: --overwrite; "
-        "or no: --no-overwrite."
+        "folio COMMAND --help lists the options of a command. An option that is True or False may stand alone: "
+        "--overwrite, --no-overwrite."
     )
 
 

@@ -44,10 +44,10 @@ def out_dir(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
-# Knobs
+# Options
 
 
-KNOBS = {
+OPTIONS = {
     "--n_layr=3": ["n_layr", "did you mean 'n_layer'"],
     "--n-layr 3": ["n_layr", "did you mean 'n_layer'"],
     "--xyzzy=3": ["xyzzy", "--help"],
@@ -94,10 +94,10 @@ KNOBS = {
 }
 
 
-@pytest.mark.parametrize("flags", KNOBS)
-def test_a_knob_that_does_not_fit(folio, story, tmp_path, monkeypatch, flags) -> None:
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_an_option_that_does_not_fit(folio, story, tmp_path, monkeypatch, flags) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_refused(folio("train", *SMALL, f"--data_dir={story}", *flags.split(" ")), *KNOBS[flags])
+    assert_refused(folio("train", *SMALL, f"--data_dir={story}", *flags.split(" ")), *OPTIONS[flags])
     assert tree(tmp_path) == {}
 
 

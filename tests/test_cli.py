@@ -147,7 +147,7 @@ def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, scr
     assert err.count("\n") == 1
 
 
-def test_an_option_that_is_no_knob_is_one_line(folio, tmp_path) -> None:
+def test_an_argument_that_is_no_option_is_one_line(folio, tmp_path) -> None:
     for argv in (["train", "-x"], ["report", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
         code, out, err = folio(*argv)
         assert (code, out, err.count("\n")) == (2, "", 1), argv

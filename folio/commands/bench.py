@@ -1,4 +1,4 @@
-"""folio bench: how long a training step takes, as nanoGPT's bench.py asks it."""
+"""folio bench: the time of a training step, as nanoGPT's bench.py measures it."""
 
 from __future__ import annotations
 

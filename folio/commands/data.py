@@ -1,4 +1,4 @@
-"""folio data: what token files hold."""
+"""folio data: describe token files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SAMPLE = 64  # tokens
 
 @dataclass(frozen=True)
 class Options:
-    """Look into a data set: folio data info FOLDER."""
+    """Describe a data set: folio data info FOLDER."""
 
     action: Literal["info"] = option(MISSING, "what the files hold", positional="info")
     folder: str = option(MISSING, "folder of a data set, or a glob of its files", path=ITSELF, positional="FOLDER")
@@ -51,10 +51,10 @@ def _lines(folder: Folder) -> list[str]:
     for split in SPLITS:
         files = folder.splits[split]
         documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
-        told = f", {counted(documents, 'document')}" if documents is not None else ""
+        count = f", {counted(documents, 'document')}" if documents is not None else ""
         named = files[0].path.name if len(files) == 1 else f"{files[0].path.name} … {files[-1].path.name}"
         tokens = sum(file.tokens for file in files)
-        lines.append(f"{split:11} {tokens:,} tokens{told}, {counted(len(files), 'file')}: {named}")
+        lines.append(f"{split:11} {tokens:,} tokens{count}, {counted(len(files), 'file')}: {named}")
     if text_bytes := folder.meta.get("text_bytes"):
         tokens = sum(file.tokens for split in SPLITS for file in folder.splits[split])
         lines.append(f"text        {text_bytes:,} bytes, {tokens / text_bytes:.3f} tokens per byte")

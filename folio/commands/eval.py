@@ -1,4 +1,4 @@
-"""folio eval: how good a model is: its loss, HellaSwag, the tasks of the lm-evaluation-harness."""
+"""folio eval: the loss of a model, its HellaSwag accuracy, tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def main(options: Options) -> None:
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
-    """What was found, and that in words; of a run it is kept in its folder as well."""
+    """The results, and a line about them; those of a run are also kept in its folder."""
     from folio.checkpoints import hugging_face
     from folio.machine import shortage
     from folio.machine.runtime import Runtime
@@ -104,7 +104,7 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
-    """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
+    """Nats per token; and bits per byte of text, which do not depend on the tokenizer."""
     from folio.data.rows import Tokens
     from folio.evaluation.loss import evaluate, text_size
 

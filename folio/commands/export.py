@@ -13,7 +13,7 @@ from folio.records.console import say
 
 @dataclass(frozen=True)
 class Options:
-    """Hand a model on: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
+    """Export a model: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
 
     to: str = option(MISSING, "folder to make, or file if it ends in .gguf", path=ITSELF)
     out_dir: str = out_dir_option()

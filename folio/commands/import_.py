@@ -1,4 +1,4 @@
-"""folio import: another program's model as a run of this one, to go on with."""
+"""folio import: a model of another program becomes a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Take a model in: folio import MODEL --to OUT, which --init_from=resume --out_dir=OUT goes on with."""
+    """Import a model: folio import MODEL --to OUT; --init_from=resume --out_dir=OUT resumes it."""
 
     model: str = option(
         MISSING,
@@ -57,7 +57,8 @@ def main(options: Options) -> None:
             "text needs a tokenizer"
         )
     say(
-        f"{options.to}: the model of {found.path}, step {found.step}; --init_from=resume --out_dir={options.to} goes on"
+        f"{options.to}: the model of {found.path}, step {found.step}; "
+        f"--init_from=resume --out_dir={options.to} resumes it"
     )
 
 

@@ -1,4 +1,4 @@
-"""folio plan: what a run would need and cost, worked out before anything runs."""
+"""folio plan: the memory, time and cost of a run, computed before it runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
+    """Compute what a run would need: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
 
     gpus: int = option(1, "devices, one process each", min=1)
     gpu: str = option(
@@ -138,7 +138,7 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
-        note = ", and vocab_size=auto is taken to be 50304" if options.model.vocab_size == "auto" else ""
+        note = ", and vocab_size=auto counts as 50304" if options.model.vocab_size == "auto" else ""
         return f"{error}\n{'':9}so epochs are not known{note}", 50304
     return tokens, vocab_size_of(tokens)[0]
 

@@ -24,7 +24,7 @@ _CHOICES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Make the token files of a data set. Killed at any point, the same command goes on where it was."""
+    """Make the token files of a data set. If it is killed, the same command continues where it stopped."""
 
     text: tuple[str, ...] = option(
         (),
@@ -41,14 +41,14 @@ class Options:
     text_key: str = option("", "key or column that holds the text; default: text")
     shard_size: int = option(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
     val_fraction: float = option(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
-    val_documents: int = option(0, "so many of the first documents are for validation instead", min=0)
-    on_error: Literal["stop", "skip"] = option("stop", "skip: count documents that cannot be taken and go on")
+    val_documents: int = option(0, "first documents, for validation instead", min=0)
+    on_error: Literal["stop", "skip"] = option("stop", "skip: count unreadable documents and continue")
     overwrite: bool = option(False, "replace a data set that was made with other settings")
-    workers: int = option(0, "processes that tokenise; 0: one for each core", min=0)
-    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last one to end puts all together")
+    workers: int = option(0, "processes that tokenize; 0: one for each core", min=0)
+    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last joins them")
     config: str = option("", "hf: configuration of the data set")
     split: str = option("", "hf: split of it; default: train")
-    streaming: bool = option(False, "hf: read it as it comes, without a copy in the cache")
+    streaming: bool = option(False, "hf: read it as a stream, without a copy in the cache")
 
 
 def main(options: Options) -> None:

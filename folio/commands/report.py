@@ -1,4 +1,4 @@
-"""folio report: all that is known of a run as one page."""
+"""folio report: a one-page report of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from folio.records.console import say
 
 @dataclass(frozen=True)
 class Options:
-    """Put all that is known of a run on one page, which opens without a network."""
+    """Write a one-page report of a run, which opens without a network."""
 
     out_dir: str = out_dir_option(positional="OUT_DIR")
     output: str = option("", "page (.html); default: OUT_DIR/report.html", path=ITSELF, short="-o")

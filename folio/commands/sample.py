@@ -1,4 +1,4 @@
-"""folio sample: what a trained model writes."""
+"""folio sample: generate text from a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""folio tokenizer: a vocabulary of one's own."""
+"""folio tokenizer: train a tokenizer on text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options:
     vocab_size: int = option(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
     out: str = option("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
     text_key: str = option("text", "key or column that holds the text")
-    on_error: Literal["stop", "skip"] = option("stop", "skip: leave out documents that cannot be taken")
+    on_error: Literal["stop", "skip"] = option("stop", "skip: leave out documents that cannot be read")
 
 
 def main(options: Options) -> None:

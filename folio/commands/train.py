@@ -25,9 +25,9 @@ def main(options: Options) -> int:
 
 
 def _beside_fineweb(options: Options) -> Options:
-    """As build-nanogpt's train_gpt2.py trains, where neither a file nor data was named and FineWeb-Edu's is there.
+    """The preset of build-nanogpt's train_gpt2.py, if neither a file nor data is named and FineWeb-Edu is there.
 
-    OpenWebText, on which nanoGPT trains then, goes before, and so does a run that goes on, which knows its data.
+    nanoGPT's default, OpenWebText, has precedence, and so has the data of a run that is resumed.
     """
     from folio.data.rows import find
     from folio.training.loop import has_run

@@ -77,7 +77,7 @@ def over_files(config: TrainConfig, asked: Mapping[str, Any]) -> tuple[TrainConf
 
 
 def check(config: Any) -> None:
-    """Bounds and cross-field rules, before anything is built. Raises ValueError that names the knob."""
+    """Bounds and cross-field rules, before anything is built. Raises UserError, which names the option."""
     known, values = table(type(config)), flat(config)
     for name, value in values.items():
         check_bounds(name, value, known[name].metadata)
@@ -103,12 +103,12 @@ def check(config: Any) -> None:
 
 
 def accumulated(data: Data, row: int, sources: Mapping[str, str]) -> Data:
-    """With as many micro steps as make ``total_batch_size``, of rows of ``row`` tokens, where that is asked for.
+    """The data options with the micro steps that ``total_batch_size`` needs, for rows of ``row`` tokens.
 
-    Of the two, the one that was given last wins, and either over a checkpoint's.
+    Of ``total_batch_size`` and ``gradient_accumulation_steps``, the one given last wins; both win over a checkpoint's.
 
     Raises:
-        ValueError: it is no multiple of a micro batch; names what fits.
+        UserError: it is no multiple of a micro batch; names a size that fits.
     """
     total, micro = data.total_batch_size, data.batch_size * row
     given = [name for name in sources if name in EITHER]
@@ -135,7 +135,7 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     """The shape of a model that a file describes.
 
     Raises:
-        ValueError: a field that is not known, or whose value is not possible; names the file.
+        UserError: a field is unknown, or its value is not possible; names the file.
     """
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
         raise UserError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
@@ -150,10 +150,10 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
 
 
 def possible(path: Path, name: str, value: Any) -> Any:
-    """A value that a file gives for an option of a run, held to its type and bounds; of one that is no more, as it is.
+    """A value that a file gives for an option of a run, checked for type and bounds; unchanged if there is no such option.
 
     Raises:
-        ValueError: names the file, the option and the value.
+        UserError: names the file, the option and the value.
     """
     if (found := table(TrainConfig).get(name)) is None:
         return value
@@ -166,10 +166,10 @@ def possible(path: Path, name: str, value: Any) -> Any:
 
 
 def at_home(options: T) -> T:
-    """The same options, with the user's home folder for each ``~`` that begins a place.
+    """The same options, with the user's home folder in place of each ``~`` at the start of a path.
 
     Raises:
-        ValueError: there is no such user.
+        UserError: there is no such user.
     """
     values = flat(options)
     places = {name: where for name, k in table(type(options)).items() if (where := k.metadata.get("path"))}

@@ -22,11 +22,11 @@ PRESETS = Path(__file__).parents[1] / "presets"
 def read_file(
     name: str, options: type, *, ignore: type | None = None, names: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The knobs that a file or preset sets, held to their types; nothing in it is executed.
+    """The options that a file or preset sets, with their types checked; nothing in it is executed.
 
-    Knobs of ``ignore`` that ``options`` lacks are passed over, so that ``sample`` takes a training preset. ``names``
-    are those that files and flags before this one have set; its own are added. A name of a .py file that is no knob
-    is a helper, with a warning where nothing in the file uses it.
+    Options that only ``ignore`` has are passed over, so that ``sample`` reads a training preset. ``names`` are the values
+    from the files and options before this one; the values of this file are added. A name in a .py file that is no
+    option is a helper; if nothing in the file uses it, there is a warning.
 
     Raises:
         FileNotFoundError: no such file or preset.
@@ -59,27 +59,27 @@ def _text(path: Path) -> str:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
     if len(text) > LONGEST:
-        raise UserError(f"{path} has more than {LONGEST:,} characters: that is no config file")
+        raise UserError(f"{path} has more than {LONGEST:,} characters: a config file is shorter")
     return text
 
 
 def _table(path: Path, text: str, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What a .toml or .json file holds at its top level."""
+    """The values at the top level of a .toml or .json file."""
     try:
         values = parse(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{path}: not a valid {path.suffix[1:]} file: {reason}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold knobs and their values at its top level")
+        raise UserError(f"{path}: must have options and their values at its top level")
     for name, value in values.items():
         if isinstance(value, dict):
-            raise UserError(f"{path}: {name!r} is a table: write what it holds at the top level, without tables")
+            raise UserError(f"{path}: {name!r} is a table: write its values at the top level, without tables")
     return values
 
 
 def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: type | None) -> bool:
-    """Whether a name that a .py file assigns is no knob; says so if the file has no use for it either."""
+    """Whether a name in a .py file is no option; warns if the file does not use it either."""
     if name in table(options) or _passed_over(name, options, ignore):
         return False
     if name not in used and not name.startswith("_"):
@@ -90,10 +90,10 @@ def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: typ
 
 
 def find_file(name: str) -> Path:
-    """A path as it is, else a preset by its name, ``train_`` left out or not.
+    """The path of a file, else of a preset by its name, with or without ``train_``.
 
     Raises:
-        FileNotFoundError: there is neither. ValueError: a pipe or a device.
+        FileNotFoundError: there is neither. UserError: it is a pipe or a device.
     """
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if path.exists() and not path.is_dir():

@@ -22,12 +22,13 @@ LONGEST = 1 << 16  # characters of a value, or of a config file, at most
 
 
 def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
-    """A value as the knob's type has it, taken as nanoGPT takes it.
+    """A value converted to the option's type, as nanoGPT converts it.
 
-    A whole float is an int, an int a float, 0 and 1 are no and yes; None leaves open what a knob may leave open.
+    A whole float becomes an int, an int a float, 0 and 1 become False and True; None becomes auto or empty, if the
+    option has such a value.
 
     Raises:
-        ValueError: it is none of the knob's type, or there is no such knob; names the file.
+        UserError: the value does not fit the type, or there is no such option; names the file.
     """
     known = table(options)
     if name not in known:
@@ -47,10 +48,10 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
 
 
 def typed_text(name: str, text: str, options: type) -> Any:
-    """The value of a knob that is given as text, read as nanoGPT reads it: a Python literal, else the text itself.
+    """The value of an option from text, as nanoGPT reads it: a Python literal, else the text itself.
 
     Raises:
-        ValueError: as ``typed``.
+        UserError: as ``typed``.
     """
     kind = table(options)[name].type
     if get_origin(kind) is tuple:

@@ -44,7 +44,7 @@ BEFORE_AND_AFTER = Sampling("On a clear day", num_samples=1, max_new_tokens=25, 
 
 @dataclass(frozen=True)
 class Options:
-    """Train GPT-from-scratch's model, with the flags of its script; folio train --init_from=resume goes on with it."""
+    """Train GPT-from-scratch's model, with the flags of its script; folio train --init_from=resume resumes it."""
 
     data_root: str = option("data/edu_fineweb10B", "folder of the shards", path=ITSELF)
     n_batches: int = option(16, "rows in a micro batch", min=1)

@@ -94,7 +94,7 @@ def described(name: str, option: Option, usual: dict[str, Any]) -> str:
     text = " ".join(filter(None, [about.get("unit"), about["help"]]))
     choices = [str(word) for kind in (option.type, *get_args(option.type)) for word in get_args(kind)]
     if get_origin(option.type) is Literal and 1 < len(choices) < 6 and not all(word in text for word in choices):
-        text += f": {' | '.join(map(str, get_args(option.type)))}"
+        text = f"{' | '.join(choices)}; {text}"
     if usual.get(name, "") in ("", ()):
         return text if name in usual else f"{text} (required)"
     value = usual[name]

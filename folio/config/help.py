@@ -15,9 +15,9 @@ from folio.config.table import Option, defaults, table
 
 _BOUNDS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
 _ROLES = {
-    "call": "holds for one call; a resumed run does not keep it",
-    "machine": "about this machine; the values of foreign checkpoints are not read",
-    "data": "where the data of the run is",
+    "call": "It holds for one call; a resumed run does not keep it.",
+    "machine": "It is about this machine; its value in a foreign checkpoint is not read.",
+    "data": "It says where the data of the run is.",
 }
 
 
@@ -78,7 +78,7 @@ def _at_length(name: str, option: Option, usual: Any, prog: str) -> str:
     lines = [f"--{name}: {described(name, option, {name: usual})}", *filter(None, [about.get("details")])]
     bounds = [f"{words} {about[rule]:,}" for rule, words in _BOUNDS.items() if rule in about]
     lines += [f"Its value is {' and '.join(bounds)}."] if bounds else []
-    lines += [f"It is {_ROLES[role]}."] if (role := about.get("role")) else []
+    lines += [_ROLES[role]] if (role := about.get("role")) else []
     lines += [f"Only for {prog} {' and '.join(about['of'])}."] if about.get("of") else []
     lines += ["nanoGPT has it, with this name."] if about.get("nanogpt") else []
     width = shutil.get_terminal_size().columns - 2

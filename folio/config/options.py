@@ -97,7 +97,7 @@ class Output:
         True, "False: keep the best checkpoint and the latest only", nanogpt=True, advanced=True
     )
     checkpoint_interval: int | AUTO = option(
-        "auto", "steps between checkpoints; auto: every evaluation", unit="steps", min=1, advanced=True
+        "auto", "between checkpoints; auto: every evaluation", unit="steps", min=1, advanced=True
     )
     keep_checkpoints: int = option(
         2,
@@ -346,7 +346,7 @@ class System:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "numbers",
+        "type of numbers",
         details="Weights stay float32. auto: bfloat16 where it is fast.",
         role="machine",
     )

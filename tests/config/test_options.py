@@ -12,10 +12,10 @@ from conftest import ROOT
 from folio import api, cli
 from folio.commands import bench, prepare, sample
 from folio.config import files
-from folio.config.options import Data, TrainConfig, option
+from folio.config.options import EACH, ITSELF, Data, Optimizer, Processes, System, TrainConfig, option
 from folio.config.compose import check
 from folio.config.names import FOREIGN
-from folio.config.table import flat, override, table
+from folio.config.table import flat, override, table, those
 from folio.config.values import COMMAND_LINE
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto
@@ -122,6 +122,17 @@ def test_the_defaults_are_nanogpts() -> None:
     assert {name: ours[name] for name in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
     assert {name: type(ours[name]) for name in NANOGPT_DEFAULTS} == {n: type(v) for n, v in NANOGPT_DEFAULTS.items()}
     assert {ours[name] for name in ("device", "dtype", "compile", "backend")} == {"auto"}
+
+
+def test_roles_stand_in_the_options() -> None:
+    """What a run keeps, what a foreign checkpoint says of it, and what its ranks agree on, follows from them."""
+    assert those(TrainConfig, nanogpt=True) == NANOGPT_DEFAULTS.keys()
+    assert those(TrainConfig, role="call") == {"out_dir", "init_from", "eval_only", "max_minutes", "profile"}
+    assert those(TrainConfig, role="data") == {"dataset", "data_dir", "data_mixture"}
+    assert those(TrainConfig, role="machine") == {*table(System), *table(Processes)}
+    assert those(TrainConfig, public=True) >= {*table(Optimizer), "batch_size", "dataset"}
+    paths = {name for name, option in table(TrainConfig).items() if option.metadata.get("path") in (ITSELF, EACH)}
+    assert those(TrainConfig, local=True) == paths | {"wandb_run_name"}
 
 
 @pytest.mark.parametrize("name", NANOGPT_PRESETS)

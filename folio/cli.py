@@ -178,7 +178,7 @@ def parse(options: type[T], argv: Sequence[str], prog: str, *, files: bool) -> T
     command = prog.removeprefix("folio ")
     about, example = COMMANDS.get(command, ""), EXAMPLES.get(command, "")
     about = f"{about[:1].upper()}{about[1:]}." if about else " ".join(str(options.__doc__).split())
-    sys.stdout.write(page(options, prog, about, example, given.help, given.places, files=files))
+    console.show_styled(page(options, prog, about, example, given.help, given.places, files=files))
     raise SystemExit(0)
 
 

@@ -21,10 +21,11 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-import tyro
+from folio import cli
+from folio.config.options import option
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = """
@@ -56,12 +57,10 @@ print(time.perf_counter() - began, "".join("01"[int(right)] for right in found))
 class Options:
     """HellaSwag against build-nanogpt's own script."""
 
-    peer: Path
-    """a checkout of build-nanogpt"""
-    items: Path
-    """HellaSwag's validation split"""
-    count: int = 100
-    rounds: int = 3
+    peer: str = option(MISSING, "a checkout of build-nanogpt")
+    items: str = option(MISSING, "HellaSwag's validation split")
+    count: int = option(100, "items")
+    rounds: int = option(3, "of each program; the median counts", unit="rounds")
 
 
 def peer(checkout: Path, model: Path, items: Path, work: Path) -> tuple[float, str]:
@@ -90,8 +89,8 @@ def ours(model: Path, items: Path, dtype: str) -> tuple[float, str]:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
-    lines = options.items.read_text(encoding="utf-8").splitlines(keepends=True)
+    options = cli.parse(Options, sys.argv[1:], "hellaswag.py", files=False)
+    lines = Path(options.items).read_text(encoding="utf-8").splitlines(keepends=True)
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +102,7 @@ def main() -> None:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(model)
         figures: dict[str, list[tuple[float, str]]] = {}
         for number in range(options.rounds):
-            figures.setdefault("build-nanogpt", []).append(peer(options.peer, model, items, work))
+            figures.setdefault("build-nanogpt", []).append(peer(Path(options.peer), model, items, work))
             for dtype in ("float32", "auto"):
                 figures.setdefault(f"folio, {dtype}", []).append(ours(model, items, dtype))
             said = (f"{name} {options.count / rounds[-1][0]:.2f} items/s" for name, rounds in figures.items())

@@ -19,15 +19,15 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
+from folio import cli
 from folio.checkpoints import find
-from folio.config.options import Data, System
+from folio.config.options import Data, System, option
 from folio.data.rows import Tokens
 from folio.evaluation.loss import evaluate
 from folio.machine.choices import resolve
@@ -56,12 +56,10 @@ SETTINGS = {
 class Options:
     """Compare with nanoGPT."""
 
-    peer: Path
-    """a checkout of nanoGPT"""
-    source: Path | None = None
-    """tiny Shakespeare; downloaded if not given"""
-    setting: Literal["cpu", "batch16", "gpu"] = "cpu"
-    rounds: int = 3
+    peer: str = option(MISSING, "a checkout of nanoGPT")
+    source: str = option("", "tiny Shakespeare; downloaded if not given")
+    setting: Literal["cpu", "batch16", "gpu"] = option("cpu", "what is compared")
+    rounds: int = option(3, "of each program; the median counts", unit="rounds")
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,11 @@ def main(options: Options) -> None:
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        prepare(known("shakespeare_char", data, str(options.source or ""), {}), data)
+        prepare(known("shakespeare_char", data, options.source, {}), data)
         _write_meta_pkl(data)
         for turn in range(options.rounds):
             seed, out = SEED + turn, Path(folder) / f"peer{turn}"
-            results.setdefault("nanoGPT", []).append(_peer(options.peer, flags, data, out, seed))
+            results.setdefault("nanoGPT", []).append(_peer(Path(options.peer), flags, data, out, seed))
             for name, more in variants.items():
                 out = Path(folder) / f"{name}{turn}".replace(" ", "-")
                 seeded = [*flags, *more, f"--seed={seed}"]
@@ -157,4 +155,4 @@ def _loss(model: GPT, data: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(cli.parse(Options, sys.argv[1:], "nanogpt_shakespeare.py", files=False))

@@ -21,8 +21,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
+from folio import cli
+from folio.config.options import option
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records.metrics import read_metrics
@@ -39,11 +39,10 @@ FLAGS = shlex.split(
 class Options:
     """One process against several."""
 
-    source: Path | None = None
-    """tiny Shakespeare; downloaded if not given"""
-    rounds: int = 3
-    ranks: int = 2
-    dtype: str = "auto"
+    source: str = option("", "tiny Shakespeare; downloaded if not given")
+    rounds: int = option(3, "of each program; the median counts", unit="rounds")
+    ranks: int = option(2, "processes")
+    dtype: str = option("auto", "numbers of the arithmetic")
 
 
 def run(data: Path, out: Path, ranks: int, *more: str) -> tuple[float, list[float]]:
@@ -67,7 +66,7 @@ def main(options: Options) -> None:
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        prepare(known("shakespeare_char", data, str(options.source or ""), {}), data)
+        prepare(known("shakespeare_char", data, options.source, {}), data)
         for turn in range(options.rounds):
             for name, (ranks, *flags) in contestants.items():
                 speed, losses[name] = run(data, Path(folder) / f"{turn}-{name}", ranks, *flags)
@@ -85,4 +84,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(cli.parse(Options, sys.argv[1:], "scaling.py", files=False))

@@ -23,10 +23,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-import tyro
+from folio import cli
+from folio.config.options import option
 
 PEER = """
 import json, sys
@@ -46,19 +47,16 @@ with open(source, "rb") as lines, open(out, "wb") as file:
 class Options:
     """What to tokenize, and how often."""
 
-    source: Path
-    """JSON lines with the key text."""
-    megabytes: int = 1000
-    """Size of the corpus that is made of them."""
-    rounds: int = 3
-    """How often each program runs; the median counts."""
+    source: str = option(MISSING, "JSON lines with the key text")
+    megabytes: int = option(1000, "size of the corpus that is made of them")
+    rounds: int = option(3, "of each program; the median counts", unit="rounds")
 
 
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl"
-        text = repeat(options.source, corpus, options.megabytes * 10**6)
+        text = repeat(Path(options.source), corpus, options.megabytes * 10**6)
         print(f"{text / 1e6:,.0f} MB of text in {corpus.stat().st_size / 1e6:,.0f} MB of JSON lines")
         programs: dict[str, Callable[[], list[subprocess.Popen[bytes]]]] = {
             "tiktoken, one process": lambda: peers(corpus, folder, 1),
@@ -157,4 +155,4 @@ def held(pid: int) -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(tyro.cli(Options))
+    main(cli.parse(Options, sys.argv[1:], "tokenize.py", files=False))

@@ -6,8 +6,8 @@
 >>> folio.evaluate(out_dir="out")["loss"]
 >>> print(*folio.generate("ROMEO:", out_dir="out", num_samples=2))
 
-Knobs have the names that ``folio COMMAND --help`` lists. What is wrong with a file or a knob is a ``ValueError`` or
-``FileNotFoundError`` of one line. ``GPT`` is the model, a ``torch.nn.Module``; ``GPTConfig`` its shape.
+Options have the names that ``folio COMMAND --help`` lists. A mistake in a file or an option raises a ``ValueError``
+or ``FileNotFoundError`` with one line. ``GPT`` is the model, a ``torch.nn.Module``; ``GPTConfig`` its shape.
 """
 
 import importlib
@@ -28,7 +28,7 @@ __all__ = ["GPT", "GPTConfig", "TrainConfig", "evaluate", "generate", "prepare",
 
 
 def __getattr__(name: str) -> Any:
-    """What is public, imported when it is first asked for: torch takes its time."""
+    """Imports a public name at its first use, since torch takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module 'folio' has no attribute {name!r}")
     module = {"GPT": "model.gpt", "GPTConfig": "model.config", "TrainConfig": "config.options"}.get(name, "api")

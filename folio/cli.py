@@ -1,9 +1,8 @@
-"""argv → config → command. The only reader of sys.argv, and where errors become one line."""
+"""argv → config → command: the only reader of sys.argv. Errors become one line here."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import io
 import keyword
@@ -14,34 +13,55 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeVar
 
 from folio.errors import UserError
 from folio.records import console
 
 COMMANDS = {
     "prepare": "turn text into token files",
-    "data": "look into token files",
-    "tokenizer": "learn a vocabulary from text",
-    "train": "train a model, or go on with one",
-    "sample": "let a trained model write",
-    "export": "hand a model on: a Hugging Face folder, or a GGUF file",
-    "import": "take in a model of nanoGPT, its heirs or Hugging Face, to go on with",
+    "data": "describe token files",
+    "tokenizer": "train a tokenizer on text",
+    "train": "train a model, or resume a run",
+    "sample": "generate text from a model",
+    "export": "export a model: a Hugging Face folder, or a GGUF file",
+    "import": "import a model of nanoGPT, its heirs or Hugging Face, to resume it",
     "eval": "measure a model: its loss, HellaSwag, the tasks of the lm-evaluation-harness",
     "plot": "draw the losses and HellaSwag accuracies of runs",
-    "report": "put all that is known of a run on one page",
-    "plan": "work out what a run would need: memory, time, cost",
+    "report": "write a one-page report of a run",
+    "plan": "compute what a run would need: memory, time, cost",
     "bench": "measure the speed of a training step",
-    "doctor": "say what this machine has, and what each lack means",
-    "demo": "prepare, train, sample and plot on this Python's own sources, in about two minutes",
+    "doctor": "report what this machine has, and what each lack means",
+    "demo": "prepare, train, sample and plot on Python's own sources, in two minutes",
+}
+EXAMPLES = {
+    "prepare": "folio prepare novels/ --name=novels",
+    "data": "folio data info data/shakespeare_char --verify",
+    "tokenizer": "folio tokenizer train novels/ --vocab_size=8192 --out=tok.json",
+    "train": "folio train shakespeare_char --max_iters=500",
+    "sample": 'folio sample --out_dir=out --start="ROMEO:"',
+    "export": "folio export --out_dir=out --to=model.gguf",
+    "import": "folio import ckpt.pt --to=out",
+    "eval": "folio eval hellaswag --out_dir=out",
+    "plot": "folio plot out --output=loss.svg",
+    "report": "folio report out",
+    "plan": "folio plan train_gpt2 --gpus=8 --gpu=h100",
+    "bench": "folio bench train_gpt2 --batch_size=8",
+    "demo": "folio demo",
+    "train.py": "python train.py config/train_shakespeare_char.py --max_iters=500",
+    "sample.py": 'python sample.py --out_dir=out --start="ROMEO:"',
+    "bench.py": "python bench.py --batch_size=8",
 }
 _TAKE_FILES = {"train", "sample", "plan", "bench", "demo"}
+T = TypeVar("T")
 
 
 def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
-    """Runs one command and exits: 0; 2 for bad input; 1 for a run that failed; 128 + n for a signal.
+    """Runs one command and exits: 0; 2 for bad input; 1 for a failed run; 128 + n for a signal.
 
-    A script at the root names its command, and what stands before the arguments that were typed.
+    Args:
+        command: The command of a script at the root; else the first argument names it.
+        first: Arguments before those that were typed.
     """
     line = ""
     console.open_streams()
@@ -60,7 +80,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     except KeyboardInterrupt:
         code, line = 130, "interrupted" * (os.environ.get("RANK", "0") == "0")
     except Exception as error:
-        code, line = _told(error)
+        code, line = _line_about(error)
     if line:
         name = Path(sys.argv[0]).name
         sign = "" if line.startswith("Traceback") else f"{'folio' if name == '__main__.py' else name}: "
@@ -72,10 +92,10 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     sys.exit(code)
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """The exit code, and what is said: one line, or of a defect of this program where it is.
+def _line_about(error: Exception) -> tuple[int, str]:
+    """The exit code, and one line about the error; about a defect of Folio, its traceback.
 
-    Of several processes the first to fail speaks for all.
+    Of several processes, only the first that fails prints its line.
     """
     if sys.version_info < (3, 11):  # noqa: UP036 (whoever types python3 may well have an older one)
         return 2, f"Folio needs Python 3.11 or later, and this is {sys.version.split()[0]}"
@@ -99,7 +119,7 @@ def _told(error: Exception) -> tuple[int, str]:
 
 
 def _shortage(error: Exception) -> str:
-    """The line about memory that ran out; "" where it did not."""
+    """The line about memory that ran out; "" if that was not the error."""
     if isinstance(error, MemoryError) or "torch" in sys.modules:
         from folio.machine import shortage
 
@@ -108,126 +128,58 @@ def _shortage(error: Exception) -> str:
 
 
 def _main(command: str | None, argv: list[str]) -> int:
-    script = f"{command}.py" if command else ""
+    prog = f"{command}.py" if command else ""
     if command is None:
-        if not argv or argv[0] in ("-h", "--help"):
+        command, *argv = argv or ["--help"]
+        if command == "help" and argv:
+            command, *argv = [argv[0], "--help", *argv[1:]]
+        if command in ("-h", "--help", "help"):
             console.show(_overview())
             return 0
-        if argv[0] == "--version":
+        if command in ("version", "--version"):
             from folio import __version__
 
             console.show(__version__)
             return 0
-        command, argv = argv[0], argv[1:]
         if command not in COMMANDS:
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
-            raise UserError(
-                f"no command {command!r}: " + (f"did you mean {close[0]!r}?" if close else "folio --help lists them")
-            )
+            from folio.config.names import did_you_mean
+
+            raise UserError(f"no command {command!r}: {did_you_mean(command, COMMANDS) or 'folio --help lists them'}")
     module = module_of(command)
     argv = [*getattr(module, "FIRST", []), *argv]
     try:
-        options = parse(module.Options, argv, script or f"folio {command}", files=command in _TAKE_FILES)
+        options = parse(module.Options, argv, prog or f"folio {command}", files=command in _TAKE_FILES)
     except SystemExit:  # after --help
         return 0
     return int(module.main(options) or 0)
 
 
 def module_of(command: str) -> ModuleType:
-    """A command's module, with its Options and main; import's is ``import_``."""
+    """The module of a command, with its Options and main; that of import is ``import_``."""
     room = "commands" if command in COMMANDS else "doors"
     return importlib.import_module(f"folio.{room}.{command}{'_' * keyword.iskeyword(command)}")
 
 
-def parse(options: type, argv: list[str], prog: str, *, files: bool) -> Any:
-    """Files and flags, left to right, to a command's options.
+def parse(options: type[T], argv: Sequence[str], prog: str, *, files: bool) -> T:
+    """Parses files and options, from left to right, into the options of a command.
 
     Raises:
-        ValueError, FileNotFoundError: what is wrong, in one line.
+        UserError, FileNotFoundError: one line about the mistake.
         SystemExit: after --help.
     """
-    import tyro
+    from folio.config import arguments
+    from folio.config.compose import compose, starting_from
 
-    from folio.config import options as config
+    given = arguments.read(options, argv, files=files)
+    if given.help is None:
+        return compose(starting_from(options, given.layers), given.layers)
+    from folio.config.help import page
 
-    flags: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    names: dict[str, Any] = {}  # what a .py file finds assigned
-    sources: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(argv)
-    while waiting:
-        token = waiting.pop(0)
-        if token in ("-h", "--help"):
-            rest.append(token)
-        elif token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            name, known = name.replace("-", "_"), config.knobs(options)
-            off = name.removeprefix("no_")
-            if not equals and name not in known and off in known and _is_switch(known[off].type, []):
-                name, equals, value = off, "=", "False"
-            if name not in known:
-                raise UserError(config.unknown(name, options))
-            if not equals and _is_switch(known[name].type, waiting):
-                value = "True"
-            elif not equals:
-                if not waiting:
-                    raise UserError(f"--{name} needs a value: --{name}=…")
-                value = waiting.pop(0)
-            names[name] = config.typed_text(name, value, options)
-            flags[name] = str(names[name])
-            sources.pop(name, None)
-            sources[name] = config.COMMAND_LINE
-        elif files and not token.startswith("-"):
-            read = config.read_file(token, options, ignore=config.TrainConfig, names=names)
-            values.update(read)
-            names.update(read)
-            for name in read:
-                flags.pop(name, None)
-                sources.pop(name, None)  # so that they stand in the order in which they were given
-                sources[name] = token
-        else:
-            rest.append(token)
-    given = [*rest, *(f"--{name}={value}" for name, value in flags.items())]
-    kwargs: dict[str, Any] = {"default": config.override(options(), values)} if files else {}
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
-                options,
-                args=given,
-                prog=prog,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-                **kwargs,
-            )
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(_one_line(said.getvalue())) from None
-        raise
-    if hasattr(parsed, "sources"):
-        parsed.sources.update(sources)
-    parsed = config.at_home(parsed)
-    config.check(parsed)
-    return parsed
-
-
-def _is_switch(kind: Any, waiting: list[str]) -> bool:
-    """Whether a flag without a value stands for True: one of a bool, with no value after it."""
-    words = {"True", "False", "1", "0", *(word for choice in get_args(kind) for word in get_args(choice))}
-    return (kind is bool or bool in get_args(kind)) and words.isdisjoint(waiting[:1])
-
-
-def _one_line(box: str) -> str:
-    """The message of tyro's error box, without the box and the help below it."""
-    words: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯─ ")
-        if text.strip("-"):  # on a console that is not UTF-8, dashes part the box
-            words.append(text)
-        elif words:
-            break
-    return " ".join(words) or box.strip()
+    command = prog.removeprefix("folio ")
+    about, example = COMMANDS.get(command, ""), EXAMPLES.get(command, "")
+    about = f"{about[:1].upper()}{about[1:]}." if about else " ".join(str(options.__doc__).split())
+    console.show_styled(page(options, prog, about, example, given.help, given.places, files=files))
+    raise SystemExit(0)
 
 
 def _overview() -> str:
@@ -236,8 +188,8 @@ def _overview() -> str:
     return (
         "Folio trains GPT-2-class language models from scratch.\n\n"
         f"usage: folio COMMAND [FILE or PRESET …] [--option=value …]\n\n{table}\n\n"
-        "folio COMMAND --help lists the options of a command. A yes-or-no option alone means yes: --overwrite; "
-        "or no: --no-overwrite."
+        "folio COMMAND --help lists the options of a command. An option that is True or False may stand alone: "
+        "--overwrite, --no-overwrite."
     )
 
 

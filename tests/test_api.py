@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, SMALL, STORY, python, tree
 
 import folio
-from folio.config.options import TrainConfig, override
+from folio.config.options import TrainConfig
+from folio.config.table import override
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
 
@@ -37,7 +38,7 @@ def test_train_is_the_command(trained: Any, story: Path, tmp_path: Path, folio: 
     assert trained.state.val_loss == read_metrics(tmp_path / "metrics.jsonl")[-1]["val_loss"]
 
 
-def test_presets_a_config_and_knobs_from_left_to_right(story: Path, tmp_path: Path) -> None:
+def test_presets_a_config_and_options_from_left_to_right(story: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text("max_iters = 3\nn_embd = 8\nlog_interval = 2\n", encoding="utf-8")
     config = override(TrainConfig(), {**TINY, "data_dir": str(story), "out_dir": str(tmp_path / "out")})
     run = folio.train(config, tmp_path / "mine.toml", max_iters=2)

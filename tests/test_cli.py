@@ -6,25 +6,13 @@ import runpy
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, python
+from conftest import ROOT, SMALL, STORY, python
 
 from folio import __version__, cli
-from folio.config import options as config
-
-POSITIONAL = {
-    ("prepare", "text"),
-    ("data", "action"),
-    ("data", "folder"),
-    ("tokenizer", "action"),
-    ("tokenizer", "text"),
-    ("import", "model"),
-    ("plot", "out_dirs"),
-    ("report", "out_dir"),
-    ("eval", "what"),
-}
+from folio.config.table import Option, table
 
 
-@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_lists_every_command(folio, argv) -> None:
     code, out, err = folio(*argv)
     assert (code, err) == (0, "")
@@ -33,21 +21,69 @@ def test_the_overview_lists_every_command(folio, argv) -> None:
         assert what in out
 
 
-def test_version(folio) -> None:
-    assert folio("--version") == (0, f"{__version__}\n", "")
+@pytest.mark.parametrize("word", ["--version", "version"])
+def test_version(folio, word) -> None:
+    assert folio(word) == (0, f"{__version__}\n", "")
+
+
+def shown(name: str, option: Option) -> str:
+    return f"  {option.metadata.get('positional') or f'--{name}'} "
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_the_help_of_a_command_shows_every_knob(folio, command) -> None:
-    """Under the heading of its group, and with the group's own sentence."""
-    options = cli.module_of(command).Options
-    code, out, err = folio(command, "--help")
+def test_help_all_shows_every_option(folio, command) -> None:
+    """Under the heading of its group; the values in the table are the defaults."""
+    code, out, err = folio(command, "--help=all")
     assert (code, err) == (0, "")
-    for name, knob in config.knobs(options).items():
-        if (command, name) not in POSITIONAL:
-            assert f"--{name} " in out
-        if knob.group:
-            assert f"─ {knob.group} options ─" in out
+    assert folio(command, "--help", "all") == (code, out, err)
+    for name, option in table(cli.module_of(command).Options).items():
+        assert shown(name, option) in out.replace(", ", "  ").replace("\n", " \n"), name
+        assert f"\n{option.group or 'options'}:" in out
+
+
+@pytest.mark.parametrize("command", [*cli.COMMANDS, "train_gpt", "tokenize_documents_parallel"])
+def test_help_fits_a_screen(capsys, monkeypatch, command) -> None:
+    """At most 45 lines of 100 columns, and one for each option that is not advanced."""
+    monkeypatch.setenv("COLUMNS", "100")
+    options = cli.module_of(command).Options
+    with pytest.raises(SystemExit):
+        cli.parse(options, ["--help"], f"folio {command}", files=command == "train")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 100
+    for name, option in table(options).items():
+        found = [line for line in lines if line.replace(", ", "  ").startswith(shown(name, option).rstrip())]
+        found = [line for line in found if shown(name, option) in f"{line} ".replace(", ", "  ")]
+        assert len(found) == (not option.metadata.get("advanced")), name
+    rest = [line for line in lines if line.startswith("   ")]
+    assert rest == [], "an option takes more than one line"
+
+
+def test_help_of_an_option(folio) -> None:
+    """At length: its unit, default and bounds, what the short help leaves out, and who else has it."""
+    code, out, err = folio("train", "--help=eval_iters")
+    assert (code, err) == (0, "")
+    for words in ("--eval_iters: batches", "(200)", "All ranks", "at least 0", "nanoGPT"):
+        assert words in out
+    for argv in (["train", "--help", "eval-iters"], ["help", "train", "eval_iters"], ["train", "--help=eval-iters"]):
+        assert folio(*argv) == (code, out, err)
+    assert folio("train", "--help=lr") == (2, "", "folio: unknown option 'lr': did you mean 'learning_rate'?\n")
+
+
+def test_help_of_a_command_by_its_name(folio) -> None:
+    assert folio("help", "train") == folio("train", "--help") == folio("train", "shakespeare_char", "-h")
+    assert folio("help", "train", "all") == folio("train", "--help=all")
+
+
+@pytest.mark.parametrize("argv", [["eval", "hellaswag", "--help"], ["help", "eval", "hellaswag"]])
+def test_help_of_a_measurement_shows_what_it_takes(folio, argv) -> None:
+    out = folio(*argv).out
+    assert all(f"--{name} " in out for name in ("style", "data", "limit", "out_dir", "device"))
+    assert not any(f"--{name} " in out for name in ("split", "eval_iters", "tasks", "batch_size", "dataset"))
+
+
+def test_a_value_that_looks_like_help_is_a_value(folio, tmp_path) -> None:
+    assert folio("sample", f"--out_dir={tmp_path}", "--start", "--help").code == 2
 
 
 @pytest.mark.parametrize(("command", "remedy"), [("trian", "did you mean 'train'?"), ("xyzzy", "folio --help")])
@@ -66,7 +102,8 @@ def test_a_process_of_several_names_its_rank(folio, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "argv"), [("torch", ["sample"]), ("tyro", ["train", "--help"]), ("safetensors", ["train", *SMALL])]
+    ("package", "argv"),
+    [("torch", ["sample"]), ("rich_argparse", ["train", "--help"]), ("safetensors", ["train", *SMALL])],
 )
 def test_a_missing_package_is_one_line_with_its_remedy(tmp_path, package, argv) -> None:
     (tmp_path / "sitecustomize.py").write_text(
@@ -110,7 +147,7 @@ def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, scr
     assert err.count("\n") == 1
 
 
-def test_an_option_that_is_no_knob_is_one_line(folio, tmp_path) -> None:
+def test_an_argument_that_is_no_option_is_one_line(folio, tmp_path) -> None:
     for argv in (["train", "-x"], ["report", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
         code, out, err = folio(*argv)
         assert (code, out, err.count("\n")) == (2, "", 1), argv
@@ -127,4 +164,45 @@ def test_a_bug_of_folio_itself_is_not_hidden(folio, monkeypatch) -> None:
     code, _, err = folio("train")
     assert code == 1
     assert err.startswith("Traceback")
-    assert "AttributeError: a bug\nthis is a defect of Folio: please report it" in err
+    *_, error, remedy = err.splitlines()
+    assert error == "AttributeError: a bug"
+    assert "please report it" in remedy
+
+
+LOADED = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", *sorted({"torch", "numpy", "tiktoken"} & sys.modules.keys())))
+from folio import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(
+            "--help",
+            "help train",
+            "version",
+            "train --help",
+            "sample --help",
+            "prepare --help",
+            "eval hellaswag --help",
+        ),
+        *("train --n_layr=4", "sample --tempratur=1", "train nowhere.py", "prepare", "export"),
+    ],
+)
+def test_an_answer_needs_no_heavy_package(tmp_path, argv) -> None:
+    """So that it is there in a third of a second."""
+    done = python("-c", LOADED, *argv.split(), cwd=tmp_path, PYTHONPATH=ROOT)
+    loaded = set(done.stdout.splitlines()[-1].split()[1:])
+    assert loaded <= ({"numpy"} if argv.startswith("eval") else set())
+    assert done.returncode == (0 if "help" in argv or argv == "version" else 2)
+
+
+def test_preparing_needs_no_torch(tmp_path) -> None:
+    """Nor does finding that there is nothing to do."""
+    argv = ["prepare", "shakespeare_char", f"--source={STORY}"]
+    for _ in range(2):
+        done = python("-c", LOADED, *argv, cwd=tmp_path, PYTHONPATH=ROOT)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "loaded: numpy"), done

@@ -18,7 +18,8 @@ import pytest
 from conftest import ROOT, STORY, TINY, Outcome, run
 
 from folio import cli
-from folio.config.options import TrainConfig, defaults
+from folio.config.options import TrainConfig
+from folio.config.table import defaults
 from folio.machine.flops import GPUS
 from folio.preparation.recipes import KNOWN
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from folio import files
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
-from folio.config.options import model_config
+from folio.config.compose import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
 from folio.errors import UserError

@@ -19,7 +19,10 @@ from torch import Tensor
 from folio import __version__, files
 from folio.checkpoints import checkpoint, model_card, pt_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
-from folio.config.options import Optimizer, TrainConfig, model_config, typed
+from folio.config.compose import model_config
+from folio.config.options import TrainConfig
+from folio.config.table import those
+from folio.config.values import typed
 from folio.data import tokenizer_folder
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
@@ -49,7 +52,7 @@ _FIELDS = (  # of GPTConfig: those that the exporters can express
 )
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_PUBLIC = {f.name for f in fields(Optimizer)} | {"dataset", "batch_size", "gradient_accumulation_steps", "sampling"}
+_PUBLIC = those(TrainConfig, public=True)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -21,7 +21,10 @@ import torch
 from folio.checkpoints import checkpoint, torch_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
-from folio.config.options import OF_THE_CALL, Processes, System, TrainConfig, knobs, model_config, typed
+from folio.config.compose import model_config
+from folio.config.options import TrainConfig
+from folio.config.table import table, those
+from folio.config.values import typed
 from folio.data.folders import open_folder
 from folio.data.meta_files import read_meta_pkl
 from folio.data.pickled_values import Fields, fields_of
@@ -216,9 +219,9 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
     """nanoGPT's options that describe the run, not its machine."""
     if not isinstance(config, dict):
         return {}
-    passed_over = {*knobs(System), *knobs(Processes), *OF_THE_CALL}
+    passed_over = those(TrainConfig, role="machine") | those(TrainConfig, role="call")
     kept = {}
-    for name in knobs(TrainConfig):
+    for name in table(TrainConfig):
         if name in config and name not in passed_over:
             value = config[name]
             if isinstance(value, float) and value.is_integer():

@@ -1,4 +1,4 @@
-"""folio bench: how long a training step takes, as nanoGPT's bench.py asks it."""
+"""folio bench: the time of a training step, as nanoGPT's bench.py measures it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
-from folio import rng
-from folio.config.options import Data, Optimizer, Processes, System, knob
-from folio.data.rows import Tokens
+from folio.config.options import Data, Optimizer, Processes, System, option
 from folio.errors import UserError
-from folio.machine.choices import resolve
-from folio.machine.flops import flops_per_token, mfu
-from folio.machine.profiler import WARM_UP, Profiler
-from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import show
-from folio.training import optimizers
-from folio.training.batches import MicroBatch
-from folio.training.loop import micro_step
 
 BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 
@@ -30,9 +18,11 @@ BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
 class Options:
     """Time training steps of a model: folio bench [PRESET or FILE …] [--option=value …]."""
 
-    real_data: bool = knob(True, "False: random tokens, no data set needed")
-    profile: bool = knob(
-        False, "profile some steps instead, into bench_log/: a trace, the costliest operations, memory by kind"
+    real_data: bool = option(True, "False: random tokens, no data set needed")
+    profile: bool = option(
+        False,
+        "profile some steps instead, into bench_log/",
+        details="It writes a trace, the most expensive operations, and memory by kind.",
     )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
@@ -41,6 +31,19 @@ class Options:
 
 
 def main(options: Options) -> None:
+    import torch
+
+    from folio import rng
+    from folio.data.rows import Tokens
+    from folio.machine.choices import resolve
+    from folio.machine.flops import flops_per_token, mfu
+    from folio.machine.profiler import WARM_UP, Profiler
+    from folio.machine.runtime import Runtime
+    from folio.model.gpt import GPT
+    from folio.training import optimizers
+    from folio.training.batches import MicroBatch
+    from folio.training.loop import micro_step
+
     shape, size, seed = options.model, options.data.batch_size, options.system.seed
     if shape.vocab_size == "auto":
         raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")

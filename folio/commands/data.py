@@ -1,15 +1,14 @@
-"""folio data: what token files hold."""
+"""folio data: describe token files."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import tyro
 
-from folio.config.options import ITSELF, TokenDtype, knob, token_dtype_knob
+from folio.config.options import ITSELF, TokenDtype, option, token_dtype_option
 from folio.data import tokenizers
 from folio.data.decoding import decode
 from folio.data.folders import Folder, open_folder
@@ -24,14 +23,12 @@ _SAMPLE = 64  # tokens
 
 @dataclass(frozen=True)
 class Options:
-    """Look into a data set: folio data info FOLDER."""
+    """Describe a data set: folio data info FOLDER."""
 
-    action: tyro.conf.Positional[Literal["info"]] = knob(MISSING, "what they hold")
-    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = knob(
-        MISSING, "a data set's folder, or a glob of its files", path=ITSELF
-    )
-    token_dtype: TokenDtype = token_dtype_knob()
-    verify: bool = knob(False, "hash every file, and compare with the meta file")
+    action: Literal["info"] = option(MISSING, "what the files hold", positional="info")
+    folder: str = option(MISSING, "folder of a data set, or a glob of its files", path=ITSELF, positional="FOLDER")
+    token_dtype: TokenDtype = token_dtype_option()
+    verify: bool = option(False, "hash every file, and compare with the meta file")
 
 
 def main(options: Options) -> int:
@@ -56,10 +53,10 @@ def _lines(folder: Folder) -> list[str]:
     for split in SPLITS:
         files = folder.splits[split]
         documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
-        told = f", {counted(documents, 'document')}" if documents is not None else ""
+        count = f", {counted(documents, 'document')}" if documents is not None else ""
         named = files[0].path.name if len(files) == 1 else f"{files[0].path.name} … {files[-1].path.name}"
         tokens = sum(file.tokens for file in files)
-        lines.append(f"{split:11} {tokens:,} tokens{told}, {counted(len(files), 'file')}: {named}")
+        lines.append(f"{split:11} {tokens:,} tokens{count}, {counted(len(files), 'file')}: {named}")
     if text_bytes := folder.meta.get("text_bytes"):
         tokens = sum(file.tokens for split in SPLITS for file in folder.splits[split])
         lines.append(f"text        {text_bytes:,} bytes, {tokens / text_bytes:.3f} tokens per byte")

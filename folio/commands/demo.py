@@ -1,4 +1,4 @@
-"""folio demo: the whole job in two minutes, on text that every machine has."""
+"""folio demo: prepare, train, sample and plot in two minutes, on text that every machine has."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 
 from folio.config.options import Sampling
 from folio.config.options import TrainConfig as Options
-from folio.data.token_files import META
-from folio.preparation.job import prepare
-from folio.preparation.recipes import known
 from folio.records.console import say
-from folio.training.showcase import show
-from folio.training.stopping import EXIT
 
 FIRST = ["train_stdlib"]
 
 
 def main(options: Options) -> int:
+    from folio.data.token_files import META
+    from folio.preparation.job import prepare
+    from folio.preparation.recipes import known
+    from folio.training.showcase import show
+    from folio.training.stopping import EXIT
+
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
     if not (folder / META).exists():
         prepare(known(options.data.dataset, folder, "", {}), folder)

@@ -1,4 +1,4 @@
-"""folio eval: how good a model is: its loss, HellaSwag, the tasks of the lm-evaluation-harness."""
+"""folio eval: the loss of a model, its HellaSwag accuracy, tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import tyro
-from rich.console import Console
-from rich.progress import track
+from typing import TYPE_CHECKING, Any, Literal
 
 from folio import files
-from folio.checkpoints import find
-from folio.checkpoints.checkpoint import Checkpoint
 from folio.config.options import (
     EACH,
     Data,
@@ -24,57 +18,48 @@ from folio.config.options import (
     Processes,
     Source,
     System,
-    hellaswag_data_knob,
-    hellaswag_style_knob,
-    knob,
+    hellaswag_data_option,
+    hellaswag_style_option,
+    option,
 )
-from folio.data.rows import Tokens
+from folio.config.table import table, those
 from folio.data.token_files import Split
 from folio.errors import UserError
-from folio.evaluation import hellaswag
-from folio.evaluation.loss import evaluate, text_size
-from folio.machine import shortage
-from folio.machine.choices import resolve
-from folio.machine.runtime import Runtime
 from folio.records.console import accompanying, show
-from folio.records.log import hellaswag_line
-from folio.records.metrics import to_json
 from folio.records.run_folder import EVALUATIONS
 
-_DATA = {f.name for f in fields(Data)}
-_OF = {  # the measurements that an option is for, if not all
-    "split": ("loss",),
-    "eval_iters": ("loss",),
-    "style": ("hellaswag",),
-    "data": ("hellaswag",),
-    "tasks": ("lm_eval",),
-    "limit": ("hellaswag", "lm_eval"),
-    **dict.fromkeys(_DATA, ("loss",)),
-}
-_PLACES = {"dataset", "data_dir", "data_mixture"}
-_OF_PLACES = {"token_dtype"}  # what holds for the run's data alone
+if TYPE_CHECKING:
+    from folio.checkpoints.checkpoint import Checkpoint
+    from folio.machine.runtime import Runtime
 
 
 @dataclass(frozen=True)
 class Options:
     """Measure a model: folio eval [loss | hellaswag | lm_eval] [--option=value …]."""
 
-    what: tyro.conf.Positional[Literal["loss", "hellaswag", "lm_eval"]] = knob(
-        "loss", "loss: over a split of the run's data, or other; lm_eval: tasks of the lm-evaluation-harness"
+    what: Literal["loss", "hellaswag", "lm_eval"] = option(
+        "loss",
+        "what to measure: loss | hellaswag | lm_eval",
+        details="loss: over a split of the run's data, or of other data; lm_eval: tasks of the lm-evaluation-harness",
+        positional="WHAT",
     )
-    split: Split = knob("val", "loss: of which split")
-    eval_iters: int = knob(0, "loss: batches, evenly spaced; 0: every token once", min=0)
-    style: HellaSwagStyle = hellaswag_style_knob()
-    data: str = hellaswag_data_knob()
-    tasks: str = knob(
-        "hellaswag,lambada_openai,arc_easy", "lm_eval: names of its tasks, or files of your own", path=EACH
+    split: Split = option("val", "split of the data", of=("loss",))
+    eval_iters: int = option(0, "evenly spaced; 0: every token once", unit="batches", min=0, of=("loss",))
+    style: HellaSwagStyle = hellaswag_style_option(of=("hellaswag",))
+    data: str = hellaswag_data_option(of=("hellaswag",))
+    tasks: str = option(
+        "hellaswag,lambada_openai,arc_easy",
+        "tasks",
+        details="Names of tasks, or files of your own.",
+        path=EACH,
+        of=("lm_eval",),
     )
-    limit: int = knob(0, "hellaswag, lm_eval: items, from the first; 0: all", min=0)
+    limit: int = option(0, "from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
     source: Source = field(default_factory=Source)
-    tokens: Data = field(default_factory=Data)
+    tokens: Data = field(default_factory=Data, metadata={"of": ("loss",)})
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
-    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # option → who set it
+    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 
 
 def main(options: Options) -> None:
@@ -83,9 +68,16 @@ def main(options: Options) -> None:
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
     """The result, and a text for the reader; for a run it is also appended to its ``evaluations.jsonl``."""
+    from folio.checkpoints import find
+    from folio.machine import shortage
+    from folio.machine.choices import resolve
+    from folio.machine.runtime import Runtime
+
     o = options
-    if odd := next((name for name in o.sources if o.what not in _OF.get(name, (o.what,))), None):
-        raise UserError(f"--{odd} is for folio eval {' and '.join(_OF[odd])}, not for {o.what}")
+    known = table(Options)
+    for name in o.sources:
+        if o.what not in (of := known[name].metadata.get("of", (o.what,))):
+            raise UserError(f"--{name} is for folio eval {' and '.join(of)}, not for {o.what}")
     chosen = find.from_source(o.source)
     runtime = Runtime(resolve(o.system, o.processes))
     try:
@@ -102,6 +94,8 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
 
 
 def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
+    from folio.machine import shortage
+
     weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
     remedy = "lower --batch_size" if o.what == "loss" else "another device has more, perhaps: --device"
     return (
@@ -111,9 +105,15 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
-    """Nats per token; and per byte of text, in bits, which does not depend on the tokenizer."""
-    typed = o.sources.keys() | (_PLACES | _OF_PLACES if _PLACES & o.sources.keys() else set())
-    data = replace(o.tokens, **{k: chosen.asked[k] for k in chosen.asked.keys() & _DATA - typed})
+    """Nats per token; and bits per byte of text, which do not depend on the tokenizer."""
+    from folio.data.rows import Tokens
+    from folio.evaluation.loss import evaluate, text_size
+
+    named, places = set(o.sources), those(Options, role="data")
+    if places & named:
+        named |= places | {"token_dtype"}  # a type that holds for the run's data alone
+    kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}
+    data = replace(o.tokens, **kept)
     model = chosen.model(dropout=0.0)
     vocab_size = model.transformer.wte.num_embeddings
     tokens = replace(Tokens.open(data, model.config.block_size, o.system.seed), vocab_size=vocab_size)
@@ -150,6 +150,12 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
 
 
 def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
+    from rich.console import Console
+    from rich.progress import track
+
+    from folio.evaluation import hellaswag
+    from folio.records.log import hellaswag_line
+
     questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
@@ -174,6 +180,8 @@ def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str
 
 def _keep(out_dir: Path, record: dict[str, Any]) -> None:
     """Adds a line to the folder's evaluations, for its report; one warning where that is not possible."""
+    from folio.records.metrics import to_json
+
     path = out_dir / EVALUATIONS
     try:
         before = path.read_bytes() if path.exists() else b""

@@ -6,24 +6,25 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio.checkpoints import find, gguf, hub, hugging_face
-from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.config.options import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hand a model on: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
+    """Export a model: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
 
-    to: str = knob(MISSING, "folder to make, or file if it ends in .gguf", path=ITSELF)
-    out_dir: str = out_dir_knob()
-    checkpoint: str = knob("best", "best | latest | a step")
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights; they are trained in float32")
-    push_to_hub: str = knob("", "USER/NAME: upload the folder there as well")
+    to: str = option(MISSING, "folder to make, or file if it ends in .gguf", path=ITSELF)
+    out_dir: str = out_dir_option()
+    checkpoint: str = option("best", "best | latest | a step")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
+    push_to_hub: str = option("", "USER/NAME: upload the folder there as well")
 
 
 def main(options: Options) -> None:
+    from folio.checkpoints import find, gguf, hub, hugging_face
+
     to = Path(options.to)
     if options.push_to_hub:
         hub.check_name(options.push_to_hub)

@@ -1,39 +1,41 @@
-"""folio import: another program's model as a run of this one, to resume."""
+"""folio import: a model of another program becomes a run that can be resumed."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING
 
 from folio import files
-from folio.checkpoints import checkpoint, find
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.model.config import AUTO
 from folio.records import run_folder
 from folio.records.console import say
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Options:
-    """Take a model in: folio import MODEL --to OUT, which --init_from=resume --out_dir=OUT goes on with."""
+    """Import a model: folio import MODEL --to OUT; --init_from=resume --out_dir=OUT resumes it."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = knob(
+    model: str = option(
         MISSING,
-        "nanoGPT's ckpt.pt or its out_dir, a .pt of build-nanogpt or GPT-from-scratch, a Hugging Face folder or name",
+        "a .pt file, an out_dir of nanoGPT, a Hugging Face folder or name",
+        details="A .pt file is one of nanoGPT, build-nanogpt or GPT-from-scratch.",
         path=ITSELF,
+        positional="MODEL",
     )
-    to: str = knob(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
-    vocab_size: int | AUTO = knob(
+    to: str = option(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
+    vocab_size: int | AUTO = option(
         "auto", "token ids to grow to, such as the next multiple of 64; auto: as it is", min=1
     )
 
 
 def main(options: Options) -> None:
+    from folio.checkpoints import checkpoint, find
+
     found = find.by_name(options.model)
     model = found.model()
     if options.vocab_size != "auto":
@@ -62,4 +64,6 @@ def main(options: Options) -> None:
 
 def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
     """An optimizer's tensor with zeros for the rows that its weight has grown by."""
+    from torch.nn import functional
+
     return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot

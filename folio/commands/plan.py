@@ -1,27 +1,24 @@
-"""folio plan: what a run would need and cost, worked out before anything runs."""
+"""folio plan: the memory, time and cost of a run, computed before it runs."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import tyro
-
-from folio.config.options import Data, Optimizer, Processes, System, accumulated, knob, override
-from folio.data.rows import Tokens
+from folio.config.compose import accumulated
+from folio.config.names import did_you_mean
+from folio.config.options import Data, Optimizer, Processes, System, option
+from folio.config.table import override
 from folio.errors import UserError
-from folio.machine import flops, probe
-from folio.machine.choices import resolve
-from folio.machine.memory import NOTHING_FITS, Memory, Step, needed, remedies, sent
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import show
-from folio.records.log import counted
-from folio.training.memory_advice import step_of_a_device
-from folio.training.start import vocab_size_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from folio.data.rows import Tokens
+    from folio.machine.memory import Memory, Step
 
 _KINDS = {
     "weights": "weights",
@@ -35,20 +32,24 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a run would need, before it runs: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
+    """Compute what a run would need: folio plan [PRESET or FILE …] --gpus=8 --gpu=h100 [--option=value …]."""
 
-    gpus: int = knob(1, "devices, one process each", min=1)
-    gpu: str = knob("h100", f"their kind: {', '.join(flops.GPUS)}; or cpu, this machine's")
-    gpus_per_node: int = knob(8, "devices in a machine; with hsdp they share a copy of the model", min=1)
-    mfu: float = knob(0.4, "share of the devices' peak that training is taken to reach", above=0, max=1)
-    price: float = knob(0.0, "of one device for an hour; 0: no cost is worked out", min=0)
-    init_from: str = knob("scratch", "scratch, resume or auto: the shape of another model is not looked up")
+    gpus: int = option(1, "devices, one process each", min=1)
+    gpu: str = option(
+        "h100", "their kind, such as h100, a100, l4, rtx 4090; or cpu", details="cpu: this machine's processor"
+    )
+    gpus_per_node: int = option(8, "devices in a machine", details="With hsdp they share a copy of the model.", min=1)
+    mfu: float = option(0.4, "share of the devices' peak that training reaches", above=0, max=1)
+    price: float = option(0.0, "of one device for an hour; 0: no cost is computed", min=0)
+    init_from: str = option(
+        "scratch", "scratch | resume | auto", details="The shape of another model is not looked up."
+    )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
-    system: System = field(default_factory=System)
+    system: System = field(default_factory=System, metadata={"advanced": True})
     processes: Processes = field(default_factory=Processes)
-    sources: tyro.conf.Suppress[dict[str, str]] = field(default_factory=dict)  # knob → who set it
+    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 
 
 class Device(NamedTuple):
@@ -61,6 +62,8 @@ class Device(NamedTuple):
 
 
 def main(options: Options) -> None:
+    from folio.machine.memory import needed
+
     _check(options)
     device = device_of(options)
     data, vocab_size = _data(options)
@@ -94,6 +97,11 @@ def _check(options: Options) -> None:
 
 def device_of(options: Options) -> Device:
     """Raises ValueError for a kind that is not known, or a dtype that it or FSDP lacks."""
+    import torch
+
+    from folio.machine import flops, probe
+    from folio.machine.choices import resolve
+
     asked, parallel = options.system.dtype, options.processes.parallel
     if options.gpu.lower() == "cpu":
         choices = resolve(replace(options.system, device="cpu"))
@@ -104,8 +112,7 @@ def device_of(options: Options) -> Device:
     else:
         names = {plain(name): name for name in flops.GPUS}
         if plain(options.gpu) not in names:
-            close = difflib.get_close_matches(plain(options.gpu), names, n=1)
-            hint = f"did you mean {names[close[0]]!r}?" if close else f"choose {', '.join(flops.GPUS)} or cpu"
+            hint = did_you_mean(options.gpu.upper(), flops.GPUS) or f"choose {', '.join(flops.GPUS)} or cpu"
             raise UserError(f"gpu={options.gpu}: it is not known: {hint}")
         name = names[plain(options.gpu)]
         gpu = flops.GPUS[name]
@@ -125,16 +132,21 @@ def plain(name: str) -> str:
 
 def _data(options: Options) -> tuple[Tokens | str, int]:
     """The data set, or why it cannot be read; and the vocabulary size of training."""
+    from folio.data.rows import Tokens
+    from folio.training.start import vocab_size_of
+
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
-        note = ", and vocab_size=auto is taken to be 50304" if options.model.vocab_size == "auto" else ""
+        note = ", and vocab_size=auto counts as 50304" if options.model.vocab_size == "auto" else ""
         return f"{error}\n{'':9}so epochs are not known{note}", 50304
     return tokens, vocab_size_of(tokens)[0]
 
 
 def step_of(options: Options, device: Device) -> Step:
-    """The first device's part of a step. Raises ValueError where the devices do not divide the rows."""
+    """The first device's part of a step. Raises UserError where the devices do not divide the rows."""
+    from folio.training.memory_advice import step_of_a_device
+
     shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
     context = options.data.row(options.model.block_size)
     return step_of_a_device(
@@ -146,6 +158,13 @@ def _report(
     options: Options, device: Device, step: Step, memory: Memory, data: Tokens | str
 ) -> Iterator[tuple[str, str]]:
     """Lines of the report: (title, text)."""
+    import torch
+
+    from folio.machine import flops
+    from folio.machine.memory import sent
+    from folio.model.gpt import GPT
+    from folio.records.log import counted
+
     shape, gpus, several = options.model, options.gpus, options.gpus > 1
     context = options.data.row(shape.block_size)
     with torch.device("meta"):
@@ -205,6 +224,10 @@ def _gigabytes(size: float) -> str:
 
 def _verdict(options: Options, device: Device, total: int) -> str:
     """Whether it fits, and if not, which options would make it fit, computed as the plan is."""
+    import torch
+
+    from folio.machine.memory import NOTHING_FITS, needed, remedies
+
     of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
     if total <= device.memory:
         return f"fits: {of}"

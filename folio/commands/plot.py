@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.records.console import say
-from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
 
 
@@ -18,15 +14,15 @@ from folio.records.run_folder import PICTURE
 class Options:
     """Draw the losses and HellaSwag accuracies of runs, over their steps and tokens."""
 
-    out_dirs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OUT_DIR …]")] = knob(
-        ("out",), "folders of the runs", path=ITSELF
-    )
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "picture (.png, .svg or .pdf); default: loss.png in the first run's folder", path=ITSELF
+    out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
+    output: str = option(
+        "", "picture (.png, .svg, .pdf); default: loss.png in the first folder", path=ITSELF, short="-o"
     )
 
 
 def main(options: Options) -> None:
+    from folio.records.plot import draw
+
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     picture = Path(options.output) if options.output else out_dirs[0] / PICTURE
     draw(out_dirs, picture)

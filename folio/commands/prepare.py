@@ -5,15 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.errors import UserError
-from folio.preparation.finding import kind_of
-from folio.preparation.job import prepare
-from folio.preparation.recipes import KNOWN, known, named_by_user
+from folio.preparation import DATA_SETS
 
 _CHOICES = (
     "tokenizer",
@@ -29,30 +25,31 @@ _CHOICES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Make the token files of a data set. Killed at any point, the same command goes on where it was."""
+    """Make the token files of a data set. If it is killed, the same command continues where it stopped."""
 
-    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), f"{' | '.join(KNOWN)}, or files, folders and globs of text, JSON lines and parquet, or hf:NAME", path=ITSELF
+    text: tuple[str, ...] = option(
+        (),
+        "a known data set; files, folders and globs; or hf:NAME",
+        details=f"Known are {', '.join(DATA_SETS)}. Files are text, JSON lines or parquet. hf:NAME is a data set of "
+        "the Hugging Face hub.",
+        path=ITSELF,
+        positional="TEXT …",
     )
-    name: str = knob("", "name of the data set; default: that of the first source")
-    data_dir: str = knob("", "where to write; default: data/<name>", path=ITSELF)
-    source: str = knob(
-        "", "file or folder to take the text of a known data set from, instead of its usual place", path=ITSELF
-    )
-    tokenizer: str = knob(
-        "", "char | bytes | an encoding of tiktoken (default: gpt2) | FILE.json of tokenizers", path=ITSELF
-    )
-    text_key: str = knob("", "key or column that holds the text; default: text")
-    shard_size: int = knob(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
-    val_fraction: float = knob(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
-    val_documents: int = knob(0, "so many of the first documents are for validation instead", min=0)
-    on_error: Literal["stop", "skip"] = knob("stop", "skip: count documents that cannot be taken and go on")
-    overwrite: bool = knob(False, "replace a data set that was made with other settings")
-    workers: int = knob(0, "processes that tokenise; 0: one for each core", min=0)
-    shard_of: str = knob("", "I/N: prepare part I (from 0) of N; the last one to end puts all together")
-    config: str = knob("", "hf: configuration of the data set")
-    split: str = knob("", "hf: split of it; default: train")
-    streaming: bool = knob(False, "hf: read it as it comes, without a copy in the cache")
+    name: str = option("", "name of the data set; default: that of the first source")
+    data_dir: str = option("", "where to write; default: data/<name>", path=ITSELF)
+    source: str = option("", "file or folder with the text of a known data set", path=ITSELF)
+    tokenizer: str = option("", "char | bytes | gpt2 | another of tiktoken | FILE.json; default: gpt2", path=ITSELF)
+    text_key: str = option("", "key or column that holds the text; default: text")
+    shard_size: int = option(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
+    val_fraction: float = option(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
+    val_documents: int = option(0, "first documents, for validation instead", min=0)
+    on_error: Literal["stop", "skip"] = option("stop", "skip: count unreadable documents and continue")
+    overwrite: bool = option(False, "replace a data set that was made with other settings")
+    workers: int = option(0, "processes that tokenize; 0: one for each core", min=0)
+    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last joins them")
+    config: str = option("", "hf: configuration of the data set")
+    split: str = option("", "hf: split of it; default: train")
+    streaming: bool = option(False, "hf: read it as a stream, without a copy in the cache")
 
 
 def main(options: Options) -> None:
@@ -62,12 +59,15 @@ def main(options: Options) -> None:
 def run(options: Options) -> Path:
     """Prepares, and returns the folder."""
     if not any(options.text):
-        raise UserError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
+        raise UserError(f"nothing to prepare: there are {', '.join(DATA_SETS)}, your files and folders, or hf:NAME")
+    from folio.preparation.job import prepare
+    from folio.preparation.recipes import known, named_by_user
+
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
     if options.val_fraction and options.val_documents:
         raise UserError("--val_fraction and --val_documents exclude each other: give one")
     first = options.text[0]
-    by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
+    by_name = len(options.text) == 1 and (first in DATA_SETS or not _names_text(first))
     name = options.name or (first if by_name else _name(first))
     folder = Path(options.data_dir or Path("data") / name)
     if by_name:
@@ -93,6 +93,8 @@ def _names_text(source: str) -> bool:
 
 
 def _name(source: str) -> str:
+    from folio.preparation.finding import kind_of
+
     path = Path(source.removeprefix("hf:"))
     name = path.name if kind_of(path) is None else path.name.split(".")[0]
     return re.sub(r"[^\w.-]+", "_", name).strip("_.") or "corpus"

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from folio.config.options import ITSELF, knob, out_dir_knob
+from folio.config.options import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
-from folio.records.report import report
 
 
 @dataclass(frozen=True)
 class Options:
-    """Put all that is known of a run on one page, which opens without a network."""
+    """Write a one-page report of a run, which opens without a network."""
 
-    out_dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[OUT_DIR]")] = out_dir_knob()
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = knob(
-        "", "page (.html); default: OUT_DIR/report.html", path=ITSELF
-    )
+    out_dir: str = out_dir_option(positional="OUT_DIR")
+    output: str = option("", "page (.html); default: OUT_DIR/report.html", path=ITSELF, short="-o")
 
 
 def main(options: Options) -> None:
+    from folio.records.report import report
+
     out_dir = Path(options.out_dir)
     page = Path(options.output) if options.output else out_dir / "report.html"
     if page.suffix not in (".html", ".htm"):

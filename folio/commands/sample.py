@@ -1,22 +1,20 @@
-"""folio sample: text from a trained model."""
+"""folio sample: generate text from a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from folio.checkpoints import find
 from folio.config.options import Sampling, Source, System
-from folio.data.tokenizers import Tokenizer
-from folio.generation.sampling import continuations, samples
-from folio.machine import shortage
-from folio.machine.choices import resolve
-from folio.machine.runtime import Runtime
-from folio.machine.wrap import compiled
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 from folio.records.console import put
+
+if TYPE_CHECKING:
+    from folio.data.tokenizers import Tokenizer
+    from folio.machine.runtime import Runtime
+    from folio.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,29 @@ class Options:
 
 
 def main(options: Options) -> None:
+    from folio.generation.sampling import samples
+
     with _opened(options) as (model, vocabulary):
         for text in samples(model, vocabulary, options.sampling, options.system.seed):
             put(text)
 
 
 def texts(options: Options) -> list[str]:
-    """The texts, each with its prompt."""
+    """The generated texts, each with its prompt."""
+    from folio.generation.sampling import continuations
+
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
+    from folio.checkpoints import find
+    from folio.machine import shortage
+    from folio.machine.choices import resolve
+    from folio.machine.runtime import Runtime
+    from folio.machine.wrap import compiled
+
     chosen = find.from_source(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(resolve(options.system))
@@ -58,6 +66,8 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
 
 
 def _needs(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
+    from folio.machine import shortage
+
     cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * runtime.dtype.itemsize
     return (
         f"{how.num_samples} samples keep up to {cached * shape.block_size / 1e9:,.2f} GB of keys and values, of the "

@@ -1,4 +1,4 @@
-"""folio tokenizer: a vocabulary of one's own."""
+"""folio tokenizer: train a tokenizer on text."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from folio.config.options import ITSELF, knob
-from folio.data.tokenizers import END_OF_TEXT
+from folio.config.options import ITSELF, option
 from folio.errors import UserError
-from folio.files import write
-from folio.preparation.documents import Flaw, Work, documents, refusal
-from folio.preparation.finding import find
-from folio.preparation.text_files import Files
 from folio.records.console import say
+
+if TYPE_CHECKING:
+    from folio.preparation.text_files import Files
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 LEAST = 257  # the bytes and the end of text
@@ -28,18 +24,23 @@ LEAST = 257  # the bytes and the end of text
 class Options:
     """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
 
-    action: tyro.conf.Positional[Literal["train"]] = knob(MISSING, "learn the merges that the text needs most")
-    text: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT …")] = knob(
-        (), "files, folders and globs, as folio prepare takes them", path=ITSELF
+    action: Literal["train"] = option(MISSING, "learn the most frequent merges", positional="train")
+    text: tuple[str, ...] = option(
+        (), "files, folders and globs, as for folio prepare", path=ITSELF, positional="TEXT …"
     )
-    vocab_size: int = knob(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
-    out: str = knob("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
-    text_key: str = knob("text", "key or column that holds the text")
-    on_error: Literal["stop", "skip"] = knob("stop", "skip: leave out documents that cannot be taken")
+    vocab_size: int = option(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
+    out: str = option("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
+    text_key: str = option("text", "key or column that holds the text")
+    on_error: Literal["stop", "skip"] = option("stop", "skip: leave out documents that cannot be read")
 
 
 def main(options: Options) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from folio.data.tokenizers import END_OF_TEXT
+    from folio.files import write
+    from folio.preparation.finding import find
+    from folio.preparation.text_files import Files
 
     if not options.text:
         raise UserError("no text to train on: name files, folders or globs")
@@ -66,6 +67,8 @@ def main(options: Options) -> None:
 
 
 def _texts(source: Files, options: Options) -> Iterator[str]:
+    from folio.preparation.documents import Flaw, Work, documents, refusal
+
     work = Work({}, "none", options.text_key)
     for block in source.blocks():
         for span in block.spans:

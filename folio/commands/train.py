@@ -5,31 +5,34 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from folio.config.options import COMMAND_LINE, override, read_file
+from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
-from folio.data.folders import find
+from folio.config.table import override, those
+from folio.config.values import COMMAND_LINE
 from folio.records.console import say
-from folio.training.loop import fit
-from folio.training.resume import has_run
-from folio.training.start import running
-from folio.training.stopping import EXIT
 
 _FINEWEB = "train_gpt2_124m_fineweb"
-_CHOICES = {"dataset", "data_dir", "data_mixture"}
 
 
 def main(options: Options) -> int:
+    from folio.training.loop import fit
+    from folio.training.start import running
+    from folio.training.stopping import EXIT
+
     with running(_beside_fineweb(options)) as run:
         return EXIT.get(fit(run), 0)
 
 
 def _beside_fineweb(options: Options) -> Options:
-    """As build-nanogpt's train_gpt2.py trains, where neither a file nor data was named and FineWeb-Edu's is there.
+    """The preset of build-nanogpt's train_gpt2.py, if neither a file nor data is named and FineWeb-Edu is there.
 
-    OpenWebText, on which nanoGPT trains then, goes before, and so does a run that goes on, which knows its data.
+    nanoGPT's default, OpenWebText, has precedence, and so has the data of a run that is resumed.
     """
+    from folio.data.folders import find
+    from folio.training.resume import has_run
+
     typed, begin = options.sources, options.output.init_from
-    if typed.keys() & _CHOICES or set(typed.values()) - {COMMAND_LINE}:
+    if typed.keys() & those(Options, role="data") or set(typed.values()) - {COMMAND_LINE}:
         return options
     if begin not in ("scratch", "auto", "resume") or (begin != "scratch" and has_run(Path(options.output.out_dir))):
         return options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from folio.config.options import ITSELF, knob
+from folio.config.options import ITSELF, option
 from folio.data.token_files import CLONE
 from folio.preparation.job import prepare
 from folio.preparation.recipes import FINEWEB_EDU, SHARD_SIZE, sharded
@@ -14,15 +14,11 @@ from folio.preparation.recipes import FINEWEB_EDU, SHARD_SIZE, sharded
 class Options:
     """Tokenize the documents of a data set into shards val_000000.npy, train_000001.npy …"""
 
-    local_dir: str = knob(
-        "edu_fineweb10B", "folder to write, under data/ beside scripts/ unless it is absolute", path=ITSELF
-    )
-    remote_name: str = knob("sample-10BT", "configuration of the data set")
-    shard_size: int = knob(SHARD_SIZE, "tokens in a shard", min=1)
-    dataset_path: str = knob(
-        FINEWEB_EDU, "data set on the hub, or a file or folder of parquet or JSON lines", path=ITSELF
-    )
-    tokenizer_model: str = knob("gpt2", "encoding of tiktoken")
+    local_dir: str = option("edu_fineweb10B", "folder to write, under data/ unless it is absolute", path=ITSELF)
+    remote_name: str = option("sample-10BT", "configuration of the data set")
+    shard_size: int = option(SHARD_SIZE, "tokens in a shard", min=1)
+    dataset_path: str = option(FINEWEB_EDU, "data set of the hub, or a file or folder", path=ITSELF)
+    tokenizer_model: str = option("gpt2", "encoding of tiktoken")
 
 
 def main(options: Options) -> None:

@@ -6,13 +6,11 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from folio.config.options import ITSELF, Sampling, TrainConfig, knob, override
-from folio.data.folders import find
+from folio.config.options import ITSELF, Sampling, TrainConfig, option
+from folio.config.table import override
 from folio.errors import UserError
-from folio.training.showcase import show
-from folio.training.stopping import EXIT
 
-KNOBS = {  # of folio train, where it has another name
+NAMES = {  # of folio train, where it has another name
     "data_root": "data_dir",
     "n_batches": "batch_size",
     "n_tokens": "window",
@@ -46,39 +44,37 @@ BEFORE_AND_AFTER = Sampling("On a clear day", num_samples=1, max_new_tokens=25, 
 
 @dataclass(frozen=True)
 class Options:
-    """Train GPT-from-scratch's model, with the flags of its script; folio train --init_from=resume goes on with it."""
+    """Train GPT-from-scratch's model, with the flags of its script; folio train --init_from=resume resumes it."""
 
-    data_root: str = knob(
-        "data/edu_fineweb10B", "folder of the shards that tokenize_documents_parallel.py wrote", path=ITSELF
-    )
-    n_batches: int = knob(16, "rows in a micro batch", min=1)
-    n_tokens: int = knob(1024, "tokens of a row, at most context_length", min=1)
-    vocab_size: int = knob(50304, "token ids that the model knows", min=1)
-    emb_dim: int = knob(768, "width", min=1)
-    context_length: int = knob(1024, "positions that the model knows", min=1)
-    drop_rate: float = knob(0.0, "share that dropout sets to zero", min=0, below=1)
-    n_layers: int = knob(12, "blocks", min=1)
-    n_heads: int = knob(12, "attention heads of a block", min=1)
-    qkv_bias: bool = knob(False, "biases of queries, keys and values")
-    monitor: bool = knob(True, "losses, measurements and samples on the console")
-    torch_matmul_precision: Literal["highest", "high", "medium"] = knob("high", "of float32 products")
-    log_dir: str = knob("log", "folder of the run", path=ITSELF)
-    n_epochs: int = knob(1, "times to take max_iters steps, learning rate and data from the beginning", min=1)
-    warmup_iters: int = knob(715, "steps of linear warm-up", min=0)
-    max_iters: int = knob(19073, "steps (updates) of an epoch", min=1)
-    total_batch_size: int = knob(2**19, "tokens a step, over all processes together", min=1)
-    metrics: Literal["Hellaswag", "none"] = knob("Hellaswag", "what is measured besides the loss, every 250 steps")
-    max_lr: float = knob(6e-4, "highest learning rate", min=0)
-    min_lr: float = knob(6e-5, "lowest learning rate", min=0)
+    data_root: str = option("data/edu_fineweb10B", "folder of the shards", path=ITSELF)
+    n_batches: int = option(16, "rows in a micro batch", min=1)
+    n_tokens: int = option(1024, "tokens of a row, at most context_length", min=1)
+    vocab_size: int = option(50304, "token ids that the model knows", min=1)
+    emb_dim: int = option(768, "width", min=1)
+    context_length: int = option(1024, "positions that the model knows", min=1)
+    drop_rate: float = option(0.0, "share that dropout sets to zero", min=0, below=1)
+    n_layers: int = option(12, "blocks", min=1)
+    n_heads: int = option(12, "attention heads of a block", min=1)
+    qkv_bias: bool = option(False, "biases of queries, keys and values")
+    monitor: bool = option(True, "losses, measurements and samples on the console")
+    torch_matmul_precision: Literal["highest", "high", "medium"] = option("high", "of float32 products")
+    log_dir: str = option("log", "folder of the run", path=ITSELF)
+    n_epochs: int = option(1, "epochs of max_iters steps; learning rate and data start again", min=1)
+    warmup_iters: int = option(715, "steps of linear warm-up", min=0)
+    max_iters: int = option(19073, "steps (updates) of an epoch", min=1)
+    total_batch_size: int = option(2**19, "tokens a step, over all processes together", min=1)
+    metrics: Literal["Hellaswag", "none"] = option("Hellaswag", "measured besides, every 250 steps")
+    max_lr: float = option(6e-4, "highest learning rate", min=0)
+    min_lr: float = option(6e-5, "lowest learning rate", min=0)
 
 
 def configured(options: Options) -> TrainConfig:
-    """The same run in folio train's knobs."""
+    """The same run in the options of folio train."""
     o = options
     named = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in ("n_epochs", "metrics")}
     return override(
         TrainConfig(),
-        {KNOBS.get(name, name): value for name, value in named.items()}
+        {NAMES.get(name, name): value for name, value in named.items()}
         | ALWAYS
         | {"max_iters": o.n_epochs * o.max_iters, "lr_decay_iters": o.max_iters, "restart_interval": o.max_iters}
         | {"hellaswag_interval": 250 if o.metrics == "Hellaswag" else 0},
@@ -86,6 +82,10 @@ def configured(options: Options) -> TrainConfig:
 
 
 def main(options: Options) -> int:
+    from folio.data.folders import find
+    from folio.training.showcase import show
+    from folio.training.stopping import EXIT
+
     config = configured(options)
     try:
         find(config.data)
@@ -96,9 +96,15 @@ def main(options: Options) -> int:
         ) from None
     try:
         return EXIT.get(show(config, BEFORE_AND_AFTER).stop, 0)
-    except (UserError, OSError, FloatingPointError) as error:  # which speak of folio train's knobs
+    except FloatingPointError as error:
+        raise FloatingPointError(_in_flags(str(error))) from None
+    except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise
-        flags = {ours: theirs for theirs, ours in KNOBS.items()}
-        line = re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], str(error))
-        raise (FloatingPointError if isinstance(error, FloatingPointError) else UserError)(line) from None
+        raise UserError(_in_flags(str(error))) from None
+
+
+def _in_flags(line: str) -> str:
+    """A line about folio train's options, with the names that they have here."""
+    flags = {ours: theirs for theirs, ours in NAMES.items()}
+    return re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], line)

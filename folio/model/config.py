@@ -14,23 +14,31 @@ AUTO = Literal["auto"]
 class GPTConfig:
     """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64."""
 
-    block_size: int = field(default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000})
+    block_size: int = field(
+        default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000, "nanogpt": True}
+    )
     vocab_size: int | AUTO = field(
         default=50304,
         metadata={"help": "token ids the model knows; auto: the data set's", "min": 1, "max": 100_000_000},
     )
-    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000})
-    n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1})
-    n_embd: int = field(default=768, metadata={"help": "width", "min": 1, "max": 100_000})
-    dropout: float = field(default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1})
-    bias: bool = field(default=True, metadata={"help": "biases in Linears and LayerNorms, as GPT-2 has"})
+    n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000, "nanogpt": True})
+    n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1, "nanogpt": True})
+    n_embd: int = field(default=768, metadata={"help": "width", "min": 1, "max": 100_000, "nanogpt": True})
+    dropout: float = field(
+        default=0.0, metadata={"help": "probability; 0 to pretrain", "min": 0, "below": 1, "nanogpt": True}
+    )
+    bias: bool = field(
+        default=True,
+        metadata={"help": "biases in Linears and LayerNorms, as GPT-2 has", "nanogpt": True, "advanced": True},
+    )
     qkv_bias: bool | AUTO = field(
-        default="auto", metadata={"help": "bias of the query, key and value projection; auto: as bias"}
+        default="auto",
+        metadata={"help": "bias of the query, key and value projection; auto: as bias", "advanced": True},
     )
     activation: Literal["gelu", "gelu_tanh"] = field(
-        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2"}
+        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2", "advanced": True}
     )
-    tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding"})
+    tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding", "advanced": True})
 
     def check(self) -> None:
         """Raises ValueError where two fields do not go together."""

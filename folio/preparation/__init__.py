@@ -7,3 +7,5 @@
 4. ``writer`` writes the ids of all blocks, in order, into files that appear whole; ``parts`` those of a shared job.
 5. ``job`` runs all of this under a lock, and continues where a killed run stopped.
 """
+
+DATA_SETS = ("shakespeare_char", "shakespeare", "stdlib", "openwebtext", "fineweb_edu")  # functions of ``recipes``

@@ -1,8 +1,7 @@
 """The recipes of the known data sets, one function each, and of the files that a user names.
 
-To add a data set, write its function here and list it in ``KNOWN``. Its name is that of the data set, its docstring the
-help. Its arguments are the folder, a ``source`` that replaces the usual one, and by keyword the options that a user may
-set.
+To add a data set, write its function here and add its name to ``folio.preparation.DATA_SETS``. Its arguments are the
+folder, a ``source`` that replaces the usual one, and by keyword the options that a user may set.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 from folio.errors import UserError
 from folio.files import decode_text, download, read_text
+from folio.preparation import DATA_SETS
 from folio.preparation.finding import find
 from folio.preparation.hub import Hub
 from folio.preparation.recipe import Recipe
@@ -83,8 +83,7 @@ def sharded(source: str, config: str, name: str, shard_size: int, tokenizer: str
     return Recipe(Hub(source, config, streaming=True), named(tokenizer), layout, keep_empty=True)
 
 
-_RECIPES = (shakespeare_char, shakespeare, stdlib, openwebtext, fineweb_edu)
-KNOWN: dict[str, Callable[..., Recipe]] = {recipe.__name__: recipe for recipe in _RECIPES}  # each docstring is its help
+KNOWN: dict[str, Callable[..., Recipe]] = {name: globals()[name] for name in DATA_SETS}
 
 
 def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recipe:

@@ -55,6 +55,12 @@ def put(text: str) -> None:
         raise OSError(f"standard output cannot be written: {error.strerror or error}") from None
 
 
+def show_styled(text: str) -> None:
+    """Writes text of this program with its styles, which are escape sequences. Raises OSError if that fails."""
+    if sys.stdout is not None:
+        _write(text, sys.stdout)
+
+
 def accompanying(stream: Any) -> Any:
     """The stream as a file for progress bars; if it fails, it is dropped as by ``say``."""
     return _Accompanying(stream)

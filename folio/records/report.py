@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from folio.config.options import TrainConfig, defaults
+from folio.config.options import TrainConfig
+from folio.config.table import defaults
 from folio.records.metrics import read_metrics
 from folio.records.plot import (
     GPT2_HELLASWAG,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from folio import __version__, files
-from folio.config.options import OF_THE_CALL, possible
+from folio.config.compose import possible
+from folio.config.options import TrainConfig
+from folio.config.table import those
 from folio.errors import UserError
 from folio.locks import Lock
 
@@ -136,6 +138,7 @@ def asked(out_dir: Path) -> Asked:
 
 
 def keep_asked(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the options that hold for one call only."""
-    kept = {name: value for name, value in options.items() if name not in OF_THE_CALL}
+    """Writes what ``asked`` reads, without the options that hold for one call."""
+    passed_over = those(TrainConfig, role="call")
+    kept = {name: value for name, value in options.items() if name not in passed_over}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folio.config.options import Data, Processes, TrainConfig, override
+from folio.config.options import Data, Processes, TrainConfig
+from folio.config.table import override
 from folio.errors import UserError
 from folio.machine import probe, shortage
 from folio.machine.runtime import Runtime

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 from folio.checkpoints import checkpoint, find, pt_files
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
-from folio.config.options import COMMAND_LINE, OF_THE_CALL, TrainConfig, flat, override
+from folio.config.compose import over_files
+from folio.config.options import TrainConfig
+from folio.config.table import flat
+from folio.config.values import COMMAND_LINE
 from folio.errors import UserError
 from folio.machine import processes
 from folio.model.config import GPTConfig
@@ -78,15 +81,8 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
 def overlay(config: TrainConfig, former: Former) -> tuple[TrainConfig, list[str]]:
     """defaults < files < the options of the former run < command line; and notes about it and its options."""
     asked, notes = former.found.asked, list(former.notes)
-    mine, values = flat(config), {}
-    for name, value in asked.items():
-        source = config.sources.get(name)
-        if name in OF_THE_CALL or name not in mine or source == COMMAND_LINE:
-            continue
-        if source and mine[name] != value:
-            notes.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
-        values[name] = value
-    merged = override(config, values)
+    merged, overridden = over_files(config, asked)
+    notes += overridden
     o = merged.optimizer
     longer = o.max_iters > max(asked.get("max_iters", o.max_iters), o.lr_decay_iters)
     if longer and o.decay_lr and not o.restart_interval and o.lr_decay_iters == asked.get("lr_decay_iters"):

@@ -18,7 +18,10 @@ from folio import rng
 from folio.checkpoints import checkpoint, find
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
-from folio.config.options import COMMAND_LINE, TrainConfig, accumulated, check, flat
+from folio.config.compose import accumulated, check
+from folio.config.options import TrainConfig
+from folio.config.table import flat, those
+from folio.config.values import COMMAND_LINE
 from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
 from folio.errors import UserError
@@ -40,15 +43,6 @@ from folio.training.resume import Former, find_former, overlay, restore, shape_o
 from folio.training.run import Run, finish
 from folio.training.work import save_checkpoint, scheduled_work
 
-_OWN = (  # options that may differ between the ranks
-    "out_dir",
-    "init_from",
-    "data_dir",
-    "dataset",
-    "data_mixture",
-    "hellaswag_data",
-    "wandb_run_name",
-)
 _NUMBERS = itertools.count()  # of the runs that this process builds
 
 
@@ -227,7 +221,7 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:
     """Raises UserError, on every rank, if the ranks were not given the same options, data and checkpoint."""
     runtime.agree(
-        {name: value for name, value in flat(config).items() if name not in _OWN}
+        {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
         | {"the newest checkpoint": former.found.step if former else None}
         | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}

@@ -14,7 +14,8 @@ from small_checkpoints import SHAPE, tensors, trained
 
 from folio import files
 from folio.checkpoints import checkpoint, find
-from folio.config.options import TrainConfig, flat
+from folio.config.options import TrainConfig
+from folio.config.table import flat
 from folio.records import run_folder
 
 

@@ -16,8 +16,7 @@ import torch
 from conftest import SMALL, Outcome, python
 
 from folio import cli
-from folio.commands.train import Options
-from folio.config.options import Data
+from folio.config.options import Data, TrainConfig
 from folio.data.folders import open_folder
 from folio.data.mixture import parse as parse_mixture
 from folio.data.rows import Tokens
@@ -264,7 +263,7 @@ def test_two_ranks_train_on_build_nanogpts_batches(tmp_path: Path) -> None:
     done = python(*launcher, "train.py", *argv, f"--out_dir={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     losses = [r["loss"] for r in read_metrics(tmp_path / "two" / "metrics.jsonl") if r["kind"] == "train"]
-    run = build(cli.parse(Options, [*argv, f"--out_dir={tmp_path / 'one'}"], "folio train", files=True))
+    run = build(cli.parse(TrainConfig, [*argv, f"--out_dir={tmp_path / 'one'}"], "folio train", files=True))
     make, expected = written_here(tmp_path / "data"), []
     loaders = [make(4, 16, rank, 2) for rank in (0, 1)]
     for _ in range(3):

@@ -18,7 +18,11 @@ import torch
 from conftest import TINY, Outcome, assert_refused, python, succeed, tree
 
 from folio import rng
-from folio.config.options import COMMAND_LINE, Data, TrainConfig, accumulated, override, read_file
+from folio.config.compose import accumulated
+from folio.config.files import read_file
+from folio.config.options import Data, TrainConfig
+from folio.config.table import override
+from folio.config.values import COMMAND_LINE
 from folio.data.tokenizers import Tiktoken
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT

@@ -21,7 +21,8 @@ from conftest import ROOT, Outcome, assert_same_bits, python, succeed, tree
 
 from folio import cli, rng
 from folio.checkpoints import find
-from folio.config.options import TrainConfig, override
+from folio.config.options import TrainConfig
+from folio.config.table import override
 from folio.doors import train_gpt
 from folio.doors.train_gpt import BEFORE_AND_AFTER, Options
 from folio.model.gpt import GPT

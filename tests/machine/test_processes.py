@@ -191,7 +191,7 @@ def test_a_lost_rank_is_recognized_by_gloos_messages(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "JOB", processes.Job(stores={"start": processes.dist.HashStore()}))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    code, line = cli._told(RuntimeError(message))
+    code, line = cli._line_about(RuntimeError(message))
     assert code == 1
     assert line.startswith("rank 1 does not answer (")
 

@@ -62,7 +62,7 @@ def test_it_is_known_whoever_tells_it(who: str) -> None:
     line = r"^out of memory while trying.*: do less$"
     with pytest.raises(ValueError, match=line), shortage.explained("trying", lambda: "do less"):
         TOO_MUCH[who]()
-    code, line = cli._told(raised.value)  # type: ignore[arg-type]
+    code, line = cli._line_about(raised.value)  # type: ignore[arg-type]
     assert (code, "\n" in line, "Traceback" in line) == (2, False, False)
 
 

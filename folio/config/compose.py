@@ -1,0 +1,191 @@
+"""Layers of values become one frozen object, typed and checked: defaults < files < checkpoint < command line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from folio.config.options import AFTER_FILE, EACH, ITSELF, MICRO_STEPS, Data, TrainConfig
+from folio.config.table import defaults, flat, override, table, those
+from folio.config.values import COMMAND_LINE, check_bounds, typed
+from folio.errors import UserError
+from folio.model.config import GPTConfig
+
+T = TypeVar("T")
+EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # options that say the same
+
+
+class Layer(NamedTuple):
+    """Values by flat name, and the file or call that they are from.
+
+    Of two options that say the same, a layer that ``supersedes`` drops the one that an earlier layer gave.
+    """
+
+    source: str
+    values: Mapping[str, Any]
+    supersedes: bool = False
+
+
+def compose(base: T, layers: Sequence[Layer]) -> T:
+    """The base with the values of each layer over those before.
+
+    Raises:
+        UserError: a value is out of its bounds, or two do not go together.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values |= layer.values
+    config = override(base, values)
+    if hasattr(config, "sources"):
+        sources = dict(config.sources)
+        for layer in layers:
+            both = EITHER if layer.supersedes and EITHER & layer.values.keys() else set()
+            sources = {name: by for name, by in sources.items() if name not in both | layer.values.keys()}
+            sources |= dict.fromkeys(layer.values, layer.source)  # in the order in which they were given
+        config = replace(config, sources=sources)  # type: ignore[type-var]
+    config = at_home(config)
+    check(config)
+    return config
+
+
+def starting_from(options: type[T], layers: Sequence[Layer]) -> T:
+    """A command's options at their defaults; what has none is from the layers."""
+    values = {name: value for layer in layers for name, value in layer.values.items()}
+    return options(**{name: value for name, value in values.items() if name not in defaults(options)})
+
+
+def over_files(config: TrainConfig, asked: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """A config with what its checkpoint's run was asked, over files and under the command line.
+
+    Returns:
+        The config, and a line for each value of a file that differs.
+    """
+    mine, values, lines = flat(config), {}, []
+    own = those(TrainConfig, role="call")
+    for name, value in asked.items():
+        source = config.sources.get(name)
+        if name in own or name not in mine or source == COMMAND_LINE:
+            continue
+        if source and mine[name] != value:
+            lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
+        values[name] = value
+    return override(config, values), lines
+
+
+def check(config: Any) -> None:
+    """Bounds and cross-field rules, before anything is built. Raises UserError, which names the option."""
+    known, values = table(type(config)), flat(config)
+    for name, value in values.items():
+        check_bounds(name, value, known[name].metadata)
+    if isinstance(model := getattr(config, "model", None), GPTConfig):
+        model.check()
+    if values.get("min_lr", 0) > values.get("learning_rate", math.inf) and values["decay_lr"]:
+        raise UserError(
+            f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
+            "lower --min_lr, or set --decay_lr=False"
+        )
+    sources = getattr(config, "sources", {})
+    asked = {sources.get(name) for name in EITHER}
+    if len(asked) == 1 and asked != {None} and values["total_batch_size"]:
+        raise UserError(
+            f"total_batch_size={values['total_batch_size']} and gradient_accumulation_steps="
+            f"{values['gradient_accumulation_steps']} exclude each other: give one of them"
+        )
+    if values.get("check_replicas_every") and values["parallel"] == "fsdp":
+        raise UserError(
+            f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
+            "nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
+        )
+
+
+def accumulated(data: Data, row: int, sources: Mapping[str, str]) -> Data:
+    """The data options with the micro steps that ``total_batch_size`` needs, for rows of ``row`` tokens.
+
+    Of ``total_batch_size`` and ``gradient_accumulation_steps``, the one given last wins; both win over a checkpoint's.
+
+    Raises:
+        UserError: it is no multiple of a micro batch; names a size that fits.
+    """
+    total, micro = data.total_batch_size, data.batch_size * row
+    given = [name for name in sources if name in EITHER]
+    if given[-1:] == ["gradient_accumulation_steps"]:
+        return replace(data, total_batch_size=0)
+    if not total:
+        return data
+    if total // micro > MICRO_STEPS:
+        raise UserError(
+            f"total_batch_size={total} is {total // micro:,} micro steps of {micro} tokens, above {MICRO_STEPS:,}: "
+            "lower it, or raise --batch_size"
+        )
+    if total % micro:
+        sizes = [size for size in range(1, data.batch_size) if total % (size * row) == 0]
+        raise UserError(
+            f"total_batch_size={total} is no multiple of batch_size × tokens of a row = {data.batch_size} × {row} = "
+            f"{micro}: --total_batch_size={max(1, round(total / micro)) * micro} fits"
+            + (f", or --batch_size={sizes[-1]}" if sizes else "")
+        )
+    return replace(data, gradient_accumulation_steps=total // micro)
+
+
+def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
+    """The shape of a model that a file describes.
+
+    Raises:
+        UserError: a field is unknown, or its value is not possible; names the file.
+    """
+    if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
+        raise UserError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
+    config = GPTConfig(**{f.name: possible(path, f.name, values.get(f.name, f.default)) for f in fields(GPTConfig)})
+    if config.vocab_size == "auto":
+        raise UserError(f"{path}: vocab_size = {values.get('vocab_size', 'auto')!r}: must be a number")
+    try:
+        config.check()
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
+
+
+def possible(path: Path, name: str, value: Any) -> Any:
+    """A value that a file gives for an option of a run, checked for type and bounds; unchanged if there is no such option.
+
+    Raises:
+        UserError: names the file, the option and the value.
+    """
+    if (found := table(TrainConfig).get(name)) is None:
+        return value
+    value = typed(path, name, value, TrainConfig)
+    try:
+        check_bounds(name, value, found.metadata)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return value
+
+
+def at_home(options: T) -> T:
+    """The same options, with the user's home folder in place of each ``~`` at the start of a path.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    values = flat(options)
+    places = {name: where for name, k in table(type(options)).items() if (where := k.metadata.get("path"))}
+    return override(options, {name: _expanded(name, values[name], where) for name, where in places.items()})
+
+
+def _expanded(name: str, value: Any, where: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_expanded(name, part, where) for part in value)
+    if where == EACH:
+        return ",".join(_expanded(name, part, ITSELF) for part in value.split(","))
+    before = where if where == AFTER_FILE else ""
+    if not value.removeprefix(before).lstrip(" ").startswith("~") or not value.startswith(before):
+        return value
+    place = os.path.expanduser(value.removeprefix(before).lstrip(" "))
+    if place.startswith("~"):
+        user = place.partition("/")[0]
+        raise UserError(f"{name}={value}: {user} has no home folder here: write the whole path, or ./{place}")
+    return before + place

@@ -1,0 +1,85 @@
+"""What ``--help`` shows of a command: the options most used on one screen, all of them, or one at length."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
+
+from rich_argparse import RichHelpFormatter
+
+from folio.config.arguments import described, parser
+from folio.config.options import TrainConfig
+from folio.config.table import Option, defaults, table
+
+_BOUNDS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
+_ROLES = {
+    "call": "It holds for one call; a resumed run does not keep it.",
+    "machine": "It is about this machine; its value in a foreign checkpoint is not read.",
+    "data": "It says where the data of the run is.",
+}
+
+
+class _Formatter(RichHelpFormatter):
+    group_name_formatter: ClassVar[Any] = str
+    help_markup: ClassVar[bool] = False
+    text_markup: ClassVar[bool] = False
+
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, max_help_position=38, **more)
+
+
+def page(options: type, prog: str, about: str, example: str, topic: str, places: Sequence[str], *, files: bool) -> str:
+    """The text of ``--help``.
+
+    Args:
+        options: The command's options.
+        prog: The command, as it is typed.
+        about: What it does, in a sentence.
+        example: A command line; may be empty.
+        topic: "" for the options most used, "all" for all, or the name of one.
+        places: The words besides the options; the first may be one that only some options are for.
+        files: Whether it reads config files.
+    """
+    known = table(options)
+    if topic in known:
+        return _at_length(topic, known[topic], defaults(options).get(topic), prog)
+    mine = {name for name, option in known.items() if _is_for(option, known, places)}
+    names = {name for name in mine if topic == "all" or not known[name].metadata.get("advanced")}
+    words = [o.metadata["positional"] for o in known.values() if o.metadata.get("positional")]
+    usage = " ".join([prog, *(["[FILE or PRESET …]"] if files else []), *words, "[--option=value …]"])
+    more = ["Defaults are in parentheses"]
+    more += [f"--help=all lists all {len(mine)} options"] if len(names) < len(mine) else []
+    some = next((name for name in ("learning_rate", *sorted(names)) if name in names), "")
+    more += [f"--help={some} describes one"] if some else []
+    return parser(
+        options,
+        names,
+        prog=prog,
+        usage=usage.replace("%", "%%"),
+        description=f"{about} Example: {example}" if example else about,
+        epilog=f"{', '.join(more)}." if more else None,
+        formatter_class=_Formatter,
+    ).format_help()
+
+
+def _is_for(option: Option, known: dict[str, Option], places: Sequence[str]) -> bool:
+    """Whether an option is for what the words name: of ``folio eval hellaswag``, for HellaSwag."""
+    first = {word for o in known.values() if o.metadata.get("positional") for word in get_args(o.type)} & set(
+        places[:1]
+    )
+    return not first or not (of := option.metadata.get("of")) or bool(first & set(of))
+
+
+def _at_length(name: str, option: Option, usual: Any, prog: str) -> str:
+    """All that is known of one option."""
+    about = option.metadata
+    lines = [f"--{name}: {described(name, option, {name: usual})}", *filter(None, [about.get("details")])]
+    bounds = [f"{words} {about[rule]:,}" for rule, words in _BOUNDS.items() if rule in about]
+    lines += [f"Its value is {' and '.join(bounds)}."] if bounds else []
+    lines += [_ROLES[role]] if (role := about.get("role")) else []
+    lines += [f"Only for {prog} {' and '.join(about['of'])}."] if about.get("of") else []
+    lines += ["nanoGPT has it, with this name."] if about.get("nanogpt") else []
+    width = shutil.get_terminal_size().columns - 2
+    return "\n".join(line for text in lines for line in textwrap.wrap(text, width)) + "\n"

@@ -42,7 +42,6 @@ cli.main()
 DYING = """
 import json, os, sys, traceback
 from folio import cli
-import tyro
 from folio.commands import prepare as _
 from folio.preparation import job, sources, workers
 from folio.data.tokenizers import Tiktoken

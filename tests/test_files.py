@@ -144,7 +144,6 @@ def test_what_is_not_what_was_written(content: str, tmp_path: Path) -> None:
 # The only changes of the file system
 
 CHANGES = {"rename", "replace", "renames", "unlink", "rmdir", "removedirs", "rmtree", "fsync", "fdatasync"}
-NOT_YET = {"preparation"}  # rooms that still make changes of their own
 
 
 def changes(path: Path) -> list[str]:
@@ -167,12 +166,9 @@ def changes(path: Path) -> list[str]:
 def test_no_other_module_renames_removes_or_syncs_files() -> None:
     """So that a test that fails each function of ``folio.files`` fails each change."""
     package = ROOT / "folio"
-    rooms = {path: path.relative_to(package).parts[0] for path in package.rglob("*.py")}
-    found = {str(path): made for path, room in rooms.items() if room not in NOT_YET and (made := changes(path))}
+    found = {str(path): made for path in package.rglob("*.py") if (made := changes(path))}
     assert found.pop(str(package / "files.py"))
     assert found == {}
-    for room in NOT_YET:
-        assert any(changes(path) for path, other in rooms.items() if other == room), f"{room} need not be listed"
 
 
 def test_an_unwritten_file_is_named_in_any_process() -> None:

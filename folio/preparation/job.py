@@ -13,7 +13,6 @@ documents, and the one that completes the last part passes all of them, in order
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from folio import files
 from folio.data.token_files import SPLITS, UNFINISHED
 from folio.data.tokenizers import Characters, Tokenizer, stored
 from folio.errors import UserError
@@ -96,11 +96,9 @@ def _same(state: dict[str, Any], described: dict[str, Any]) -> bool:
 def _remove(work: Path) -> None:
     """Removes the folder, its state last, so that after a kill the next run finds it."""
     for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != STATE:
-            path.unlink()
-    shutil.rmtree(work)
+        if path.name != STATE:
+            files.remove(path)
+    files.remove(work)
 
 
 @contextlib.contextmanager
@@ -116,7 +114,7 @@ def _lock(work: Path) -> Iterator[None]:
         raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to continue") from None
     finally:
         if not (work / STATE).exists():
-            shutil.rmtree(work, ignore_errors=True)
+            files.discard(work)
         lock.release()
 
 
@@ -146,11 +144,11 @@ class _Job:
                 with contextlib.closing(writer):
                     self._write(writer, tokenized)
                     try:
-                        files = writer.finish(tokenizer.eot, self.recipe.small_fraction)
+                        written = writer.finish(tokenizer.eot, self.recipe.small_fraction)
                     except ValueError as error:
-                        (work / STATE).unlink()  # a second run would fail here again
+                        files.remove(work / STATE)  # a second run would fail here again
                         raise UserError(f"{folder}: {error}{_count(writer.skipped)}") from None
-                state["meta"] = self._meta(writer, tokenizer, files)
+                state["meta"] = self._meta(writer, tokenizer, written)
                 state["place"] = "" if writer.place == work else writer.place.name
                 state["replaces"] = sorted(listed(folder))
                 save_state(work, state)
@@ -178,7 +176,7 @@ class _Job:
         if state and not self.overwrite:
             refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
         if not _same(state, self.described):
-            (work / STATE).unlink(missing_ok=True)
+            files.remove(work / STATE)
             state = {"made": self.described, "block": sources.BLOCK}
         return state
 

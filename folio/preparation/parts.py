@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from folio import files
 from folio.data.token_files import SPLITS
 from folio.errors import UserError
 from folio.preparation.sources import Block
@@ -49,8 +49,7 @@ class PartWriter(Counted):
     def commit(self, position: Any, **more: Any) -> None:
         """As a ``Writer``'s; ``complete=True`` says that the part is."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            files.sync_open(file)
         sizes = {name: file.tell() for name, file in self._files.items()}
         self.save(position=position, sizes=sizes, tokens=self.tokens, **more)
 

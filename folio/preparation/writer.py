@@ -8,7 +8,6 @@ process wrote beyond.
 from __future__ import annotations
 
 import io
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from folio import files
 from folio.data.token_files import META, SPLITS, Eot, Split
 from folio.data.tokenizers import Ids
 from folio.errors import UserError
@@ -112,8 +112,7 @@ class Stream:
             assert header.tell() == _NPY_HEADER
             file.seek(0)
             file.write(header.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+        files.sync_open(file)
         file.close()
 
     def release(self) -> None:
@@ -124,8 +123,7 @@ class Stream:
     def sync(self) -> None:
         """Makes all that was added durable."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            files.sync_open(self._file)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
@@ -265,12 +263,12 @@ class Writer(Counted):
 
 def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:
     """Moves finished files to their place, ``meta.json`` last; an older ``meta.json`` is removed first."""
-    (to / META).unlink(missing_ok=True)
+    files.remove(to / META)
     for name in names:
         if (folder / name).exists():
-            (folder / name).replace(to / name)
+            files.rename(folder / name, to / name)
     for name in set(replaces) - set(names):
-        (to / name).unlink(missing_ok=True)
+        files.remove(to / name)
     write_json(to / META, meta)
 
 

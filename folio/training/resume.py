@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from folio import files
 from folio.checkpoints import checkpoint, find, pt_files
 from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
@@ -189,7 +190,7 @@ def take_folder(run: Run, number: int, former: Former | None) -> list[str]:
     out_dir, notes = run.out_dir, []
     try:
         if former and not run.state.best:
-            (out_dir / run_folder.BEST).unlink(missing_ok=True)
+            files.remove(out_dir / run_folder.BEST)
         if former:
             imported = former.found.state["data"] is None  # so this program measured nothing yet
             interval = 0 if imported else former.found.asked.get("log_interval", 1)

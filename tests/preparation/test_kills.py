@@ -118,7 +118,7 @@ def test_killed_and_streamed_otherwise(
     source = write(tmp_path / "source", "parquet", articles * 20)
     argv = ["prepare", f"hf:{source}", "--workers=1", "--name=x", "--data_dir"]
     assert dying(0, *argv, tmp_path / "new", *first)[0] == ENDED
-    assert dying(14, *argv, tmp_path / "out", *first)[0] == DIED
+    assert dying(24, *argv, tmp_path / "out", *first)[0] == DIED
     assert committed(tmp_path / "out" / UNFINISHED)[0] > 0
     code, said = dying(0, *argv, tmp_path / "out", *then)
     if code == ENDED:

@@ -369,6 +369,7 @@ def test_a_run_that_is_followed(folio: Callable[..., Outcome], story: Path, out:
     for steps in (5, 10):
         outcome = folio("train", *flags, f"--max_iters={steps}")
         assert outcome.code == 0, outcome.err
+        time.sleep(1)  # TensorBoard reads event files in the order of their names, which count seconds
     found = [(r["step"], r["val_loss"]) for r in read_metrics(out / "metrics.jsonl") if r["kind"] == "eval"]
     assert [step for step, _ in found] == [0, 5, 10]
     run_id = json.loads((out / "config.json").read_text())["run"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
 from folio.checkpoints.hugging_face import weight_files
+from folio.config.names import did_you_mean
 from folio.data import tokenizer_folder
 from folio.errors import UserError, first_line
 
@@ -17,8 +17,8 @@ _BIN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 def download(name: str) -> Path:
     """The folder of a model of the hub, from the hub's cache or else downloaded by the hub's library."""
-    if close := difflib.get_close_matches(name, ("scratch", "resume", "auto"), n=1, cutoff=0.7):
-        raise UserError(f"{name}: there is no such folder: did you mean {close[0]!r}?")
+    if hint := did_you_mean(name, ("scratch", "resume", "auto"), cutoff=0.7):
+        raise UserError(f"{name}: there is no such folder: {hint}")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name):
         raise FileNotFoundError(f"{name}: there is no such file or folder")
     try:

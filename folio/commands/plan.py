@@ -11,7 +11,7 @@ from folio.config.names import did_you_mean
 from folio.config.options import Data, Optimizer, Processes, System, option
 from folio.config.table import override
 from folio.errors import UserError
-from folio.model.config import GPTConfig
+from folio.model.config import PADDED_GPT2, GPTConfig
 from folio.records.console import show
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def _data(options: Options) -> tuple[Tokens | str, int]:
     try:
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
-        note = ", and vocab_size=auto counts as 50304" if options.model.vocab_size == "auto" else ""
-        return f"{error}\n{'':9}so epochs are not known{note}", 50304
+        note = f", and vocab_size=auto counts as {PADDED_GPT2}" if options.model.vocab_size == "auto" else ""
+        return f"{error}\n{'':9}so epochs are not known{note}", PADDED_GPT2
     return tokens, vocab_size_of(tokens)[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from folio.data.shards import Rows
 from folio.data.token_files import GPT2, SPLITS
 from folio.data.tokenizers import from_json
 from folio.errors import UserError
+from folio.model.config import AUTO
 
 _SEARCHED = 2**20  # tokens of a file without a meta file that are searched for its end-of-text token
 
@@ -32,7 +32,7 @@ class Documents:
         return (numbers if self.first else numbers - ends)[:, :-1]
 
 
-def find_documents(folders: Sequence[Folder], eot: int | Literal["auto"]) -> tuple[Documents, str]:
+def find_documents(folders: Sequence[Folder], eot: int | AUTO) -> tuple[Documents, str]:
     """How the documents of some data sets are separated, and where that is known from, in words.
 
     ``eot``: the id of the end-of-text token, "auto" for the tokenizer's. Without a meta file, the token is the first of

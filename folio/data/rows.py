@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from folio.data.token_files import GPT2, GPT2_SIZES, SPLITS, Split
 from folio.data.tokenizer_comparison import difference
 from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
+from folio.model.config import AUTO
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ class Tokens:
             batch_size=config.batch_size,
         )
 
-    def with_documents(self, eot: int | Literal["auto"]) -> tuple[Tokens, str]:
+    def with_documents(self, eot: int | AUTO) -> tuple[Tokens, str]:
         """The same data with ``documents``, and where those are known from, in words.
 
         ``eot``: the id of the end-of-text token, "auto" for the tokenizer's. Raises ValueError as ``find_documents``.

@@ -9,6 +9,7 @@ from typing import Literal
 from folio.config.options import ITSELF, Sampling, TrainConfig, option
 from folio.config.table import override
 from folio.errors import UserError
+from folio.model.config import PADDED_GPT2
 
 NAMES = {  # of folio train, where it has another name
     "data_root": "data_dir",
@@ -49,7 +50,7 @@ class Options:
     data_root: str = option("data/edu_fineweb10B", "folder of the shards", path=ITSELF)
     n_batches: int = option(16, "rows in a micro batch", min=1)
     n_tokens: int = option(1024, "tokens of a row, at most context_length", min=1)
-    vocab_size: int = option(50304, "token ids that the model knows", min=1)
+    vocab_size: int = option(PADDED_GPT2, "token ids that the model knows", min=1)
     emb_dim: int = option(768, "width", min=1)
     context_length: int = option(1024, "positions that the model knows", min=1)
     drop_rate: float = option(0.0, "share that dropout sets to zero", min=0, below=1)

@@ -8,6 +8,7 @@ from typing import Literal
 from folio.errors import UserError
 
 AUTO = Literal["auto"]
+PADDED_GPT2 = 50304  # GPT-2's 50257 token ids, rounded up to a multiple of 64 for speed
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class GPTConfig:
         default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000, "nanogpt": True}
     )
     vocab_size: int | AUTO = field(
-        default=50304,
+        default=PADDED_GPT2,
         metadata={"help": "token ids the model knows; auto: the data set's", "min": 1, "max": 100_000_000},
     )
     n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000, "nanogpt": True})

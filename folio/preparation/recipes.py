@@ -6,7 +6,6 @@ folder, a ``source`` that replaces the usual one, and by keyword the options tha
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import platform
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from folio.config.names import did_you_mean
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 from folio.errors import UserError
 from folio.files import decode_text, download, read_text
@@ -93,8 +93,7 @@ def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recip
         ValueError: there is no such data set, or the recipe fixes an option that was set.
     """
     if name not in KNOWN:
-        close = difflib.get_close_matches(name, KNOWN, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KNOWN)}"
+        hint = did_you_mean(name, KNOWN) or f"there are {', '.join(KNOWN)}"
         raise UserError(f"no data set, file or folder {name!r} to prepare: {hint}")
     open_to_choice = list(inspect.signature(KNOWN[name]).parameters)[2:]
     if fixed := [option for option in chosen if option not in open_to_choice]:

@@ -31,7 +31,7 @@ from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
-from folio.model.config import GPTConfig
+from folio.model.config import PADDED_GPT2, GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
@@ -254,7 +254,7 @@ def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
     """The value of ``vocab_size=auto`` for this data, and a note about it."""
     found = tokens.known_vocab_size
     if found is None or tokens.tokenizer() == GPT2:
-        return 50304, "vocab_size = 50304 (GPT-2's 50257 rounded up for speed)"
+        return PADDED_GPT2, f"vocab_size = {PADDED_GPT2} (GPT-2's 50257 rounded up for speed)"
     return found, f"found vocab_size = {found} (inside {tokens.name})"
 
 

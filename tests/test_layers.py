@@ -14,7 +14,7 @@ LAYERS = [
     {"", "errors", "files", "locks", "rng", "config", "model"},  # "" is folio/__init__.py
     {"data", "machine", "records"},
     {"checkpoints", "generation", "preparation"},
-    {"evaluation"},
+    {"checks", "evaluation"},
     {"training"},
     {"commands", "doors"},
     {"cli", "api", "__main__"},

@@ -9,17 +9,18 @@ import pytest
 from conftest import closed_port
 
 from folio import cli
+from folio.checks import network
+from folio.checks.finding import Finding
 from folio.commands import doctor
-from folio.commands.doctor import Row
 
-Look = Callable[[], dict[str, list[Row]]]
+Look = Callable[[], dict[str, list[Finding]]]
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, which is known at once; what is there may take its time on a busy machine."""
-    monkeypatch.setattr(doctor, "_PATIENCE", 60.0)
+    """No network, which each check finds out at once; other servers may be slow on a busy machine."""
+    monkeypatch.setattr(network, "_TIMEOUT", 60.0)
     for name in (*PROXIES, *map(str.upper, PROXIES), "HF_ENDPOINT", "PIP_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
     with closed_port() as url:
@@ -29,7 +30,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def text(alone, tmp_path, monkeypatch, capfd) -> Callable[[], str]:
-    """Runs the command in an empty folder, as a pipe sees it."""
+    """Runs the command in an empty folder, and returns what it writes to a pipe."""
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -45,13 +46,14 @@ def text(alone, tmp_path, monkeypatch, capfd) -> Callable[[], str]:
 
 @pytest.fixture
 def look(text) -> Look:
-    """The same, as rows by what they are about."""
+    """The same, as findings by subject."""
 
-    def run() -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
+    def run() -> dict[str, list[Finding]]:
+        found: dict[str, list[Finding]] = {}
         table = text().partition("\n\n")[0]
-        for mark, what, finding, mend in re.findall(r"^(\w+) +(\S.*?)  +(.+)(?:\n +\$ (.+))?$", table, re.MULTILINE):
-            found.setdefault(what, []).append(Row(mark, what, finding, mend))
+        for row in re.findall(r"^(\w+) +(\S.*?)  +(.+)(?:\n +\$ (.+))?$", table, re.MULTILINE):
+            finding = Finding(*row)
+            found.setdefault(finding.subject, []).append(finding)
         assert sum(map(len, found.values())) == sum(not line.startswith(" ") for line in table.splitlines())
         return found
 
@@ -59,9 +61,11 @@ def look(text) -> Look:
 
 
 @pytest.fixture
-def one(look) -> Callable[[str], Row]:
-    def run(what: str) -> Row:
-        (row,) = look()[what]
-        return row
+def one(look) -> Callable[[str], Finding]:
+    """The only finding about a subject."""
+
+    def run(subject: str) -> Finding:
+        (finding,) = look()[subject]
+        return finding
 
     return run

@@ -1,0 +1,1 @@
+"""Checks of the machine, the packages, the network and the data, for ``folio doctor``."""

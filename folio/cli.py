@@ -87,8 +87,8 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
         console.say(sign + line, sys.stderr)
     with contextlib.suppress(OSError, ValueError):
         console.flush()
-    if processes := sys.modules.get("folio.machine.processes"):
-        processes.leave(code)
+    if launch := sys.modules.get("folio.machine.launch"):
+        launch.leave(code)
     sys.exit(code)
 
 
@@ -112,7 +112,7 @@ def _line_about(error: Exception) -> tuple[int, str]:
         defect = "this is a defect of Folio: please report it with these lines and the command"
         code, line = 1, f"{traceback.format_exc().rstrip()}\n{defect}"
     if "RANK" in os.environ and package != "torch":
-        from folio.machine.processes import first_error
+        from folio.machine.failures import first_error
 
         line = first_error(line, error)
     return code, line

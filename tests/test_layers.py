@@ -27,7 +27,7 @@ DELEGATES = {  # whose functions are nanoGPT's methods of GPT, one line each
 }
 PUBLIC = {"api", "config.options", "model.config", "model.gpt"}  # whose names are the package's, imported on demand
 OWNERS = {
-    "torch.distributed": {"machine.processes", "machine.shares", "machine.wrap"},
+    "torch.distributed": {"machine.failures", "machine.launch", "machine.processes", "machine.shares", "machine.wrap"},
     "wandb": {"records.trackers"},
     "trackio": {"records.trackers"},
     "torch.utils.tensorboard": {"records.trackers"},

@@ -84,10 +84,10 @@ def resolve(
     Raises:
         ValueError: a device that is not on this machine, a launcher's variable that is missing.
     """
-    from folio.machine import processes  # imports torch
+    from folio.machine import launch  # imports torch
 
     several, machine, before = several or Processes(), machine or Machine(), before or {}
-    rank, world, local_rank = processes.place()
+    rank, world, local_rank = launch.read_ranks()
     grouped = "RANK" in os.environ
     parallel = several.parallel if grouped else "ddp"
     shards = _shards(parallel, world)
@@ -98,7 +98,7 @@ def resolve(
         raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=bfloat16 or --dtype=float32")
     threads = machine.threads()
     if kind == "cpu" and world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, processes.JOB.threads // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        threads = max(1, launch.JOB.threads // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     compiled = _asked_or_before(system.compile, before.get("compile"))
     if compiled == "auto":
         compiled = _compile_pays(machine, device, dtype, flops)

@@ -57,7 +57,7 @@ class Runtime(Ranks):
         loss = wrap(model, self.choices, batch)
         self._objective = objective_of(loss)
         if self.parallel != "ddp":
-            self.be_patient()
+            self.extend_timeout()
         return loss
 
     @torch.no_grad()

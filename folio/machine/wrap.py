@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from folio.machine import processes
+from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import within_documents
 from folio.model.gpt import GPT
@@ -116,7 +116,7 @@ def _shard(model: GPT, choices: Choices, device: torch.device, dtype: torch.dtyp
     world, shards = choices.world, choices.shards
     size = (world,) if choices.parallel == "fsdp" else (world // shards, shards)
     mesh = init_device_mesh(device.type, size, mesh_dim_names=("replicate", "shard")[-len(size) :])
-    processes.JOB.groups.extend(mesh.get_all_groups())
+    launch.JOB.groups.extend(mesh.get_all_groups())
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         matrices: list[Any] = [block.attn, block.mlp]

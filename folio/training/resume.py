@@ -15,7 +15,7 @@ from folio.config.options import TrainConfig
 from folio.config.table import flat
 from folio.config.values import COMMAND_LINE
 from folio.errors import UserError
-from folio.machine import processes
+from folio.machine import launch
 from folio.model.config import GPTConfig
 from folio.records import run_folder
 from folio.records.metrics import rewind
@@ -198,7 +198,7 @@ def take_folder(run: Run, number: int, former: Former | None) -> list[str]:
         else:
             notes = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         run_folder.keep_asked(out_dir, run.id, flat(run.config))
-        processes.remember(number, run.id)
+        launch.remember_run(number, run.id)
     except OSError as error:
         raise unwritable(out_dir, error) from None
     return notes

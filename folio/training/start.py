@@ -26,7 +26,7 @@ from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
 from folio.errors import UserError
 from folio.locks import Lock
-from folio.machine import processes, shortage
+from folio.machine import launch, shortage
 from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
 from folio.machine.runtime import Runtime
@@ -79,7 +79,7 @@ def _hold(config: TrainConfig) -> Lock | None:
     """Locks the folder, on rank 0 for all ranks; None on other ranks, and if there is nothing to resume."""
     out_dir = Path(config.output.out_dir)
     nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
-    if nothing_there or processes.place()[0] > 0:
+    if nothing_there or launch.read_ranks()[0] > 0:
         return None
     try:
         return run_folder.hold(out_dir)
@@ -161,7 +161,7 @@ def _former_run(config: TrainConfig, number: int, lock: Lock | None) -> Former |
     A job that its launcher restarted resumes the run that it had begun, whatever ``init_from`` says.
     """
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    known = processes.former_run(number)
+    known = launch.recall_run(number)
     if lock:
         resuming = known is not None or begin in ("resume", "auto")
         ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), resuming)

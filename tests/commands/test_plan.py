@@ -47,7 +47,7 @@ from folio.config.options import Processes, System
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.machine.choices import resolve
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.machine.runtime import Runtime
 
 parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]

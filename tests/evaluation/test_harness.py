@@ -269,7 +269,7 @@ from folio.checkpoints import find
 from folio.evaluation import harness
 from folio.config.options import Processes, System
 from folio.machine.choices import resolve
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.machine.runtime import Runtime
 
 model_folder, out, parallel, *tasks = sys.argv[1:]

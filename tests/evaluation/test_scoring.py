@@ -207,7 +207,7 @@ from test_scoring import model_of, queries
 from folio.evaluation import scoring
 from folio.config.options import Processes, System
 from folio.machine.choices import resolve
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.machine.runtime import Runtime
 
 out, parallel = sys.argv[1:]

@@ -32,7 +32,7 @@ import torch
 from torch.profiler import profile
 from folio import cli
 from folio.config.options import TrainConfig
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.training import loop, start
 from folio.training.run import finish
 
@@ -67,7 +67,7 @@ import torch
 alone = torch.get_num_threads()
 from folio.config.options import System
 from folio.machine.choices import resolve
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.machine.runtime import Runtime
 runtime = Runtime(resolve(System(device="cpu")))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())

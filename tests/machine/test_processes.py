@@ -29,7 +29,7 @@ from conftest import (
 from launches import ENDLESS, by_hand_variables, faulty, free_port, said_at_its_end
 
 from folio import cli
-from folio.machine import processes
+from folio.machine import launch
 from folio.records import run_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
@@ -144,7 +144,7 @@ def test_processes_that_do_not_meet(story: Path, tmp_path: Path, rank: int, port
     script = faulty(
         tmp_path,
         "from datetime import timedelta\nfrom folio.machine import processes\n"
-        "processes.PATIENCE = timedelta(seconds=2)",
+        "processes.START_TIMEOUT = timedelta(seconds=2)",
     )
     argv = (*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--timeout=1")
     port = free_port()
@@ -189,7 +189,7 @@ def test_a_lost_rank_is_recognized_by_gloos_messages(monkeypatch: pytest.MonkeyP
     """Both of its messages, seen when a cable broke, become a line that names the rank that did not answer."""
     for name, value in by_hand_variables(0, 2, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "JOB", processes.Job(stores={"start": processes.dist.HashStore()}))
+    monkeypatch.setattr(launch, "JOB", launch.Job(stores={"start": launch.dist.HashStore()}))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     code, line = cli._line_about(RuntimeError(message))
     assert code == 1

@@ -19,7 +19,7 @@ from conftest import (
 )
 from launches import by_hand_variables, free_port, go, saved
 
-from folio.machine import processes
+from folio.machine import launch
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
 from folio.training import start
@@ -27,7 +27,7 @@ from folio.training import start
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
 STANDALONE = ("--standalone", "--nproc_per_node=3")
-JOBS: list[processes.Job] = []  # of this process, whose groups must not be destroyed (see Ranks.close)
+JOBS: list[launch.Job] = []  # of this process, whose groups must not be destroyed (see Ranks.close)
 
 
 @pytest.mark.slow
@@ -72,14 +72,14 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     update, stores = Runtime.update, {}
 
     def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
-        JOBS.append(processes.Job())  # as of a process that has just begun
-        monkeypatch.setattr(processes, "JOB", JOBS[-1])
+        JOBS.append(launch.Job())  # as of a process that has just begun
+        monkeypatch.setattr(launch, "JOB", JOBS[-1])
         monkeypatch.setattr(start, "_NUMBERS", count())
         for name in (*by_hand_variables(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         if job:
             if job not in stores:
-                stores[job] = processes.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+                stores[job] = launch.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             for name, value in by_hand_variables(0, 1, stores[job].port).items():
                 monkeypatch.setenv(name, value)
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))

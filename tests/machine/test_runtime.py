@@ -33,7 +33,7 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
 from folio.machine.choices import resolve
-from folio.machine.processes import leave
+from folio.machine.launch import leave
 from folio.machine.runtime import Runtime
 
 runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))

@@ -1,1 +1,1 @@
-"""What a run computes on: devices, processes, memory, speed."""
+"""The devices, processes, memory and speed of a run."""

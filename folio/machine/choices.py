@@ -1,4 +1,4 @@
-"""Options and a machine to choices: what every ``auto`` becomes. Nothing is built, and no state of torch changes."""
+"""What every ``auto`` becomes, from the options and the machine. Nothing is built, and torch's state stays as it is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from folio.errors import UserError
 from folio.machine.probe import Machine
 
 T = TypeVar("T")
-_RECORDED = (  # in state.json: what the bits of a run depend on
+_RECORDED = (  # in state.json: the choices on which the bits of a run depend
     "device",
     "dtype",
     "compile",
@@ -39,12 +39,12 @@ class Choices:
     processor: str
     rank: int
     world: int
-    grouped: bool  # whether a launcher started this process; then it joins a group, even if it is alone there
+    grouped: bool  # whether a launcher started this process, which then joins a group, even of one
     parallel: str  # ddp, fsdp or hsdp
     shards: int  # processes that share one copy of the model
     backend: str  # of the group: nccl or gloo
     timeout: float  # seconds to wait for another process
-    recompute: bool  # whether a block's activations are computed again in the backward
+    recompute: bool  # whether the backward computes a block's activations again
 
     @property
     def kind(self) -> str:
@@ -53,11 +53,11 @@ class Choices:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """The record of these choices in a checkpoint, from which ``resolve`` can repeat them."""
+        """The choices that a checkpoint records, so that ``resolve`` can repeat them."""
         return {name: getattr(self, name) for name in _RECORDED} | {"device": self.kind}
 
     def differences(self, before: dict[str, Any]) -> list[str]:
-        """Why a run that was resolved as ``before`` continues exactly to rounding only; empty: to the bit."""
+        """Why a run that was resolved as ``before`` continues exact to rounding only; empty: in the same bits."""
         found = [
             f"{name} was {before[name]} and is {value}"
             for name, value in self.resolved.items()
@@ -76,13 +76,13 @@ def resolve(
     flops: float = 0.0,
     before: dict[str, Any] | None = None,
 ) -> Choices:
-    """The choices of this process, by the options, this machine and the launcher's variables.
+    """The choices of this process, from the options, this machine and the launcher's variables.
 
-    ``flops`` is the work of the whole run, by which ``compile=auto`` is decided. ``before`` is a former run's
-    ``Choices.resolved``: every ``auto`` becomes what it was there, if this machine allows it.
+    ``flops``: the work of the whole run, which decides ``compile=auto``. ``before``: the ``Choices.resolved`` of the
+    run that is resumed; every ``auto`` becomes what it was there, if this machine allows it.
 
     Raises:
-        ValueError: a device that is not on this machine, a launcher's variable that is missing.
+        UserError: the device is not on this machine, or a variable of the launcher is missing.
     """
     from folio.machine import launch  # imports torch
 
@@ -90,33 +90,27 @@ def resolve(
     rank, world, local_rank = launch.read_ranks()
     grouped = "RANK" in os.environ
     parallel = several.parallel if grouped else "ddp"
-    shards = _shards(parallel, world)
     device = _device(machine, system.device, before.get("device"), local_rank, world)
     kind = device.partition(":")[0]
     dtype = _dtype(machine, device, system.dtype, before.get("dtype"))
     if parallel != "ddp" and dtype == "float16":
         raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=bfloat16 or --dtype=float32")
-    threads = machine.threads()
-    if kind == "cpu" and world > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, launch.JOB.threads // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
     compiled = _asked_or_before(system.compile, before.get("compile"))
-    if compiled == "auto":
-        compiled = _compile_pays(machine, device, dtype, flops)
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
         device=device,
         dtype=dtype,
-        compile=bool(compiled),
+        compile=_compile_pays(machine, device, dtype, flops) if compiled == "auto" else bool(compiled),
         matmul_precision=machine.fast_precision(device) if precision == "auto" else precision,
         deterministic=system.deterministic,
-        threads=threads,
+        threads=_threads(machine, kind, world),
         torch=machine.torch_version(),
         processor=machine.processor(device),
         rank=rank,
         world=world,
         grouped=grouped,
         parallel=parallel,
-        shards=shards,
+        shards=_shards(parallel, world),
         backend="nccl" if kind == "cuda" and several.backend != "gloo" else "gloo",  # nccl is nanoGPT's default
         timeout=several.timeout,
         recompute=several.activation_checkpointing == "block",
@@ -127,6 +121,15 @@ def _asked_or_before(asked: T, before: T | None) -> T:
     return before if asked == "auto" and before is not None else asked
 
 
+def _threads(machine: Machine, kind: str, world: int) -> int:
+    """Of torch: the processes on a machine divide its cores, unless OMP_NUM_THREADS is set or they compute on GPUs."""
+    from folio.machine import launch
+
+    if kind != "cpu" or world == 1 or "OMP_NUM_THREADS" in os.environ:
+        return machine.threads()
+    return max(1, launch.JOB.threads // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+
+
 def _shards(parallel: str, world: int) -> int:
     """Processes that share one copy of the model."""
     if parallel != "hsdp":
@@ -134,8 +137,8 @@ def _shards(parallel: str, world: int) -> int:
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
     if not local.isdecimal() or not 1 < int(local) < world or world % int(local):
         raise UserError(
-            f"parallel=hsdp shares the model within each machine, but WORLD_SIZE={world} and "
-            f"LOCAL_WORLD_SIZE={local or 'not set'}: that needs several machines of as many processes; use fsdp"
+            f"parallel=hsdp divides the model among the processes of a machine, but WORLD_SIZE={world} and "
+            f"LOCAL_WORLD_SIZE={local or 'not set'}: it needs several machines with equally many processes; use fsdp"
         )
     return int(local)
 
@@ -151,14 +154,14 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
     except RuntimeError:
         raise UserError(f"device={asked}: must be auto, cpu, cuda, cuda:0 … or mps") from None
     if not machine.has(device.type):
-        raise UserError(f"device={asked}: there is none on this machine; use --device=cpu or --device=auto")
+        raise UserError(f"device={asked}: this machine has none; use --device=cpu or --device=auto")
     if device.type != "cuda":
         return device.type
     index = local_rank if world > 1 else (device.index or 0)
-    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank finds it
+    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank raises the error
     if last >= (count := machine.gpus()):
         raise UserError(
-            f"device={asked}: cuda:{last} is not there, this machine has {count} GPUs: start a process for each of them"
+            f"device={asked}: there is no cuda:{last}, this machine has {count} GPUs: start as many processes"
         )
     return f"cuda:{index}"
 
@@ -174,7 +177,7 @@ def _dtype(machine: Machine, device: str, asked: str, before: str | None) -> str
 def _compile_pays(machine: Machine, device: str, dtype: str, flops: float) -> bool:
     """Whether a run on a GPU takes more than a minute at a tenth of the peak.
 
-    On a CPU compiling gains a few per cent and costs half a minute, so there it must be asked for.
+    On a CPU compiling gains a few percent and costs half a minute, so auto never compiles there.
     """
     if not device.startswith("cuda") or not machine.can_compile():
         return False

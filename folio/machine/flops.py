@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Gpu(NamedTuple):
-    """Dense peak of the matrix units in TFLOP/s, 16-bit and (TF32 where there is one) 32-bit; memory in GB."""
+    """Dense peak of the matrix units in TFLOP/s, in 16 bits and in 32 bits (TF32 if there is one); memory in GB."""
 
     half: float
     single: float
@@ -25,7 +25,7 @@ class Gpu(NamedTuple):
         return 1e12 * (self.single if dtype == torch.float32 else self.half)
 
 
-# From the makers' data sheets, without sparsity. A device has the row of the first name that its own name contains.
+# From the data sheets, without sparsity. A device gets the first row whose name is part of the device's name.
 GPUS = {
     "B200": Gpu(2250, 1100, 180),
     "GH200": Gpu(989, 494, 96),
@@ -53,7 +53,7 @@ GPUS = {
 def flops_per_token(model: GPT, context: int | None = None) -> int:
     """Forward and backward: 6 N + 12 · layers · width · context, N without position embeddings.
 
-    The context is the model's, unless rows are shorter; an untied input embedding is a look-up and is not counted.
+    ``context``: tokens of a row, if fewer than block_size. An untied input embedding is a look-up and not counted.
     PaLM (Chowdhery et al., 2022), Appendix B, as nanoGPT's ``estimate_mfu``.
     """
     c = model.config
@@ -65,7 +65,7 @@ def flops_per_token(model: GPT, context: int | None = None) -> int:
 
 @functools.cache
 def peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that this device can reach: by table for a GPU, measured once for a CPU; None where unknown."""
+    """FLOP/s of this device: from the table for a GPU, measured once for a CPU; None if unknown."""
     if device.type == "cpu":
         return None if dtype == torch.float16 else _measured(dtype)  # CPUs emulate float16
     if device.type == "cuda":
@@ -93,6 +93,6 @@ def mfu(
     world: int = 1,
     context: int | None = None,
 ) -> float:
-    """Model FLOPs utilization: share of the peak of ``world`` such devices; NaN where it is unknown."""
+    """Model FLOPs utilization: share of the peak of ``world`` such devices; NaN if the peak is unknown."""
     limit = peak(device, dtype)
     return tokens_per_second * flops_per_token(model, context) / (limit * world) if limit else float("nan")

@@ -1,7 +1,7 @@
-"""The memory that a step needs on a device, and the bytes that it sends to other devices, computed before it runs.
+"""The memory that a step needs on a device, and the bytes that the device sends, computed before the step runs.
 
-There is no formula for the tensors that a model keeps for its backward. The model itself runs one micro step on
-tensors that have shapes and no data, and the bytes of those that are alive are counted.
+No formula gives the tensors that a model keeps for its backward. So the model runs one micro step on tensors without
+data, and the bytes of the live ones are counted.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention
 
 NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
-FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two means
+FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Step:
-    """A device's part of a step: ``micro_steps`` of at most ``rows`` rows, on a GPU or a CPU, in ``dtype``.
+    """One device's part of a step: ``micro_steps`` of at most ``rows`` rows, in ``dtype``.
 
     Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
-    A row has ``context`` tokens, as many as the model has positions unless fewer are given.
+    A row has ``context`` tokens; None: block_size.
     """
 
     rows: int
@@ -57,7 +57,7 @@ class Memory(NamedTuple):
     gradients: int
     copies: int  # of weights, for the arithmetic: in 16 bits, or gathered from other devices
     activations: int
-    logits: int  # and what the loss keeps of their size
+    logits: int  # and the tensors of their size that the loss keeps
 
     @property
     def total(self) -> int:
@@ -65,11 +65,11 @@ class Memory(NamedTuple):
 
 
 def needed(shape: GPTConfig, step: Step) -> Memory:
-    """The memory of a step in eager mode, without the memory of the device's library, allocator and network.
+    """The memory of a step in eager mode, without that of the driver, the allocator and the network library.
 
-    FSDP's shares are exact. Of the tensors that it has whole for a while, these are counted: the weights outside the
-    blocks' matrices, which stay until the end of the backward; the matrices of two blocks, since the next block's are
-    fetched early; and the gradients of two blocks, or of the model if several micro steps are summed first.
+    FSDP's shards are exact. Of the tensors that it gathers, these are counted: the weights outside the blocks'
+    matrices, which stay until the end of the backward; the matrices of two blocks, since those of the next block are
+    gathered early; and the gradients of two blocks, or of the model if several micro steps are summed first.
     """
     count, block = _counts(shape)
     # DDP's buckets hold all gradients from the beginning, and so does a second micro step
@@ -88,9 +88,9 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
 def sent(shape: GPTConfig, step: Step) -> int:
     """Bytes that a device sends in a step, by the ring algorithms.
 
-    DDP sums the gradients once. FSDP fetches the blocks' matrices for the forward and the backward of each micro
-    step, in the step's dtype, and other weights once a micro step, in float32; it scatters the sums of the gradients
-    once, in float32, and sums each share over the copies of the model.
+    DDP sums the gradients once. FSDP gathers the blocks' matrices for the forward and the backward of each micro
+    step, in the step's dtype, and the other weights once a micro step, in float32. It reduces and scatters the
+    gradients once, in float32, and sums each shard over the copies of the model.
     """
     count, block = _counts(shape)
     blocks, replicas = block * shape.n_layer, step.world // step.shards
@@ -101,9 +101,9 @@ def sent(shape: GPTConfig, step: Step) -> int:
 
 
 def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) -> str:
-    """Options that make it fit and leave the rows of a step as they are; "" where there are none.
+    """Options that make a step fit and keep its number of rows; "" if there are none.
 
-    Each way alone, else the first of several together; ``sharded``: several devices may share the model.
+    Each change that suffices alone, else the first combination. ``sharded``: several devices may share the model.
     """
     size, steps = data.batch_size, data.gradient_accumulation_steps
     batches = [
@@ -132,7 +132,7 @@ def _counts(shape: GPTConfig) -> tuple[int, int]:
 
 
 def _matrices(model: GPT) -> list[nn.Parameter]:
-    """The parameters that FSDP fetches block by block, in the step's dtype: all of a block but its LayerNorms."""
+    """The parameters that FSDP gathers block by block, in the step's dtype: all of a block but its LayerNorms."""
     return [p for name, p in model.transformer.h.named_parameters() if ".ln_" not in name]
 
 
@@ -155,8 +155,8 @@ def _micro_step(
     """
     with FakeTensorMode():
         model = GPT(shape)
-        fetched = set(_matrices(model)) if sharded else set()
-        for p in fetched:
+        gathered = set(_matrices(model)) if sharded else set()
+        for p in gathered:
             p.data = p.data.to(dtype)
         if recompute:
             recompute_blocks(model)
@@ -164,7 +164,7 @@ def _micro_step(
 
         def done(p: Tensor) -> None:
             live.gradient(p)
-            if p in fetched:
+            if p in gathered:
                 p.grad = None
 
         if gpu:
@@ -172,7 +172,7 @@ def _micro_step(
         with live:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(done)  # type: ignore[no-untyped-call]
-                if again and p not in fetched:
+                if again and p not in gathered:
                     p.grad = torch.empty_like(p)
                     live.gradient(p)
             row = torch.zeros(rows, context + 1, dtype=torch.long)
@@ -206,7 +206,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def gradient(self, p: Tensor) -> None:
-        """A weight's gradient is complete."""
+        """Counts a weight's gradient, which is complete."""
         assert p.grad is not None
         self._free(id(p.grad.untyped_storage()))
         self._count(p.grad, "gradients")
@@ -227,7 +227,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _FusedDropout(nn.Module):
-    """Keeps a byte an element for the backward, as CUDA's kernel does."""
+    """Keeps a byte per element for the backward, as CUDA's kernel does."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -243,9 +243,9 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout
 
 
 def _set_gpu_kernels(model: GPT) -> None:
-    """The model keeps for its backward what a GPU's kernels keep.
+    """Makes the model keep for its backward what a GPU's kernels keep.
 
-    Fake tensors on a GPU would show that too, but without a build for CUDA they have no gradients.
+    Fake tensors on a GPU would do so too, but have no gradients in a build without CUDA.
     """
     for module in list(model.modules()):
         if isinstance(module, CausalSelfAttention):

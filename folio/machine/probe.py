@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, devices, compilers, speeds. Nothing here changes torch's state for good."""
+"""The cores, memory, devices, compilers and speeds of this machine. Torch's state stays as it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cores() -> int:
 
 
 def memory() -> float:
-    """Bytes that this process may use: the memory of the machine, the container or ``ulimit -v``, the least of them."""
+    """Bytes that this process may use: the least of the machine's memory, the container's and ``ulimit -v``."""
     sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), container_memory()]
     if sys.platform != "win32" and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
         sizes.append(float(limit))
@@ -37,7 +37,7 @@ def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Float32 products inside are computed at this precision, as ``torch.set_float32_matmul_precision`` names them."""
+    """Sets the precision of float32 products inside, as ``torch.set_float32_matmul_precision`` does."""
     import torch
 
     before = torch.get_float32_matmul_precision()
@@ -49,9 +49,9 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 class Machine:
-    """The questions that ``choices.resolve`` asks; each is answered when it is asked, since some take a second.
+    """The properties that ``choices.resolve`` needs: methods, since some take a second.
 
-    ``device`` is "cpu", "mps" or "cuda:0" and so on, ``dtype`` the name of one of torch's.
+    ``device`` is "cpu", "mps" or "cuda:0" and so on, ``dtype`` the name of a torch dtype.
     """
 
     def has(self, kind: str) -> bool:
@@ -63,13 +63,13 @@ class Machine:
         return kind == "cpu"
 
     def gpus(self) -> int:
-        """How many CUDA devices torch sees."""
+        """The number of CUDA devices that torch sees."""
         import torch
 
         return torch.cuda.device_count()
 
     def processor(self, device: str) -> str:
-        """A GPU's name; else the instructions that torch uses on this CPU, such as AVX512."""
+        """The name of a GPU, or the instruction set that torch uses on this CPU, such as AVX512."""
         import torch
 
         if device.startswith("cuda"):
@@ -82,13 +82,13 @@ class Machine:
         return str(torch.__version__)
 
     def threads(self) -> int:
-        """How many torch uses now."""
+        """The number of threads that torch uses now."""
         import torch
 
         return torch.get_num_threads()
 
     def fast_dtype(self, device: str) -> str:
-        """bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 elsewhere."""
+        """bfloat16 if the hardware multiplies it, float16 on older GPUs, else float32."""
         import torch
 
         if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Profiles some steps with PyTorch's profiler, and reads from its trace where their time and memory go."""
+"""Profiles some steps with PyTorch's profiler, and summarizes their time and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from folio.machine.shares import here
 from folio.records.console import silent_stderr
 from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 
-WARM_UP = 2  # steps before the first that is profiled: they compile, and make AdamW's moments
+WARM_UP = 2  # steps before the first profiled one: they compile, and create AdamW's moments
 Event = dict[str, Any]
 Events = list[Event]  # of a trace; times are microseconds
 _ROWS = 10
@@ -30,7 +30,7 @@ class Peak(NamedTuple):
     weights: int
     optimizer: int
     gradients: int
-    activations: int  # and all the rest: logits, copies of weights, the batch
+    activations: int  # and the rest: logits, copies of weights, the batch
 
     @property
     def total(self) -> int:
@@ -38,27 +38,27 @@ class Peak(NamedTuple):
 
 
 class Profiler:
-    """Profiles what this process does between ``start`` and ``finish``, and writes to ``folder``:
+    """Profiles this process between ``start`` and ``finish``, and writes to ``folder``:
 
     - ``trace.json``, for chrome://tracing and ui.perfetto.dev;
-    - ``operations.txt``: the operations that took most time themselves, without those that they call; on a GPU the
-      time of their kernels;
-    - ``memory.json``: bytes by kind at the peak, which is the largest sum of the allocator's events in the trace.
-      Weights and optimizer are sums over the tensors that this process holds, of shared ones its part. Gradients
-      are those that had their memory at the peak: all of them from the second micro step on, fewer in a first one,
-      where they come as activations go. Activations are the rest. On a CPU the events count from ``start``, so what
-      else is older is left out; a device other than a CPU or CUDA's has none, and this file is not written.
+    - ``operations.txt``: the operations with the most time of their own, without the operations that they call; on
+      a GPU, the time of their kernels;
+    - ``memory.json``: bytes by kind at the peak, the largest sum of the allocator's events in the trace. Weights
+      and optimizer are sums over the tensors, or shards, of this process. Gradients are those that were allocated
+      at the peak: all of them from the second micro step on, fewer in the first, where they replace activations.
+      Activations are the rest. On a CPU events count from ``start``, so other tensors that are older are left out.
+      Devices other than CPUs and CUDA's have no events, and the file is not written.
 
-    A step's end is an update of ``optimizer``. What is computed stays the same to the bit.
+    A step ends with an update of ``optimizer``. Profiling does not change the results, to the bit.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, folder: Path) -> None:
         self._optimizer, self._device, self._folder = optimizer, device, folder
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._updates: list[list[tuple[int, int]]] = []  # of each, the gradients' (address of storage, bytes)
+        self._updates: list[list[tuple[int, int]]] = []  # for each update, (address of storage, bytes) of the gradients
 
     def start(self) -> None:
-        """Raises OSError where the folder cannot be written."""
+        """Raises OSError if the folder cannot be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._unfinished().cleanup()
@@ -80,7 +80,7 @@ class Profiler:
         self._updates.append([(g.untyped_storage().data_ptr(), g.nbytes) for g in gradients])
 
     def finish(self) -> str:
-        """Ends the profile, writes its files and returns a summary. Raises OSError where they cannot be written."""
+        """Ends the profile, writes its files and returns a summary. Raises OSError if they cannot be written."""
         self._profile.stop()
         self._hook.remove()
         with self._unfinished() as unfinished:
@@ -94,7 +94,7 @@ class Profiler:
             trace.with_name(OPERATIONS).write_text(text, encoding="utf-8")
             if peak := self._peak(events):
                 files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})
-                text += _in_words(peak)
+                text += _peak_table(peak)
             for path in trace.parent.iterdir():
                 files.rename(path, self._folder / path.name)
         return f"{text}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
@@ -103,7 +103,7 @@ class Profiler:
         return TemporaryDirectory(prefix=".profile-", dir=self._folder)
 
     def _operations(self) -> str:
-        """A table of those with most time of their own."""
+        """A table of the operations with the most time of their own."""
         of = "self_device_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
         times = {e.key: (getattr(e, of), e.count) for e in self._profile.key_averages() if e.device_type.name == "CPU"}
         total = sum(time for time, _ in times.values())
@@ -120,7 +120,7 @@ class Profiler:
         return "\n".join([*lines, ""])
 
     def _peak(self, events: Events) -> Peak | None:
-        """The kinds at the largest sum of the allocator's events; None where there are none."""
+        """Bytes by kind at the largest sum of the allocator's events; None if there are no events."""
         kind = _WITH_EVENTS.get(self._device.type)
         found = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == kind]
         if not found:
@@ -147,7 +147,7 @@ class Profiler:
         return Peak(weights, slots, gradients, total - weights - slots - gradients)
 
 
-def _in_words(peak: Peak) -> str:
-    words = ("weights", "optimizer", "gradients", "activations and the rest", "in all")
+def _peak_table(peak: Peak) -> str:
+    words = ("weights", "optimizer", "gradients", "activations and the rest", "total")
     lines = [f"{size / 1e6:>12,.1f} MB  {kind}" for kind, size in zip(words, (*peak, peak.total), strict=True)]
-    return "\n".join(["memory at the moment when it was most", *lines, ""])
+    return "\n".join(["memory at its peak", *lines, ""])

@@ -1,7 +1,7 @@
 """One process of a run on its device: move, backward, clip, update, reduce.
 
-The loop sees one process on one device; everything that changes with more of them, or with another device, is here
-or in ``wrap`` and ``processes``.
+The training loop is written for one process on one device. What other devices and more processes need is here, in
+``wrap`` and in ``processes``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class Runtime(Ranks):
-    """One process of a run, set up as ``choices`` say: ``rank`` of ``world``; ``device``; ``dtype`` of the arithmetic.
+    """One process of a run, set up by ``choices``: ``rank`` of ``world``; ``device``; ``dtype`` of the arithmetic.
 
-    ``resolved`` is the record of the choices for a checkpoint.
+    A checkpoint records the choices as ``resolved``.
     """
 
     def __init__(self, choices: Choices) -> None:
@@ -49,10 +49,10 @@ class Runtime(Ranks):
         super().__init__(choices.rank, choices.world, choices.backend if choices.grouped else None, choices.timeout)
 
     def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
-        """``model.loss`` for this machine: on its device, autocast, compiled or not, gradients averaged over the ranks.
+        """``model.loss`` on this device, under autocast, compiled or not, with gradients averaged over the ranks.
 
-        The model's parameters may be others afterwards, so the optimizer must be made of those. ``batch`` is the
-        largest shape (B, T) that will come; None where nothing will be differentiated.
+        This may replace the model's parameters, so make the optimizer afterwards. ``batch``: the largest shape (B, T)
+        of the batches; None if there is no backward.
         """
         loss = wrap(model, self.choices, batch)
         self._objective = objective_of(loss)
@@ -62,10 +62,10 @@ class Runtime(Ranks):
 
     @torch.no_grad()
     def infer(self, function: Callable[[], T]) -> T:
-        """Calls a function that runs the wrapped model's parts, without dropout and gradients.
+        """Calls a function that runs parts of the wrapped model, without dropout and gradients.
 
-        The arithmetic is that of the loss. Nothing is compiled, since shapes may change from call to call. Where
-        processes share a model, all of them call this, and run its parts as often.
+        The arithmetic is that of the loss. Nothing is compiled, since shapes may change from call to call. With FSDP
+        every process must call this, and run the parts equally often.
         """
         training = self._objective.model.training
         self._objective.eval()
@@ -76,7 +76,7 @@ class Runtime(Ranks):
             self._objective.train(training)
 
     def seed(self, key: int) -> None:
-        """Seeds the generator of dropout; ``torch.manual_seed`` would seed those of all devices, which takes 100 µs."""
+        """Seeds the generator of dropout. ``torch.manual_seed`` seeds those of all devices, which takes 100 µs."""
         torch.default_generator.manual_seed(key)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(key)
@@ -84,14 +84,14 @@ class Runtime(Ranks):
             torch.mps.manual_seed(key)
 
     def sync(self, loss: Loss, last: bool) -> AbstractContextManager[None]:
-        """Forward and backward inside; gradients are exchanged only in the ``last`` micro step of a step."""
+        """For a forward and backward inside: the ranks exchange gradients only in the ``last`` micro step of a step."""
         return exchange(loss, last)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """The global norm of the gradients, which are scaled down to ``max_norm``; 0 does not clip."""
+        """Scales the gradients down to ``max_norm``, 0: not at all, and returns the global norm that they had."""
         self.scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         norm = shares.whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
@@ -99,10 +99,10 @@ class Runtime(Ranks):
         return norm
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """One step of the optimizer; after a loss or gradient that was not finite, nothing is ever updated again.
+        """One step of the optimizer. After a loss or gradient that is not finite, no later call updates anything.
 
-        The check stays on the device: the fused kernels skip their update where ``found_inf`` is set. In
-        float16 the scaler skips single steps instead, since gradients that overflow are no failure there.
+        The check stays on the device: the fused kernels skip their update if ``found_inf`` is set. In float16 the
+        scaler skips single steps instead, since overflowing gradients are normal there.
         """
         if optimizer.defaults.get("fused") and not self.scaler.is_enabled():
             self._stuck = torch.maximum(self._stuck, (~torch.isfinite(loss + norm)).float())
@@ -113,25 +113,23 @@ class Runtime(Ranks):
         self.first_step_done()
 
     def not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
-        """The first weight, or moment of AdamW as ``<parameter>/<slot>``, that holds NaN or infinity on any rank."""
+        """The first weight, or moment of AdamW as ``<parameter>/<slot>``, with NaN or infinity on any rank, or ""."""
         self._reshard()
-        tensors = dict(model.named_parameters())
-        for name, p in model.named_parameters():
-            tensors |= {f"{name}/{slot}": t for slot, t in optimizer.state.get(p, {}).items() if t.dim()}
+        tensors = dict(model.named_parameters()) | shares.slots(model, optimizer, scalars=False)
         marks = self.reduce(torch.stack([(~shares.finite(shares.here(t))).float() for t in tensors.values()]))
         return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
 
     def remedy(self) -> str:
-        """A colon and an option that may avoid values that are not finite; empty in float32."""
+        """The end of a message about values that are not finite: an option that may avoid them; empty in float32."""
         return "" if self.dtype == torch.float32 else f": {self.resolved['dtype']} may overflow, try --dtype=float32"
 
     def _reshard(self) -> None:
-        """Puts the optimizer's parameters back: after a forward without backward FSDP leaves others there."""
+        """Restores the sharded parameters, which FSDP leaves gathered after a forward without backward."""
         if hasattr(self._objective, "reshard"):
             self._objective.reshard()
 
     def check_replicas(self, model: GPT) -> None:
-        """Compares a hash of each parameter with those of the ranks that should hold the same bits.
+        """Compares a hash of each parameter between the ranks that should have the same bits.
 
         Raises:
             FloatingPointError: on every rank, if any differ; names the ranks and the first parameter.
@@ -139,30 +137,26 @@ class Runtime(Ranks):
         if not self._grouped:
             return
         self._reshard()
-        parameters = dict(model.named_parameters())
-        hashes = self.stack(shares.hashes(list(parameters.values())))
-        replicas = hashes.view(-1, self.shards, len(parameters))
-        most = replicas.mode(0).values if len(replicas) > 2 else replicas[0]
-        differ = (replicas != most).view(self.world, -1).cpu()
-        if differ.any():
-            ranks = ", ".join(str(rank) for rank in range(self.world) if differ[rank].any())
-            first = list(parameters)[int(differ.any(0).nonzero()[0])]
+        hashes = self.stack(shares.hashes(list(model.parameters())))
+        ranks, first = shares.find_differences(hashes, self.shards)
+        if ranks:
+            names = [name for name, _ in model.named_parameters()]
             raise FloatingPointError(
-                f"the weights of rank {ranks} are no longer those of the other processes, first {first}: a device or "
-                "the network makes errors; resume from an earlier checkpoint"
+                f"the weights of rank {', '.join(map(str, ranks))} differ from those of the other processes, first "
+                f"{names[first]}: a device or the network makes errors; resume from an earlier checkpoint"
             )
 
     def pin(self, array: NDArray[Any]) -> Tensor:
-        """A tensor over an array; in pinned memory where that makes ``move`` faster."""
+        """A tensor of an array, in pinned memory if the device is a GPU, so that ``move`` need not wait."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def move(self, tensor: Tensor) -> Tensor:
-        """To the device; from pinned memory to a GPU without waiting."""
+        """Copies a tensor to the device; from pinned memory to a GPU, without waiting."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def later(self, tensor: Tensor) -> Callable[[], list[float]]:
-        """Starts to copy a tensor to the host, and returns a function that waits for the copy and for no later work."""
+    def read_later(self, tensor: Tensor) -> Callable[[], list[float]]:
+        """Starts to copy a tensor to the CPU, and returns a function that waits for the copy, not for later work."""
         if self.device.type != "cuda":
             return tensor.tolist
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

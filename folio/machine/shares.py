@@ -1,4 +1,4 @@
-"""Tensors of which this process may hold a share only, as FSDP lays them out."""
+"""Tensors of which FSDP gives this process only a shard, and their values."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor, nn
 
 def here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return tensor.to_local() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; of a shared one, every process that has a share must call this."""
-    return tensor.full_tensor() if _is_shared(tensor) else tensor  # type: ignore[attr-defined]
+    """The whole tensor. Every process that has a shard of it must call this."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def laid_out_as(p: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, laid out as the parameter is: this process's share of it if the parameter is shared."""
-    if not _is_shared(p) or p.shape != tensor.shape:
+    """A whole tensor laid out like the parameter: this process's shard of it if the parameter is sharded."""
+    if not _is_sharded(p) or p.shape != tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def _is_shared(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes half a second to import
 
 
@@ -35,15 +35,15 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """As ``is_finite``, a boolean scalar on the tensor's device."""
-    if not tensor.numel():  # such as a process's share of a short parameter
+    """The same as a boolean scalar on the tensor's device."""
+    if not tensor.numel():  # such as a process's shard of a short parameter
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     low, high = tensor.aminmax()
     return low.isfinite() & high.isfinite()
 
 
 def hashes(tensors: list[Tensor]) -> Tensor:
-    """A hash of the bits of each tensor's part here, (tensors,) of int64; 0 where there are none."""
+    """A hash of the bits of each tensor's part here, (tensors,) of int64; 0 for an empty part."""
     return torch.stack([_hash(here(t)) for t in tensors])
 
 
@@ -51,25 +51,43 @@ def _hash(tensor: Tensor) -> Tensor:
     return torch.hash_tensor(tensor).view(torch.int64) if tensor.numel() else tensor.new_zeros((), dtype=torch.int64)
 
 
+def find_differences(hashes: Tensor, shards: int) -> tuple[list[int], int]:
+    """The ranks whose hashes, (world, tensors), differ from those of most copies, and the first tensor that differs.
+
+    ``shards`` consecutive ranks hold one copy of the model. Of two copies, the second differs.
+    """
+    copies = hashes.view(-1, shards, hashes.size(1))
+    most = copies.mode(0).values if len(copies) > 2 else copies[0]
+    differ = (copies != most).view(hashes.shape).cpu()
+    ranks = differ.any(1).nonzero().flatten().tolist()
+    return ranks, int(differ.any(0).nonzero()[0]) if ranks else -1
+
+
+def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = True) -> dict[str, Tensor]:
+    """The optimizer's tensors as ``<parameter>/<slot>``; without ``scalars``, those of AdamW's moments only."""
+    return {
+        f"{name}/{slot}": t
+        for name, p in model.named_parameters()
+        for slot, t in optimizer.state.get(p, {}).items()
+        if scalars or t.dim()
+    }
+
+
 def gathered(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, keep: bool, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All weights by name and all optimizer tensors as ``<parameter>/<slot>``, whole and contiguous on the CPU.
 
-    One tensor is put together at a time. Processes that do not ``keep`` them help, and get empty dictionaries.
+    Tensors are gathered one at a time. Every process must call this; those without ``keep`` get empty dictionaries.
     Without ``copy``, tensors of a model on the CPU may be the model's own.
     """
-    weights: dict[str, Tensor] = {}
-    slots: dict[str, Tensor] = {}
 
-    def add(kept: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-        full = whole(tensor.detach())
-        if keep:
-            kept[name] = full.to("cpu", copy=copy).contiguous()
+    def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor.detach())
+            if keep:
+                kept[name] = full.to("cpu", copy=copy).contiguous()
+        return kept
 
-    for name, p in model.named_parameters():
-        add(weights, name, p)
-    for name, p in model.named_parameters() if optimizer else ():
-        for slot, value in optimizer.state[p].items():  # type: ignore[union-attr]
-            add(slots, f"{name}/{slot}", value)
-    return weights, slots
+    return gather(dict(model.named_parameters())), gather(slots(model, optimizer) if optimizer else {})

@@ -1,4 +1,4 @@
-"""Running out of memory: how to detect it, how much memory there is, and one line instead of a traceback."""
+"""Out of memory: how to detect it, how much memory there is, and one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from folio.errors import UserError
 from folio.machine import probe
 
-_WORDS = (  # of RuntimeErrors without a class of their own: torch's CPU and MPS, C++, cuBLAS, threads, shapes above 2⁶³
+_WORDS = (  # in RuntimeErrors that have no class: torch's CPU and MPS, C++, cuBLAS, threads, shapes above 2⁶³
     "can't allocate memory",
     "not enough memory",
     "out of memory",
@@ -23,13 +23,13 @@ _WORDS = (  # of RuntimeErrors without a class of their own: torch's CPU and MPS
     "Storage size calculation overflowed",
     "Cannot allocate memory",
 )
-# of torch's errors, which give the size in words only
+# torch's errors have the size in their text only
 _TRIED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or the machine, for Python, numpy or torch."""
+    """Whether an error of Python, numpy or torch means that memory ran out, on a device or the machine."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     named = isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -37,7 +37,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def line(error: BaseException, doing: str = "", advice: str = "") -> str:
-    """The message: what the program was ``doing``, how much memory it requested, and the ``advice``."""
+    """The message: what the program was ``doing``, how much memory was requested, and the ``advice``."""
     asked, (reason, *_) = _TRIED.search(str(error)), str(error).splitlines() or [""]
     size = f"{float(asked[1]) * _UNITS[asked[2]] / 1e6:,.0f} MB more were needed" if asked else reason[:80]
     return (
@@ -51,23 +51,23 @@ def explained(doing: str, advice: Callable[[], str]) -> Iterator[None]:
     """Turns an out-of-memory error inside into one line.
 
     Raises:
-        ValueError: that line; ``advice`` is called once the memory is free again.
+        UserError: that line; ``advice`` is called once the memory is free again.
     """
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # whose variables hold the memory
+        traceback.clear_frames(error.__traceback__)  # their variables hold the memory
         try:
-            helps = advice()
+            text = advice()
         except (MemoryError, RuntimeError):
-            helps = "folio plan says what a run needs, and what would fit"
-        raise UserError(line(error, doing, helps)) from None
+            text = "folio plan computes what a run needs, and what would fit"
+        raise UserError(line(error, doing, text)) from None
 
 
 def room(device: torch.device) -> float:
-    """Bytes that this process can use on the device; on a GPU without those of other processes."""
+    """Bytes that this process can use on the device; on a GPU, without the memory of other processes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":

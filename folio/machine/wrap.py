@@ -1,4 +1,4 @@
-"""Compilation, DDP, FSDP2 and recomputation, applied to a model from outside: no line of the model knows of them."""
+"""Compilation, DDP, FSDP2 and recomputation, applied to a model from outside."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from folio.model.attention import within_documents
 from folio.model.gpt import GPT
 
 T = TypeVar("T")
-Loss = Callable[..., tuple[Tensor, Tensor]]  # of tokens, targets and perhaps documents
+Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
 
 
 def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
-    """``torch.compile``; if it fails, also in mid-run, it warns once and calls the plain function from then on."""
+    """``torch.compile``. If it fails, even in mid-run, it warns once and calls the plain function from then on."""
     fast: Callable[..., T] | None = torch.compile(function, **how)
 
     def call(*args: Any, **kwargs: Any) -> T:
@@ -47,7 +47,7 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
 class Objective(nn.Module):
     """``model.loss`` under autocast as a module's forward, so that DDP can wrap it.
 
-    ``documents`` (B, T), the number of each token's document, keeps attention within it.
+    ``documents`` (B, T): the number of each token's document; attention stays within a document.
     """
 
     def __init__(self, model: GPT, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
@@ -63,13 +63,13 @@ class Objective(nn.Module):
             return self.loss(idx, targets, *within_documents(documents, dropout))
 
     def infer(self, function: Callable[[], T]) -> T:
-        """Calls a function that runs parts of the model, in the same arithmetic."""
+        """Calls a function that runs parts of the model, under the same autocast."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return function()
 
 
 def recompute_blocks(model: GPT) -> None:
-    """From here on a block keeps only its inputs; its backward computes the rest again, with the same dropout.
+    """Makes each block keep only its input; its backward computes the rest again, with the same dropout.
 
     Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, by torch.utils.checkpoint.
     """
@@ -78,7 +78,7 @@ def recompute_blocks(model: GPT) -> None:
 
 
 def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
-    """``model.loss`` as the choices say; ``Runtime.wrap`` has the contract."""
+    """``model.loss`` with the choices applied; see ``Runtime.wrap``."""
     device = torch.device(choices.device)
     dtype: torch.dtype = getattr(torch, choices.dtype)
     if choices.recompute:
@@ -91,9 +91,9 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
 
 
 def _replicate(model: GPT, objective: Objective, device: torch.device, batch: tuple[int, int]) -> Loss:
-    """DDP. It lays out its buckets anew after the first backward, which changes the order of its sums.
+    """DDP. It rebuilds its buckets after the first backward, which changes the order of its sums.
 
-    So one backward here, whose gradients are thrown away, makes the layout final before the first real step.
+    So one backward here, whose gradients are dropped, makes the buckets final before the first real step.
     """
     ids = [device.index] if device.type == "cuda" else None
     replicated = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
@@ -104,11 +104,11 @@ def _replicate(model: GPT, objective: Objective, device: torch.device, batch: tu
 
 
 def _shard(model: GPT, choices: Choices, device: torch.device, dtype: torch.dtype) -> Loss:
-    """FSDP2: a process keeps its share of each tensor, and has the matrices of a block or two whole at a time.
+    """FSDP2: a process keeps a shard of each tensor, and gathers the matrices of one or two blocks at a time.
 
-    The matrices travel in the arithmetic's dtype, to which autocast would round them anyhow, and their gradients in
-    float32. Embeddings and LayerNorms stay float32, and whole from a forward to its backward. So the arithmetic is
-    DDP's. Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
+    The matrices are sent in the dtype of the arithmetic, to which autocast would round them anyway, and their gradients
+    in float32. Embeddings and LayerNorms are gathered in float32 from the forward to the backward. So the arithmetic is
+    the same as with DDP. Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -129,13 +129,13 @@ def _shard(model: GPT, choices: Choices, device: torch.device, dtype: torch.dtyp
 
 
 def objective_of(loss: Loss) -> Any:
-    """The ``Objective`` in what ``wrap`` returned; with FSDP it has FSDP's methods too."""
+    """The ``Objective`` inside the result of ``wrap``; with FSDP it has FSDP's methods too."""
     return loss.module if isinstance(loss, DistributedDataParallel) else loss
 
 
 @contextmanager
 def exchange(loss: Loss, last: bool) -> Iterator[None]:
-    """The backward inside exchanges gradients with the other processes only if this is the ``last`` micro step."""
+    """Lets the backward inside exchange gradients with the other processes only in the ``last`` micro step."""
     if hasattr(loss, "set_requires_gradient_sync"):  # FSDP's
         loss.set_requires_gradient_sync(last)
     with loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else nullcontext():

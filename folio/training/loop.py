@@ -55,7 +55,7 @@ def fit(run: Run) -> str:
             runtime.update(run.optimizer, sums[0], norm)
 
             log_step(run)  # the step before; on a GPU this one still runs
-            figures = runtime.later(torch.cat([sums, norm[None]]))
+            figures = runtime.read_later(torch.cat([sums, norm[None]]))
             run.pending = Figures(state.step, rate, time.perf_counter(), figures)
             state.step += 1
             state.rows += run.rows_per_step

@@ -174,13 +174,13 @@ def test_a_gpu_gives_the_same_bits_if_asked_to(deterministic: bool) -> None:
 def test_more_processes_than_gpus(launched: Callable[..., None], local_rank: str) -> None:
     """Each of them is refused, also the one that would have a GPU."""
     launched(LOCAL_RANK=local_rank, WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
-    with pytest.raises(ValueError, match="cuda:3 is not there, this machine has 2 GPUs"):
+    with pytest.raises(ValueError, match="there is no cuda:3, this machine has 2 GPUs"):
         resolve(System(device="cuda"), machine=GPU)
 
 
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("xyzzy", "must be auto, cpu, cuda"), ("mps", "there is none on this machine"), ("cuda:2", "cuda:2 is not there")],
+    [("xyzzy", "must be auto, cpu, cuda"), ("mps", "this machine has none"), ("cuda:2", "there is no cuda:2")],
 )
 def test_a_device_that_is_not_there(device: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -92,7 +92,7 @@ def test_a_run_tells_what_its_steps_cost(train, tmp_path: Path) -> None:
     assert table in done.out
 
     for kind, size in read(folder).items():
-        words = {"activations": "activations and the rest", "total": "in all"}
+        words = {"activations": "activations and the rest"}
         assert f"{size / 1e6:12,.1f} MB  {words.get(kind, kind)}\n" in done.out
     # after the line of the last step that is in it
     assert done.out.index("\niter 4:") < done.out.index(table) < done.out.index("\niter 5:")

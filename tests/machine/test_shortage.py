@@ -74,7 +74,7 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 def test_advice_that_finds_no_memory_either() -> None:
-    with pytest.raises(ValueError, match="folio plan says"), shortage.explained("x", TOO_MUCH["torch"]):
+    with pytest.raises(ValueError, match="folio plan computes"), shortage.explained("x", TOO_MUCH["torch"]):
         TOO_MUCH["Python"]()
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from folio.config.options import Data, Optimizer, Processes, System, option
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.records.console import show
 
-BURN_IN, STEPS, PROFILED, SECONDS = 10, 20, 3, 60.0
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BURN_IN, STEPS, PROFILED = 10, 20, 3  # nanoGPT's numbers of steps, and those of a profile
+SECONDS = 60.0  # after which no further step is timed
 
 
 @dataclass(frozen=True)
 class Options:
     """Time training steps of a model: folio bench [PRESET or FILE …] [--option=value …]."""
 
-    real_data: bool = option(True, "False: random tokens, no data set needed")
+    real_data: bool = option(True, "False: random tokens, without a data set")
     profile: bool = option(
         False,
-        "profile some steps instead, into bench_log/",
+        "profile 3 steps into bench_log/ instead",
         details="It writes a trace, the most expensive operations, and memory by kind.",
     )
     data: Data = field(default_factory=Data)
@@ -31,10 +36,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    import torch
-
     from folio import rng
-    from folio.data.rows import Tokens
     from folio.machine.choices import resolve
     from folio.machine.flops import flops_per_token, mfu
     from folio.machine.profiler import WARM_UP, Profiler
@@ -44,19 +46,9 @@ def main(options: Options) -> None:
     from folio.training.batches import MicroBatch
     from folio.training.loop import micro_step
 
-    shape, size, seed = options.model, options.data.batch_size, options.system.seed
-    if shape.vocab_size == "auto":
-        raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
-    rows: torch.Tensor
-    if options.real_data:
-        tokens = replace(Tokens.open(options.data, shape.block_size, seed), vocab_size=shape.vocab_size)
-        rows = torch.from_numpy(tokens.rows("train", 0, size))
-    else:
-        rows = torch.randint(
-            shape.vocab_size, (size, options.data.row(shape.block_size) + 1), generator=rng.generator(seed)
-        )
-    model = GPT(shape, lambda name: rng.generator(seed, name))
-    context = rows.size(1) - 1
+    seed, rows = options.system.seed, _rows(options)
+    model = GPT(options.model, lambda name: rng.generator(seed, name))
+    size, context = rows.size(0), rows.size(1) - 1
     tokens_per_step = size * context
     flops = flops_per_token(model, context) * float(tokens_per_step)
     runtime = Runtime(resolve(options.system, options.processes, flops=flops * 1000))
@@ -92,8 +84,25 @@ def main(options: Options) -> None:
     )
 
 
+def _rows(options: Options) -> Tensor:
+    """A batch of (batch_size, context + 1) token ids: the first of the data set, or random ones."""
+    import torch
+
+    from folio import rng
+    from folio.data.rows import Tokens
+
+    shape, size, seed = options.model, options.data.batch_size, options.system.seed
+    if shape.vocab_size == "auto":
+        raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
+    if options.real_data:
+        tokens = replace(Tokens.open(options.data, shape.block_size, seed), vocab_size=shape.vocab_size)
+        return torch.from_numpy(tokens.rows("train", 0, size))
+    context = options.data.row(shape.block_size)
+    return torch.randint(shape.vocab_size, (size, context + 1), generator=rng.generator(seed))
+
+
 def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyped-def]
-    """Seconds of each of ``count`` steps; fewer where they take longer than a minute together."""
+    """Seconds of each of ``count`` steps, fewer if they take more than a minute together."""
     times: list[float] = []
     while len(times) < count and sum(times) < SECONDS:
         start = time.perf_counter()

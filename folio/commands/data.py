@@ -25,10 +25,10 @@ _SAMPLE = 64  # tokens
 class Options:
     """Describe a data set: folio data info FOLDER."""
 
-    action: Literal["info"] = option(MISSING, "what the files hold", positional="info")
+    action: Literal["info"] = option(MISSING, "print what the files contain", positional="info")
     folder: str = option(MISSING, "folder of a data set, or a glob of its files", path=ITSELF, positional="FOLDER")
     token_dtype: TokenDtype = token_dtype_option()
-    verify: bool = option(False, "hash every file, and compare with the meta file")
+    verify: bool = option(False, "compare the hash of every file with the meta file")
 
 
 def main(options: Options) -> int:
@@ -44,12 +44,12 @@ def main(options: Options) -> int:
 
 def _lines(folder: Folder) -> list[str]:
     spec, dtype = folder.tokenizer or GPT2, folder.splits["train"][0].dtype
-    said = "" if folder.tokenizer else ", as is assumed where no meta file says it"
-    size = f"{folder.vocab_size:,} ids" if folder.vocab_size else "not said"
-    name = "not said" if spec == IDS_ONLY else spec.get("name") or spec["kind"]
-    lines = [folder.note or f"{folder.path}", f"tokenizer   {name}{said}", f"vocabulary  {size}, {dtype}"]
+    assumed = "" if folder.tokenizer else ", assumed since no meta file names one"
+    size = f"{folder.vocab_size:,} ids" if folder.vocab_size else "unknown"
+    name = "unknown" if spec == IDS_ONLY else spec.get("name") or spec["kind"]
+    lines = [folder.note or f"{folder.path}", f"tokenizer   {name}{assumed}", f"vocabulary  {size}, {dtype}"]
     separator = {"before": "before each document", "after": "after each document", "none": "none"}
-    lines.append(f"end-of-text {separator.get(str(folder.eot), 'not said')}")
+    lines.append(f"end-of-text {separator.get(str(folder.eot), 'unknown')}")
     for split in SPLITS:
         files = folder.splits[split]
         documents = folder.meta.get("splits", {}).get(split, {}).get("documents")
@@ -66,17 +66,17 @@ def _lines(folder: Folder) -> list[str]:
 
 
 def _damaged(folder: Folder, split: Any) -> list[TokenFile]:
-    """Files that are not what the meta file says."""
+    """Files whose hash differs from the meta file's."""
     return [f for f in folder.splits[split] if f.sha256 is not None and sha256(f.path) != f.sha256]
 
 
 def _verdict(folder: Folder, damaged: list[TokenFile]) -> str:
     files = [file for split in SPLITS for file in folder.splits[split]]
     if damaged:
-        return f"{', '.join(f.path.name for f in damaged)} {'is' if len(damaged) == 1 else 'are'} not what {META} says"
+        return f"{', '.join(f.path.name for f in damaged)} {'does' if len(damaged) == 1 else 'do'} not match {META}"
     if any(file.sha256 is None for file in files):
-        return f"none to compare with: {folder.path} has no {META}"
-    return f"all {counted(len(files), 'file')} are what {META} says"
+        return f"unknown: {folder.path} has no {META}"
+    return f"all {counted(len(files), 'file')} match {META}"
 
 
 def _sample(folder: Folder) -> str:
@@ -84,4 +84,4 @@ def _sample(folder: Folder) -> str:
     try:
         return repr(decode(tokenizers.from_json(folder.tokenizer or GPT2), ids))
     except (ValueError, OSError, LookupError, OverflowError) as error:
-        return f"{ids[:8]} … (the tokenizer cannot be had: {error})"
+        return f"{ids[:8]} … (the tokenizer cannot be loaded: {error})"

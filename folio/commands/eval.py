@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from folio import files
 from folio.config.options import (
     EACH,
     Data,
@@ -26,10 +24,10 @@ from folio.config.table import table, those
 from folio.data.token_files import Split
 from folio.errors import UserError
 from folio.records.console import accompanying, show
-from folio.records.run_folder import EVALUATIONS
 
 if TYPE_CHECKING:
     from folio.checkpoints.checkpoint import Checkpoint
+    from folio.data.rows import Tokens
     from folio.machine.runtime import Runtime
 
 
@@ -44,17 +42,18 @@ class Options:
         positional="WHAT",
     )
     split: Split = option("val", "split of the data", of=("loss",))
-    eval_iters: int = option(0, "evenly spaced; 0: every token once", unit="batches", min=0, of=("loss",))
+    eval_iters: int = option(
+        0, "evenly spaced over the split; 0: every token once", unit="batches", min=0, of=("loss",)
+    )
     style: HellaSwagStyle = hellaswag_style_option(of=("hellaswag",))
     data: str = hellaswag_data_option(of=("hellaswag",))
     tasks: str = option(
         "hellaswag,lambada_openai,arc_easy",
-        "tasks",
-        details="Names of tasks, or files of your own.",
+        "tasks of the harness, or files of your own",
         path=EACH,
         of=("lm_eval",),
     )
-    limit: int = option(0, "from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
+    limit: int = option(0, "to measure, from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
     source: Source = field(default_factory=Source)
     tokens: Data = field(default_factory=Data, metadata={"of": ("loss",)})
     system: System = field(default_factory=System)
@@ -67,11 +66,12 @@ def main(options: Options) -> None:
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
-    """The result, and a text for the reader; for a run it is also appended to its ``evaluations.jsonl``."""
+    """The result, and a text that says it. The result of a run is also added to its ``evaluations.jsonl``."""
     from folio.checkpoints import find
     from folio.machine import shortage
     from folio.machine.choices import resolve
     from folio.machine.runtime import Runtime
+    from folio.records.evaluations import append
 
     o = options
     known = table(Options)
@@ -85,7 +85,8 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
             found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
-            runtime.broadcast(lambda: _keep(Path(o.source.out_dir), {"kind": kind, "step": chosen.step, **found}))
+            record = {"kind": kind, "step": chosen.step, **found}
+            runtime.broadcast(lambda: append(Path(o.source.out_dir), record))
         return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
     except FloatingPointError as error:
         raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
@@ -97,7 +98,7 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
     from folio.machine import shortage
 
     weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
-    remedy = "lower --batch_size" if o.what == "loss" else "another device has more, perhaps: --device"
+    remedy = "lower --batch_size" if o.what == "loss" else "set --device to one with more memory"
     return (
         f"the weights take {weights / 1e9:,.2f} of the {shortage.room(runtime.device) / 1e9:,.2f} GB on "
         f"{runtime.device}: {remedy}"
@@ -105,32 +106,15 @@ def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
-    """Nats per token; and bits per byte of text, which do not depend on the tokenizer."""
-    from folio.data.rows import Tokens
+    """Nats per token, and bits per byte of text, which do not depend on the tokenizer."""
     from folio.evaluation.loss import evaluate, text_size
 
-    named, places = set(o.sources), those(Options, role="data")
-    if places & named:
-        named |= places | {"token_dtype"}  # a type that holds for the run's data alone
-    kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}
-    data = replace(o.tokens, **kept)
     model = chosen.model(dropout=0.0)
-    vocab_size = model.transformer.wte.num_embeddings
-    tokens = replace(Tokens.open(data, model.config.block_size, o.system.seed), vocab_size=vocab_size)
-    spec, why = tokens.tokenizer_for(chosen.tokenizer_spec)
-    if (known := tokens.known_vocab_size or 0) > vocab_size:
-        why = f"there are {known:,} of them, and it has {vocab_size:,}"
-    if why:
-        raise UserError(
-            f"{tokens.name}: its token ids are not those that the model of {chosen.path} knows ({why}): "
-            "give the tokens of the same tokenizer as --data_dir"
-        )
-    if data.document_mask:
-        tokens, _ = tokens.with_documents(data.eot)
+    data, tokens, tokenizer = _tokens(o, chosen, model.config.block_size, model.transformer.wte.num_embeddings)
     windows = o.eval_iters * data.batch_size
     loss = runtime.wrap(model, None)
     nats = evaluate(model, loss, tokens, o.split, windows, data.batch_size, runtime)
-    counted, size = text_size(tokens, o.split, windows, spec)
+    counted, size = text_size(tokens, o.split, windows, tokenizer)
     found = {
         "split": o.split,
         "data": tokens.name,
@@ -143,10 +127,37 @@ def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, A
     text = (
         f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
         if size
-        else f"no bits per byte, since nothing says what the ids mean: {counted:,} tokens of {tokens.name}"
+        else f"no bits per byte, since the tokenizer or the text is unknown: {counted:,} tokens of {tokens.name}"
     )
     line = f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, {text}"
     return found, "\n".join([*(folder.note for folder in tokens.folders if folder.note), line])
+
+
+def _tokens(
+    o: Options, chosen: Checkpoint, block_size: int, vocab_size: int
+) -> tuple[Data, Tokens, dict[str, Any] | None]:
+    """The run's data, or the data that was named: its options, its tokens, and its tokenizer as JSON.
+
+    Raises:
+        UserError: the token ids are not those of the model.
+    """
+    from folio.data.rows import Tokens
+
+    named, places = set(o.sources), those(Options, role="data")
+    if places & named:
+        named |= places | {"token_dtype"}  # the run's type is that of the run's data only
+    kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}
+    data = replace(o.tokens, **kept)
+    tokens = replace(Tokens.open(data, block_size, o.system.seed), vocab_size=vocab_size)
+    tokenizer, why = tokens.tokenizer_for(chosen.tokenizer_spec)
+    if (known := tokens.known_vocab_size or 0) > vocab_size:
+        why = f"the data has {known:,} ids, the model {vocab_size:,}"
+    if why:
+        raise UserError(
+            f"{tokens.name}: its token ids are not those of the model of {chosen.path} ({why}): "
+            "set --data_dir to tokens of the model's tokenizer"
+        )
+    return data, tokens.with_documents(data.eot)[0] if data.document_mask else tokens, tokenizer
 
 
 def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
@@ -176,16 +187,3 @@ def _lm_eval(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str
         for task, metrics in results.items()
     ]
     return {"tasks": results, "limit": o.limit}, "\n".join(lines)
-
-
-def _keep(out_dir: Path, record: dict[str, Any]) -> None:
-    """Adds a line to the folder's evaluations, for its report; one warning where that is not possible."""
-    from folio.records.metrics import to_json
-
-    path = out_dir / EVALUATIONS
-    try:
-        before = path.read_bytes() if path.exists() else b""
-        whole = before[: before.rfind(b"\n") + 1]
-        files.write(path, whole + f"{to_json(record)}\n".encode())
-    except OSError as error:
-        warnings.warn(f"{path} could not be written ({error.strerror}): the result is not kept", stacklevel=2)

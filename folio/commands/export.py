@@ -1,4 +1,4 @@
-"""folio export: a trained model as a folder for transformers, or a file for llama.cpp."""
+"""folio export: write a trained model as a folder for transformers, or a file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from folio.records.console import say
 class Options:
     """Export a model: folio export --out_dir=OUT --to FOLDER (Hugging Face), or --to FILE.gguf (llama.cpp)."""
 
-    to: str = option(MISSING, "folder to make, or file if it ends in .gguf", path=ITSELF)
+    to: str = option(MISSING, "folder or FILE.gguf to make", path=ITSELF)
     out_dir: str = out_dir_option()
     checkpoint: str = option("best", "best | latest | a step")
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
-    push_to_hub: str = option("", "USER/NAME: upload the folder there as well")
+    push_to_hub: str = option("", "USER/NAME: also upload the folder to the Hugging Face hub")
 
 
 def main(options: Options) -> None:
@@ -31,10 +31,12 @@ def main(options: Options) -> None:
     found = find.in_folder(Path(options.out_dir), options.checkpoint)
     if to.suffix == ".gguf":
         if options.push_to_hub:
-            raise UserError(f"push_to_hub={options.push_to_hub}: a folder is pushed, not {to}: give a folder as --to")
+            raise UserError(
+                f"push_to_hub={options.push_to_hub}: only a folder can be pushed, not {to}: give a folder as --to"
+            )
         gguf.export(found, to, options.dtype)
     else:
         hugging_face.export(found, to, options.dtype, options.push_to_hub)
-    say(f"{to}: the model of {found.path}, step {found.step}, in {options.dtype}")
+    say(f"wrote {to}: the model of {found.path}, step {found.step}, in {options.dtype}")
     if options.push_to_hub:
         say(f"pushed to {hub.push(to, options.push_to_hub)}")

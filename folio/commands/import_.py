@@ -1,4 +1,4 @@
-"""folio import: a model of another program becomes a run that can be resumed."""
+"""folio import: make a run that can be resumed from a model of another program."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Options:
         path=ITSELF,
         positional="MODEL",
     )
-    to: str = option(MISSING, "folder to make: an out_dir with one checkpoint", path=ITSELF)
+    to: str = option(MISSING, "folder to make, an out_dir with one checkpoint", path=ITSELF)
     vocab_size: int | AUTO = option(
-        "auto", "token ids to grow to, such as the next multiple of 64; auto: as it is", min=1
+        "auto", "grow the vocabulary to this size, such as the next multiple of 64; auto: keep it", min=1
     )
 
 
@@ -42,7 +42,7 @@ def main(options: Options) -> None:
         model.grow_vocab_size(options.vocab_size)
     state = {**found.state, "model": asdict(model.config)}
     if model.config != found.config():
-        state |= {"best": None, "train_loss": None, "val_loss": None}  # they were measured without the new ids
+        state |= {"best": None, "train_loss": None, "val_loss": None}  # these were measured without the new ids
     with files.appearing(Path(options.to)) as out_dir:
         weights = {name: p.detach() for name, p in model.named_parameters()}
         slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
@@ -53,17 +53,17 @@ def main(options: Options) -> None:
             files.write_sealed(out_dir / run_folder.BEST, state["best"])
     if state["tokenizer"] is None:
         say(
-            f"nothing says what its {model.config.vocab_size} token ids mean: training works with ids alone, "
-            "text needs a tokenizer"
+            f"nothing says what its {model.config.vocab_size} token ids mean: it can train on token files, but "
+            "cannot generate text"
         )
     say(
-        f"{options.to}: the model of {found.path}, step {found.step}; "
-        f"--init_from=resume --out_dir={options.to} resumes it"
+        f"wrote {options.to}: the model of {found.path}, step {found.step}; "
+        f"folio train --init_from=resume --out_dir={options.to} resumes it"
     )
 
 
 def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
-    """An optimizer's tensor with zeros for the rows that its weight has grown by."""
+    """An optimizer's tensor, with zeros for the new rows of its weight."""
     from torch.nn import functional
 
     return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot

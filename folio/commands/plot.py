@@ -1,4 +1,4 @@
-"""folio plot: the losses and HellaSwag accuracies of runs as a picture."""
+"""folio plot: draw the losses and HellaSwag accuracies of runs."""
 
 from __future__ import annotations
 

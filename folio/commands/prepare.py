@@ -25,7 +25,7 @@ _CHOICES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Make the token files of a data set. If it is killed, the same command continues where it stopped."""
+    """Make the token files of a data set. After a kill, the same command continues where it stopped."""
 
     text: tuple[str, ...] = option(
         (),
@@ -35,21 +35,21 @@ class Options:
         path=ITSELF,
         positional="TEXT …",
     )
-    name: str = option("", "name of the data set; default: that of the first source")
+    name: str = option("", "name of the data set; default: name of the first source")
     data_dir: str = option("", "where to write; default: data/<name>", path=ITSELF)
     source: str = option("", "file or folder with the text of a known data set", path=ITSELF)
     tokenizer: str = option("", "char | bytes | gpt2 | another of tiktoken | FILE.json; default: gpt2", path=ITSELF)
     text_key: str = option("", "key or column that holds the text; default: text")
     shard_size: int = option(0, "tokens in a shard; 0: the recipe's, or one file for each split", min=0)
-    val_fraction: float = option(0.0, "share of the documents for validation; 0: by the size", min=0, below=1)
-    val_documents: int = option(0, "first documents, for validation instead", min=0)
+    val_fraction: float = option(0.0, "share of the documents for validation; 0: depends on the size", min=0, below=1)
+    val_documents: int = option(0, "first documents, for validation; instead of val_fraction", min=0)
     on_error: Literal["stop", "skip"] = option("stop", "skip: count unreadable documents and continue")
     overwrite: bool = option(False, "replace a data set that was made with other settings")
     workers: int = option(0, "processes that tokenize; 0: one for each core", min=0)
     shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last joins them")
     config: str = option("", "hf: configuration of the data set")
-    split: str = option("", "hf: split of it; default: train")
-    streaming: bool = option(False, "hf: read it as a stream, without a copy in the cache")
+    split: str = option("", "hf: split of the data set; default: train")
+    streaming: bool = option(False, "hf: read the data set as a stream, without a copy in the cache")
 
 
 def main(options: Options) -> None:
@@ -88,7 +88,7 @@ def run(options: Options) -> Path:
 
 
 def _names_text(source: str) -> bool:
-    """Whether a source is meant as a place, and no data set's name."""
+    """Whether a source is a file, folder, glob or hf:NAME, and not the name of a known data set."""
     return source.startswith("hf:") or Path(source).exists() or not source.isidentifier()
 
 

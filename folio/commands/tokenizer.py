@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from folio.preparation.text_files import Files
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-LEAST = 257  # the bytes and the end of text
+LEAST = 257  # the 256 bytes and the end-of-text
 
 
 @dataclass(frozen=True)
 class Options:
     """Train a byte-level BPE on text: folio tokenizer train PATH … --vocab_size=8192 --out tok.json."""
 
-    action: Literal["train"] = option(MISSING, "learn the most frequent merges", positional="train")
+    action: Literal["train"] = option(MISSING, "train a tokenizer on text", positional="train")
     text: tuple[str, ...] = option(
         (), "files, folders and globs, as for folio prepare", path=ITSELF, positional="TEXT …"
     )
-    vocab_size: int = option(8192, "ids, with the 256 bytes and the end of text", min=LEAST)
+    vocab_size: int = option(8192, "ids, including the 256 bytes and the end-of-text", min=LEAST)
     out: str = option("tokenizer.json", "file to write, for --tokenizer of folio prepare", path=ITSELF)
     text_key: str = option("text", "key or column that holds the text")
     on_error: Literal["stop", "skip"] = option("stop", "skip: leave out documents that cannot be read")
@@ -60,7 +60,7 @@ def main(options: Options) -> None:
     )
     fast.train_from_iterator(_texts(source, options), trainer)
     if (size := fast.get_vocab_size()) < options.vocab_size:
-        say(f"the text has no more than {size:,} tokens to learn")
+        say(f"the text yields only {size:,} tokens")
     out = Path(options.out)
     write(out, fast.to_str(pretty=True).encode())  # fast.save raises no OSError
     say(f"wrote {out}: {size:,} tokens")

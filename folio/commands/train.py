@@ -1,4 +1,4 @@
-"""folio train: a run from a config, to its end."""
+"""folio train: train a model, or resume a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def main(options: Options) -> int:
 
 
 def _beside_fineweb(options: Options) -> Options:
-    """The preset of build-nanogpt's train_gpt2.py, if neither a file nor data is named and FineWeb-Edu is there.
+    """Build-nanogpt's preset, if no file and no data is named and FineWeb-Edu is there; else the options as they are.
 
-    nanoGPT's default, OpenWebText, has precedence, and so has the data of a run that is resumed.
+    OpenWebText, nanoGPT's default, has precedence, and so has the data of a run that is resumed.
     """
     from folio.data.folders import find
     from folio.training.resume import has_run
@@ -46,7 +46,9 @@ def _beside_fineweb(options: Options) -> Options:
     except FileNotFoundError:
         if begin == "resume":
             return options
-        raise FileNotFoundError(f"{missing}; or python -m folio prepare fineweb_edu, for build-nanogpt's") from None
-    say(f"{folder.path} is here and data/openwebtext is not: config/{_FINEWEB}.py it is")
+        raise FileNotFoundError(
+            f"{missing}; or prepare build-nanogpt's data: python -m folio prepare fineweb_edu"
+        ) from None
+    say(f"{folder.path} is here and data/openwebtext is not: using config/{_FINEWEB}.py")
     values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in typed}
     return replace(override(options, values), sources={**dict.fromkeys(values, _FINEWEB), **typed})

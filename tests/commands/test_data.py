@@ -60,7 +60,7 @@ def test_info_of_bin_files(folio, story) -> None:
         split_line("train", [story / "train.bin"], train, ", 1 document"),
         split_line("val", [story / "val.bin"], val, ", 1 document"),
         f"text        {len(text.encode()):,} bytes, {len(text) / len(text.encode()):.3f} tokens per byte",
-        "checksums   all 2 files are what meta.json says",
+        "checksums   all 2 files match meta.json",
         f"begins with {text[:64]!r}",
     ]
 
@@ -103,9 +103,9 @@ def test_verify_finds_a_flipped_bit(folio, shards) -> None:
     assert (code, err) == (0, "")
     code, out, err = folio("data", "info", shards, "--verify")
     assert (code, err) == (1, "")
-    assert f"checksums   {last.name} is not what meta.json says" in out
+    assert f"checksums   {last.name} does not match meta.json" in out
     flip(first, later=0)
-    assert f"{first.name}, {last.name} are not what" in folio("data", "info", shards, "--verify").out
+    assert f"{first.name}, {last.name} do not match" in folio("data", "info", shards, "--verify").out
 
 
 def test_a_file_that_was_changed_since(folio, shards) -> None:
@@ -135,13 +135,13 @@ def test_info_without_a_meta_file(folio, gpt2, tmp_path, write: Callable[[Path, 
     write(tmp_path, ids)
     code, out, err = folio("data", "info", tmp_path, "--verify")
     assert (code, err) == (0, "")
-    assert "tokenizer   gpt2, as is assumed where no meta file says it" in out
-    assert "vocabulary  not said" in out
-    assert "end-of-text not said" in out
+    assert "tokenizer   gpt2, assumed since no meta file names one" in out
+    assert "vocabulary  unknown" in out
+    assert "end-of-text unknown" in out
     names = ["train.bin"] if write is bare else ["edufineweb_train_000001.npy", "edufineweb_train_000002.npy"]
     count = len(ids) if write is bare else 2 * len(ids) - 9
     assert split_line("train", [tmp_path / name for name in names], count) in out.splitlines()
-    assert "checksums   none to compare with" in out
+    assert "checksums   unknown" in out
     assert f"begins with {gpt2.bytes(ids[:64]).decode()!r}" in out
 
 
@@ -178,7 +178,7 @@ def test_info_without_the_tables_of_the_tokenizer(folio, tmp_path, monkeypatch) 
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     code, out, err = folio("data", "info", data)
     assert (code, err) == (0, "")
-    assert "begins with [0, 1, 2, 3, 4, 5, 6, 7] … (the tokenizer cannot be had" in out
+    assert "begins with [0, 1, 2, 3, 4, 5, 6, 7] … (the tokenizer cannot be loaded" in out
 
 
 NOTHING: dict[str, list[str]] = {
@@ -225,7 +225,7 @@ def test_a_text_that_has_too_few_tokens(folio, tmp_path) -> None:
     assert (code, err) == (0, "")
     size = named(str(tmp_path / "a.json")).size
     assert 257 < size < 270
-    assert f"no more than {size} tokens" in out
+    assert f"the text yields only {size} tokens" in out
     assert f"wrote {tmp_path / 'a.json'}: {size} tokens" in out
 
 

@@ -1,4 +1,4 @@
-"""What a run would need, against what runs need."""
+"""folio plan against runs: memory, messages, and the report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from conftest import ROOT, assert_refused, python
 
 from folio import cli
 from folio.commands import plan
+from folio.machine.devices import plain
 from folio.machine.flops import GPUS
 from folio.machine.memory import Memory, Step, needed, sent
 from folio.model.config import GPTConfig
@@ -23,11 +24,11 @@ GPT2 = GPTConfig(bias=False)
 PARAMETERS = 124_373_760  # of GPT-2 without biases: 50304·768 + 1024·768 + 12·(12·768² + 2·768) + 768
 BLOCK = 12 * 768**2  # of those in a block's matrices
 
-# Prints the largest growth of the process's memory over what it had after its imports, in bytes
+# Prints in bytes by how much the process's memory grew at most after its imports
 GROWTH = """
 import re, sys
 from pathlib import Path
-import torch._dynamo  # which an optimiser imports
+import torch._dynamo  # an optimizer imports it
 from folio import cli
 from folio.commands import train
 
@@ -90,7 +91,7 @@ def gpt2_on_gpus(**changes) -> Step:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         "--dtype=float32 --block_size=256 --batch_size=8 --gradient_accumulation_steps=1 "
         "--n_layer=4 --n_head=4 --n_embd=384 --vocab_size=1024",
@@ -101,30 +102,30 @@ def gpt2_on_gpus(**changes) -> Step:
     ],
     ids=["short, float32", "long, bfloat16", "recomputed, with dropout"],
 )
-def test_a_run_takes_the_memory_that_was_planned(tmp_path, data, knobs) -> None:
-    """Within 15 %, on a CPU; the C library is told to give back at once what is freed, instead of keeping it."""
+def test_a_run_takes_the_memory_that_was_planned(tmp_path, data, options) -> None:
+    """Within 15 %, on a CPU, with a C library that returns freed memory at once."""
     script = tmp_path / "growth.py"
     script.write_text(GROWTH)
-    argv = [f"--data_dir={data}", "--device=cpu", *shlex.split(knobs)]
+    argv = [f"--data_dir={data}", "--device=cpu", *shlex.split(options)]
     run = f"--out_dir={tmp_path / 'out'} --max_iters=3 --eval_iters=1 --compile=False --warmup_iters=1"
     done = python(script, *argv, *run.split(), cwd=tmp_path, MALLOC_MMAP_THRESHOLD_="65536")
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1])
-    options = cli.parse(plan.Options, ["--gpu=cpu", *argv], "folio plan", files=True)
-    planned = needed(options.model, plan.step_of(options, plan.device_of(options))).total
+    asked = cli.parse(plan.Options, ["--gpu=cpu", *argv], "folio plan", files=True)
+    planned = needed(asked.model, plan.step_of(asked, plan.device_of(asked))).total
     print(f"planned {planned / 1e6:.1f} MB, grown {grown / 1e6:.1f} MB: {planned / grown:.3f}")
     assert 200e6 < planned < 900e6
     assert planned == pytest.approx(grown, rel=0.15)
 
 
-def test_what_lasts_is_a_sum_over_the_parameters() -> None:
+def test_weights_moments_and_gradients_are_sums_over_the_parameters() -> None:
     memory = needed(GPT2, gpt2_on_gpus())
     assert memory[:3] == (4 * PARAMETERS, 8 * PARAMETERS, 4 * PARAMETERS)
-    assert memory.copies == 2 * (PARAMETERS - 1024 * 768 - 25 * 768)  # all matrices but the positions
+    assert memory.copies == 2 * (PARAMETERS - 1024 * 768 - 25 * 768)  # all matrices except the positions
     assert memory.logits == 3 * 4 * 12 * 1024 * 50304  # log softmax, its gradient and that of the logits
 
 
-def test_sharding_divides_what_lasts_and_nothing_else() -> None:
+def test_sharding_divides_weights_moments_and_gradients_only() -> None:
     ddp, fsdp = (needed(GPT2, gpt2_on_gpus(micro_steps=1, shards=s)) for s in (1, 8))
     assert (8 * fsdp.weights, 8 * fsdp.optimizer) == (ddp.weights, ddp.optimizer)
     assert PARAMETERS / 2 < fsdp.gradients < ddp.gradients / 3
@@ -135,14 +136,14 @@ def test_sharding_divides_what_lasts_and_nothing_else() -> None:
     assert needed(GPT2, gpt2_on_gpus(shards=4)).weights == PARAMETERS
 
 
-def test_recomputing_keeps_what_goes_into_each_block_and_one_block() -> None:
+def test_recomputation_keeps_the_input_of_each_block_and_one_block() -> None:
     kept, recomputed = (needed(GPT2, gpt2_on_gpus(recompute=r)) for r in (False, True))
     assert recomputed.activations < kept.activations / 5
     assert recomputed.activations > 13 * 12 * 1024 * 768 * 4
     assert recomputed.logits == kept.logits
 
 
-def test_a_gpu_keeps_no_scores_and_a_byte_an_element_of_dropout() -> None:
+def test_a_gpu_keeps_no_attention_scores_and_one_byte_per_dropped_element() -> None:
     shape = GPTConfig(block_size=256, vocab_size=65, n_layer=12, n_head=6, n_embd=384)
     step = Step(8, 1, torch.bfloat16, gpu=True)
     kept = needed(shape, step).activations
@@ -152,7 +153,7 @@ def test_a_gpu_keeps_no_scores_and_a_byte_an_element_of_dropout() -> None:
     assert dropped == pytest.approx(25 * 8 * 256 * 384, rel=0.2)  # after the embedding, and twice in a block
 
 
-def test_each_row_needs_as_much_again() -> None:
+def test_memory_grows_with_the_rows() -> None:
     few, many = (needed(GPT2, gpt2_on_gpus(rows=rows)) for rows in (4, 8))
     assert many.logits == 2 * few.logits
     assert many.activations == pytest.approx(2 * few.activations, rel=0.05)
@@ -178,12 +179,12 @@ def test_a_step_sends_the_bytes_that_were_planned(tmp_path, parallel, world, nod
 
 
 def _sent(trace: Path, shards: int, replicas: int) -> float:
-    """Bytes by the ring algorithms; gloo records its reduce-scatter as an all-reduce, which is taken away again."""
+    """Bytes by the ring algorithms. gloo records its reduce-scatter as an all-reduce too, which is subtracted."""
     size = {"float": 4, "c10::BFloat16": 2, "unsigned char": 1}
     found = {"gloo:all_reduce": 0, "c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 0}
     for event in json.loads(trace.read_text())["traceEvents"]:
         if (name := event.get("name")) in found:
-            argument = 0 if name == "gloo:all_reduce" else 1  # what goes in
+            argument = 0 if name == "gloo:all_reduce" else 1  # its input
             kind, dims = (event["args"][key][argument] for key in ("Input type", "Input Dims"))
             found[name] += size[kind] * int(np.prod(dims))
     reduced, gathered, scattered = found.values()
@@ -203,13 +204,13 @@ def test_gpt2_on_eight_gpus_by_hand(folio, data) -> None:
     memory = needed(GPT2, gpt2_on_gpus())
     for said in (
         "124.37 M parameters (123.59 M without positions)",
-        "8 × H100, ddp, bfloat16; on each 5 micro steps of 12 rows",
-        f"{memory.total / 1e9:.2f} GB  in all",
+        "8 × H100, ddp, bfloat16; each runs 5 micro steps of 12 rows",
+        f"{memory.total / 1e9:.2f} GB  total",
         f"491,520 tokens, {491_520 * work / 1e12:.2f} TFLOP; each device sends {7 / 4 * 4 * PARAMETERS / 1e9:.2f} GB",
         "600,000 steps, 294.91 B tokens",
         f"100.00 k tokens in {data}, {491_520 * 600_000 / 1e5:,.2f} epochs",
         f"{hours:.1f} hours at an MFU of 0.4",
-        f"{hours * 8 * 2:.2f} at 2 for a device and hour",
+        f"{hours * 8 * 2:.2f} at 2 per device and hour",
     ):
         assert said in out
     assert out.splitlines()[-1] == f"fits: {memory.total / 1e9:.2f} of 80.00 GB"
@@ -218,28 +219,28 @@ def test_gpt2_on_eight_gpus_by_hand(folio, data) -> None:
     assert sum(kinds[:-1]) == pytest.approx(kinds[-1], abs=0.05)
 
 
-def test_without_data_the_rest_is_still_planned(folio, tmp_path, monkeypatch) -> None:
+def test_a_plan_without_data(folio, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = folio("plan", "gpt2", "--dataset=nowhere")
     assert (code, err) == (0, "")
     assert "nowhere" in out
-    assert "epochs are not known" in out
-    assert "1,024 tokens of 50,304" in out
+    assert "the number of epochs is unknown" in out
+    assert "context 1,024, vocab 50,304" in out
     assert "cost" not in out
 
 
-def test_the_vocabulary_is_the_data_sets(folio, story) -> None:
+def test_the_vocabulary_size_is_that_of_the_data_set(folio, story) -> None:
     out = folio("plan", "train_shakespeare_char", f"--data_dir={story}", "--gpu=cpu", "--dtype=float32").out
     size = json.loads((story / "meta.json").read_text())["vocab_size"]
-    assert f"256 tokens of {size}\n" in out
-    assert "gradients come as activations go" in out
+    assert f"context 256, vocab {size}\n" in out
+    assert "activations are freed" in out
 
 
 @pytest.mark.parametrize(
     "argv",
     ["--gpu=t4", "--gpu=rtx4090 --gpus=2 --batch_size=64", "--gpu=l4 --gpus=4 --n_layer=24 --n_head=16 --n_embd=1024"],
 )
-def test_what_is_said_to_fit_does(folio, argv) -> None:
+def test_the_remedies_fit(folio, argv) -> None:
     argv = ["plan", "gpt2", *argv.split(), "--batch_size=24"]
     last = folio(*argv).out.splitlines()[-1]
     assert last.startswith("does not fit: ")
@@ -251,14 +252,14 @@ def test_what_is_said_to_fit_does(folio, argv) -> None:
         assert "983,040 tokens" in remedied
 
 
-def test_what_nothing_mends_is_said_so(folio) -> None:
+def test_a_model_without_remedies(folio) -> None:
     argv = "--gpu=t4 --batch_size=1 --n_layer=48 --n_head=25 --n_embd=1600"
     last = folio("plan", *argv.split()).out.splitlines()[-1]
     assert last.startswith("does not fit: ")
     assert "no smaller batch, recomputation or sharding" in last
 
 
-def test_the_page_about_scale_shows_what_is_printed(folio) -> None:
+def test_the_page_about_scale_shows_the_output(folio) -> None:
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     shown = [block.splitlines() for block in page.split("```\n") if block.startswith("$ folio plan")]
     assert len(shown) == 2
@@ -274,8 +275,8 @@ def test_a_device_by_its_name(name) -> None:
     assert device.memory > 1e9
 
 
-def test_names_of_devices_differ_as_they_are_typed() -> None:
-    assert len({plan.plain(name) for name in GPUS} | {"cpu"}) == len(GPUS) + 1
+def test_the_plain_names_of_devices_are_unique() -> None:
+    assert len({plain(name) for name in GPUS} | {"cpu"}) == len(GPUS) + 1
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_names_of_devices_differ_as_they_are_typed() -> None:
         ("--init_from=gpt2-xl", ["init_from=gpt2-xl", "--n_layer"]),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(folio, argv, words) -> None:
+def test_invalid_options_are_refused(folio, argv, words) -> None:
     assert_refused(folio("plan", "gpt2", *argv.split()), *words)
 
 

@@ -71,7 +71,7 @@ def test_a_run_on_ids_alone(folio: Callable[..., Outcome], tmp_path: Path) -> No
     code, said, err = folio("eval", out, "--eval_iters=1", "--device=cpu")
     assert (code, err) == (0, "")
     assert "nats per token" in said
-    assert "tokenizer   not said" in folio("data", "info", tmp_path).out
+    assert "tokenizer   unknown" in folio("data", "info", tmp_path).out
 
 
 META: dict[str, tuple[Any, str]] = {

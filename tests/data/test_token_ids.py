@@ -161,7 +161,7 @@ def test_fine_tuning_on_other_ids_warns(
     assert folio("train", *SMALL, "--max_iters=2", f"--data_dir={first}", f"--out_dir={base}").code == 0
 
     refused = folio("eval", f"--out_dir={base}", f"--data_dir={second}", "--eval_iters=1")
-    assert_refused(refused, second, "are not those that the model of", "id ", "--data_dir")
+    assert_refused(refused, second, "are not those of the model of", "id ", "--data_dir")
 
     argv = [f"--init_from={base}", f"--data_dir={second}", f"--out_dir={tuned}", *SMALL, "--max_iters=1"]
     outcome = folio("train", *argv)
@@ -204,7 +204,7 @@ def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Fo
     assert find.choose(out).state["tokenizer"] is None
     said = folio("eval", f"--out_dir={out}")
     assert said.code == 0
-    assert "no bits per byte, since nothing says what the ids mean" in said.out
+    assert "no bits per byte, since the tokenizer or the text is unknown" in said.out
     assert_refused(folio("sample", f"--out_dir={out}"), "nothing says what its 300 token ids mean")
     argv = [*SMALL, "--max_iters=1", f"--init_from={out}", f"--data_dir={story}", f"--out_dir={tmp_path / 'tuned'}"]
     tuned = folio("train", *argv)

@@ -160,7 +160,7 @@ def test_bare_train_takes_the_preset(folio: Folio, beside: Path, place: str) -> 
     (beside / "edu_fineweb10B").rename(beside / place)
     outcome = folio("train", *shlex.split(DOOR))
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith(f"{place} is here and data/openwebtext is not: config/{PRESET}.py it is\n")
+    assert outcome.out.startswith(f"{place} is here and data/openwebtext is not: using config/{PRESET}.py\n")
     knobs, typed = asked(beside / "log"), dict(word[2:].split("=") for word in shlex.split(DOOR))
     preset = read_file(PRESET, TrainConfig)
     assert {name: knobs[name] for name in preset.keys() - typed.keys() - {"out_dir"}} == {

@@ -1,0 +1,22 @@
+"""``evaluations.jsonl``: the results of ``folio eval`` for a run."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from folio import files
+from folio.records.metrics import to_json
+from folio.records.run_folder import EVALUATIONS
+from folio.records.trackers import Record
+
+
+def append(out_dir: Path, record: Record) -> None:
+    """Adds a line to the file, after its last whole line; warns if that is not possible."""
+    path = out_dir / EVALUATIONS
+    try:
+        before = path.read_bytes() if path.exists() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        files.write(path, whole + f"{to_json(record)}\n".encode())
+    except OSError as error:
+        warnings.warn(f"{path} could not be written ({error.strerror}): the result is not kept", stacklevel=2)

@@ -60,6 +60,7 @@ os.environ["HOME"] = str(HOME)
 
 from folio import cli  # noqa: E402
 from folio.commands import tokenizer as learn  # noqa: E402
+from folio.commands import train as training  # noqa: E402
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named  # noqa: E402
 from folio.preparation.job import prepare  # noqa: E402
 from folio.preparation.recipes import known  # noqa: E402
@@ -145,6 +146,15 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("story")
     prepare(known("shakespeare_char", folder, str(STORY), {}), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of SMALL on the story, which tests only read: ten steps, checkpoints of steps 5 and 10."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
+    training.main(cli.parse(training.Options, argv, "folio train", files=True))
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What is said of token files, vocabularies of one's own, and the scripts that prepare data."""
+"""folio data, folio tokenizer, and the scripts that prepare data."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_info_of_shards(folio, shards, tok) -> None:
 
 
 def flip(path: Path, later: float) -> None:
-    """One bit of the last token; ``later`` than it was written, in seconds."""
+    """Flips one bit of the last token, and sets the file's time ``later`` seconds after it was written."""
     stat = path.stat()
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)
@@ -95,7 +95,7 @@ def flip(path: Path, later: float) -> None:
 
 
 def test_verify_finds_a_flipped_bit(folio, shards) -> None:
-    """Exit code 1 and the file's name, also where the file's time does not tell."""
+    """Exit code 1 and the file's name, even if the file's time is unchanged."""
     assert folio("data", "info", shards, "--verify").code == 0
     first, *_, last = sorted(shards.glob("*_train_*.npy"))
     flip(last, later=0)
@@ -108,8 +108,8 @@ def test_verify_finds_a_flipped_bit(folio, shards) -> None:
     assert f"{first.name}, {last.name} do not match" in folio("data", "info", shards, "--verify").out
 
 
-def test_a_file_that_was_changed_since(folio, shards) -> None:
-    """Is refused as in training, with or without --verify."""
+def test_a_file_that_was_changed_later(folio, shards) -> None:
+    """It is refused as in training, with or without --verify."""
     first = min(shards.glob("*_train_*.npy"))
     flip(first, later=3600)
     for argv in ([], ["--verify"]):
@@ -130,7 +130,7 @@ def npy(folder: Path, ids: list[int]) -> None:
 
 @pytest.mark.parametrize("write", [bare, npy])
 def test_info_without_a_meta_file(folio, gpt2, tmp_path, write: Callable[[Path, list[int]], None]) -> None:
-    """nanoGPT's and build-nanogpt's files: what is not known is said, and GPT-2's tokenizer is assumed."""
+    """nanoGPT's and build-nanogpt's files: GPT-2's tokenizer is assumed, the rest is unknown."""
     ids = gpt2.encode("The ferry left – at ten.\n" * 9).tolist()
     write(tmp_path, ids)
     code, out, err = folio("data", "info", tmp_path, "--verify")
@@ -155,8 +155,8 @@ def test_info_with_nanogpts_pickle(folio, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("pickled", [False, True], ids=["gpt2", "meta.pkl"])
-def test_ids_beyond_the_vocabulary_are_shown_as_they_are(folio, tmp_path, request, pickled) -> None:
-    """The rest of what is known is said all the same."""
+def test_ids_beyond_the_vocabulary_are_shown_as_numbers(folio, tmp_path, request, pickled) -> None:
+    """The other lines are still printed."""
     bare(tmp_path, [60000, 1, 2] * 30)
     if pickled:
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "b"}}))
@@ -191,7 +191,7 @@ NOTHING: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("argv", NOTHING)
-def test_info_of_nothing(folio, tmp_path, monkeypatch, argv) -> None:
+def test_info_without_a_data_set(folio, tmp_path, monkeypatch, argv) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("damaged").mkdir()
@@ -202,7 +202,7 @@ def test_info_of_nothing(folio, tmp_path, monkeypatch, argv) -> None:
 
 
 def test_training_is_deterministic(tok, tmp_path, monkeypatch, folio) -> None:
-    """The same bytes from another process, other files with the same documents, and whatever the blocks."""
+    """The same bytes in another process, from other files with the same documents, and with other blocks."""
     text = STORY.read_text(encoding="utf-8")
     raw = json.dumps({"body": text}).encode()
     (tmp_path / "story.jsonl.gz").write_bytes(gzip.compress(raw))
@@ -217,7 +217,7 @@ def test_training_is_deterministic(tok, tmp_path, monkeypatch, folio) -> None:
     assert (tmp_path / "cut.json").read_bytes() == tok.read_bytes()
 
 
-def test_a_text_that_has_too_few_tokens(folio, tmp_path) -> None:
+def test_a_text_that_yields_too_few_tokens(folio, tmp_path) -> None:
     (tmp_path / "a.txt").write_text("aa aa aa")
     code, out, err = folio(
         "tokenizer", "train", tmp_path / "a.txt", "--vocab_size=5000", f"--out={tmp_path / 'a.json'}"
@@ -244,7 +244,7 @@ REFUSED: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("argv", REFUSED)
-def test_training_that_cannot_be_done(folio, tmp_path, monkeypatch, argv) -> None:
+def test_training_that_is_refused(folio, tmp_path, monkeypatch, argv) -> None:
     monkeypatch.chdir(tmp_path)
     Path("good.txt").write_text("good words, good words")
     Path("latin.txt").write_bytes(b"one\n\xff")
@@ -259,7 +259,7 @@ def test_training_that_cannot_be_done(folio, tmp_path, monkeypatch, argv) -> Non
 
 
 @pytest.mark.parametrize("name", ["latin.txt", "half.jsonl"])
-def test_training_without_what_cannot_be_taken(folio, tmp_path, monkeypatch, name) -> None:
+def test_training_skips_unreadable_documents(folio, tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
     Path("latin.txt").write_bytes(b"one\n\xff")
     Path("half.jsonl").write_text('{"text": "\\ud800"}\n')
@@ -275,7 +275,7 @@ def test_training_without_what_cannot_be_taken(folio, tmp_path, monkeypatch, nam
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a clone has of it, installed nowhere."""
+    """The scripts and the package of a clone, which is not installed."""
     folder = tmp_path_factory.mktemp("clone")
     for name in ("folio", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -294,20 +294,20 @@ def run(cwd: Path, *words: object, **env: str) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("script", ["scripts/tokenize_documents_parallel.py", "data/shakespeare/prepare.py"])
 @pytest.mark.parametrize("how", [["sh"], [sys.executable, "-I"]], ids=["sh", "python"])
 def test_every_script_answers(clone, tmp_path, script, how) -> None:
-    """Called from anywhere, by a shell or a Python that looks nowhere else."""
+    """From any folder, by a shell or by a Python with an isolated path."""
     done = run(tmp_path, *how, clone / script, "--help", VIRTUAL_ENV=sys.prefix)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {Path(script).name}")
 
 
-def test_the_scripts_of_known_data_sets_are_one() -> None:
-    """Each names its own folder, and in nothing else do they differ."""
+def test_the_scripts_of_known_data_sets_are_the_same() -> None:
+    """They differ only in the name of their folder."""
     scripts = {path.parent.name: path.read_text() for path in ROOT.glob("data/*/prepare.py")}
     assert {"shakespeare", "shakespeare_char", "openwebtext", "fineweb_edu", "stdlib"} <= scripts.keys() <= {*KNOWN}
     assert len({text.replace(f'"{name}"', '"NAME"') for name, text in scripts.items()}) == 1
 
 
-def test_a_known_data_set_lies_beside_its_script(clone, tmp_path) -> None:
+def test_a_known_data_set_is_written_beside_its_script(clone, tmp_path) -> None:
     script = clone / "data" / "shakespeare_char" / "prepare.py"
     done = run(tmp_path, "sh", script, f"--source={STORY}", VIRTUAL_ENV=sys.prefix)
     assert (done.returncode, done.stderr) == (0, "")
@@ -327,7 +327,7 @@ def test_the_flags_of_gpt_from_scratch() -> None:
 
 @pytest.mark.parametrize("absolute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["relative", "absolute"])
 def test_the_script_of_gpt_from_scratch(clone, tmp_path, shared_data, gpt2, absolute) -> None:
-    """Its flags in its own way of writing them, its place, its files, and the ids of each document after its mark."""
+    """Its flags in its own spelling, its folder, its files, and an end-of-text before the ids of each document."""
     pytest.importorskip("datasets")
     records = (shared_data / "wikitext2_valid.jsonl").read_text(encoding="utf-8").splitlines()[:9]
     texts = [json.loads(record)["text"] for record in records]
@@ -348,7 +348,7 @@ def test_the_script_of_gpt_from_scratch(clone, tmp_path, shared_data, gpt2, abso
 
 @pytest.mark.parametrize("tables", [False, True], ids=["no tables", "tables"])
 def test_the_bare_script_without_a_network(clone, tmp_path, request, tables) -> None:
-    """One line, and no data set that was begun."""
+    """One line, and no unfinished data set."""
     pytest.importorskip("datasets")
     shared = request.getfixturevalue("shared_data") if tables else tmp_path
     env = {"TIKTOKEN_CACHE_DIR": str(shared / "tiktoken"), "HTTPS_PROXY": "http://127.0.0.1:9"}

@@ -1,4 +1,4 @@
-"""folio eval: what it says of a model, and of what is no model, data or items."""
+"""folio eval: the results for a model, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,30 +27,14 @@ Run = Callable[..., Outcome]
 HERE = ["--device=cpu", "--dtype=float32", "--matmul_precision=highest"]
 
 
-@pytest.fixture(scope="module")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of characters; a session's fixture cannot capture what it prints."""
-    from folio import cli
-    from folio.config.options import TrainConfig
-    from folio.training.loop import fit
-    from folio.training.run import finish
-    from folio.training.start import build
-
-    out = tmp_path_factory.mktemp("trained") / "out"
-    argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
-    run = build(cli.parse(TrainConfig, argv, "folio train", files=True))
-    fit(run)
-    finish(run)
-    return out
-
-
 def kept(out: Path) -> list[dict[str, Any]]:
+    """The records of evaluations.jsonl."""
     return [json.loads(line) for line in (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path, split: str) -> None:
-    """Every token but the first counts once, predicted from those before it in its window."""
+    """Every token except the first counts once, predicted from the tokens before it in its window."""
     out = shutil.copytree(trained, tmp_path / "out")
     code, said, _ = folio("eval", f"--out_dir={out}", f"--split={split}", *HERE)
     assert code == 0
@@ -75,7 +59,7 @@ def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_bits_are_per_byte_of_text(folio: Run, gpt2: Tokenizer, tmp_path: Path, name: str) -> None:
-    """A character may be several tokens, or several bytes; an end-of-text costs nats, and is no byte."""
+    """A character may be several tokens or bytes. An end-of-text counts in the nats, not in the bytes."""
     tokenizer = gpt2 if name == "gpt2" else Bytes()
     texts = ["The ferry – naïve, 渡し船.", "Left at noon.", "🚢 and nobody saw it go. " * 40]
     for number, text in enumerate(texts):
@@ -95,10 +79,10 @@ def test_bits_are_per_byte_of_text(folio: Run, gpt2: Tokenizer, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_bits_are_per_byte_whatever_the_spelling(
+def test_bits_are_per_byte_of_decoded_documents(
     folio: Run, spelling: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    """Where no id has bytes of its own: those of the documents as the library decodes each of them."""
+    """If ids have no bytes of their own, the bytes are those of the documents as the library decodes them."""
     fast = tokenizers.Tokenizer.from_file(str(spelling(name)))
     texts = [text.strip() for text in STORY.read_text(encoding="utf-8").split("\n\n")][:9]
     texts[1:2] = [texts[1] + " 渡し船 🚢 left" if name == "fallback" else texts[1]]
@@ -113,7 +97,7 @@ def test_bits_are_per_byte_whatever_the_spelling(
     (found,) = kept(out)
     each = [fast.encode(text, add_special_tokens=False).ids for text in texts[:6]]
     decoded = [fast.decode(ids) for ids in each]
-    if name == "wordpiece":  # which has no end of text: documents run on
+    if name == "wordpiece":  # it has no end-of-text, so documents are not separated
         decoded = [" ".join(decoded)]
     elif name == "fallback":
         assert decoded == texts[:6]
@@ -121,11 +105,11 @@ def test_bits_are_per_byte_whatever_the_spelling(
     assert found["bytes"] == size
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / size / math.log(2))
     alone = sum(len(fast.decode([i]).encode()) for ids in each for i in ids) - len(fast.decode(each[0][:1]).encode())
-    assert alone < 0.95 * size  # what was summed
+    assert alone < 0.95 * size  # the sum over single ids is wrong
 
 
-def test_the_data_of_the_run_or_other(folio: Run, trained: Path, story: Path, tmp_path: Path) -> None:
-    """A data set that is named wins over the run's, wherever that was."""
+def test_the_data_of_the_run_or_other_data(folio: Run, trained: Path, story: Path, tmp_path: Path) -> None:
+    """A data set that is named has precedence over the run's."""
     out, other = shutil.copytree(trained, tmp_path / "out"), shutil.copytree(story, tmp_path / "data" / "other")
     assert folio("eval", f"--out_dir={out}", "--eval_iters=1", *HERE).code == 0
     assert folio("eval", f"--out_dir={out}", "--eval_iters=1", f"--data_dir={other}", *HERE).code == 0
@@ -135,8 +119,8 @@ def test_the_data_of_the_run_or_other(folio: Run, trained: Path, story: Path, tm
     assert first["loss"] == second["loss"]
 
 
-def test_a_model_that_is_no_run_is_left_alone(folio: Run, trained: Path, story: Path, items: Path) -> None:
-    """What is not the run of out_dir gets its answer on the terminal."""
+def test_a_model_of_another_folder_is_only_read(folio: Run, trained: Path, story: Path, items: Path) -> None:
+    """Only the run of out_dir gets an evaluations.jsonl."""
     before = tree(trained)
     assert folio("eval", f"--init_from={trained}", f"--data_dir={story}", *HERE).code == 0
     assert folio("eval", "hellaswag", f"--init_from={trained}", f"--data={items}", *HERE).code == 0
@@ -159,7 +143,7 @@ def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "parallel"), [("loss", "ddp"), ("hellaswag", "fsdp")])
-def test_several_processes_say_the_same(
+def test_several_processes_have_the_same_result(
     folio: Run, spawn: Spawn, trained: Path, items: Path, tmp_path: Path, what: str, parallel: str
 ) -> None:
     out = shutil.copytree(trained, tmp_path / "out")
@@ -186,7 +170,9 @@ def test_several_processes_say_the_same(
         (["--checkpoint=7"], ["'7'", "10"]),
     ],
 )
-def test_what_is_refused(folio: Run, trained: Path, argv: list[str], words: list[str]) -> None:
+def test_invalid_options_are_refused_and_change_nothing(
+    folio: Run, trained: Path, argv: list[str], words: list[str]
+) -> None:
     before = tree(trained)
     argv = argv if any(word.startswith("--out_dir") for word in argv) else [*argv, f"--out_dir={trained}"]
     assert_refused(folio("eval", *argv, *HERE), *words)
@@ -194,7 +180,7 @@ def test_what_is_refused(folio: Run, trained: Path, argv: list[str], words: list
 
 
 def test_other_token_ids_are_refused(folio: Run, trained: Path, tmp_path: Path) -> None:
-    """Characters of another text, or more ids than the model has: any number would be of no meaning."""
+    """Characters of another text, or more ids than the model has: a loss would be meaningless."""
     other = tmp_path / "other.txt"
     other.write_text("abcdefgh " * 200)
     folio("prepare", str(other), "--tokenizer=char", f"--data_dir={tmp_path / 'characters'}")
@@ -205,7 +191,7 @@ def test_other_token_ids_are_refused(folio: Run, trained: Path, tmp_path: Path) 
 
 
 def test_a_split_without_text(folio: Run, tmp_path: Path) -> None:
-    """Nothing but ends of text: there are no bits per byte, and null stands for them."""
+    """Only end-of-text tokens: there are no bits per byte, and the record has null."""
     for split in ("train", "val"):
         np.full(500, 50256, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     out = tmp_path / "out"
@@ -215,7 +201,7 @@ def test_a_split_without_text(folio: Run, tmp_path: Path) -> None:
 
 
 def test_a_result_that_cannot_be_kept(folio: Run, trained: Path, tmp_path: Path) -> None:
-    """It is told all the same."""
+    """It is still printed."""
     out = shutil.copytree(trained, tmp_path / "out")
     (out / "evaluations.jsonl").mkdir()
     with pytest.warns(UserWarning, match=r"evaluations.jsonl could not be written \(.*\): the result is not kept"):
@@ -225,7 +211,7 @@ def test_a_result_that_cannot_be_kept(folio: Run, trained: Path, tmp_path: Path)
 
 
 def test_tokens_that_the_model_lacks(folio: Run, items: Path, tmp_path: Path) -> None:
-    """Files that say nothing of their tokenizer are not GPT-2's where the model has 256 ids: no text becomes ids."""
+    """Files without a tokenizer are not taken for GPT-2's if the model has 256 ids, so text cannot be encoded."""
     for split in ("train", "val"):
         np.arange(500, dtype=np.uint16).__mod__(256).tofile(tmp_path / f"{split}.bin")
     out = tmp_path / "out"
@@ -237,7 +223,7 @@ def test_tokens_that_the_model_lacks(folio: Run, items: Path, tmp_path: Path) ->
     assert_refused(folio("eval", "hellaswag", f"--out_dir={out}", f"--data={items}", *HERE), "nothing says", "256")
 
 
-def test_items_that_the_vocabulary_cannot_spell(folio: Run, trained: Path, tmp_path: Path) -> None:
+def test_items_with_characters_outside_the_vocabulary(folio: Run, trained: Path, tmp_path: Path) -> None:
     """The line names the item and the characters."""
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"ctx": "Ça va", "endings": ["a", "b", "c", "d"], "label": 0}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Starts runs in processes of their own: under a launcher, or by hand; healthy ones, and ones that fail."""
+"""Runs in processes of their own, under a launcher or started by hand, with and without faults."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from folio.records.metrics import read_metrics
 
 ENV = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
 
-
 ENDLESS = ("--max_iters=100000", "--log_interval=1", "--timeout=4")
 RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--dropout=0.1", "--learning_rate=1e-2")
 
-# train.py with a fault: some lines that run before it trains
+# train.py with a fault: lines that run before the training
 FAULTY = """
 import os, sys, time
 from itertools import count
@@ -48,14 +47,14 @@ cli.main("train")
 
 
 def faulty(folder: Path, fault: str) -> Path:
-    """A script that runs these lines and then trains."""
+    """A script that runs the lines of ``fault`` and then trains."""
     path = folder / "train.py"
     path.write_text(FAULTY.replace("{fault}", fault))
     return path
 
 
 def said_at_its_end(child: Child, timeout: float = 60) -> list[str]:
-    """Our lines of a job that fails, which leaves no process behind, and no traceback through this package."""
+    """Folio's lines of a job that fails; checks that no process is left, and that there is no traceback of Folio."""
     assert child.end(timeout) != 0, child.output()
     assert child.left() == []
     assert f'File "{ROOT / "folio"}' not in child.output(), child.output()
@@ -63,7 +62,7 @@ def said_at_its_end(child: Child, timeout: float = 60) -> list[str]:
 
 
 def saved(out: Path) -> dict[str, bytes]:
-    """The tensors of every checkpoint, and nothing unfinished beside them."""
+    """The tensor files of every checkpoint; checks that there are no unfinished ones."""
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith(".")] == []
     return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("checkpoints/*/*.safetensors"))}
 
@@ -86,7 +85,7 @@ def free_port() -> int:
 
 
 def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:
-    """Python with these arguments and variables, all at once, to their ends."""
+    """Runs Python with these arguments and variables, all at the same time."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     processes = [
         subprocess.Popen([sys.executable, *map(str, argv)], env={**ENV, **env}, **pipes) for argv, env in commands
@@ -102,14 +101,14 @@ def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.Com
 
 
 def torchrun(ranks: int, *argv: str | Path, nodes: int = 1) -> list[subprocess.CompletedProcess[str]]:
-    """A command on so many processes under one launcher, or one for each of several "machines"."""
+    """Runs a command on so many processes under one launcher, or under one for each of several "machines"."""
     place = ["--standalone"] if nodes == 1 else ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     launcher = ["-m", "torch.distributed.run", *place, f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}"]
     return together(*(([*launcher, f"--node_rank={node}", *argv], {"OMP_NUM_THREADS": "1"}) for node in range(nodes)))
 
 
 def by_hand(ranks: int, *argv: str | Path, **env: str) -> list[subprocess.CompletedProcess[str]]:
-    """A command on so many processes without a launcher."""
+    """Runs a command on so many processes without a launcher."""
     env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return together(*(([*argv], {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)))
 
@@ -122,7 +121,7 @@ class Trained:
     said: str
 
     def figures(self, *names: str, begin: int = 0) -> list[float]:
-        """These fields of all records from a step on."""
+        """These fields of all records, from step ``begin``."""
         found = read_metrics(self.out / "metrics.jsonl")
         return [r[name] for r in found if r["step"] >= begin for name in names if name in r]
 
@@ -137,7 +136,7 @@ Train = Callable[..., Trained]
 
 
 def trained(out: Path, ranks: int, argv: list[str], how: str = "torchrun") -> Trained:
-    """A run to its end; of one process in this one."""
+    """A finished run; with one rank, it runs in this process."""
     argv = [*argv, f"--out_dir={out}"]
     if ranks == 1:
         with contextlib.redirect_stdout(io.StringIO()) as said:

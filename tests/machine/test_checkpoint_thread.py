@@ -33,20 +33,20 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals
 def test_a_checkpoint_that_is_written_slowly(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meanwhile: bool
 ) -> None:
-    """Training continues, or waits; either way the file holds the step in its name."""
+    """Training continues, or waits; either way the checkpoint is of the step in its name."""
     flags = ("--keep_checkpoints=9", f"--async_checkpoint={meanwhile}")
     go(story, tmp_path / "fast", "--keep_checkpoints=9", "--async_checkpoint=False")
-    out, save, went_on = tmp_path / "slow", checkpoint.save, []
+    out, save, continued = tmp_path / "slow", checkpoint.save, []
 
     def slowly(*args: Any) -> None:
         before = len(timeless(out))
         time.sleep(0.5)
-        went_on.append(len(timeless(out)) > before)
+        continued.append(len(timeless(out)) > before)
         save(*args)
 
     monkeypatch.setattr(checkpoint, "save", slowly)
     go(story, out, *flags)
-    assert went_on == [meanwhile, meanwhile, False]  # the last one is waited for
+    assert continued == [meanwhile, meanwhile, False]  # the run waits for the last one
     assert run_folder.steps(out) == [4, 8, 12]
     assert saved(out) == saved(tmp_path / "fast")
     assert timeless(out) == timeless(tmp_path / "fast")
@@ -57,7 +57,7 @@ def test_a_checkpoint_that_is_written_slowly(
         )
         for state in (slow, fast):
             state |= {"run": "", "seconds": 0}
-            del state["sha256"]["state.json"]  # which is of these too
+            del state["sha256"]["state.json"]  # a hash of these fields too
         assert slow == fast
 
 
@@ -88,8 +88,8 @@ def test_a_write_that_fails_in_the_thread(
 
 
 @pytest.mark.slow
-def test_a_write_that_fails_ends_all(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """It fails in rank 0's thread, rank 0 reports it, and no rank waits for another."""
+def test_a_failed_write_ends_all_ranks(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """It fails in the thread of rank 0, which reports it, and no rank waits for another."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,
@@ -104,10 +104,10 @@ def test_a_write_that_fails_ends_all(spawn: Spawn, story: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_killed_while_a_checkpoint_is_written(
+def test_a_kill_while_a_checkpoint_is_written(
     spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path
 ) -> None:
-    """The run resumes from the checkpoint before, which was written while training was steps ahead."""
+    """The run resumes from the previous checkpoint, which was written while training was steps ahead."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,

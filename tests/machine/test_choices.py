@@ -1,4 +1,4 @@
-"""What every ``auto`` becomes, on this machine and on others, and what a former run's choices change about it."""
+"""What every ``auto`` becomes, on this machine and on others, in a new run and in a resumed one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from folio.machine.probe import Machine
 
 CPU = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
 
-# As a launcher sets them. Nobody can meet at this port, so a process that is not refused fails at once
+# The variables of a launcher. The port is invalid, so a process that is not refused fails at once
 LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}
 
 
 @dataclass(frozen=True)
 class Fake(Machine):
-    """A machine that is not here, with a peak of 1 TFLOP/s."""
+    """Another machine, with a peak of 1 TFLOP/s."""
 
     kinds: tuple[str, ...] = ("cpu",)
     count: int = 0
@@ -97,8 +97,8 @@ def test_the_choices_on_this_cpu() -> None:
     ("machine", "flops", "compiled"),
     [(GPU, LONG, True), (GPU, LONG / 2, False), (replace(GPU, compiler=False), LONG, False), (Fake(), LONG, False)],
 )
-def test_a_run_is_compiled_where_that_pays(machine: Fake, flops: float, compiled: bool) -> None:
-    """On a GPU with a compiler, where the run takes more than a minute."""
+def test_a_run_is_compiled_if_that_pays(machine: Fake, flops: float, compiled: bool) -> None:
+    """On a GPU with a compiler, if the run takes more than a minute."""
     assert resolve(System(), machine=machine, flops=flops).compile == compiled
 
 
@@ -118,7 +118,7 @@ def test_each_rank_has_a_gpu_of_its_own(launched: Callable[..., None]) -> None:
     assert resolve(System(), Processes(backend="gloo"), GPU).backend == "gloo"
 
 
-def test_nothing_of_torch_changes(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_does_not_change_torchs_state(launched: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launched(WORLD_SIZE="2")
     before = state()
@@ -132,11 +132,11 @@ def test_the_module_does_not_import_torch() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-# A former run's choices
+# The choices of the run that is resumed
 
 
-def test_auto_repeats_the_former_choices() -> None:
-    """A resumed run keeps its choices where the machine allows; options that were set win."""
+def test_auto_repeats_the_choices_of_the_resumed_run() -> None:
+    """A resumed run keeps its choices if the machine allows it; explicit options win."""
     before = {"device": "cpu", "dtype": "float32", "compile": False, "matmul_precision": "highest"}
     again = resolve(System(), before=before).resolved
     assert {name: again[name] for name in before} == before
@@ -145,7 +145,7 @@ def test_auto_repeats_the_former_choices() -> None:
     assert (found.dtype, found.matmul_precision) == ("bfloat16", "medium")
 
 
-def test_choices_that_this_machine_does_not_allow_are_made_anew() -> None:
+def test_choices_that_this_machine_does_not_allow_are_resolved_again() -> None:
     before = {"device": "cuda", "dtype": "float16"}
     found = resolve(System(), machine=Fake(dtype="bfloat16"), before=before)
     assert (found.device, found.dtype) == ("cpu", "bfloat16")
@@ -153,7 +153,7 @@ def test_choices_that_this_machine_does_not_allow_are_made_anew() -> None:
 
 
 def test_differences_are_named() -> None:
-    """None to itself; each that changes the bits by its name."""
+    """Each choice that changes the bits is named; equal choices have no differences."""
     found = resolve(CPU)
     assert found.differences(dict(found.resolved)) == []
     before = {**found.resolved, "world": 4, "torch": "2.0"}
@@ -161,7 +161,7 @@ def test_differences_are_named() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_gpu_gives_the_same_bits_if_asked_to(deterministic: bool) -> None:
+def test_a_gpu_needs_an_option_for_the_same_bits(deterministic: bool) -> None:
     found = resolve(System(deterministic=deterministic), machine=GPU)
     why = [] if deterministic else ["a GPU needs --deterministic=True for the same bits"]
     assert found.differences(dict(found.resolved)) == why
@@ -172,7 +172,7 @@ def test_a_gpu_gives_the_same_bits_if_asked_to(deterministic: bool) -> None:
 
 @pytest.mark.parametrize("local_rank", ["0", "3"])
 def test_more_processes_than_gpus(launched: Callable[..., None], local_rank: str) -> None:
-    """Each of them is refused, also the one that would have a GPU."""
+    """Every process is refused, also those that would have a GPU."""
     launched(LOCAL_RANK=local_rank, WORLD_SIZE="8", LOCAL_WORLD_SIZE="4")
     with pytest.raises(ValueError, match="there is no cuda:3, this machine has 2 GPUs"):
         resolve(System(device="cuda"), machine=GPU)
@@ -182,13 +182,13 @@ def test_more_processes_than_gpus(launched: Callable[..., None], local_rank: str
     ("device", "words"),
     [("xyzzy", "must be auto, cpu, cuda"), ("mps", "this machine has none"), ("cuda:2", "there is no cuda:2")],
 )
-def test_a_device_that_is_not_there(device: str, words: str) -> None:
+def test_a_missing_device(device: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resolve(System(device=device), machine=GPU)
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_a_variable_that_the_launcher_did_not_set(
+def test_a_missing_variable_of_the_launcher(
     folio: Callable[..., Outcome], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The missing variable is named in one line."""
@@ -214,7 +214,7 @@ def test_a_variable_that_the_launcher_did_not_set(
         ({"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "4"}, ["--parallel=hsdp"], ["LOCAL_WORLD_SIZE=4", "use fsdp"]),
     ],
 )
-def test_launchers_variables_and_options_that_do_not_fit_are_refused(
+def test_inconsistent_variables_and_options_are_refused(
     folio: Callable[..., Outcome],
     story: Path,
     tmp_path: Path,

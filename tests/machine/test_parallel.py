@@ -1,4 +1,4 @@
-"""Several processes: the mathematics of one, whatever they hold and however they were started."""
+"""Several processes compute what one process computes, with DDP, FSDP and HSDP, however they were started."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from folio.checkpoints import checkpoint, find
 from folio.records import run_folder
 
-# Rows for 1, 2, 3 and 4 processes, sizes that 3 do not divide (the vocabulary has 59), norms that are clipped
+# Rows that 1, 2, 3 and 4 processes can share, sizes that 3 does not divide (59 token ids), norms that are clipped
 RUN = [*SMALL, "--n_embd=20", "--batch_size=2", "--gradient_accumulation_steps=12", "--dropout=0.2", "--grad_clip=0.5"]
 RUN += ["--max_iters=50", "--lr_decay_iters=50", "--learning_rate=1e-2", "--eval_interval=10", "--eval_iters=3"]
 RUN += ["--keep_checkpoints=9"]
 
-# Trains, and writes as JSON which collectives that took, and what check_replicas said before and after a rank changed
-# one weight
+# Trains, and writes as JSON the collectives of the training, and the errors of check_replicas before and after a rank
+# changes one weight
 SCRIPT = """
 import collections, contextlib, json, sys
 from pathlib import Path
@@ -61,7 +61,7 @@ finish(run)
 leave(0)
 """
 
-# How many threads torch would take, and how many a process of the group takes
+# Prints the threads that torch uses alone, and those of a process of a group
 THREADS = """
 import torch
 alone = torch.get_num_threads()
@@ -78,7 +78,7 @@ leave(0)
 
 @pytest.fixture(scope="module")
 def run(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """RUN with dropout on so many ranks, made once for each set of flags."""
+    """RUN on so many ranks, once for each set of flags."""
     folder = tmp_path_factory.mktemp("runs")
     made: dict[tuple[Any, ...], Trained] = {}
 
@@ -93,7 +93,7 @@ def run(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
 @pytest.fixture(scope="module")
 def scripted(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict[str, Any]]]:
-    """What each rank of SCRIPT saw."""
+    """The results of SCRIPT, by rank."""
 
     def seen(ranks: int, counted: str, changed: int, *flags: str, nodes: int = 1) -> list[dict[str, Any]]:
         folder = tmp_path_factory.mktemp("scripted")
@@ -108,7 +108,7 @@ def scripted(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 @pytest.fixture(scope="module")
 def three(scripted: Callable[..., list[dict[str, Any]]]) -> Callable[[str], list[dict[str, Any]]]:
-    """Three steps of four micro steps on each of three ranks, as ``parallel`` says; made once for each."""
+    """Three steps of four micro steps on each of three ranks, once for each value of ``parallel``."""
     made: dict[str, list[dict[str, Any]]] = {}
 
     def once(parallel: str) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def hsdp(scripted: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def assert_same_files(out: Path, other: Path) -> None:
-    """Every checkpoint on the way as well."""
+    """The same bits in every checkpoint of the two runs."""
     assert_same_bits(out, other)
     for step in run_folder.steps(other):
         for name in (run_folder.MODEL, run_folder.OPTIMIZER):
@@ -136,7 +136,7 @@ def assert_same_files(out: Path, other: Path) -> None:
 
 
 def as_of(step: int, former: Path, out: Path) -> Path:
-    """A copy of a run as it was when it had written the checkpoint of this step."""
+    """A copy of a run without the checkpoints after this step."""
     shutil.copytree(former, out)
     for later in run_folder.steps(out):
         if later > step:
@@ -144,13 +144,13 @@ def as_of(step: int, former: Path, out: Path) -> Path:
     return out
 
 
-# As many as there are
+# Any number of processes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (4, "ddp"), (3, "fsdp")])
-def test_ranks_see_what_one_process_sees(run: Train, ranks: int, parallel: str) -> None:
-    """Losses and evaluations to rounding, with dropout on, and the norm of all gradients, which is clipped."""
+def test_ranks_have_the_losses_of_one_process(run: Train, ranks: int, parallel: str) -> None:
+    """Losses and evaluations to rounding, with dropout, and the norm of all gradients, which is clipped."""
     one, several = run(1), run(ranks, f"--parallel={parallel}")
     assert len(one.losses()) == 50 + 2 * 6
     assert several.losses() == pytest.approx(one.losses(), abs=1e-5)
@@ -161,7 +161,7 @@ def test_ranks_see_what_one_process_sees(run: Train, ranks: int, parallel: str) 
 
 @pytest.mark.slow
 def test_ranks_share_a_micro_step(run: Train) -> None:
-    """Where they do not divide the accumulation the rows are the same still, the dropout is not: a line says so."""
+    """If they do not divide the accumulation, the rows are the same but dropout is not, as a line says."""
     flags = ("--gradient_accumulation_steps=1", "--batch_size=6", "--dropout=0.0", "--max_iters=20")
     one, two = run(1, *flags), run(2, *flags)
     assert two.losses() == pytest.approx(one.losses(), abs=1e-5)
@@ -172,7 +172,7 @@ def test_ranks_share_a_micro_step(run: Train) -> None:
 
 @pytest.mark.slow
 def test_forty_micro_steps_on_sixteen_processes(run: Train) -> None:
-    """nanoGPT's accumulation on two machines of eight GPUs, where nanoGPT refuses."""
+    """nanoGPT's accumulation on two machines of eight GPUs, which nanoGPT refuses."""
     flags = ("--gradient_accumulation_steps=40", "--dropout=0.0", "--max_iters=2")
     one, sixteen = run(1, *flags), run(16, *flags)
     assert len(one.losses()) == 2 + 2 * 2
@@ -181,8 +181,8 @@ def test_forty_micro_steps_on_sixteen_processes(run: Train) -> None:
 
 
 @pytest.mark.slow
-def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
-    """An error that every rank meets is one line among the launcher's."""
+def test_an_error_on_every_rank_is_one_line(story: Path, tmp_path: Path) -> None:
+    """The launcher prints others around it."""
     flags = (
         "--gradient_accumulation_steps=1",
         "--batch_size=5",
@@ -198,26 +198,26 @@ def test_one_rank_speaks_for_all(story: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_a_step(three: Callable[..., list[dict[str, Any]]], parallel: str) -> None:
-    """However many micro steps: each bucket of gradients, or each group of parameters, and the loss."""
+    """For any number of micro steps: each bucket of gradients, or each group of parameters, and the loss."""
     for seen in three(parallel):
         calls = seen["calls"]
         if parallel == "ddp":
             assert seen["buckets"] > 1
             assert calls["c10d::allreduce_"] == 3 * (seen["buckets"] + 1)
         else:
-            assert calls["c10d::_reduce_scatter_base_"] == 3 * (2 + 1)  # two blocks, and what is in none
+            assert calls["c10d::_reduce_scatter_base_"] == 3 * (2 + 1)  # two blocks, and the other weights
             assert calls["c10d::allreduce_"] == 3 * (1 + 1)  # the norm's too
             assert calls["c10d::_allgather_base_"] > 3 * 4  # every micro step
 
 
-# Shares of the model
+# Sharded models
 
 
 @pytest.mark.slow
-def test_shares_in_bfloat16(run: Train) -> None:
-    """The products are bfloat16's and everything else is float32's, as under DDP.
+def test_sharding_in_bfloat16(run: Train) -> None:
+    """Products are in bfloat16 and all else in float32, as with DDP.
 
-    Without clipping, as the norm of shares is summed in another order, which tips the rounding of a weight.
+    Without clipping, since the norm of shards is summed in another order, which may round a weight differently.
     """
     flags = ("--dtype=bfloat16", "--max_iters=20", "--grad_clip=0.0")
     whole, shares = (run(2, *flags, f"--parallel={parallel}").losses() for parallel in ("ddp", "fsdp"))
@@ -228,15 +228,15 @@ def test_shares_in_bfloat16(run: Train) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parallel"), [(1, "ddp"), (3, "fsdp")])
 def test_recomputed_blocks_give_the_same_bits(run: Train, ranks: int, parallel: str) -> None:
-    """Their dropout is drawn again as it was."""
+    """The same dropout is drawn again."""
     flag = f"--parallel={parallel}"
     plain = run(ranks, flag) if ranks > 1 else run(1)
     assert_same_files(run(ranks, flag, "--activation_checkpointing=block").out, plain.out)
 
 
 @pytest.mark.slow
-def test_shares_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> None:
-    """Two machines of two processes see what four with whole models see."""
+def test_sharding_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> None:
+    """Two machines of two processes have the losses of four processes with whole models."""
     several, whole = Trained(hsdp[0]["out"], ""), run(4, "--parallel=ddp")
     assert several.losses() == pytest.approx(whole.losses(), abs=1e-5)
     assert several.norms() == pytest.approx(whole.norms(), rel=1e-4)
@@ -249,10 +249,10 @@ def test_shares_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["fsdp", "hsdp"])
-def test_a_checkpoint_of_shares_is_whole(
+def test_a_checkpoint_of_shards_is_whole(
     run: Train, request: pytest.FixtureRequest, folio: Callable[..., Outcome], parallel: str
 ) -> None:
-    """Every weight and every tensor of the optimiser by name, as one process writes them; and it can be sampled."""
+    """Every weight and every tensor of the optimizer by name, as one process writes them; folio sample reads it."""
     out = run(3, "--parallel=fsdp").out if parallel == "fsdp" else request.getfixturevalue("hsdp")[0]["out"]
     for step in (10, 50):
         for name, error in ((run_folder.MODEL, 1e-4), (run_folder.OPTIMIZER, 1e-6)):
@@ -269,8 +269,8 @@ def test_a_checkpoint_of_shares_is_whole(
 
 
 @pytest.mark.slow
-def test_shares_resume_in_the_same_bits(run: Train, tmp_path: Path) -> None:
-    """On as many processes that hold as much: the files of a run that went through."""
+def test_a_sharded_run_resumes_in_the_same_bits(run: Train, tmp_path: Path) -> None:
+    """On the same number of processes: the files of a run that was not interrupted."""
     undisturbed = run(3, "--parallel=fsdp").out
     out = as_of(20, undisturbed, tmp_path / "out")
     said = trained(out, 3, ["--init_from=resume"]).said
@@ -280,8 +280,8 @@ def test_shares_resume_in_the_same_bits(run: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_moves(run: Train, tmp_path: Path) -> None:
-    """From any number of processes that hold anything to any other; the losses stay those of one."""
+def test_a_run_resumes_on_other_numbers_of_processes(run: Train, tmp_path: Path) -> None:
+    """With other sharding too; the losses stay those of one process."""
     out = as_of(10, run(3, "--parallel=fsdp").out, tmp_path / "out")
     moves = [
         (2, "ddp", "world was 3 and is 2; parallel was fsdp and is ddp"),
@@ -298,7 +298,7 @@ def test_a_run_moves(run: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_several_machines_to_one_process(
+def test_a_run_of_several_machines_resumes_on_one_process(
     run: Train, hsdp: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     out = as_of(20, hsdp[0]["out"], tmp_path / "out")
@@ -307,10 +307,10 @@ def test_a_run_moves_from_several_machines_to_one_process(
     assert moved.losses(20) == pytest.approx(run(1).losses(20), abs=1e-5)
 
 
-def test_a_checkpoint_written_meanwhile_is_of_its_step(
+def test_a_checkpoint_written_during_training_is_of_its_step(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long writing takes while training goes on: the files of a run that waits."""
+    """Even if writing takes long: the files of a run that waits for it."""
     monkeypatch.setattr(checkpoint, "save_file", lambda *args: (time.sleep(0.2), save_file(*args)))
     for meanwhile in (True, False):
         argv = [*RUN, f"--data_dir={story}", "--max_iters=20", f"--async_checkpoint={meanwhile}"]
@@ -323,7 +323,7 @@ def test_a_checkpoint_written_meanwhile_is_of_its_step(
 
 @pytest.mark.slow
 def test_a_rank_whose_weights_changed_is_named(three: Callable[..., list[dict[str, Any]]]) -> None:
-    """On every rank, with the parameter; nothing is said before."""
+    """On every rank, with the parameter; before the change there is no error."""
     for seen in three("ddp"):
         before, after = seen["replicas"]
         assert before == ""
@@ -332,8 +332,8 @@ def test_a_rank_whose_weights_changed_is_named(three: Callable[..., list[dict[st
 
 
 @pytest.mark.slow
-def test_a_share_that_changed_is_named(hsdp: list[dict[str, Any]]) -> None:
-    """Against the process of the other machine that holds the same."""
+def test_a_shard_that_changed_is_named(hsdp: list[dict[str, Any]]) -> None:
+    """It is compared with the same shard on the other machine."""
     for seen in hsdp:
         before, after = seen["replicas"]
         assert before == ""
@@ -346,7 +346,7 @@ def test_a_share_that_changed_is_named(hsdp: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_started_by_hand(run: Train, tmp_path: Path) -> None:
-    """Five variables and no launcher: the same files, written meanwhile or not, whatever each calls the run."""
+    """Five variables and no launcher: the same files, even if each process has another name for the run."""
     (tmp_path / "named.py").write_text("import time\nwandb_run_name = 'run' + str(time.time())\n")
     flags = (str(tmp_path / "named.py"), "--async_checkpoint=False")
     assert_same_files(run(2, *flags, how="by hand").out, run(2, "--parallel=ddp").out)
@@ -354,7 +354,7 @@ def test_started_by_hand(run: Train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_share_the_cores(tmp_path: Path) -> None:
-    """Two take half of torch's threads each, unless OMP_NUM_THREADS says how many."""
+    """Two use half of torch's threads each, unless OMP_NUM_THREADS is set."""
     (tmp_path / "threads.py").write_text(THREADS)
     variables: list[dict[str, str]] = [{}, {"OMP_NUM_THREADS": "2"}]
     for env in variables:

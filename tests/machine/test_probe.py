@@ -1,4 +1,4 @@
-"""What this machine is found to have."""
+"""The properties of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_memory_of_a_container(tmp_path: Path, content: str | None, limit: f
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's sched_setaffinity")
-def test_cores_are_those_that_the_process_may_use() -> None:
+def test_cores_that_the_process_may_use() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -29,7 +29,7 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     assert probe.cores() == len(before)
 
 
-def test_the_precision_is_that_of_before_afterwards() -> None:
+def test_the_matmul_precision_is_restored() -> None:
     before = torch.get_float32_matmul_precision()
     with probe.matmul_precision("medium"):
         assert torch.get_float32_matmul_precision() == "medium"
@@ -38,7 +38,7 @@ def test_the_precision_is_that_of_before_afterwards() -> None:
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_what_is_here() -> None:
+def test_this_machine() -> None:
     here = probe.Machine()
     assert here.has("cpu")
     assert not here.has("xyzzy")

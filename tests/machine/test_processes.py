@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs(spawn: Spawn, story: Path, tmp_path: Path, rank: int) -> None:
-    """The others wait for --timeout, then one of them names it and all end; so does the rank itself if it wakes up."""
+    """The others wait for --timeout, then one names the rank and all end; the rank itself ends too if it continues."""
     out = tmp_path / "out"
     child = spawn(*group(out, story, *ENDLESS), threads=1)
     child.wait_until(reached(out, 7))
@@ -59,7 +59,7 @@ def test_a_rank_that_hangs(spawn: Spawn, story: Path, tmp_path: Path, rank: int)
 
 @pytest.mark.slow
 def test_a_rank_that_reads_an_invalid_token(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """A token id outside the vocabulary, in a row that rank 2 alone reads: its error, and nobody else's."""
+    """A token id outside the vocabulary, in a row that only rank 2 reads: only its error is printed."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(story, data, ignore=shutil.ignore_patterns("meta.json"))
     tokens = np.memmap(data / "train.bin", dtype=np.uint16, mode="r+")
@@ -73,20 +73,20 @@ def test_a_rank_that_reads_an_invalid_token(spawn: Spawn, story: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("who", "speaks"), [("rank == 2", "rank 2: "), ("True", "")])
-def test_ranks_that_never_join(spawn: Spawn, story: Path, tmp_path: Path, who: str, speaks: str) -> None:
-    """An error before they meet does not leave others waiting, and one speaks for all that have it."""
+@pytest.mark.parametrize(("who", "prefix"), [("rank == 2", "rank 2: "), ("True", "")])
+def test_ranks_that_never_join(spawn: Spawn, story: Path, tmp_path: Path, who: str, prefix: str) -> None:
+    """After an error before the ranks meet, none waits for another, and one rank reports it for all."""
     script = faulty(tmp_path, f"{who} and sys.argv.append('--data_dir=nowhere')")
     child = spawn(*group(tmp_path / "out", story, script=script), threads=1)
     said = said_at_its_end(child)
     assert len(said) == 1, said
-    assert said[0].startswith(f"train.py: {speaks}nowhere")
+    assert said[0].startswith(f"train.py: {prefix}nowhere")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_a_defect_on_one_rank(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """Its traceback, once, and of the others nothing."""
+    """Its traceback, once, and no output of the others."""
     script = faulty(tmp_path, "rank == 1 and after_step(5, lambda optimizer: optimizer.nothing)")
     child = spawn(*group(tmp_path / "out", story, *ENDLESS, script=script), threads=1)
     assert child.end(60) != 0
@@ -118,7 +118,7 @@ def test_a_rank_that_drifts(spawn: Spawn, story: Path, tmp_path: Path) -> None:
 
 
 def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
-    """Where the process group never lets go of a process, it ends, and its exit code says that it failed."""
+    """If leaving the process group never returns, the process exits with code 1."""
     script = (
         "import time\nfrom folio.machine import processes, runtime\nfrom folio.machine.choices import resolve\n"
         "from folio.config.options import System\n"
@@ -131,7 +131,7 @@ def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "made\n"), done.stderr
 
 
-# Processes that were started by hand, and do not find each other
+# Processes that were started by hand and do not meet
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_a_process_that_cannot_leave_ends(tmp_path: Path) -> None:
     [(0, "free", "1/2 clients joined"), (1, "free", "127.0.0.1"), (0, "taken", "is taken: choose another")],
 )
 def test_processes_that_do_not_meet(story: Path, tmp_path: Path, rank: int, port_is: str, words: str) -> None:
-    """Others that never come, a rank 0 that is not there, a port that is another program's: one line."""
+    """Others that never start, a missing rank 0, a port that another program uses: one line."""
     script = faulty(
         tmp_path,
         "from datetime import timedelta\nfrom folio.machine import processes\n"
@@ -162,8 +162,8 @@ def test_processes_that_do_not_meet(story: Path, tmp_path: Path, rank: int, port
 
 
 @pytest.mark.slow
-def test_processes_that_were_asked_different_things(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """They do not train apart from each other: both end, and one of them says what differs."""
+def test_processes_with_different_options(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+    """They do not train separately: both end, and one of them names the option that differs."""
     port = free_port()
     argv = ("train.py", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
     children = [
@@ -186,7 +186,7 @@ def test_processes_that_were_asked_different_things(spawn: Spawn, story: Path, t
     ],
 )
 def test_a_lost_rank_is_recognized_by_gloos_messages(monkeypatch: pytest.MonkeyPatch, message: str) -> None:
-    """Both of its messages, seen when a cable broke, become a line that names the rank that did not answer."""
+    """Its two messages, seen when a cable broke, become a line that names the rank that does not answer."""
     for name, value in by_hand_variables(0, 2, 1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "JOB", launch.Job(stores={"start": launch.dist.HashStore()}))
@@ -201,7 +201,7 @@ def test_a_lost_rank_is_recognized_by_gloos_messages(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
-    """Two network namespaces, each a host of its own, and one cable between them, whose ends are named as they are."""
+    """Two network namespaces, as two hosts, and a cable between them, whose ends have the hosts' names."""
     names = [f"fo{os.getpid() % 10**7}{side}" for side in "ab"]
 
     def ip(*argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -226,7 +226,7 @@ def hosts() -> Iterator[list[str]]:
 
 @pytest.mark.slow
 def test_two_machines(hosts: list[str], spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """The cable between them breaks: both end soon. Once it is mended, both resume and reach one process's losses."""
+    """If the cable between them breaks, both end soon. With a working cable they resume, with one process's losses."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     flags = ("--gradient_accumulation_steps=2", "--log_interval=1", "--learning_rate=1e-3", "--timeout=4")
 

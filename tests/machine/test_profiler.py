@@ -1,4 +1,4 @@
-"""What profiled steps cost, against what is counted by hand and planned."""
+"""The time and memory of profiled steps, against counts by hand and the plan."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(folder: Path) -> Any:
 
 
 def trace(folder: Path, name: str) -> int:
-    """How often an operation stands in the trace."""
+    """The number of times that an operation is in the trace."""
     return sum(e["name"] == name for e in json.loads((folder / "trace.json").read_text())["traceEvents"])
 
 
@@ -71,7 +71,7 @@ def train(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> Callabl
     )
 
 
-def test_a_run_tells_what_its_steps_cost(train, tmp_path: Path) -> None:
+def test_a_run_writes_a_profile_of_its_steps(train, tmp_path: Path) -> None:
     done = train("--profile=3")
     folder = tmp_path / "out" / "profile"
     assert (done.code, done.err) == (0, "")
@@ -94,11 +94,11 @@ def test_a_run_tells_what_its_steps_cost(train, tmp_path: Path) -> None:
     for kind, size in read(folder).items():
         words = {"activations": "activations and the rest"}
         assert f"{size / 1e6:12,.1f} MB  {words.get(kind, kind)}\n" in done.out
-    # after the line of the last step that is in it
+    # after the line of the last profiled step
     assert done.out.index("\niter 4:") < done.out.index(table) < done.out.index("\niter 5:")
 
 
-def test_a_profiled_run_has_the_bits_of_another(folio, story: Path, tmp_path: Path) -> None:
+def test_profiling_does_not_change_the_bits(folio, story: Path, tmp_path: Path) -> None:
     for name, steps in (("plain", 0), ("profiled", 4)):
         argv = [*SMALL, "--dropout=0.1", f"--profile={steps}", f"--data_dir={story}", f"--out_dir={tmp_path / name}"]
         assert folio("train", *argv).code == 0
@@ -106,7 +106,7 @@ def test_a_profiled_run_has_the_bits_of_another(folio, story: Path, tmp_path: Pa
     assert_same_bits(tmp_path / "profiled", tmp_path / "plain")
 
 
-def test_a_run_that_ends_before_writes_what_there_is(train, tmp_path: Path) -> None:
+def test_a_run_that_ends_early_writes_a_shorter_profile(train, tmp_path: Path) -> None:
     done = train("--profile=50")
     assert (done.code, done.err) == (0, "")
     assert "the costliest operations of 6 steps\n" in done.out
@@ -120,8 +120,8 @@ def test_a_run_of_two_steps_has_nothing_to_profile(train, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "profile").exists()
 
 
-def test_a_resumed_run_counts_from_where_it_began(train, tmp_path: Path) -> None:
-    """It writes in the place of an earlier profile."""
+def test_a_resumed_run_counts_from_its_first_step(train, tmp_path: Path) -> None:
+    """Its profile replaces the earlier one."""
     train("--max_iters=5", "--profile=3")
     done = train("--init_from=resume", "--profile=1")
     assert (done.code, done.err) == (0, "")
@@ -131,7 +131,7 @@ def test_a_resumed_run_counts_from_where_it_began(train, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_saves_first(spawn: Spawn, story: Path, tmp_path: Path) -> None:
+def test_a_run_that_gets_sigterm_saves_first(spawn: Spawn, story: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     argv = [*SMALL, "--max_iters=100000", "--eval_interval=100000", "--profile=100000", f"--data_dir={story}"]
     child = spawn("-m", "folio", "train", *argv, f"--out_dir={out}", threads=1)
@@ -146,7 +146,7 @@ def test_a_run_that_is_told_to_end_saves_first(spawn: Spawn, story: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_the_first_of_several_processes_is_profiled(spawn: Spawn, story: Path, tmp_path: Path, parallel: str) -> None:
-    """It holds all weights with DDP, whose buckets keep the gradients, and with FSDP a third of each, rounded up."""
+    """With DDP it has all weights, and all gradients in the buckets; with FSDP a third of each tensor, rounded up."""
     out = tmp_path / "out"
     few = ["--max_iters=6", "--lr_decay_iters=6", "--profile=3", f"--parallel={parallel}"]
     assert to_its_end(spawn(*group(out, story, *few), threads=1)).count("the costliest operations of 3 steps") == 1
@@ -161,16 +161,16 @@ def test_the_first_of_several_processes_is_profiled(spawn: Spawn, story: Path, t
 # Memory
 
 
-def test_what_lasts_is_counted_to_the_byte(tmp_path: Path) -> None:
-    """AdamW keeps two means of each parameter, and of each tensor the number of updates."""
+def test_weights_gradients_and_moments_are_exact_to_the_byte(tmp_path: Path) -> None:
+    """AdamW keeps two moments of each parameter, and the number of updates of each tensor."""
     memory = profiled(tmp_path, SHAPE, rows=8, micro_steps=2)
     assert memory["weights"] == memory["gradients"] == 4 * PARAMETERS
     assert memory["optimizer"] == 2 * 4 * PARAMETERS + 4 * TENSORS
     assert memory["total"] == sum(size for kind, size in memory.items() if kind != "total")
 
 
-def test_gradients_come_as_activations_go(tmp_path: Path) -> None:
-    """The peak of one micro step lies at the logits, before the first gradient, unless gradients are kept."""
+def test_gradients_replace_activations(tmp_path: Path) -> None:
+    """The peak of one micro step is at the logits, before the first gradient, unless gradients are kept."""
     assert profiled(tmp_path, SHAPE, rows=8, micro_steps=1)["gradients"] == 0
     assert profiled(tmp_path, SHAPE, rows=8, micro_steps=1, set_to_none=False)["gradients"] == 4 * PARAMETERS
 
@@ -186,7 +186,7 @@ def test_gradients_come_as_activations_go(tmp_path: Path) -> None:
     ],
     ids=["small", "many words", "wide, with dropout", "few tokens"],
 )
-def test_the_peak_is_the_one_that_is_planned(tmp_path: Path, shape: GPTConfig, rows: int, micro_steps: int) -> None:
+def test_the_peak_is_the_planned_one(tmp_path: Path, shape: GPTConfig, rows: int, micro_steps: int) -> None:
     """Within 0.1 %."""
     memory = profiled(tmp_path, shape, rows, micro_steps)
     planned = needed(shape, Step(rows, micro_steps, torch.float32, gpu=False)).total
@@ -194,8 +194,8 @@ def test_the_peak_is_the_one_that_is_planned(tmp_path: Path, shape: GPTConfig, r
     assert memory["total"] == pytest.approx(planned, rel=0.001)
 
 
-def test_the_rest_is_what_a_step_makes(tmp_path: Path) -> None:
-    """Worked out by hand: a product of 4,000 bytes, then the gradient that is added to the one kept, beside scalars."""
+def test_activations_are_the_tensors_of_a_step(tmp_path: Path) -> None:
+    """By hand: a product of 4,000 bytes, then a gradient that is added to the kept one, and scalars."""
     weight = nn.Parameter(torch.ones(1000))
     optimizer = torch.optim.SGD([weight], 0.1)
     profiler = Profiler(optimizer, CPU, tmp_path)
@@ -209,7 +209,7 @@ def test_the_rest_is_what_a_step_makes(tmp_path: Path) -> None:
     assert 4000 <= memory["activations"] < 4100
 
 
-def test_gradients_are_of_the_step_in_which_the_peak_lies(tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_step_with_the_peak(tmp_path: Path) -> None:
     a, b = nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(2000))
     optimizer = torch.optim.SGD([a, b], 0.1)
     profiler = Profiler(optimizer, CPU, tmp_path)
@@ -225,7 +225,7 @@ def test_gradients_are_of_the_step_in_which_the_peak_lies(tmp_path: Path) -> Non
     assert not optimizer._optimizer_step_pre_hooks
 
 
-# What cannot be written
+# Folders that cannot be written
 
 
 def test_a_folder_that_cannot_be_made_is_refused(folio, tmp_path: Path, monkeypatch) -> None:
@@ -234,8 +234,8 @@ def test_a_folder_that_cannot_be_made_is_refused(folio, tmp_path: Path, monkeypa
     assert_refused(folio("bench", *BENCH), "bench_log", "File exists", "elsewhere")
 
 
-def test_a_run_goes_on_without_its_profile(train, tmp_path: Path, monkeypatch) -> None:
-    """A folder that is gone or full when the profile ends costs the profile alone."""
+def test_a_run_continues_without_its_profile(train, tmp_path: Path, monkeypatch) -> None:
+    """If the folder is deleted or full when the profile ends, only the profile is lost."""
     finish = Profiler.finish
 
     def after_the_folder_went(profiler: Profiler) -> str:
@@ -249,7 +249,7 @@ def test_a_run_goes_on_without_its_profile(train, tmp_path: Path, monkeypatch) -
     assert run_folder.steps(tmp_path / "out")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
     weight = nn.Parameter(torch.ones(10))
     optimizer = torch.optim.SGD([weight], 0.1)
     profiler = Profiler(optimizer, CPU, tmp_path / "profile")

@@ -1,4 +1,4 @@
-"""A launcher that restarts a job: the run resumes by itself, with the same bits at the end."""
+"""A launcher restarts a job: the run resumes automatically, and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from folio.training import start
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
 STANDALONE = ("--standalone", "--nproc_per_node=3")
-JOBS: list[launch.Job] = []  # of this process, whose groups must not be destroyed (see Ranks.close)
+JOBS: list[launch.Job] = []  # the jobs of this process, whose groups must not be destroyed (see Ranks.close)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before_a_checkpoint", [False, True])
-def test_a_group_resumes_by_itself(
+def test_a_group_resumes_automatically(
     spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path, before_a_checkpoint: bool
 ) -> None:
-    """Ranks are killed one after the other; the same command line each time, and the same bits at the end."""
+    """Ranks are killed one after the other. The command line is always the same, and so are the final bits."""
     out = tmp_path / "out"
     flags = ("--init_from=scratch", "--check_replicas_every=9")
     child = spawn(*group(out, story, *flags, launcher=(*STANDALONE, "--max_restarts=2")), threads=1)
@@ -52,7 +52,7 @@ def test_a_group_resumes_by_itself(
 
 @pytest.mark.slow
 def test_launchers_of_two_machines_resume(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """One counts the restart and the other does not; still all meet again and resume their run."""
+    """One launcher counts the restart and the other does not; the processes still meet and resume their run."""
     out, port = tmp_path / "out", free_port()
     common = ("--nnodes=2", "--nproc_per_node=1", "--max_restarts=2", "--rdzv_id=9", "--rdzv_backend=c10d")
     launcher = (*common, f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1")
@@ -68,11 +68,11 @@ def test_launchers_of_two_machines_resume(spawn: Spawn, story: Path, tmp_path: P
 
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets a launcher's variables for the one process of a job, which dies in a given step; "" is no launcher."""
+    """Sets a launcher's variables for a job of one process, which dies in step ``dies_in``; job "" has no launcher."""
     update, stores = Runtime.update, {}
 
-    def told(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
-        JOBS.append(launch.Job())  # as of a process that has just begun
+    def begin(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
+        JOBS.append(launch.Job())  # of a process that has just started
         monkeypatch.setattr(launch, "JOB", JOBS[-1])
         monkeypatch.setattr(start, "_NUMBERS", count())
         for name in (*by_hand_variables(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
@@ -93,12 +93,12 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
         monkeypatch.setattr(Runtime, "update", die)
 
-    return told
+    return begin
 
 
 @pytest.mark.parametrize("begin", ["scratch", "another run"])
 def test_a_restart_resumes_its_own_run(attempt: Callable[..., None], story: Path, tmp_path: Path, begin: str) -> None:
-    """Not with what the first attempt began from, also where it took another run's weights."""
+    """It does not start again from scratch, or from the other run's weights."""
     if begin == "another run":
         begin = str(tmp_path / "other")
         go(story, tmp_path / "other", "--seed=5")
@@ -118,7 +118,7 @@ def test_a_restart_resumes_its_own_run(attempt: Callable[..., None], story: Path
 def test_a_count_of_restarts_is_enough(
     attempt: Callable[..., None], story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where nobody keeps a store that would know the run."""
+    """Without a store that has the run's id."""
     out = tmp_path / "out"
     attempt("", dies_in=9)
     with pytest.raises(KeyboardInterrupt):
@@ -134,7 +134,7 @@ def test_a_count_of_restarts_is_enough(
 def test_a_run_of_an_older_job_is_not_resumed(
     attempt: Callable[..., None], story: Path, tmp_path: Path, older: str, restarts: int
 ) -> None:
-    """Neither by a restart whose first attempt died before it took the folder, nor by a first attempt."""
+    """Neither by a restart whose first attempt died before it owned the folder, nor by a first attempt."""
     out = tmp_path / "out"
     attempt(older, dies_in=9)
     with pytest.raises(KeyboardInterrupt):

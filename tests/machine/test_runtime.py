@@ -1,4 +1,4 @@
-"""The machine under a run: one process, and two that exchange gradients."""
+"""The runtime of one process, and of two that exchange gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from folio.training.optimizers import adamw
 CPU = System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
-# What each of two ranks sees, as JSON
+# Writes what each of two ranks computes, as JSON
 TWO_RANKS = """
 import hashlib, json, sys
 from pathlib import Path
@@ -85,19 +85,19 @@ leave(0)
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Fixed bits, and no waiting for a core that another process has."""
+    """One thread: the same bits each time, and no waiting for cores that other processes use."""
     torch.set_num_threads(1)
 
 
 def torchrun(ranks: int, *argv: str | Path) -> Any:
-    """A command on so many processes, to its end."""
+    """Runs a command on so many processes."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
     return python(*launcher, *argv, OMP_NUM_THREADS="1")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks saw."""
+    """The results of TWO_RANKS, by rank."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "two.py").write_text(TWO_RANKS)
     done = torchrun(2, folder / "two.py", folder)
@@ -106,7 +106,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def trainer() -> tuple[GPT, torch.optim.AdamW, Runtime]:
-    """A model, its optimiser and the runtime of one process."""
+    """A model, its optimizer and the runtime of one process."""
     torch.manual_seed(1)
     model = GPT(SHAPE)
     return model, adamw(model, 1e-2, (0.9, 0.95), 0.1), Runtime(resolve(CPU))
@@ -127,8 +127,8 @@ def snapshot(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime) -> dict
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_nothing_is_updated_from_the_first_loss_on_that_is_not_finite(loss: float, norm: float) -> None:
-    """Neither weights nor moments nor the count of updates, in that step and in all that follow."""
+def test_nothing_is_updated_after_a_loss_that_is_not_finite(loss: float, norm: float) -> None:
+    """Neither weights nor moments nor the count of updates, in that step and in all later ones."""
     parts = trainer()
     empty = snapshot(*parts)
     step(*parts)
@@ -142,7 +142,7 @@ def test_nothing_is_updated_from_the_first_loss_on_that_is_not_finite(loss: floa
 
 
 def test_clip() -> None:
-    """The norm is that of all gradients together; 0 leaves them alone."""
+    """``clip`` returns the norm of all gradients together; max_norm 0 leaves them as they are."""
     model, optimizer, runtime = trainer()
     runtime.backward(model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0])
 
@@ -157,8 +157,8 @@ def test_clip() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_arithmetic_is_what_was_asked(dtype: str) -> None:
-    """Products in that type, the weights and the loss in float32."""
+def test_the_arithmetic_has_the_chosen_dtype(dtype: str) -> None:
+    """Products have that dtype; weights and loss are float32."""
     model = GPT(SHAPE)
     runtime = Runtime(resolve(System(device="cpu", dtype=dtype, compile=False)))  # type: ignore[arg-type]
     seen: list[torch.dtype] = []
@@ -180,8 +180,8 @@ def test_reduce_sums(two: list[dict[str, Any]]) -> None:
     assert [seen["sum after errors"] for seen in two] == [[2.0]] * 2
 
 
-def test_broadcast_is_rank_0s(two: list[dict[str, Any]]) -> None:
-    """Its value, and what it raises; the others do not call."""
+def test_broadcast_returns_rank_0s_value(two: list[dict[str, Any]]) -> None:
+    """Its value or its error; the other ranks do not call the function."""
     assert [seen["broadcast"] for seen in two] == [{"from": 0, "list": [1, 2]}] * 2
     assert [seen["calls"] for seen in two] == [[0], []]
     for kind in ("ValueError", "FileNotFoundError"):
@@ -189,7 +189,7 @@ def test_broadcast_is_rank_0s(two: list[dict[str, Any]]) -> None:
 
 
 def test_gradients_are_exchanged_in_the_last_micro_step(two: list[dict[str, Any]]) -> None:
-    """Before it each rank has its own; after it all have the mean over the ranks of what each summed up."""
+    """Before it each rank has its own gradients; after it all have the mean over the ranks of their sums."""
     assert all(seen["none at first"] for seen in two)
     own = [torch.tensor(seen["gradients 0"]) for seen in two]
     assert not torch.allclose(own[0], own[1])
@@ -203,7 +203,7 @@ def test_gradients_are_exchanged_in_the_last_micro_step(two: list[dict[str, Any]
 
 
 def test_full_state_is_gathered_on_rank_0(two: list[dict[str, Any]]) -> None:
-    """All weights by name, all optimiser tensors as <parameter>/<slot>: what each rank has, bit by bit."""
+    """All weights by name, all optimizer tensors as <parameter>/<slot>, the same bits as on each rank."""
     assert two[0]["gathered"] == two[0]["mine"] == two[1]["mine"]
     names = [name for name, _ in GPT(SHAPE).named_parameters()]
     slots = {f"{name}/{slot}" for name in names for slot in ("step", "exp_avg", "exp_avg_sq")}

@@ -1,4 +1,4 @@
-"""Memory that runs out: one line, with what needs less; nothing that is half written."""
+"""Out of memory: one line with options that need less, and no unfinished files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import torch
 from conftest import SMALL, Outcome, assert_refused
 
 from folio import cli
-from folio.commands import train
 from folio.machine import shortage
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, limits addresses")
@@ -35,7 +34,7 @@ TOO_MUCH: dict[str, Callable[[], Any]] = {
 
 @contextmanager
 def little_memory(more: int) -> Iterator[None]:
-    """As ``ulimit -v`` would: so many bytes more than this process has, and no more."""
+    """Limits this process to so many bytes more than it has, as ``ulimit -v`` does."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
@@ -45,17 +44,9 @@ def little_memory(more: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.fixture(scope="module")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "out"
-    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--max_iters=1"]
-    train.main(cli.parse(train.Options, argv, "folio train", files=True))
-    return out
-
-
 @pytest.mark.parametrize("who", TOO_MUCH)
-def test_it_is_known_whoever_tells_it(who: str) -> None:
-    """And the command line says it in one line, whatever the command."""
+def test_every_kind_of_error_is_recognized(who: str) -> None:
+    """The command line turns it into one line too."""
     with pytest.raises((MemoryError, RuntimeError, OSError)) as raised:
         TOO_MUCH[who]()
     assert shortage.is_shortage(raised.value)
@@ -66,19 +57,19 @@ def test_it_is_known_whoever_tells_it(who: str) -> None:
     assert (code, "\n" in line, "Traceback" in line) == (2, False, False)
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_not_changed() -> None:
     with pytest.raises(RuntimeError, match="size of tensor"), shortage.explained("adding", str):
         torch.zeros(2) + torch.zeros(3)
     with pytest.raises(FileNotFoundError), shortage.explained("reading", str):
         Path("nowhere").read_text()
 
 
-def test_advice_that_finds_no_memory_either() -> None:
+def test_advice_that_runs_out_of_memory_too() -> None:
     with pytest.raises(ValueError, match="folio plan computes"), shortage.explained("x", TOO_MUCH["torch"]):
         TOO_MUCH["Python"]()
 
 
-def test_the_room_is_the_limit() -> None:
+def test_the_room_is_at_most_the_limit() -> None:
     with little_memory(300_000_000):
         assert shortage.room(torch.device("cpu")) == resource.getrlimit(resource.RLIMIT_AS)[0]
     assert shortage.room(torch.device("cpu")) > 0
@@ -88,7 +79,7 @@ def test_the_room_is_the_limit() -> None:
     "shape", [["--n_embd=100000", "--n_layer=1000"], ["--n_layer=500", "--n_embd=32768"]], ids=" ".join
 )
 def test_a_model_that_is_too_large(folio: Folio, story: Path, tmp_path: Path, shape: list[str]) -> None:
-    """Also one of many parts, each of which the system would give, until it kills the process."""
+    """Also a model of many small parts, each of which the system grants, until it kills the process."""
     outcome = folio("train", *SMALL, *shape, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}")
     assert_refused(outcome, "out of memory while building the model", "parameters take", "--n_layer")
     assert not (tmp_path / "out").exists()
@@ -119,7 +110,7 @@ def test_a_step_that_is_too_large(folio: Folio, story: Path, tmp_path: Path, fla
     ],
     ids=lambda value: " ".join(value) if value[0] in ("sample", "eval") else "",
 )
-def test_commands_that_ask_for_too_much(folio: Folio, trained: Path, argv: list[str], words: list[str]) -> None:
+def test_commands_that_need_too_much(folio: Folio, trained: Path, argv: list[str], words: list[str]) -> None:
     with little_memory(300_000_000):
         outcome = folio(*argv, f"--out_dir={trained}", "--device=cpu", "--dtype=float32")
     assert_refused(outcome, "out of memory", *words)

@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def save(step: int, meanwhile: bool) -> None:
-            runtime.written()
+            runtime.wait_for_write()
             weights, slots = runtime.full_state(model, optimizer, copy=meanwhile)
             runtime.write(lambda: checkpoint.save(Path(folder), step, weights, slots, {}), wait=not meanwhile)
 
@@ -60,7 +60,7 @@ def main() -> None:
             found["copy"].append(seconds(lambda: [t.clone() for part in whole for t in part.values()]))  # noqa: B023
             found["at once"].append(seconds(lambda: save(1, False)))
             found["meanwhile"].append(seconds(lambda: save(2, True)))
-            runtime.written()
+            runtime.wait_for_write()
     for name, times in found.items():
         ratios = [a / b for a, b in zip(times, found["copy"], strict=True)]
         print(

@@ -74,7 +74,7 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, number: float) -> float:
+    def sum(self, number: float) -> float:
         """The sum of a number over all ranks, without waiting for the device."""
         if self.world == 1:
             return number
@@ -97,7 +97,7 @@ class Ranks:
             raise box[1]
         return box[0]
 
-    def written(self) -> None:
+    def wait_for_write(self) -> None:
         """Waits until the last ``write`` is done on rank 0; its error is raised on every rank."""
 
         def wait() -> None:
@@ -110,7 +110,7 @@ class Ranks:
     def write(self, make: Callable[[], None], wait: bool) -> None:
         """Calls ``make`` on rank 0: in the main thread while the others ``wait``, else in a thread.
 
-        Without ``wait``, ``written`` must be called before.
+        Without ``wait``, ``wait_for_write`` must be called before.
         """
         if wait:
             self.broadcast(make)
@@ -124,7 +124,7 @@ class Ranks:
             dist.all_gather_object(every, found, group=self._control)
         return every
 
-    def agree(self, found: dict[str, Any]) -> None:
+    def require_equal(self, found: dict[str, Any]) -> None:
         """Raises UserError, on every rank, if the ranks have different values under the same name."""
         every = self.gather(found)
         for rank, other in enumerate(every):

@@ -220,7 +220,7 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
 
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:
     """Raises UserError, on every rank, if the ranks were not given the same options, data and checkpoint."""
-    runtime.agree(
+    runtime.require_equal(
         {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
         | {"the newest checkpoint": former.found.step if former else None}
@@ -246,7 +246,7 @@ def _begin_files(run: Run, number: int, former: Former | None) -> list[str]:
     run.log.open(run.out_dir, run.config.logging.log_txt, o.restart_interval or o.max_iters or 1)
     if former and isinstance(former.found, PtFile):
         save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
-        run.runtime.written()
+        run.runtime.wait_for_write()
     return notes
 
 

@@ -146,7 +146,7 @@ def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
 
     def track(parts: Sequence[T]) -> Iterator[T]:
         for number, part in enumerate(parts, 1):
-            if run.runtime.total(float(bool(run.signal))):
+            if run.runtime.sum(float(bool(run.signal))):
                 run.stop = most_urgent(run.runtime.gather(run.signal))
                 raise _AbandonedError
             run.log.busy(f"{what} {number} of {len(parts)}")
@@ -237,7 +237,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
     if name := runtime.not_finite(run.model, run.optimizer):
         raise not_finite(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()
-    runtime.written()
+    runtime.wait_for_write()
     meanwhile = output.async_checkpoint
     if meanwhile == "auto":
         meanwhile = runtime.world > 1 or runtime.device.type == "cuda"

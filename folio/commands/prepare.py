@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from folio.config.options import ITSELF, option
 from folio.errors import UserError
-from folio.preparation import DATA_SETS
+from folio.preparation.recipes import KNOWN, help_of, known, named_by_user
 
 _CHOICES = (
     "tokenizer",
@@ -30,10 +30,11 @@ class Options:
     text: tuple[str, ...] = option(
         (),
         "a known data set; files, folders and globs; or hf:NAME",
-        details=f"Known are {', '.join(DATA_SETS)}. Files are text, JSON lines or parquet. hf:NAME is a data set of "
+        details=f"Known are {', '.join(KNOWN)}. Files are text, JSON lines or parquet. hf:NAME is a data set of "
         "the Hugging Face hub.",
         path=ITSELF,
         positional="TEXT …",
+        listed=("known data sets", {name: help_of(name) for name in KNOWN}),
     )
     name: str = option("", "name of the data set; default: name of the first source")
     data_dir: str = option("", "where to write; default: data/<name>", path=ITSELF)
@@ -59,15 +60,14 @@ def main(options: Options) -> None:
 def run(options: Options) -> Path:
     """Prepares, and returns the folder."""
     if not any(options.text):
-        raise UserError(f"nothing to prepare: there are {', '.join(DATA_SETS)}, your files and folders, or hf:NAME")
+        raise UserError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
     from folio.preparation.job import prepare
-    from folio.preparation.recipes import known, named_by_user
 
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
     if options.val_fraction and options.val_documents:
         raise UserError("--val_fraction and --val_documents exclude each other: give one")
     first = options.text[0]
-    by_name = len(options.text) == 1 and (first in DATA_SETS or not _names_text(first))
+    by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
     name = options.name or (first if by_name else _name(first))
     folder = Path(options.data_dir or Path("data") / name)
     if by_name:

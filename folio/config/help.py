@@ -53,7 +53,7 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
     more += [f"--help=all lists all {len(mine)} options"] if len(names) < len(mine) else []
     some = next((name for name in ("learning_rate", *sorted(names)) if name in names), "")
     more += [f"--help={some} describes one"] if some else []
-    return parser(
+    shown = parser(
         options,
         names,
         prog=prog,
@@ -61,7 +61,12 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
         description=f"{about} Example: {example}" if example else about,
         epilog=f"{', '.join(more)}." if more else None,
         formatter_class=_Formatter,
-    ).format_help()
+    )
+    for title, lines in (o.metadata["listed"] for o in known.values() if "listed" in o.metadata):
+        section = shown.add_argument_group(title)
+        for word, line in lines.items():
+            section.add_argument(word, help=line.replace("%", "%%"))
+    return shown.format_help()
 
 
 def _is_for(option: Option, known: dict[str, Option], places: Sequence[str]) -> bool:

@@ -32,7 +32,8 @@ def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
             name and default; ``public``: an export tells it; ``local``: ranks may differ in it; ``path``: which part
             of it is a path (ITSELF, EACH or AFTER_FILE); ``none``: what None stands for, if neither auto nor an empty
             default; ``positional``: it is given by its place, and shown as this; ``short``: a second spelling, such as
-            ``-o``; ``of``: the values of the command's first argument that it is for.
+            ``-o``; ``of``: the values of the command's first argument that it is for; ``listed``: (title, lines by name),
+            values that ``--help`` lists in a section of their own.
     """
     return field(default=default, metadata={"help": help, "role": role, **more})
 

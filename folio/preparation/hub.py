@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from folio.data.token_files import Split
 from folio.errors import UserError
 from folio.preparation.documents import Span
 from folio.preparation.finding import find, kind_of
 from folio.preparation.sources import Block
 from folio.preparation.text_files import Files
+
+if TYPE_CHECKING:
+    from folio.data.token_files import Split
 
 
 @dataclass(frozen=True)

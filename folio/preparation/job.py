@@ -27,9 +27,10 @@ from folio.errors import UserError
 from folio.locks import InUseError, Lock
 from folio.preparation import sources
 from folio.preparation.documents import Work
+from folio.preparation.finished import is_finished, refuse_difference
 from folio.preparation.parts import Parts, PartWriter
 from folio.preparation.progress import progress
-from folio.preparation.recipe import Recipe, is_finished, refuse_difference
+from folio.preparation.recipe import Recipe
 from folio.preparation.sources import Block
 from folio.preparation.workers import Alphabet, Tokenize, Tokenized, results
 from folio.preparation.writer import STATE, Writer, listed, move, read_state, save_state
@@ -182,8 +183,8 @@ class _Job:
 
     def _tokenizer(self, work: Path, state: dict[str, Any]) -> Tokenizer:
         """The recipe's tokenizer, or one of the characters that a first pass over the whole source finds."""
-        if self.recipe.tokenizer:
-            return self.recipe.tokenizer
+        if tokenizer := self.recipe.fixed_tokenizer:
+            return tokenizer
         if "alphabet" not in state:
             reading = Work({}, "none", self.recipe.text_key)
             source = self.recipe.source

@@ -1,39 +1,72 @@
-"""What a data set is made of, and whether one that is there was made of the same."""
+"""What a data set is made of: the source of its documents, the tokenizer, and the layout of its files.
+
+Like the modules of sources, this one imports no NumPy, so that ``folio prepare --help`` can list the data sets fast.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from folio.data.token_files import META, SPLITS, UNFINISHED
-from folio.data.tokenizers import Tokenizer
-from folio.errors import UserError
-from folio.files import read_json
 from folio.preparation.sources import Source
-from folio.preparation.text_files import Files
-from folio.preparation.writer import STATE, Layout
-from folio.records.console import say
+
+if TYPE_CHECKING:
+    from folio.data.token_files import Eot
+    from folio.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How documents become files.
+
+    ``name`` of a file has ``{split}`` and, if there are shards, ``{index:06d}``. Each shard but the last has
+    ``shard_size`` tokens; 0 means one file per split. The validation split is the first ``val_documents``, or
+    ``val_fraction`` of the documents, evenly spread from the first on. If both are 0, it is the first shard, and
+    documents continue across shards, as in build-nanogpt's ``fineweb.py``.
+    """
+
+    name: str = "{split}.bin"
+    shard_size: int = 0
+    eot: Eot = "after"
+    val_documents: int = 0
+    val_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set is made of, and how. ``tokenizer`` None: the characters of the source."""
+    """What a data set is made of, and how."""
 
     source: Source
-    tokenizer: Tokenizer | None
+    tokenizer: str | Tokenizer  # a name as ``--tokenizer`` takes it; "char": all characters of the source
     layout: Layout
     text_key: str = "text"
-    keep_empty: bool = False
-    given_splits: bool = False  # the source decides what is for validation
+    keep_empty: bool = False  # an empty document becomes an end-of-text token
+    given_splits: bool = False  # the source decides which documents are for validation
     small_fraction: float = 0.1  # of the documents for validation, if there is less than one shard
-    made: dict[str, Any] = field(default_factory=dict)  # what else tells it from others
+    made: dict[str, Any] = field(default_factory=dict)  # further settings for ``describe``
+
+    @functools.cached_property
+    def fixed_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None for "char", whose vocabulary must first be read from the source.
+
+        Raises:
+            ValueError, FileNotFoundError: there is no tokenizer of that name.
+        """
+        if self.tokenizer == "char":
+            return None
+        if not isinstance(self.tokenizer, str):
+            return self.tokenizer
+        from folio.data.tokenizers import named
+
+        return named(self.tokenizer)
 
     def describe(self) -> dict[str, Any]:
-        """What ``meta.json`` will state of how the data set was made."""
-        spec = self.tokenizer.to_json() if self.tokenizer else {"kind": "characters"}
+        """The settings, as ``meta.json`` states them: a data set with other settings is another data set."""
+        tokenizer = self.fixed_tokenizer
+        spec = tokenizer.to_json() if tokenizer else {"kind": "characters"}
         if spec["kind"] == "tokenizers":
             digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
             spec = {"kind": "tokenizers", "sha256": digest[:16]}
@@ -44,46 +77,3 @@ class Recipe:
             "text_key": self.text_key,
             "layout": asdict(self.layout),
         }
-
-
-def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the data set is complete. Raises ValueError if the folder has another one."""
-    if overwrite:
-        return False
-    try:
-        meta = read_json(folder / META)
-        made = dict(meta["made"])
-        names = [str(f["name"]) for split in meta["splits"].values() for f in split["files"]]
-        counts = {split: int(meta["splits"][split]["tokens"]) for split in SPLITS}
-    except FileNotFoundError:
-        if (folder / UNFINISHED / STATE).exists():
-            return False
-        if found := sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".npy", ".ds")):
-            raise UserError(
-                f"{folder} holds {found[0]}, which another program wrote: choose another folder, or --overwrite"
-            ) from None
-        return False
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
-    refuse_difference(f"{folder} was made", made, described, recipe.source)
-    gone = [name for name in names if not (folder / name).is_file()]
-    if gone:
-        raise UserError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
-    say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
-    return True
-
-
-def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], source: Source) -> None:
-    was, now = _flat(old), _flat(new)
-    changed = [k for k in {**was, **now} if was.get(k) != now.get(k)]
-    if changed == ["source.line_ends"] and isinstance(source, Files) and source.reads_as_before():
-        return
-    if changed:
-        changes = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
-        raise UserError(f"{what} with other settings ({changes}): --overwrite makes it anew")
-
-
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}

@@ -1,7 +1,9 @@
 """The recipes of the known data sets, one function each, and of the files that a user names.
 
-To add a data set, write its function here and add its name to ``folio.preparation.DATA_SETS``. Its arguments are the
-folder, a ``source`` that replaces the usual one, and by keyword the options that a user may set.
+To add a data set, write its function here, under ``@data_set``. Its arguments are the folder, a ``source`` that
+replaces the usual one, and by keyword the options that a user may set. The first line of its docstring is its help.
+
+``folio prepare --help`` imports this module, so it imports NumPy and other slow packages only inside functions.
 """
 
 from __future__ import annotations
@@ -12,35 +14,53 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from folio.config.names import did_you_mean
-from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer, named
 from folio.errors import UserError
 from folio.files import decode_text, download, read_text
-from folio.preparation import DATA_SETS
 from folio.preparation.finding import find
 from folio.preparation.hub import Hub
-from folio.preparation.recipe import Recipe
+from folio.preparation.recipe import Layout, Recipe
 from folio.preparation.sources import Source, Texts
 from folio.preparation.text_files import Files
-from folio.preparation.writer import Layout
 from folio.records.console import say
+
+if TYPE_CHECKING:
+    from folio.data.tokenizers import Tokenizer
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 OPENWEBTEXT = "Skylion007/openwebtext"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SHARD_SIZE = 100_000_000
-_VAL_BYTES = 10_000_000  # of text, which are enough for validation
+_VAL_BYTES = 10_000_000  # of text, enough for validation
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
+Function = Callable[..., Recipe]
+KNOWN: dict[str, Function] = {}  # the known data sets, by name
 
+
+def data_set(function: Function) -> Function:
+    """Adds a function to the known data sets, under its own name."""
+    KNOWN[function.__name__] = function
+    return function
+
+
+def help_of(name: str) -> str:
+    """One line about a known data set."""
+    return (inspect.getdoc(KNOWN[name]) or "").partition("\n")[0].removesuffix(".")
+
+
+@data_set
 def shakespeare_char(folder: Path, source: str) -> Recipe:
-    """Tiny Shakespeare, or any UTF-8 text, by characters: byte for byte the files of nanoGPT's recipe.
+    """Tiny Shakespeare by characters: nanoGPT's files.
 
-    The text is read in Python's text mode, as there: every line end becomes \\n, a byte order mark is a character.
+    ``source`` may be any UTF-8 text. It is read in Python's text mode, as nanoGPT reads it: every line end becomes
+    \\n, and a byte order mark is a character.
     """
+    from folio.data.tokenizers import Characters
+
     text = _shakespeare(folder, source)
     characters = "".join(sorted(set(text)))
     say(f"length of dataset in characters: {len(text):,}")
@@ -49,13 +69,22 @@ def shakespeare_char(folder: Path, source: str) -> Recipe:
     return _cut(folder, "shakespeare_char", text, Characters(characters))
 
 
+@data_set
 def shakespeare(folder: Path, source: str) -> Recipe:
-    """Tiny Shakespeare, or any UTF-8 text, in GPT-2's BPE: byte for byte the files of nanoGPT's recipe."""
-    return _cut(folder, "shakespeare", _shakespeare(folder, source), Tiktoken("gpt2"))
+    """Tiny Shakespeare in GPT-2's BPE: nanoGPT's files.
+
+    ``source`` may be any UTF-8 text.
+    """
+    return _cut(folder, "shakespeare", _shakespeare(folder, source), "gpt2")
 
 
+@data_set
 def stdlib(folder: Path, source: str) -> Recipe:
-    """The running Python's own sources by bytes, in order of their paths; every tenth file is for validation."""
+    """The sources of Python's standard library by bytes.
+
+    They are those of the running Python, or of the folder ``source``, in the order of their paths. Every tenth file is
+    for validation.
+    """
     root = Path(source or sysconfig.get_path("stdlib"))
     files = list(_sources(root))
     if not files:
@@ -63,27 +92,32 @@ def stdlib(folder: Path, source: str) -> Recipe:
     say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
     train = "".join(text for i, text in enumerate(files) if i % 10 != 9)
     made = {"dataset": "stdlib", "python": platform.python_version()}
-    return _of_texts(folder, made, train, "".join(files[9::10]), Bytes())
+    return _of_texts(folder, made, train, "".join(files[9::10]), "bytes")
 
 
+@data_set
 def openwebtext(folder: Path, source: str) -> Recipe:
-    """OpenWebText in GPT-2's BPE: nanoGPT's files, with its split, its order and its end-of-text after each."""
+    """OpenWebText in GPT-2's BPE: nanoGPT's files.
+
+    The split, the order and the end-of-text after each document are nanoGPT's.
+    """
     texts = Hub(source or OPENWEBTEXT, config=None if source else "plain_text", held_out=0.0005)
-    return Recipe(texts, Tiktoken("gpt2"), Layout(eot="after"), keep_empty=True, given_splits=True)
+    return Recipe(texts, "gpt2", Layout(eot="after"), keep_empty=True, given_splits=True)
 
 
+@data_set
 def fineweb_edu(folder: Path, source: str, shard_size: int = SHARD_SIZE) -> Recipe:
-    """FineWeb-Edu's sample of ten billion tokens, streamed: the shards of build-nanogpt's ``fineweb.py``."""
+    """FineWeb-Edu, ten billion tokens: build-nanogpt's shards.
+
+    The sample is streamed, and the shards are those of build-nanogpt's ``fineweb.py``.
+    """
     return sharded(source or FINEWEB_EDU, "sample-10BT", "edufineweb_{split}_{index:06d}.npy", shard_size)
 
 
 def sharded(source: str, config: str, name: str, shard_size: int, tokenizer: str = "gpt2") -> Recipe:
     """A data set of the datasets library, streamed, as ``.npy`` shards; the first is for validation."""
     layout = Layout(name, shard_size, eot="before")
-    return Recipe(Hub(source, config, streaming=True), named(tokenizer), layout, keep_empty=True)
-
-
-KNOWN: dict[str, Callable[..., Recipe]] = {name: globals()[name] for name in DATA_SETS}
+    return Recipe(Hub(source, config, streaming=True), tokenizer, layout, keep_empty=True)
 
 
 def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recipe:
@@ -117,9 +151,11 @@ def named_by_user(
     """Files, folders and globs, or one ``hf:NAME``.
 
     With a ``shard_size`` the files are ``<name>_train_000001.npy`` …, an end-of-text precedes each document, and the
-    first shard is for validation unless a share is given. Without, they are train.bin and val.bin, an end-of-text
+    first shard is for validation unless a fraction is given. Without, they are train.bin and val.bin, an end-of-text
     follows each document, and about 10 MB of the text, at most a tenth, are for validation.
     """
+    from folio.data.tokenizers import named
+
     tokens = None if tokenizer == "char" else named(tokenizer)
     source: Source
     if sources[0].startswith("hf:"):
@@ -143,15 +179,15 @@ def named_by_user(
         val_documents=val_documents,
         val_fraction=0.0 if by_shard or single or val_documents else fraction,
     )
-    return Recipe(source, tokens, layout, text_key, given_splits=single, small_fraction=fraction)
+    return Recipe(source, tokens or "char", layout, text_key, given_splits=single, small_fraction=fraction)
 
 
-def _cut(folder: Path, name: str, text: str, tokenizer: Tokenizer) -> Recipe:
+def _cut(folder: Path, name: str, text: str, tokenizer: str | Tokenizer) -> Recipe:
     cut = int(len(text) * 0.9)
     return _of_texts(folder, {"dataset": name}, text[:cut], text[cut:], tokenizer)
 
 
-def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenizer: Tokenizer) -> Recipe:
+def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenizer: str | Tokenizer) -> Recipe:
     digest = hashlib.sha256(train.encode() + val.encode()).hexdigest()
     if not (train and val):
         raise UserError(f"{folder / 'train.bin'} or val.bin would be empty: the text is too short to split")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from folio.data.token_files import Split
 from folio.preparation.documents import Span, Spans
+
+if TYPE_CHECKING:
+    from folio.data.token_files import Split
 
 BLOCK = 4 * 2**20  # bytes of text that a worker reads at once
 

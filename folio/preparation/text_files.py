@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from folio.data.token_files import Split
 from folio.files import other_encoding
 from folio.preparation import sources
 from folio.preparation.compressed import packed_lines
 from folio.preparation.documents import Span, cut
 from folio.preparation.finding import kind_of
 from folio.preparation.sources import Block, Piece
+
+if TYPE_CHECKING:
+    from folio.data.token_files import Split
 
 _HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
 

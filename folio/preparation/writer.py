@@ -10,39 +10,23 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from folio import files
-from folio.data.token_files import META, SPLITS, Eot, Split
+from folio.data.token_files import META, SPLITS, Split
 from folio.data.tokenizers import Ids
 from folio.errors import UserError
 from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
+from folio.preparation.recipe import Layout
 from folio.preparation.sources import Block
 from folio.preparation.workers import Tokenized
 
 STATE = "state.json"
 _NPY_HEADER = 128  # bytes, whatever the number of tokens
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How documents become files.
-
-    ``name`` of a file has ``{split}`` and, if there are shards, ``{index:06d}``. Each shard but the last has
-    ``shard_size`` tokens; 0 means one file per split. For validation are the first ``val_documents``, or
-    ``val_fraction`` of the documents, evenly spread from the first on. If both are 0, it is the first shard, and
-    documents continue across shards, as in build-nanogpt's ``fineweb.py``.
-    """
-
-    name: str = "{split}.bin"
-    shard_size: int = 0
-    eot: Eot = "after"
-    val_documents: int = 0
-    val_fraction: float = 0.0
 
 
 class Stream:

@@ -1,4 +1,4 @@
-"""The plain values that stand for the objects in a pickle, and the functions that make them from its arguments."""
+"""The plain values that replace the objects in a pickle, and the functions that make them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from folio.errors import UserError
 
-_KEYS = 50_000  # of a dict, if they are not text
+_KEYS = 50_000  # most keys of a dict whose keys are not text
 _NUMBERS_AND_TEXT = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|[US]\d{1,9})")  # NumPy's names of their types
 
 
@@ -41,7 +41,7 @@ class _Dtype:
         ):
             raise TypeError
         if len(content) != math.prod(shape) * self.dtype.itemsize:
-            raise UserError("a NumPy value is not as long as it says")
+            raise UserError("a NumPy value is not as long as its shape says")
         if not content:
             return [] if shape else self.dtype.type().item()
         codes = np.dtype("u4").newbyteorder(self.dtype.byteorder)
@@ -55,7 +55,7 @@ class _Array(list[Any]):
 
 
 def fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
-    """Sets items of a dict; raises ValueError for a key that might take forever to hash or to find."""
+    """Sets items of a dict. Raises ValueError for keys that could take forever to hash or to find."""
     if isinstance(target, Opaque):
         return target
     if not isinstance(target, dict):
@@ -65,19 +65,20 @@ def fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
         if len(flat) > 64 or not all(part is None or isinstance(part, (str, bytes, int, float)) for part in flat):
             raise UserError("a key is neither text nor a number")
         if not isinstance(key, str) and len(target) >= _KEYS:
-            raise UserError(f"more than {_KEYS:,} keys of one dict are no text")
+            raise UserError(f"one dict has more than {_KEYS:,} keys that are not text")
         target[key] = value
     return target
 
 
 def call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | None = None) -> Any:
+    """Calls a function of ours. Raises TypeError for any other object."""
     if not isinstance(function, FunctionType):
         raise TypeError
     return function(*arguments, **(named or {}))
 
 
 def build(made: Any, state: Any) -> None:
-    """Sets the state of an object, if that state is used."""
+    """Sets the state of an object of a kind whose content is used."""
     if isinstance(made, Fields):
         if not isinstance(state, dict):
             raise TypeError
@@ -113,7 +114,7 @@ def _text(text: Any = "") -> str:
 
 
 def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
-    """How protocols 0 to 2 write bytes."""
+    """Bytes as protocols 0 to 2 write them."""
     if isinstance(text, str) and encoding in ("latin1", "latin-1"):
         return text.encode("latin1")
     if not isinstance(text, bytes):
@@ -122,12 +123,12 @@ def _bytes(text: Any = b"", encoding: str = "latin1") -> bytes:
 
 
 def _scalar(dtype: Any, content: Any = b"") -> Any:
-    """One of NumPy's numbers, or its text."""
+    """A NumPy number or text."""
     return dtype.values(content, ()) if isinstance(dtype, _Dtype) else Opaque()
 
 
 def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Any:
-    """How protocol 5 writes an array."""
+    """An array as protocol 5 writes it."""
     return dtype.values(content, shape, order) if isinstance(dtype, _Dtype) else Opaque()
 
 
@@ -144,14 +145,14 @@ def opaque(*_: Any, **__: Any) -> Opaque:
 
 
 def fields_of(*arguments: Any) -> Fields:
-    """A plain object without its fields yet."""
+    """A plain object; ``build`` sets its fields later."""
     if arguments:
         raise TypeError
     return Fields()
 
 
 def _reconstructed(function: Any, *_: Any) -> Any:
-    """How protocols 0 and 1 make an object."""
+    """An object as protocols 0 and 1 write it."""
     return call(function, ())
 
 

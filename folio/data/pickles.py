@@ -1,6 +1,7 @@
-"""Reads pickles as plain values, with an interpreter of its own for pickle's opcodes: it imports and calls nothing.
+"""Reads pickles as plain values, with an interpreter of pickle's opcodes that imports nothing.
 
-The standard library's ``pickletools`` parses the format.
+It calls only the functions in ``PLAIN`` and those that its caller passes. The standard library's ``pickletools`` parses
+the format.
 """
 
 from __future__ import annotations
@@ -13,35 +14,37 @@ from typing import IO, Any
 from folio.data.pickled_values import PLAIN, Opaque, build, call, fill
 from folio.errors import UserError
 
-MOST = 8 * 2**20  # bytes of a pickle: GPT-2 XL with its optimizer takes a quarter of a million
+MOST = 8 * 2**20  # bytes of a pickle; that of GPT-2 XL with its optimizer has a quarter of a million
 _MOST_OPCODES = 5_000_000
-_MOST_COPIED = 1 << 24  # values and bytes that calls may copy, beside as many as the pickle has bytes
-_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY", "BYTES")  # opcodes that bring a value with them
+_MOST_COPIED = 1 << 24  # values and bytes that calls may copy, in addition to MOST
+_VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY", "BYTES")  # opcodes whose argument is a value
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 class RefusedError(UserError):
-    """The pickle names something unknown, which an ordinary unpickler would import and call."""
+    """The pickle names a global that is not known; an ordinary unpickler would import and call it."""
 
 
 def load(file: IO[bytes], known: Mapping[str, Any] = {}, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """Reads one pickle from the file's position on, and leaves the position after it.
+    """Reads one pickle at the file's position, and leaves the position after it.
 
     ``known``: replacements for globals by full name, in addition to ``PLAIN``; functions among them are called with
-    arguments from the pickle. ``persistent``: returns the value of a persistent id. Sets become lists, paths text,
-    NumPy's numbers Python's, its arrays lists, and subclasses of dict dicts.
+    arguments from the pickle. ``persistent``: returns the value of a persistent id.
+
+    Sets and NumPy arrays become lists, NumPy's numbers Python's, paths strings, and subclasses of dict dicts.
 
     Raises:
-        RefusedError: it names any other global. ValueError: it is damaged, has keys that are neither text nor numbers,
-            or needs more memory or time than a small file should.
+        RefusedError: it names another global. ValueError: it is damaged, has keys that are neither text nor numbers,
+            or needs too much memory or time.
     """
-    machine = _Machine({**PLAIN, **known}, persistent)
+    interpreter = _Interpreter({**PLAIN, **known}, persistent)
     try:
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= _MOST_OPCODES:
                 raise UserError(f"it has more than {_MOST_OPCODES:,} parts")
-            machine.do(opcode.name, argument)
-        return machine.stack.pop()
+            interpreter.run(opcode.name, argument)
+        return interpreter.stack.pop()
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"not a valid pickle ({type(error).__name__})") from None
 
@@ -60,8 +63,8 @@ def shown(value: Any) -> str:
     return str(value)[:80] if isinstance(value, float) or (type(value) is int and abs(value) < 2**63) else "something"
 
 
-class _Machine:
-    """The stack, the marks in it, and the memo."""
+class _Interpreter:
+    """Runs opcodes on a stack, with marks in the stack and a memo of values to use again."""
 
     def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None) -> None:
         self.known, self.persistent = known, persistent
@@ -70,7 +73,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.copied = 0
 
-    def do(self, name: str, argument: Any) -> None:
+    def run(self, name: str, argument: Any) -> None:
         """Runs one opcode. Raises ValueError, LookupError, TypeError or AttributeError if the pickle is not valid."""
         stack = self.stack
         match name:
@@ -90,14 +93,25 @@ class _Machine:
                 self.memo[len(self.memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(self.memo[int(argument)])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "BINPERSID" if self.persistent:
+                stack.append(self.persistent(stack.pop()))
+            case _ if name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            case _ if name.removeprefix("SHORT_").removeprefix("BIN").startswith(_VALUES):
+                stack.append(argument)
+            case _:
+                self.run_container(name, argument)
+
+    def run_container(self, name: str, argument: Any) -> None:
+        """Runs an opcode that makes or extends a tuple, list, set or dict."""
+        stack = self.stack
+        match name:
+            case "EMPTY_TUPLE":
+                stack.append(())
             case "EMPTY_LIST" | "EMPTY_SET":
                 stack.append([])
             case "EMPTY_DICT":
                 stack.append({})
-            case "EMPTY_TUPLE":
-                stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(name[-1])
                 stack[-count:] = [tuple(stack[-count:])]
@@ -121,25 +135,21 @@ class _Machine:
             case "SETITEMS":
                 items = self.above()
                 fill(stack[-1], items[::2], items[1::2])
-            case "BINPERSID" if self.persistent:
-                stack.append(self.persistent(stack.pop()))
-            case _ if name.removeprefix("SHORT_").removeprefix("BIN").startswith(_VALUES):
-                stack.append(argument)
             case _:
-                self.make(name, argument)
+                self.run_object(name, argument)
 
-    def make(self, name: str, argument: Any) -> None:
-        """Runs one of the opcodes for globals, for calls and for the state of objects."""
+    def run_object(self, name: str, argument: Any) -> None:
+        """Runs an opcode that looks up a global, calls one, or sets the state of an object."""
         stack = self.stack
         match name:
             case "GLOBAL":
-                stack.append(self.named(*argument.split(" ", 1)))
+                stack.append(self.look_up(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 module, what = stack[-2:]
                 del stack[-2:]
-                stack.append(self.named(module, what))
+                stack.append(self.look_up(module, what))
             case "INST":
-                function = self.named(*argument.split(" ", 1))
+                function = self.look_up(*argument.split(" ", 1))
                 stack.append(self.call(function, self.above()))
             case "OBJ":
                 function, *arguments = self.above()
@@ -159,7 +169,7 @@ class _Machine:
                 raise UserError(f"a pickle with the opcode {name}")
 
     def above(self) -> list[Any]:
-        """Removes and returns the values above the last mark."""
+        """Removes and returns the values above the last mark, with the mark."""
         mark = self.marks.pop()
         items = self.stack[mark:]
         del self.stack[mark:]
@@ -172,13 +182,13 @@ class _Machine:
         return call(function, arguments, named)
 
     def spend(self, arguments: Sequence[Any]) -> None:
-        """Raises ValueError if calls copy a long value again and again."""
+        """Counts what a call may copy. Raises ValueError if calls copy a long value again and again."""
         sizes = (len(a) for a in arguments if isinstance(a, (str, bytes, bytearray, list, dict, tuple)))
         self.copied += len(arguments) + sum(sizes)
         if self.copied > _MOST_COPIED + MOST:
             raise UserError("its calls copy too much")
 
-    def named(self, module: str, what: str) -> Any:
+    def look_up(self, module: str, what: str) -> Any:
         name = f"{_PYTHON_2.get(module, module)}.{what}"
         if name not in self.known:
             text = "".join(c if c.isprintable() else "?" for c in name.removeprefix("builtins.")[:100])

@@ -1,4 +1,4 @@
-"""Token ids → text: at once, as they come, or only its size."""
+"""Token ids → text: all at once, as a stream, or only the size of the text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 def text_size(tokenizer: Tokenizer, ids: Ids) -> int:
-    """The bytes of the text of consecutive ids (n), each document decoded from its beginning.
+    """The bytes of text that consecutive ids (n) stand for.
 
-    They are decoded together, since in a vocabulary that is not byte-level the space between two words belongs to
-    neither id. Special tokens, end-of-text among them, and ids without a token have no text.
+    The ids of a document are decoded together: in a vocabulary that is not byte-level, the space between two words
+    belongs to neither id. Special tokens, such as end-of-text, and ids without a token have no text.
     """
     starts = np.flatnonzero(ids == (-1 if tokenizer.eot is None else tokenizer.eot))
     kept = ~np.isin(ids, list(tokenizer.special)) & (ids < tokenizer.size)
@@ -28,7 +28,7 @@ def text_size(tokenizer: Tokenizer, ids: Ids) -> int:
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) -> Iterator[str]:
-    """The text of each id as it comes, in whole characters. ``after``: the ids before the first, as context."""
+    """The text of each id, in whole characters, as ids arrive. ``after``: ids before the first, as context."""
     if isinstance(tokenizer, TokenizersFile) and not tokenizer.by_bytes:
         yield from _in_context(tokenizer, ids, list(after))
         return
@@ -39,7 +39,7 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int], after: Iterable[int] = ()) 
 
 
 def _in_context(tokenizer: Tokenizer, ids: Iterable[int], before: list[int]) -> Iterator[str]:
-    """As ``stream``, if the text of an id depends on the ids before it, as the space between two words does."""
+    """As ``stream``, for tokenizers whose text of an id depends on the ids before it (the space between words)."""
     fresh: list[int] = []
     for i in ids:
         fresh.append(i)

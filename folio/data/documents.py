@@ -20,7 +20,7 @@ _SEARCHED = 2**20  # tokens of a file without a meta file that are searched for 
 
 @dataclass(frozen=True)
 class Documents:
-    """How documents are separated: by the id ``eot``, the first or the last token of each."""
+    """How documents are separated: by the id ``eot``, which is the first or the last token of each."""
 
     eot: int
     first: bool
@@ -33,13 +33,13 @@ class Documents:
 
 
 def find_documents(folders: Sequence[Folder], eot: int | AUTO) -> tuple[Documents, str]:
-    """How the documents of some data sets are separated, and where that is known from, in words.
+    """How the documents of data sets are separated, and a sentence that says how this is known.
 
     ``eot``: the id of the end-of-text token, "auto" for the tokenizer's. Without a meta file, the token is the first of
     each document if one of the files begins with it, else the last.
 
     Raises:
-        ValueError: the token is not known or not in the files, or the data sets differ.
+        ValueError: the token is unknown or not in the files, or the data sets differ.
     """
     found: list[tuple[Documents, str]] = []
     for folder in folders:
@@ -50,13 +50,15 @@ def find_documents(folders: Sequence[Folder], eot: int | AUTO) -> tuple[Document
         heads = [folder.splits[split][0].map()[:_SEARCHED] for split in SPLITS]
         if not any((head == token).any() for head in heads):
             raise UserError(
-                f"{folder.path}: no token {token} near the beginning of its files, so that documents cannot be "
-                "told apart: give the id that separates them as --eot, or set --document_mask=False"
+                f"{folder.path}: no token {token} near the beginning of its files, so documents cannot be told "
+                "apart: give the id that separates them as --eot, or set --document_mask=False"
             )
         found.append((Documents(token, any(head[0] == token for head in heads)), f"the files in {folder.path}"))
     if len({documents for documents, _ in found}) > 1:
         names = ", ".join(str(folder.path) for folder in folders)
-        raise UserError(f"documents begin or end in different ways in {names}: they cannot be mixed so")
+        raise UserError(
+            f"documents are separated in different ways in {names}, so they cannot be mixed with --document_mask"
+        )
     documents, source = found[0]
     return documents, f"token {documents.eot} {'begins' if documents.first else 'ends'} a document, by {source}"
 

@@ -1,8 +1,7 @@
 """Which files of a folder are one data set, by their names.
 
-A folder holds one data set: nanoGPT's two files if both are there, else the one family of files whose names differ in
-nothing but the split and a number. Other files are left alone, and a note names them. A glob means every file that it
-finds.
+A folder has one data set: nanoGPT's two files if both are there, else one family of files, whose names differ only in
+the split and a number. Other files are ignored, and a note names them. A glob selects every file that it finds.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _NUMBER = re.compile(
 
 
 class _Name(NamedTuple):
-    """The parts of a file's name: its split, what all files of its data set share, its number, and of how many."""
+    """The parts of a file's name: its split, the rest, which its data set shares, its number, and the total."""
 
     split: Split | None
     family: str
@@ -63,7 +62,7 @@ def split_of(path: Path) -> Split | None:
     for name in (path.name, path.parent.name if path.suffix == ".ds" else ""):
         found = [split for split in SPLITS if _NAMED[split].search(name)]
         if len(found) > 1:
-            raise UserError(f"{path} has both train and val in its name: rename it after the one that it is")
+            raise UserError(f"{path} has both train and val in its name: rename it after its split")
         if found:
             return found[0]
     return None

@@ -1,7 +1,7 @@
-"""Data sets as they lie: a folder, or the files that a glob finds, with what is known of their ids.
+"""Data sets on disk: a folder, or the files that a glob finds, and what is known of their ids.
 
-Readable are Folio's own folders (``meta.json``), nanoGPT's ``train.bin`` and ``val.bin`` with or without ``meta.pkl``,
-and shards of any format.
+These can be read: Folio's folders (``meta.json``), nanoGPT's ``train.bin`` and ``val.bin`` with or without
+``meta.pkl``, and shards of any format.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from folio.data.token_files import (
 from folio.data.tokenizers import IDS_ONLY, from_json
 from folio.errors import UserError
 
-_ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # names that other programs give a data set
+_ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # other programs' names of a data set
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A data set as it lies: its files by split, and what is known of their ids."""
+    """A data set on disk: its files by split, and what is known of their ids."""
 
     path: Path
     splits: dict[Split, tuple[TokenFile, ...]]
     vocab_size: int | None = None
-    tokenizer: dict[str, Any] | None = None  # None: not stated, so GPT-2's, as nanoGPT assumes
+    tokenizer: dict[str, Any] | None = None  # None: not stated; GPT-2's, as nanoGPT assumes
     eot: Eot | None = None
     meta: dict[str, Any] = field(default_factory=dict)  # all of meta.json
     note: str = ""  # for the user: what was left out or assumed
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of a split: of its files' SHA-256, or of their lengths and both of their ends."""
+        """A hash of a split: of its files' SHA-256, or of their lengths, first and last tokens."""
         digest = hashlib.sha256()
         for file in self.splits[split]:
             digest.update((file.sha256 or _hash_of_ends(file.map())).encode())
@@ -69,8 +69,8 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
     """The data set in a folder, or that a glob finds. ``token_dtype``: the type of ``.bin`` files without a header.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: its files are damaged or do not fit together, or it is ambiguous
-            which are meant. Both name the file and the remedy.
+        FileNotFoundError: there is none. ValueError: its files are damaged or do not fit together, or there are several
+            data sets. Both name the file and the remedy.
     """
     if path.is_dir() and os.path.lexists(path / META):
         return _of_stated_type(_own(path), token_dtype)
@@ -106,7 +106,7 @@ def _of_stated_type(own: Folder, token_dtype: TokenDtype) -> Folder:
 
 
 def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
-    """The part of a data set that a glob finds, or None if it finds only other files. Raises ValueError for both."""
+    """The part of a data set that a glob finds; None if it finds only other files. Raises ValueError for a mixture."""
     wanted = set(paths)
     splits = {split: tuple(file for file in own.splits[split] if file.path in wanted) for split in SPLITS}
     found = {file.path for files in splits.values() for file in files}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from folio.data.token_files import BARE, GPT2_SIZES, META_PKL, TokenFile
 from folio.errors import UserError
 
-_LOOKS = (2**12, 2**20)  # how many values of 16 bits are looked at: first a few, then more
+_LOOKS = (2**12, 2**20)  # values of 16 bits that are read, first a few, then more
 _FEWEST = 16  # values of 16 bits from which zeros can show a type
 _FEWEST_BYTES = 2**11  # bytes from which frequencies can show a type
 _OPTIONS = {"|u1": "uint8", "<u4": "uint32", "<i4": "int32", "<i8": "int64"}
@@ -44,7 +44,7 @@ def refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:
 
 
 def _type_seen(path: Path, vocab_size: int | None) -> np.dtype[Any]:
-    """uint16, unless both a short and a long look at the file show ids of another type."""
+    """The type of a file's ids: uint16, unless its first values, few and then many, are ids of another type."""
     found = BARE
     for count in _LOOKS:
         found = _looks_like(np.fromfile(path, "u1", 2 * count), vocab_size)
@@ -57,7 +57,7 @@ def _looks_like(content: NDArray[np.uint8], vocab_size: int | None) -> np.dtype[
     """The type of the ids in these bytes.
 
     In a wider type, every second or fourth 16 bits are zero, or small if the vocabulary is above 65,536. Read as the
-    right type, all ids are whole numbers within the vocabulary, if its size is known; as another type they are not.
+    right type, all ids are whole numbers within the vocabulary, if its size is known; read as another, they are not.
     """
     ids = content[: len(content) // 8 * 8].view("<u2")
     if len(ids) < _FEWEST or ids.min() == ids.max():

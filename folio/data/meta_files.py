@@ -1,4 +1,4 @@
-"""What the files beside token files state: ``meta.json``, nanoGPT's ``meta.pkl``, datatrove's ``.metadata``."""
+"""The files that describe token files: ``meta.json``, nanoGPT's ``meta.pkl``, datatrove's ``.metadata``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
 from folio.files import read_json, require_file, sha256
 
-_REHASH = 64 * 2**20  # bytes: a changed file up to this size is hashed again when it is opened
+_REHASH = 64 * 2**20  # bytes: a changed file of at most this size is hashed again when it is opened
 
 
 class Meta(NamedTuple):
-    """What ``meta.json`` states. ``raw`` is its whole content."""
+    """The content of ``meta.json``, checked; ``raw`` is all of it."""
 
     splits: dict[Split, tuple[TokenFile, ...]]
     vocab_size: int
@@ -56,7 +56,7 @@ def read_meta_json(path: Path) -> Meta:
             raise UserError(f"eot={str(eot)[:20]}")
         listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
         if not all(listed.values()) or any(Path(name).name != name for files in listed.values() for name, *_ in files):
-            raise UserError("its splits list no files, or files elsewhere")
+            raise UserError("its splits list no files, or files outside the folder")
         tokenizer = dict(raw["tokenizer"])
         _check_counts(raw)
     except FileNotFoundError:
@@ -101,10 +101,11 @@ def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> Token
 def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
     """The vocabulary size and the tokenizer in nanoGPT's ``meta.pkl``; nothing in the file is executed.
 
-    The tokenizer is of characters if ``itos`` gives one for each id, else ``IDS_ONLY``: training needs only the size.
+    The tokenizer is one of characters if ``itos`` has a character for each id, else ``IDS_ONLY``: training needs only
+    the size.
 
     Raises:
-        ValueError: it holds more than plain values, or no size. FileNotFoundError: it is a link to nothing.
+        ValueError: it has more than plain values, or no size. FileNotFoundError: it is a broken link.
     """
     raw = _read_pickle(path)
     try:
@@ -124,7 +125,7 @@ def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
-    """An integer from a file, which may be written as a float. Raises ValueError if it is none, or out of bounds."""
+    """An integer from a file; 3.0 is 3. Raises ValueError for other values, and for integers out of bounds."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not least <= value <= most:
@@ -146,7 +147,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
-    """None, which means GPT-2's, if ``.metadata`` is missing or names it; else the tokenizer's file or its name."""
+    """The tokenizer that ``.metadata`` names, as JSON; None, which means GPT-2's, if it names that or is missing."""
     name, _ = datatrove_metadata(path)
     if name in ("", "gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
         return None

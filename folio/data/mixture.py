@@ -1,6 +1,6 @@
-"""Data sets mixed by weight: which row of which data set each row of the mixture is.
+"""Data sets mixed by weight: row of the mixture → data set and row of it.
 
-Of every 1,024 consecutive rows each data set has its share, in an order that a keyed permutation gives.
+In every 1,024 consecutive rows each data set has its share; a keyed permutation gives the order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from folio import rng
 from folio.data.shards import Rows
 from folio.errors import UserError
 
-ROWS = 1024  # in which a mixture has its proportions
+ROWS = 1024  # consecutive rows that have the proportions of the mixture
 
 
 def place(index: rng.UInts, shares: Rows, seed: int, split: str) -> tuple[Rows, rng.UInts]:

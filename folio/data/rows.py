@@ -41,9 +41,9 @@ class Tokens:
     sampling: Order = "epoch"
     seed: int = 1337
     batch_size: int = 1
-    world: int = 1  # ranks that read batches in turn, which matters to sampling="sequential" only
+    world: int = 1  # ranks that read batches in turn; only sampling="sequential" depends on it
     vocab_size: int | None = None  # ids are checked against it
-    documents: Documents | None = None  # how documents are separated, if attention stays within them
+    documents: Documents | None = None  # set if attention stays within documents
     _splits: dict[Split, list[Shards]] = field(init=False, repr=False)
     _shares: Rows = field(init=False, repr=False)  # of each data set, of 1,024 rows
 
@@ -81,7 +81,7 @@ class Tokens:
         )
 
     def with_documents(self, eot: int | AUTO) -> tuple[Tokens, str]:
-        """The same data with ``documents``, and where those are known from, in words.
+        """The same data with ``documents``, and a sentence that says how their ends are known.
 
         ``eot``: the id of the end-of-text token, "auto" for the tokenizer's. Raises ValueError as ``find_documents``.
         """

@@ -22,11 +22,11 @@ from folio.errors import UserError
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
 
-_MAPPED = 4096  # files at most, since the system limits maps as well
+_MAPPED = 4096  # most files, since the system limits maps as well
 
 
 class Maps:
-    """Memmaps of the files that were read last. Each keeps a file open, and a process may have few of those."""
+    """Memmaps of the files that were read last. Each keeps a file open, and a process may open only so many."""
 
     def __init__(self) -> None:
         self._arrays: OrderedDict[TokenFile, Array] = OrderedDict()
@@ -108,7 +108,7 @@ class Shards:
         rank, turn = batch % world, batch // world
         out = np.empty(index.shape, dtype=np.int64)
         share = batch_size * T
-        if self.sizes.max() <= share * world:  # less than a batch for each rank, which DataLoaderLite cannot read
+        if self.sizes.max() <= share * world:  # less than a batch for each rank, for which DataLoaderLite fails
             windows = (self.sizes - 1) // T
             number = index.astype(np.int64) % windows.sum()
             shard = np.searchsorted(np.cumsum(windows), number, side="right")
@@ -124,7 +124,7 @@ class Shards:
         return out
 
     def spread(self, count: int) -> Rows:
-        """The positions (n) of ``count`` windows spread evenly; of all, shorter ones included, for 0 or too many."""
+        """The positions (n) of ``count`` windows spread evenly. 0, or too many: all windows, shorter ones included."""
         T = self.block_size
         whole = np.maximum(0, -(-(self.sizes - 1) // T))
         if count == 0 or count >= whole.sum():
@@ -135,7 +135,7 @@ class Shards:
         return self._at(np.linspace(0, fitting.sum() - 1, count).astype(np.int64), fitting)
 
     def _fitting(self) -> Rows:
-        """At how many positions of each file a whole row can begin."""
+        """The number of positions of each file at which a whole row can begin."""
         return np.maximum(0, self.sizes - self.block_size)
 
     def _at(self, number: Rows, counts: Rows) -> Rows:

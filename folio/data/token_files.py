@@ -1,6 +1,6 @@
 """Token files of every format, as flat arrays of ids.
 
-A file is never loaded; it is a memmap. The formats are nanoGPT's bare ``.bin``, ``.bin`` with the header of llm.c and
+A file is mapped, not loaded. The formats are nanoGPT's bare ``.bin``, ``.bin`` with the header of llm.c and
 modded-nanogpt, ``.npy`` (build-nanogpt, GPT-from-scratch) and datatrove's ``.ds``.
 """
 
@@ -39,7 +39,7 @@ _HEADERS: dict[int, tuple[np.dtype[Any], tuple[int, ...]]] = {
 _HEADER = 256 * 4  # bytes
 _NPY_HEADER = 1 << 14  # bytes, more than the longest header that numpy itself reads
 _LINE = 4096  # characters
-_DATES = range(20240101, 20241232)  # the magic numbers of llm.c's other files, such as models
+_DATES = range(20240101, 20241232)  # magic numbers of llm.c's other files, such as models, are dates
 _OTHERS = {
     b"\x93NUMPY": "a .npy file",
     b"PK\x03\x04": "a zip file",
@@ -58,7 +58,7 @@ class TokenFile(NamedTuple):
     sha256: str | None = None
 
     def map(self) -> Array:
-        """The ids (n), read when they are used. The process keeps the file open while this array exists."""
+        """The ids (n) as a memmap. The process keeps the file open while this array exists."""
         return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
 
 
@@ -80,7 +80,7 @@ def open_file(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:
 
 
 def bare_file(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
-    """The ids from byte ``offset`` to the end. Raises ValueError if there are none, or not whole ones."""
+    """The ids from byte ``offset`` to the end. Raises ValueError if there are none, or the last one is cut."""
     size = path.stat().st_size - offset
     if size <= 0:
         raise UserError(f"{path} is empty: {AGAIN}")
@@ -101,10 +101,10 @@ def _bin(path: Path, bare: np.dtype[Any] = BARE) -> TokenFile:
     magic, version, count = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
     if magic not in _HEADERS:
         if magic in _DATES:
-            raise UserError(f"{path}: its header, {magic}, is that of another kind of llm.c's files, without tokens")
+            raise UserError(f"{path}: its header, {magic}, is that of another file of llm.c's, without tokens")
         return bare_file(path, bare)
     if path.stat().st_size < _HEADER:
-        raise UserError(f"{path}: {path.stat().st_size} bytes are not even its header: it is cut short; {AGAIN}")
+        raise UserError(f"{path}: {path.stat().st_size} bytes are less than a header: it is cut short; {AGAIN}")
     dtype, versions = _HEADERS[magic]
     if version not in versions:
         raise UserError(
@@ -118,7 +118,7 @@ def _bin(path: Path, bare: np.dtype[Any] = BARE) -> TokenFile:
 
 def _same_count(path: Path, tokens: int, said: int) -> None:
     if tokens != said:
-        why = "is cut short" if tokens < said else "holds more than that"
+        why = "is cut short" if tokens < said else "is too long"
         raise UserError(f"{path}: {tokens:,} tokens, but its header says {said:,}: it {why}; {AGAIN}")
 
 
@@ -142,7 +142,7 @@ def npy_file(path: Path) -> TokenFile:
 
 
 def _datatrove(path: Path) -> TokenFile:
-    """Bare ids; their width follows from the end of the last document, the last uint64 of ``….ds.index``."""
+    """Ids alone. Their width follows from the number of tokens, which is the last uint64 of ``….ds.index``."""
     index = path.with_name(path.name + ".index")
     if not index.is_file() or index.stat().st_size < 8:
         raise FileNotFoundError(f"{index} is missing: datatrove writes it with save_index=True")
@@ -161,7 +161,7 @@ def _datatrove(path: Path) -> TokenFile:
 
 
 def datatrove_metadata(path: Path) -> tuple[str, str]:
-    """The tokenizer's name and the bytes per token, from the first line of ``….ds.metadata``; empty without one."""
+    """The tokenizer's name and the bytes per token, from the first line of ``….ds.metadata``; "" if it is missing."""
     metadata = path.with_name(path.name + ".metadata")
     if not os.path.lexists(metadata):
         return "", ""

@@ -22,17 +22,17 @@ FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"),
     *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
 )
-_GPT2 = "a57a62dc1129bcacabd1fdaf6bba1ecdb18d0c62b8bf410d55f50ce76a9a278c"  # of its vocabulary and merges
-_BYTE_LEVEL = ("GPT2", "Roberta", "Bart")  # whose Tokenizer and TokenizerFast read vocab.json and merges.txt alike
+_GPT2 = "a57a62dc1129bcacabd1fdaf6bba1ecdb18d0c62b8bf410d55f50ce76a9a278c"  # digest of GPT-2's vocabulary and merges
+_BYTE_LEVEL = ("GPT2", "Roberta", "Bart")  # classes that read vocab.json and merges.txt in the same way
 _ROLES = ("unk_token", "bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_MOST = 2**26  # bytes of a text file
+_MOST = 2**26  # bytes that are read of a text file
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The folder's tokenizer, or None if it has none that can be read; ``lack`` says why.
+    """The folder's tokenizer, or None if it has none that can be read (``lack`` gives the reason).
 
     Raises:
-        ValueError: a file is damaged; names it.
+        ValueError: a file is damaged; the error names it.
     """
     path = folder / "tokenizer.json"
     if path.exists():
@@ -49,7 +49,7 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def lack(folder: Path) -> str:
-    """Why a folder has no tokenizer that can be read."""
+    """The reason why a folder has no tokenizer that can be read."""
     kind = _kind(_object(folder / "tokenizer_config.json"))
     found = [p.name for p in sorted(folder.iterdir()) if p.suffix == ".model" or p.stem in ("vocab", "merges")]
     if not found:
@@ -81,7 +81,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer of ``vocab.json`` and ``merges.txt``: GPT-2's own, or one of another language."""
+    """The tokenizer of ``vocab.json`` and ``merges.txt``: GPT-2's, or another byte-level BPE."""
     path = folder / "vocab.json"
     vocabulary = _object(path)
     if odd := [token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i < 2**31]:
@@ -90,8 +90,8 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: two of its {len(vocabulary):,} tokens have the same id")
     if lacking := [c for c in byte_characters().values() if c not in vocabulary]:
         raise UserError(
-            f"{path} is not byte-level: it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
-            "put a tokenizer.json in its place"
+            f"{path} is not byte-level, since it lacks {len(lacking)} of the 256 bytes, such as {lacking[0]!r}: "
+            "put a tokenizer.json there"
         )
     merges = [line.rstrip("\r") for line in _lines(folder / "merges.txt")]
     merges = [line for line in merges if line and not line.startswith("#version")]
@@ -107,7 +107,7 @@ def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest(vocabulary: dict[str, int], merges: list[str]) -> str:
-    """A hash of all tokens with their ids, and of the merges in order."""
+    """A hash of all tokens and their ids, and of the merges in order."""
     content = json.dumps([sorted(vocabulary.items()), merges], ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -149,7 +149,7 @@ def _file(added: list[dict[str, Any]], model: dict[str, Any], **parts: Any) -> d
 
 
 def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], default: str) -> list[dict[str, Any]]:
-    """The tokens that are matched first, in the order of their ids: special ones, and those beyond the vocabulary."""
+    """The added tokens, which are matched first, in the order of their ids: special tokens and further words."""
     special = dict.fromkeys(default.split(" "), True)
     special |= dict.fromkeys(_special({**_object(folder / "special_tokens_map.json"), **config}), True)
     path = folder / "added_tokens.json"
@@ -182,15 +182,15 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
             continue
         if token["id"] != following:
             raise UserError(
-                f"{folder}: the added token {token['content'][:80]!r} has the id {token['id']}, and not {following}, "
-                "which comes next: put a tokenizer.json there"
+                f"{folder}: the added token {token['content'][:80]!r} has the id {token['id']}, and not the next one, "
+                f"{following}: put a tokenizer.json there"
             )
         following += 1
     return made
 
 
 def _special(config: dict[str, Any]) -> Iterator[str]:
-    """The special tokens in a config, which are texts or objects with a ``content``."""
+    """The special tokens in a config; each is a string or an object with a ``content``."""
     more = config.get("additional_special_tokens") or []
     for token in (*(config.get(role) for role in _ROLES), *(more if isinstance(more, list) else [])):
         content = token.get("content") if isinstance(token, dict) else token

@@ -1,4 +1,4 @@
-"""Text ⇄ token ids: one protocol, four tokenizers, each saved as JSON."""
+"""Text ⇄ token ids: one protocol and four tokenizers, which are saved as JSON."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.integer[Any]]
 _LARGEST_FILE = 1 << 28  # bytes
-IDS_ONLY = {"kind": "ids"}  # in place of a tokenizer: how many ids there are is known, and not what they mean
+IDS_ONLY = {"kind": "ids"}  # instead of a tokenizer, where only the number of ids is known
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
-    """Ids are 0 … size − 1; ``eot`` separates documents where the tokenizer has such a token.
+    """Ids are 0 … size − 1. ``eot`` is the end-of-text token that separates documents, if there is one.
 
-    ``special`` are the ids that stand for no text, ``eot`` among them. ``divisible`` says that a text may be encoded in
-    parts, as ``folio.preparation.workers`` cuts them.
+    ``special`` are the ids of special tokens, which have no text; ``eot`` is one. ``divisible``: a text that is cut by
+    ``folio.preparation.documents.cut`` has the same ids in parts as in one piece.
     """
 
     size: int
@@ -36,28 +36,28 @@ class Tokenizer(Protocol):
     divisible: bool
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
-        """Text → ids (n). ``special``: the name of a special token in the text is that token, not text.
+        """Text → ids (n). ``special``: the name of a special token in the text becomes that token.
 
         Raises:
-            ValueError: a character has no id; as UnicodeEncodeError where it is half of a surrogate pair.
+            ValueError: a character has no id. UnicodeEncodeError: a character is half of a surrogate pair.
         """
         ...
 
     def bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids → UTF-8 bytes; a single id may be part of a character. An id below ``size`` without a token has none."""
+        """Ids → UTF-8 bytes. One id may be part of a character; an id below ``size`` without a token gives no bytes."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """What ``from_json`` makes this tokenizer from again."""
+        """A description from which ``from_json`` makes the same tokenizer."""
         ...
 
     def fast(self) -> tokenizers.Tokenizer:
-        """The same text ⇄ ids as a tokenizer of Hugging Face's tokenizers library."""
+        """An equivalent tokenizer of Hugging Face's tokenizers library."""
         ...
 
 
 class MissingCharactersError(UserError):
-    """A text has characters that the vocabulary lacks; ``lack`` says which, without a remedy."""
+    """A text has characters that the vocabulary lacks; ``lack`` names them, without a remedy."""
 
     @property
     def lack(self) -> str:
@@ -78,7 +78,7 @@ class Characters:
         self.characters = characters
         self.size = len(characters)
         codes = _codes(characters)
-        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, dtype=np.int32)  # the last for all codes beyond
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1, dtype=np.int32)  # the last one is for all higher codes
         self._ids[codes] = np.arange(self.size)
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
@@ -112,7 +112,7 @@ def _codes(text: str) -> NDArray[np.uint32]:
 
 
 class Bytes:
-    """The 256 bytes of UTF-8 text, and nothing to learn or lack."""
+    """The 256 bytes of UTF-8 text."""
 
     size: int = 256
     eot: int | None = None
@@ -142,7 +142,7 @@ class Tiktoken:
         FileNotFoundError: its tables are not cached and could not be fetched.
     """
 
-    divisible = True  # all its patterns end a token before a space, and see no further
+    divisible = True  # all its patterns end a token before a space, and look no further ahead
 
     def __init__(self, name: str = "gpt2") -> None:
         import tiktoken
@@ -174,7 +174,7 @@ class Tiktoken:
         ids = list(ids)
         try:
             return self._encoding.decode_bytes(ids)
-        except KeyError:  # of an id that no token has
+        except KeyError:  # an id has no token
             tokens = {*self._encoding._mergeable_ranks.values(), *self.special}
             return self._encoding.decode_bytes([i for i in ids if i in tokens or i >= self.size])
 
@@ -189,7 +189,9 @@ class Tiktoken:
         shown = {token: "".join(characters[b] for b in token) for token in ranks}
         merges = [(shown[a], shown[b]) for a, b in _merges(ranks)]
         pattern = "" if self.name == "gpt2" else self._encoding._pat_str
-        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)  # possessive to tiktoken, a second repetition there
+        pattern = re.sub(
+            r"(\{\d+,\d+\})\+", r"\1", pattern
+        )  # possessive in tiktoken, a second repetition in the library
         special = self._encoding._special_tokens
         fast = _by_bytes({shown[token]: rank for token, rank in ranks.items()} | special, merges, pattern)
         fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
@@ -200,7 +202,7 @@ class TokenizersFile:
     """A tokenizer of Hugging Face's tokenizers library, from the text of its ``tokenizer.json``.
 
     Raises:
-        ValueError: the text is no such file.
+        ValueError: the library cannot read the text.
     """
 
     def __init__(self, text: str) -> None:
@@ -208,7 +210,7 @@ class TokenizersFile:
 
         try:
             self._fast = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # it raises plain Exceptions
+        except Exception as error:  # the library raises plain Exceptions
             raise UserError(f"not a file of the tokenizers library ({error})") from None
         self._fast.no_truncation()
         self._fast.no_padding()
@@ -219,7 +221,9 @@ class TokenizersFile:
         spec = json.loads(text)
         pattern = spec.get("pre_tokenizer") or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]  # across spaces as well
+        found_anywhere = [
+            t for t in spec.get("added_tokens") or [] if not t["special"]
+        ]  # which match across spaces too
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
         self.special: Collection[int] = frozenset(t["id"] for t in spec.get("added_tokens") or [] if t["special"])
         decoder = spec.get("decoder") or {}
@@ -229,11 +233,11 @@ class TokenizersFile:
         self._lone = {f"<0x{b:02X}>": b for b in range(256)} if "ByteFallback" in kinds else {}
 
     def encode(self, text: str, *, special: bool = False) -> Ids:
-        text.encode()  # raises where the text is half of a surrogate pair, which the library takes for no text
-        self._fast.encode_special_tokens = not special  # the library's name for: as text
+        text.encode()  # raises for half of a surrogate pair, for which the library raises a TypeError
+        self._fast.encode_special_tokens = not special  # True: they are encoded as text
         try:
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        except BaseException as error:  # it raises plain Exceptions, and panics where a pattern takes too long
+        except BaseException as error:  # the library raises plain Exceptions, and panics if a pattern takes too long
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
                 raise UserError(f"the tokenizer cannot encode it: {error}") from None
             raise
@@ -249,7 +253,7 @@ class TokenizersFile:
             return " ".join(pieces).encode()
         lone = [self._lone[piece] for piece in pieces if piece in self._lone]
         text = self._fast.decoder.decode(["<0x00>" if piece in self._lone else piece for piece in pieces])
-        between = text.encode().split(b"\0")  # the library's own decoder knows no part of a character
+        between = text.encode().split(b"\0")  # the library's decoder replaces parts of characters
         if len(between) != len(lone) + 1:
             return self._fast.decoder.decode(pieces).encode()
         return between[0] + b"".join(bytes([byte]) + rest for byte, rest in zip(lone, between[1:], strict=True))
@@ -271,7 +275,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def _by_bytes(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str | None) -> tokenizers.Tokenizer:
-    """Byte pairs over the bytes of UTF-8, in the words that ``pattern`` finds: "" for GPT-2's own, None for one."""
+    """BPE over UTF-8 bytes, within the words that ``pattern`` matches; "": GPT-2's pattern, None: the whole text."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     fast = Tokenizer(models.BPE(vocab, merges))
@@ -283,7 +287,7 @@ def _by_bytes(vocab: dict[str, int], merges: list[tuple[str, str]], pattern: str
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The two tokens that each longer one was merged from, which its lower-ranked parts tell, in order."""
+    """For each token of several bytes, in order of rank, the two tokens of lower rank from which it was merged."""
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
@@ -294,10 +298,10 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def named(name: str) -> Tokenizer:
-    """bytes, a tiktoken encoding, or a file of the tokenizers library.
+    """The tokenizer of a name: "bytes", a tiktoken encoding, or a file of the tokenizers library.
 
     Raises:
-        ValueError, FileNotFoundError: there is none of that name; names what there is.
+        ValueError, FileNotFoundError: there is none of that name; the error lists the names.
     """
     if name == "bytes":
         return Bytes()
@@ -314,7 +318,7 @@ def named(name: str) -> Tokenizer:
 
 
 def from_json(spec: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``to_json`` described. Raises ValueError for a kind that is not known."""
+    """The tokenizer that ``to_json`` described. Raises ValueError if its kind is unknown."""
     match spec:
         case {"kind": "characters", "characters": str(characters)}:
             return Characters(characters)
@@ -326,12 +330,12 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
             return TokenizersFile(json.dumps(file))
         case {"kind": "ids"}:
             raise UserError(
-                "nothing says what the token ids mean: the meta.pkl of the data holds no character for each, so there "
-                "is no text of them"
+                "nothing says what the token ids mean: the meta.pkl of the data does not have a character for each, so "
+                "they cannot be decoded"
             )
     raise UserError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
 def stored(size: int) -> np.dtype[Any]:
-    """The dtype in which token files hold ids below ``size``."""
+    """The dtype of token files whose ids are below ``size``."""
     return np.dtype(np.uint16 if size <= 2**16 else np.uint32)

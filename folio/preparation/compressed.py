@@ -1,4 +1,4 @@
-"""Compressed JSON lines, which cannot be read from the middle: unpacked here, and passed to the workers in hand."""
+"""Compressed JSON lines: unpacked in this process, since they cannot be read from the middle, for the workers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from folio.preparation.sources import Piece
 
 
 def packed_lines(path: Path) -> Iterator[Piece]:
-    """Compressed files cannot be read from the middle: they are unpacked here."""
-    number, told, held = 1, 0, bytearray()
+    """The lines of a compressed file in pieces of about one block."""
+    number, before, held = 1, 0, bytearray()
 
     def piece() -> Piece:
-        nonlocal number, told, held
-        made = Piece(Span(str(path), "lines", number, held=bytes(held)), 0, packed.tell() - told)
-        number, told, held = number + held.count(b"\n"), packed.tell(), bytearray()
+        nonlocal number, before, held
+        made = Piece(Span(str(path), "lines", number, held=bytes(held)), 0, packed.tell() - before)
+        number, before, held = number + held.count(b"\n"), packed.tell(), bytearray()
         return made
 
     with path.open("rb") as packed:
@@ -40,7 +40,7 @@ def packed_lines(path: Path) -> Iterator[Piece]:
 
 
 def _lines(unpacked: BinaryIO) -> Iterator[bytes]:
-    """Each line with its end; of one that is too long, no more than tells so."""
+    """Each line with its end. A line that is too long is cut just above the limit."""
     while line := unpacked.readline(LONGEST_LINE + 1):
         rest = line
         while rest and not rest.endswith(b"\n"):
@@ -54,7 +54,7 @@ def _unpack(path: Path, packed: BinaryIO) -> BinaryIO:
 
 
 class _Frames(io.RawIOBase):
-    """Zstandard frames, unpacked; raises EOFError within one, which the library's own reader takes for the end."""
+    """Unpacks Zstandard frames. Raises EOFError if a frame is cut, which the library's own reader does not notice."""
 
     def __init__(self, packed: BinaryIO) -> None:
         import zstandard

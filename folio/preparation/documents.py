@@ -1,4 +1,4 @@
-"""The documents in the spans of a source: read one by one, with what is wrong with those that cannot be used."""
+"""The documents in the spans of a source, one by one, and the flaws of those that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from folio.files import decode_text, other_encoding
 
 LONGEST_LINE = 2**27  # bytes: a longer line is a mistake or an attack, not a document
 
-# In the patterns of GPT-2, cl100k and o200k, no token crosses a space after something else, or a single line end
-# before something else, and none looks further ahead. Every line end becomes \n.
+# Where a text can be cut: in the patterns of GPT-2, cl100k and o200k, no token crosses from a non-space to a space, or
+# from a single line end to a non-space, and no pattern looks further ahead. Every line end becomes \n.
 _BETWEEN_TOKENS = re.compile(r"\S(?:(?= )|(?:\r?\n|\r)(?=[^\s/]))|[ぁ-ゖァ-ヺ㐀-鿿](?=[、。，！？；：」])")
 
 
 class Span(NamedTuple):
     """Consecutive documents: a reference to them if they can be read from the middle of a file, else their content.
 
-    ``kind``: ``lines`` of JSON (those that begin within bytes ``start`` … ``stop``, or ``held`` bytes whose
-    first line is number ``start``), the bytes ``start`` … ``stop`` of a ``text`` file, the row group ``start``
-    of a ``parquet`` file, whose first row is number ``stop``, ``held`` ``texts`` of which the first is number
-    ``start``, or a ``flaw`` that the source met, in words.
+    By ``kind``:
+
+    - ``lines``: lines of JSON, those that begin within bytes ``start`` … ``stop``, or the bytes ``held``, whose first
+      line is number ``start``.
+    - ``text``: the bytes ``start`` … ``stop`` of a text file.
+    - ``parquet``: the row group ``start``, whose first row is number ``stop``.
+    - ``texts``: the list ``held``, whose first text is number ``start``.
+    - ``flaw``: a flaw that the source found; ``held`` describes it.
     """
 
     path: str
@@ -32,15 +36,15 @@ class Span(NamedTuple):
     start: int = 0
     stop: int = 0
     held: Any = None
-    continues: bool = False  # its document began in the span before
-    more: bool = False  # and continues in the next
+    continues: bool = False  # its first document began in the previous span
+    more: bool = False  # its last document continues in the next span
 
 
 Spans = tuple[Span, ...]
 
 
 class Flaw(NamedTuple):
-    """Why a document cannot be used: ``what`` is counted, ``more`` is about this document only."""
+    """Why a document cannot be used. Flaws are counted by ``what``; ``more`` is about this document only."""
 
     what: str
     more: str = ""
@@ -48,16 +52,16 @@ class Flaw(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What every worker needs to know."""
+    """The settings of every worker."""
 
-    tokenizer: dict[str, Any]  # as from_json takes it
+    tokenizer: dict[str, Any]  # the argument of from_json
     eot: Literal["before", "after", "none"]
     text_key: str = "text"
-    skip: bool = False  # documents with a flaw are counted, not an error
-    keep_empty: bool = False  # as an end-of-text token alone
+    skip: bool = False  # count documents with a flaw, instead of raising an error
+    keep_empty: bool = False  # an empty document becomes an end-of-text token
 
 
-Numbered = Iterator[tuple[int, str | Flaw]]  # the line or the document that it is
+Numbered = Iterator[tuple[int, str | Flaw]]  # with the number of the line or document
 
 
 def documents(span: Span, work: Work) -> Numbered:
@@ -87,12 +91,12 @@ def _lines(span: Span, key: str) -> Numbered:
 
 
 def _own_lines(span: Span) -> bytes:
-    """The lines that begin within a span; a line that is too long is cut just above the limit."""
+    """The lines that begin within a span. A line that is too long is cut just above the limit."""
     with open(span.path, "rb") as file:
         if span.start:
             file.seek(span.start - 1)
             if not file.readline(span.stop - span.start + 1).endswith(b"\n"):
-                return b""  # all of it is the middle of a line
+                return b""  # the span is the middle of a line
         raw = file.read(max(0, span.stop - file.tell()))
         return raw + file.readline(LONGEST_LINE) if raw and not raw.endswith(b"\n") else raw
 

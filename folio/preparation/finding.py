@@ -1,4 +1,4 @@
-"""The files, folders and globs that a user names → the files that can be read."""
+"""Files, folders and globs that a user names → the files that can be read."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ _REMEDIES = {  # for files of other kinds, by the end of their name
 
 
 def kind_of(path: Path) -> str | None:
-    """How a file is read, by the end of its name in small letters or capitals; None for files of no known kind."""
+    """How a file is read, by the end of its name in any case; None if the kind is unknown."""
     return next((kind for end, kind in _KINDS.items() if path.name.lower().endswith(end)), None)
 
 
 def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Files, folders (all that lies below) and globs → the files that can be read, and their relative names.
+    """Files, folders (with all subfolders) and globs → the files that can be read, and their relative names.
 
-    A file that several names or links lead to is used once. Files that are left out are reported.
+    A file with several names or links is used once. Files that are left out are reported.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a pipe or device, a file of no known kind, or none of one in a folder.
-        OSError: a folder that cannot be read.
+        FileNotFoundError: nothing has that name.
+        ValueError: it is a pipe, a device or a file of an unknown kind, or a folder has no file of a known kind.
+        OSError: a folder cannot be read.
     """
     found: dict[Path, str] = {}
     for name in named:
@@ -74,8 +74,8 @@ def find(named: Sequence[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
 
 
 def _below(root: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden ones; links to folders are followed last, and each folder once."""
-    seen = {(at.stat().st_dev, at.stat().st_ino) for at in root.resolve().parents}  # which a link may lead back to
+    """The files below a folder, without hidden ones. Each folder is listed once; links to folders come last."""
+    seen = {(at.stat().st_dev, at.stat().st_ino) for at in root.resolve().parents}  # a link may lead back to them
     folders, links = deque([root]), deque[Path]()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
@@ -93,7 +93,7 @@ def _below(root: Path) -> Iterator[Path]:
 
 
 def _counted(paths: Sequence[Path]) -> str:
-    """How many files there are of each kind, for messages."""
+    """The number of files of each kind, for messages."""
     kinds = Counter(sorted(map(_ending, paths))).most_common()
     return ", ".join(f"{count:,} {kind}" for kind, count in kinds[:8]) + (", …" if len(kinds) > 8 else "")
 
@@ -108,6 +108,6 @@ def _ending(path: Path) -> str:
 
 
 def _remedy(paths: Sequence[Path]) -> str:
-    """A remedy for files of other kinds, if one is known, or ""."""
+    """How to make a readable file of one of these, or ""."""
     ends = (path.suffix.lower() for path in paths)
     return next((f"; {end}: {_REMEDIES[end]}" for end in ends if end in _REMEDIES), "")

@@ -16,7 +16,7 @@ from folio.records.console import say
 
 
 def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the data set is complete. Raises ValueError if the folder has another one."""
+    """Whether the data set is finished. Raises ValueError if the folder has one with other settings."""
     if overwrite:
         return False
     try:
@@ -43,6 +43,7 @@ def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwri
 
 
 def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], source: Source) -> None:
+    """Raises ValueError if the settings ``new`` are not those that ``what`` (a subject and verb) was made with."""
     was, now = _flat(old), _flat(new)
     changed = [k for k in {**was, **now} if was.get(k) != now.get(k)]
     if changed == ["source.line_ends"] and isinstance(source, Files) and source.reads_as_before():

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Hub:
     """A data set of the datasets library: a name on its hub, or a local file or folder of parquet or JSON lines.
 
-    ``held_out``: the share of the documents that are validation, chosen and shuffled as nanoGPT's
-    ``data/openwebtext/prepare.py`` does (``train_test_split``, seed 2357).
+    ``held_out``: the fraction of the documents for validation, chosen and shuffled as in nanoGPT's
+    ``data/openwebtext/prepare.py`` (``train_test_split``, seed 2357).
     """
 
     name: str
@@ -37,14 +37,14 @@ class Hub:
 
     def describe(self) -> dict[str, Any]:
         what = {"hub": self.name, "config": self.config, "split": self.split, "held_out": self.held_out}
-        what["streaming"] = self.streaming  # which decides how it is shared out
+        what["streaming"] = self.streaming  # parts of a stream are whole files
         if Path(self.name).exists():
             del what["hub"]
             what |= Files(*find([self.name])).describe()
         return what
 
     def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
-        """Position: [split, documents done] in a table, the library's own state in a stream."""
+        """Position: [split, documents done] in a table, the library's state in a stream."""
         data = self._open()
         if self.streaming:
             yield from self._stream(data, position, part)

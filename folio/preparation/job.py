@@ -1,13 +1,13 @@
 """A recipe → a finished data set: in parallel, in bounded memory, under a lock, and resumable.
 
-1. A finished data set is left as it is. One that was made of something else is refused, unless to be overwritten.
-2. Everything is written in the folder ``.preparing`` inside the data set's, guarded by a lock file in it.
+1. A finished data set is not changed. One with other settings is refused, unless it is to be overwritten.
+2. Everything is written in the folder ``.preparing`` inside the data set's folder, under a lock file.
 3. Workers tokenize blocks, a bounded number at a time; their results come back in order.
 4. The writer adds them, and commits them with the source's position about once a second.
 5. Finished files move to their place, ``meta.json`` last.
 
-With ``part`` several processes share the work: each prepares part I of N in a folder of its own, as ids and lengths of
-documents, and the one that completes the last part passes all of them, in order, through steps 4 and 5.
+With ``part`` several processes share the work. Each prepares part I of N in a folder of its own, as ids and lengths of
+documents. The process that completes the last part runs steps 4 and 5 on all parts, in order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from folio.records.console import say
 COMMIT_EVERY = 1.0  # seconds
 _LOCK = "lock"
 
-Results = Callable[[Any], Generator[tuple[Block, Tokenized]]]  # from a position on
+Results = Callable[[Any], Generator[tuple[Block, Tokenized]]]  # takes a position, or None for the beginning
 
 
 def prepare(
@@ -53,18 +53,18 @@ def prepare(
 ) -> None:
     """Makes a data set in ``folder``, or continues where a killed process stopped.
 
-    ``workers``: processes that tokenize, 0 for one per core that this process may use. ``skip``: count documents that
-    cannot be used, instead of stopping at the first. ``part``: (I, N), the part I of N that this process prepares.
+    ``workers``: processes that tokenize, 0 for one per core that this process may use. ``skip``: leave out and count
+    unusable documents, instead of stopping at the first. ``part``: (I, N), the part I of N that this process prepares.
 
     Raises:
-        ValueError: a document cannot be used; the recipe changed, with the difference; the folder is
-            in use by another process.
+        ValueError: a document is unusable; the settings differ from those of an unfinished data set; another process
+            uses the folder.
         OSError: something cannot be read or written.
     """
     described = recipe.describe()
     work = folder / UNFINISHED
     if is_finished(folder, recipe, described, overwrite):
-        if "meta" in read_state(work):  # of a process that was killed when all was in its place
+        if "meta" in read_state(work):  # its process was killed after it had moved all files
             with contextlib.suppress(InUseError), _lock(work):
                 _remove(work)
         return
@@ -90,12 +90,12 @@ def _complete(part: Path, described: dict[str, Any]) -> bool:
 
 
 def _same(state: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether a state is of this recipe, and its positions of blocks of this size."""
+    """Whether a state is of a recipe with these settings, and of blocks of the same size."""
     return state.get("made") == described and state.get("block") == sources.BLOCK
 
 
 def _remove(work: Path) -> None:
-    """Removes the folder, its state last, so that after a kill the next run finds it."""
+    """Removes the folder, its state last: if this process is killed, the next one removes the rest."""
     for path in work.iterdir():
         if path.name != STATE:
             files.remove(path)
@@ -104,7 +104,7 @@ def _remove(work: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(work: Path) -> Iterator[None]:
-    """Locks the folder for this process. If the work fails before anything was committed, the folder is removed."""
+    """Locks the folder for this process. If the process fails before its first commit, the folder is removed."""
     lock = Lock(work / _LOCK, "another process is preparing this data set", "wait until it has finished")
     try:
         yield
@@ -133,9 +133,11 @@ class _Job:
             state = self._state(work)
             gone = parts and not all(_complete(path, self.described) for path in parts)
             if "meta" not in state and (gone or is_finished(folder, self.recipe, self.described, self.overwrite)):
-                return  # while this process waited for its turn
+                return  # another process finished it in the meantime
             if "meta" not in state:
-                if state.setdefault("parts", shared := len(parts or [])) != shared:  # positions of another way
+                if (
+                    state.setdefault("parts", shared := len(parts or [])) != shared
+                ):  # its positions are those of other parts
                     state = {"made": self.described, "block": sources.BLOCK, "parts": shared}
                 if parts:
                     save_state(work, state)  # without it, a failure would remove the folder and all parts
@@ -147,7 +149,7 @@ class _Job:
                     try:
                         written = writer.finish(tokenizer.eot, self.recipe.small_fraction)
                     except ValueError as error:
-                        files.remove(work / STATE)  # a second run would fail here again
+                        files.remove(work / STATE)  # with it, a second run would fail here again
                         raise UserError(f"{folder}: {error}{_count(writer.skipped)}") from None
                 state["meta"] = self._meta(writer, tokenizer, written)
                 state["place"] = "" if writer.place == work else writer.place.name
@@ -172,7 +174,7 @@ class _Job:
                     writer.commit(None, complete=True)
 
     def _state(self, work: Path) -> dict[str, Any]:
-        """What an earlier process committed, if it was preparing the same."""
+        """The state that an earlier process committed, or a new one. Raises ValueError if the settings differ."""
         state = read_state(work)
         if state and not self.overwrite:
             refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
@@ -182,7 +184,7 @@ class _Job:
         return state
 
     def _tokenizer(self, work: Path, state: dict[str, Any]) -> Tokenizer:
-        """The recipe's tokenizer, or one of the characters that a first pass over the whole source finds."""
+        """The recipe's tokenizer; if it has none, one of all characters, which a first pass over the source finds."""
         if tokenizer := self.recipe.fixed_tokenizer:
             return tokenizer
         if "alphabet" not in state:

@@ -1,4 +1,4 @@
-"""The parts of a preparation that several processes share: written by each, put together by one."""
+"""The parts of a preparation that several processes share. Each writes one part; one process joins them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from folio.preparation.writer import Counted, read_state
 
 
 class PartWriter(Counted):
-    """Keeps the results of one part of a job for the process that will put all parts together."""
+    """Writes the results of one part, for the process that joins all parts."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         super().__init__(folder, state)
@@ -32,7 +32,7 @@ class PartWriter(Counted):
             self._files[name].seek(0, io.SEEK_END)
 
     def add(self, found: Tokenized, block: Block) -> None:
-        """The ids of the next block."""
+        """Adds the ids of the next block."""
         self._files["ids"].write(found.ids.data)
         self._files["lengths"].write(found.lengths.astype("<i8").data)
         split = 0 if block.split is None else 1 + SPLITS.index(block.split)
@@ -42,12 +42,12 @@ class PartWriter(Counted):
         self.count(found, block)
 
     def close(self) -> None:
-        """Closes the files; what was not committed is lost."""
+        """Closes the files. What was not committed is lost."""
         for file in self._files.values():
             file.close()
 
     def commit(self, position: Any, **more: Any) -> None:
-        """As a ``Writer``'s; ``complete=True`` says that the part is."""
+        """As ``Writer.commit``. ``complete=True`` marks the part as complete."""
         for file in self._files.values():
             files.sync_open(file)
         sizes = {name: file.tell() for name, file in self._files.items()}
@@ -56,13 +56,13 @@ class PartWriter(Counted):
 
 @dataclass(frozen=True)
 class Parts:
-    """What all parts of a job made, in order, as if it were made here."""
+    """The results of all parts, in order, as if one process had made them."""
 
     folders: Sequence[Path]
     dtype: np.dtype[Any]
 
     def results(self, position: Any = None) -> Generator[tuple[Block, Tokenized]]:
-        """Each block with its ids; position: [part, blocks of it that are done]."""
+        """Each block with its ids. Position: [part, blocks of it that are done]."""
         first, done = position or (0, 0)
         for number, folder in enumerate(self.folders):
             if number < first:

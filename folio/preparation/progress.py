@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar on a terminal, else a line now and then."""
+"""The progress of a preparation: a bar on a terminal, else a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAY_EVERY = 10.0  # seconds, if there is no terminal for a progress bar
 
 @contextlib.contextmanager
 def progress(total: int | None, writer: Writer | PartWriter) -> Iterator[Callable[[], None]]:
-    """Tokens, MB of text a second and time left: a bar on a terminal, else a line now and then."""
+    """Shows tokens, MB of text per second and the time left, whenever the yielded function is called."""
     began, text, disk = time.perf_counter(), writer.text_bytes, writer.disk_bytes
     said = began
     console = Console(file=accompanying(sys.stdout))

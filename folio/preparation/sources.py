@@ -1,7 +1,7 @@
-"""What a source of documents is: a sequence of blocks of spans.
+"""A source of documents: a sequence of blocks of spans.
 
-A block can be named by its position, from which reading can begin again. A source can be divided among processes: the
-parts 0 … N − 1, one after another, hold the blocks of the whole in their order.
+Reading can begin again at the position after any block. A source can be divided among processes: the blocks of parts
+0 … N − 1, one part after another, are those of the whole.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ BLOCK = 4 * 2**20  # bytes of text that a worker reads at once
 
 
 class Block(NamedTuple):
-    """What a worker reads at once, and the position (JSON) after it."""
+    """The spans that a worker reads at once, and the position (JSON) after them."""
 
     spans: Spans
     after: Any
-    size: int  # bytes on disk that it stands for
-    split: Split | None = None  # if the source decides it
+    size: int  # bytes on disk
+    split: Split | None = None  # if the source decides the split
 
 
 class Piece(NamedTuple):
-    """A span of a file and where it lies: bytes ``at`` … ``at + size`` on disk."""
+    """A span of a file, which is its bytes ``at`` … ``at + size`` on disk."""
 
     span: Span
     at: int
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Source(Protocol):
-    """What can be cut into blocks."""
+    """Documents that are read in blocks."""
 
     @property
     def size(self) -> int | None:
@@ -45,21 +45,21 @@ class Source(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What identifies this source and its state, as JSON."""
+        """What identifies this source and its current content, as JSON."""
         ...
 
     def blocks(self, position: Any = None, part: tuple[int, int] = (0, 1)) -> Iterator[Block]:
         """The blocks of part I of N from a position on.
 
         Raises:
-            ValueError, OSError: name what cannot be read.
+            ValueError, OSError: something cannot be read; the error names it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts in hand, by split; each is a document."""
+    """Texts in memory, by split; each is a document."""
 
     made_of: dict[str, Any]
     splits: Mapping[Split, Sequence[str]]

@@ -22,19 +22,19 @@ from folio.preparation.sources import Block, Piece
 if TYPE_CHECKING:
     from folio.data.token_files import Split
 
-_HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read here, piece by piece
+_HELD_ROW_GROUP = 64 * 2**20  # bytes: larger row groups are read in this process, in pieces
 
 
 @dataclass(frozen=True)
 class Files:
-    """Text, JSON lines and parquet, plain or compressed, in the order in which they were named.
+    """Text, JSON lines and parquet, plain or compressed, in the order of the arguments.
 
-    ``val_fraction``: the share of a corpus of one text file that is for validation, cut from its end.
-    ``divisible``: large texts may be cut, as the tokenizer allows.
+    ``val_fraction``: if the corpus is one text file, the fraction at its end that is for validation.
+    ``divisible``: the tokenizer allows large texts to be cut.
     """
 
     paths: tuple[Path, ...]
-    names: tuple[str, ...]  # relative to what was named
+    names: tuple[str, ...]  # relative to the folder that the user named
     text_key: str = "text"
     val_fraction: float = 0.0
     divisible: bool = True
@@ -45,7 +45,7 @@ class Files:
 
     @property
     def single(self) -> bool:
-        """Whether the corpus is one document, which no split by documents can divide."""
+        """Whether the corpus is one text file, which must be split within the document."""
         return len(self.paths) == 1 and kind_of(self.paths[0]) == "text"
 
     def describe(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Files:
         return described | ({"line_ends": "as \\n"} if any(self._texts()) else {})
 
     def reads_as_before(self) -> bool:
-        """Whether line ends and byte order marks as they are, which is how texts were once read, make no difference."""
+        """Whether no text has a \\r or a byte order mark, so that older versions, which kept them, read the same."""
         for path in self._texts():
             with path.open("rb") as file:
                 start = True
@@ -89,7 +89,7 @@ class Files:
                     if (number == first and i < done) or _part(before + piece.at, total, part[1]) != part[0]:
                         continue
                     full = sum(p.size for p in held) + piece.size > sources.BLOCK
-                    # The rest of a document begins a block of its own
+                    # The rest of a document begins a new block
                     if held and (full or held[0].split != piece.split or piece.span.continues):
                         yield block([number, i])
                     held.append(piece)
@@ -103,7 +103,7 @@ def _part(at: int, total: int, parts: int) -> int:
 
 
 def _text(source: Files, path: Path) -> Iterator[Piece]:
-    """A file is a document; a large one is cut at places that do not change its tokens."""
+    """A file is a document. A large one is cut at places that do not change its tokens."""
     size, name = path.stat().st_size, str(path)
     if size <= sources.BLOCK and not source.single:
         yield Piece(Span(name, "text", 0, size), 0, size)
@@ -126,7 +126,7 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
 def _ends(file: BinaryIO, size: int) -> list[int]:
     """The first places after each block at which a text can be cut."""
     ends, block = [0], sources.BLOCK
-    while (at := (ends[-1] // block + 1) * block) < size:  # nothing is searched twice
+    while (at := (ends[-1] // block + 1) * block) < size:  # no part is searched twice
         ends.append(cut(file, at, size))
     return ends
 
@@ -165,7 +165,7 @@ def _plain_lines(source: Files, path: Path) -> Iterator[Piece]:
 
 
 def _parquet(source: Files, path: Path) -> Iterator[Piece]:
-    """A span for each row group; the documents of very large ones in hand."""
+    """A span for each row group; of a very large one, spans that hold its documents."""
     import pyarrow
     from pyarrow import parquet
 

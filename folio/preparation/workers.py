@@ -1,4 +1,4 @@
-"""A block of documents → ids, in processes of their own, which import no more than this module and the tokenizer."""
+"""A block of documents → ids, in worker processes, which import only this module and the tokenizer."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Tokenized(NamedTuple):
 
     ids: Ids  # uint16, or uint32 if the vocabulary needs it
     lengths: Ids
-    continues: bool  # the first document continues the last one of the block before
+    continues: bool  # the first document continues the last one of the previous block
     size: int  # bytes of text in UTF-8
     skipped: Counter[str]
 
 
 class Tokenize:
-    """Spans → ``Tokenized``. Raises ValueError that names file and line of a flaw, unless flaws are skipped."""
+    """Spans → ``Tokenized``. Raises ValueError for a flaw, with file and line, unless flaws are skipped."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -82,12 +82,12 @@ Job = Callable[[Work], Callable[[Spans], Any]]
 def results(
     job: Job, work: Work, blocks: Iterator[Block], size: int | None, workers: int
 ) -> Generator[tuple[Block, Any]]:
-    """Each block with the job's result, in order; computed in this process if the source is small.
+    """Each block with the job's result, in order. If the source is small, this process does the work.
 
     ``size``: bytes of the source, if known. ``workers``: processes, 0 for one per core that this process may use.
 
     Raises:
-        ValueError: as the job does, or a worker process was killed.
+        ValueError: the job raised it, or a worker process was killed.
     """
     workers = workers or cores()
     if workers == 1 or (size is not None and size <= 2 * sources.BLOCK):
@@ -115,20 +115,20 @@ _job: Callable[[Spans], Any]
 
 
 def _begin(job: Job, work: Work) -> None:
-    """Makes this process a worker for one job, which ends when the process that began it does."""
+    """Makes this process a worker for one job. It exits when its parent process does."""
     global _job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that began this one ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     _job = job(work)
     parent = parent_process()
     if parent is not None:
 
-        def follow() -> None:
+        def exit_with_parent() -> None:
             connection.wait([parent.sentinel])
             os._exit(1)
 
-        threading.Thread(target=follow, daemon=True).start()
+        threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _run(spans: Spans) -> Any:
-    """The job that ``_begin`` gave, on these spans."""
+    """Runs this worker's job on spans."""
     return _job(spans)

@@ -1,8 +1,7 @@
-"""Ids of documents, in order → the files of a data set: whole, or not at all.
+"""Ids of documents, in order → the files of a data set, which appear whole or not at all.
 
-Everything grows in a folder of its own beside the finished files' place. ``commit`` makes what was added so far
-durable, with the position of the source after it; a ``Writer`` made from that state cuts off whatever a killed
-process wrote beyond.
+The files grow in a folder of their own. ``commit`` makes everything so far durable, with the position of the source
+after it. A ``Writer`` that starts from that state cuts off what a killed process wrote after its last commit.
 """
 
 from __future__ import annotations
@@ -100,26 +99,26 @@ class Stream:
         file.close()
 
     def release(self) -> None:
-        """Closes the growing file as it is."""
+        """Closes the file that grows, without completing it."""
         if self._file is not None:
             self._file.close()
 
     def sync(self) -> None:
-        """Makes all that was added durable."""
+        """Makes everything added so far durable."""
         if self._file is not None:
             files.sync_open(self._file)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Commits the state from which a later process continues, with a checksum of itself."""
+    """Commits the state from which a later process continues, with its checksum."""
     write_sealed(folder / STATE, state)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What an earlier process committed in a folder, or nothing.
+    """The state that an earlier process committed in a folder, or {}.
 
     Raises:
-        ValueError: it is damaged; says how to begin again.
+        ValueError: it is damaged; the error says how to begin again.
     """
     path = folder / STATE
     try:
@@ -135,13 +134,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class Counted:
-    """The counts of what was added so far, and how they are committed. ``state``: what an earlier process committed."""
+    """Counts what was added, and commits the counts. ``state``: that of an earlier process, or {}."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
         self.folder, self.state = folder, state
         self.documents: int = state.get("documents", 0)
         self.text_bytes: int = state.get("text_bytes", 0)
-        self.disk_bytes: int = state.get("disk_bytes", 0)  # of the source that are done
+        self.disk_bytes: int = state.get("disk_bytes", 0)  # bytes of the source that are done
         self.skipped = Counter[str](state.get("skipped", {}))
 
     def count(self, found: Tokenized, block: Block) -> None:
@@ -162,8 +161,8 @@ class Writer(Counted):
     def __init__(self, folder: Path, layout: Layout, dtype: np.dtype[Any], given: bool, state: dict[str, Any]) -> None:
         super().__init__(folder, state)
         self.layout, self.dtype = layout, dtype
-        self.given = given  # the source says which split a block belongs to
-        self.place = folder  # of the files
+        self.given = given  # the source decides the split of each block
+        self.place = folder  # where the files are
         by_document = given or layout.val_documents or layout.val_fraction
         kept = state.get("streams", {})
         empty = {"done": [], "tokens": 0, "documents": 0}
@@ -175,7 +174,7 @@ class Writer(Counted):
         return sum(stream.total for stream in self.streams.values())
 
     def add(self, found: Tokenized, block: Block) -> None:
-        """The ids of the next block."""
+        """Adds the ids of the next block."""
         lengths = found.lengths
         numbers = self.documents - found.continues + np.arange(len(lengths))
         fresh = np.arange(len(lengths)) >= found.continues
@@ -196,21 +195,21 @@ class Writer(Counted):
         return (np.floor(numbers * share) != np.floor((numbers - 1) * share)) | (numbers == 0)
 
     def close(self) -> None:
-        """Closes the files; what was not committed is lost."""
+        """Closes the files. What was not committed is lost."""
         for stream in self.streams.values():
             stream.release()
 
     def commit(self, position: Any) -> None:
-        """Makes everything added so far durable; a killed preparation continues from here."""
+        """Makes everything added so far durable: a later process continues from here."""
         for stream in self.streams.values():
             stream.sync()
         streams = {str(split): stream.state for split, stream in self.streams.items()}
         self.save(position=position, streams=streams)
 
     def finish(self, eot: int | None, fraction: float) -> dict[Split, list[dict[str, Any]]]:
-        """Completes all files: those of each split.
+        """Completes the files, and returns those of each split.
 
-        A corpus of less than one shard is divided by document after all, ``fraction`` of it for validation.
+        If all tokens fit in one shard, documents are divided instead, ``fraction`` of them for validation.
 
         Raises:
             ValueError: a split has no document.
@@ -238,7 +237,7 @@ class Writer(Counted):
         ids = np.load(path) if path.suffix == ".npy" else np.fromfile(path, self.dtype)
         ends = np.append(np.flatnonzero(ids == eot)[1:], len(ids))
         whole = Tokenized(ids, np.diff(ends, prepend=0), False, 0, Counter())
-        self.place = self.folder / "divided"  # what was committed stays as it is until all is done
+        self.place = self.folder / "divided"  # committed files stay unchanged until all is done
         self.place.mkdir(exist_ok=True)
         divided = Writer(self.place, replace(self.layout, val_fraction=fraction), self.dtype, False, {})
         divided.add(whole, Block((), None, 0))
@@ -257,7 +256,7 @@ def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replace
 
 
 def listed(folder: Path) -> set[str]:
-    """The files of the data set that is there, if one is."""
+    """The files of the data set in a folder, if there is one."""
     try:
         splits = read_json(folder / META)["splits"]
         return {Path(f["name"]).name for split in splits.values() for f in split["files"]}

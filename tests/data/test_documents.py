@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "mixture": (
         lambda d: (lay(d, GPT2_EOT, True), lay(d.parent / "other", GPT2_EOT, False)),
         ["--data_mixture={0}=0.5,{0}/../other=0.5"],
-        ["documents begin or end in different ways in"],
+        ["documents are separated in different ways in"],
     ),
 }
 

@@ -109,7 +109,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "unfinished": (lambda d: (d / ".preparing").mkdir(), ["not finished", "prepare"]),
 }
 OWN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "elsewhere": (lambda d: relisted(d, "../x.npy"), ["meta.json", "elsewhere"]),
+    "elsewhere": (lambda d: relisted(d, "../x.npy"), ["meta.json", "outside the folder"]),
     "shard missing": (lambda d: (d / "story_train_000003.npy").unlink(), ["story_train_000003.npy is missing"]),
     "shard changed": (lambda d: changed(d / "story_train_000003.npy"), ["000003.npy is not what its meta.json"]),
     "shard cut": (lambda d: cut(d / "story_train_000003.npy", 3000), ["000003.npy", "its header says 5,000"]),

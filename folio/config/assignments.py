@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
 from folio.errors import UserError
 
 BITS, CHARACTERS, EXPONENT, WIDTH = 1024, 4096, 64, 64  # of one value, at most

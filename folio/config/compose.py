@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -150,7 +150,7 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
 
 
 def possible(path: Path, name: str, value: Any) -> Any:
-    """A value that a file gives for an option of a run, checked for type and bounds; unchanged if there is no such option.
+    """A value that a file gives for an option of a run, checked for type and bounds; any other is returned unchanged.
 
     Raises:
         UserError: names the file, the option and the value.

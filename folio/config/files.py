@@ -24,8 +24,8 @@ def read_file(
 ) -> dict[str, Any]:
     """The options that a file or preset sets, with their types checked; nothing in it is executed.
 
-    Options that only ``ignore`` has are passed over, so that ``sample`` reads a training preset. ``names`` are the values
-    from the files and options before this one; the values of this file are added. A name in a .py file that is no
+    Options that only ``ignore`` has are skipped, so that ``sample`` reads a training preset. ``names`` are the values
+    from the files and options before this one; the values of this file are added. A name in a .py file that is not an
     option is a helper; if nothing in the file uses it, there is a warning.
 
     Raises:

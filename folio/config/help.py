@@ -10,7 +10,6 @@ from typing import Any, ClassVar, get_args
 from rich_argparse import RichHelpFormatter
 
 from folio.config.arguments import described, parser
-from folio.config.options import TrainConfig
 from folio.config.table import Option, defaults, table
 
 _BOUNDS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}

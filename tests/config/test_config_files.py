@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
-from folio import api, cli
-from folio.commands import bench, prepare, sample
+from folio import cli
+from folio.commands import bench, sample
 from folio.config import files
-from folio.config.options import Data, TrainConfig, option
-from folio.config.compose import check
-from folio.config.names import FOREIGN
-from folio.config.table import flat, override, table
-from folio.config.values import COMMAND_LINE
+from folio.config.options import TrainConfig
+from folio.config.table import flat
 
 
 @pytest.fixture

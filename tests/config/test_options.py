@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from folio import api, cli
-from folio.commands import bench, prepare, sample
+from folio import cli
+from folio.commands import sample
 from folio.config import files
-from folio.config.options import EACH, ITSELF, Data, Optimizer, Processes, System, TrainConfig, option
 from folio.config.compose import check
-from folio.config.names import FOREIGN
+from folio.config.options import EACH, ITSELF, Data, Optimizer, Processes, System, TrainConfig, option
 from folio.config.table import flat, override, table, those
-from folio.config.values import COMMAND_LINE
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto
 NANOGPT_DEFAULTS = {
@@ -178,10 +175,10 @@ def test_two_options_of_one_name_are_refused() -> None:
 
 def _out_of_bounds():
     for options in (TrainConfig, sample.Options):
-        for name, option in table(options).items():
+        for name, found in table(options).items():
             for rule, step in {"min": -1, "max": 1, "above": 0, "below": 0}.items():
-                if rule in option.metadata:
-                    yield pytest.param(options, name, option.metadata[rule] + step, id=f"{name}-{rule}")
+                if rule in found.metadata:
+                    yield pytest.param(options, name, found.metadata[rule] + step, id=f"{name}-{rule}")
 
 
 @pytest.mark.parametrize(("options", "name", "value"), list(_out_of_bounds()))

@@ -28,6 +28,7 @@ class Job:
 
     groups: list[dist.ProcessGroup] = field(default_factory=list)  # all that it joined, also those it has left
     stores: dict[str, Any] = field(default_factory=dict)  # of the "job", which may be restarted, and of this "start"
+    runs: int = 0  # that this process has begun
     threads: int = field(default_factory=torch.get_num_threads)  # before the processes of a machine divide the cores
 
 
@@ -93,22 +94,23 @@ def _name_this_start(job: Any, rank: int, world: int, timeout: timedelta) -> str
     return mine
 
 
-def remember_run(number: int, run: str) -> None:
-    """Stores the id of this job's run ``number`` for ``recall_run``, in case the launcher restarts the job."""
-    if "job" in JOB.stores:
-        JOB.stores["job"].set(f"run/{number}", run)
+def begin_run() -> str | None:
+    """Counts a run that this process begins; returns the id that this run had before the launcher restarted the job.
 
-
-def recall_run(number: int) -> str | None:
-    """The id that ``remember_run`` stored before the launcher restarted this job; None if there was no such run.
-
-    "" if the job was restarted by a launcher that keeps no store: then there was a run, of unknown id.
+    None if it had not begun then. "" if no launcher keeps the store: its count of restarts shows that there was a run.
     """
+    JOB.runs += 1
     if not store_outlives_processes():
         return "" if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" else None
     store = _job_store()
-    key = f"run/{number}"
+    key = f"run/{JOB.runs}"
     return str(store.get(key).decode()) if store.check([key]) else None
+
+
+def remember_run(run: str) -> None:
+    """Stores the id of the run that was begun last, in case the launcher restarts this job (see ``begin_run``)."""
+    if "job" in JOB.stores:
+        JOB.stores["job"].set(f"run/{JOB.runs}", run)
 
 
 def store_outlives_processes() -> bool:

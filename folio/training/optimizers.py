@@ -1,11 +1,13 @@
-"""The optimizer: AdamW with GPT-2's parameter groups."""
+"""The optimizer: AdamW with GPT-2's parameter groups, and what a checkpoint requires of another one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from folio.errors import UserError
 
 if TYPE_CHECKING:
     from folio.config.options import Optimizer
@@ -29,3 +31,33 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
 def optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a run. To train with another ``torch.optim.Optimizer``, return it here."""
     return adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+
+
+def check_first_update(made: torch.optim.Optimizer) -> None:
+    """Checks, after the first update, that checkpoints hold all that this optimizer keeps from step to step.
+
+    They hold the tensors of ``state[parameter]``. The update raises UserError if there is anything else in ``state``,
+    or if a value of ``param_groups`` changed: a resumed run would continue without it.
+    """
+    before = _settings(made)
+
+    def check(made: torch.optim.Optimizer, *_: Any) -> None:
+        handle.remove()
+        params = {p for group in made.param_groups for p in group["params"]}
+        lost = [str(owner) for owner in made.state if owner not in params]
+        lost += [slot for p in params for slot, value in made.state.get(p, {}).items() if not isinstance(value, Tensor)]
+        lost += [
+            name for old, new in zip(before, _settings(made), strict=True) for name in new if old[name] != new[name]
+        ]
+        if lost:
+            raise UserError(
+                f"{type(made).__name__} keeps {lost[0]!r}, which no checkpoint would hold: keep it as a tensor in "
+                "state[parameter]"
+            )
+
+    handle = made.register_step_post_hook(check)
+
+
+def _settings(made: torch.optim.Optimizer) -> list[dict[str, str]]:
+    """The values of each parameter group, without the learning rate, which the loop sets."""
+    return [{k: repr(v) for k, v in group.items() if k not in ("params", "lr")} for group in made.param_groups]

@@ -134,7 +134,11 @@ def restore(run: Run, former: Former) -> list[str]:
             yield name, tensor[:positions] if name.startswith("transformer.wpe.weight") and tensor.dim() else tensor
 
     checkpoint.load_weights(run.model, cropped(found.weights()))
-    checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
+    theirs, mine = state.get("optimizer", "AdamW"), type(run.optimizer).__name__
+    if mine == theirs:
+        checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
+    else:
+        notes.append(f"the checkpoint's optimizer is {theirs}, that of this run {mine}: its state starts from zero")
     if name := run.runtime.not_finite(run.model, run.optimizer):
         raise found.not_finite(name)
     if state["scaler"]:  # empty unless that run was in float16
@@ -146,7 +150,7 @@ def restore(run: Run, former: Former) -> list[str]:
     run.begun = run.state.step
     run.clock.started -= run.state.seconds
     notes.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
-    if run.begun and not run.optimizer.state:
+    if run.begun and mine == theirs and not run.optimizer.state:
         notes.append("the checkpoint has no optimizer state: Adam's moments start from zero")
     return notes + _compare(run, found)
 
@@ -182,7 +186,7 @@ def _compare(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     return notes
 
 
-def take_folder(run: Run, number: int, former: Former | None) -> list[str]:
+def take_folder(run: Run, former: Former | None) -> list[str]:
     """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics.
 
     Returns notes. Raises OSError if the folder cannot be written.
@@ -198,7 +202,7 @@ def take_folder(run: Run, number: int, former: Former | None) -> list[str]:
         else:
             notes = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         run_folder.keep_asked(out_dir, run.id, flat(run.config))
-        launch.remember_run(number, run.id)
+        launch.remember_run(run.id)
     except OSError as error:
         raise unwritable(out_dir, error) from None
     return notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import signal
@@ -42,8 +41,6 @@ from folio.training.ownership import unwritable
 from folio.training.resume import Former, find_former, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
 from folio.training.work import save_checkpoint, scheduled_work
-
-_NUMBERS = itertools.count()  # of the runs that this process builds
 
 
 @contextmanager
@@ -107,8 +104,7 @@ def _released_at_sigterm(lock: Lock | None) -> Iterator[None]:
 
 
 def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
-    number = next(_NUMBERS)
-    former = _former_run(config, number, lock)
+    former = _former_run(config, lock)
     begin = config.output.init_from
     notes: list[str] = []
     if former:
@@ -136,6 +132,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         loss, more = _wrap(config, model, tokens, runtime)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model)
+        optimizers.check_first_update(optimizer)
         log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
         run_id = former.id if former else secrets.token_hex(6)
         run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only)
@@ -146,7 +143,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         run.work, more = scheduled_work(run)
         notes += more
         if not read_only:
-            notes += _begin_files(run, number, former)
+            notes += _begin_files(run, former)
         _introduce(run, notes)
     except BaseException:
         runtime.close()
@@ -155,13 +152,13 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     return run
 
 
-def _former_run(config: TrainConfig, number: int, lock: Lock | None) -> Former | None:
+def _former_run(config: TrainConfig, lock: Lock | None) -> Former | None:
     """The run in the folder that this one resumes; checks that the folder's files may be replaced.
 
     A job that its launcher restarted resumes the run that it had begun, whatever ``init_from`` says.
     """
     out_dir, begin = Path(config.output.out_dir), config.output.init_from
-    known = launch.recall_run(number)
+    known = launch.begin_run()
     if lock:
         resuming = known is not None or begin in ("resume", "auto")
         ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), resuming)
@@ -239,10 +236,10 @@ def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> 
     return runtime.wrap(model, (largest, tokens.block_size)), notes
 
 
-def _begin_files(run: Run, number: int, former: Former | None) -> list[str]:
+def _begin_files(run: Run, former: Former | None) -> list[str]:
     """Prepares the folder and opens its records; from here on the run may write. Returns notes."""
     o = run.config.optimizer
-    notes = run.runtime.broadcast(lambda: take_folder(run, number, former))
+    notes = run.runtime.broadcast(lambda: take_folder(run, former))
     run.log.open(run.out_dir, run.config.logging.log_txt, o.restart_interval or o.max_iters or 1)
     if former and isinstance(former.found, PtFile):
         save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file

@@ -253,6 +253,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         "sources": run.tokens.sources(),
         "row": run.tokens.block_size,
         "owed": sorted(run.owed),
+        "optimizer": type(run.optimizer).__name__,
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,
     }

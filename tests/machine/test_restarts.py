@@ -22,7 +22,6 @@ from launches import by_hand_variables, free_port, go, saved
 from folio.machine import launch
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
-from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 
@@ -74,7 +73,6 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def begin(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         JOBS.append(launch.Job())  # of a process that has just started
         monkeypatch.setattr(launch, "JOB", JOBS[-1])
-        monkeypatch.setattr(start, "_NUMBERS", count())
         for name in (*by_hand_variables(0, 1, 0), "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         if job:

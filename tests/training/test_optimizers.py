@@ -1,16 +1,23 @@
-"""AdamW's parameter groups, and the learning rate as a function of the step."""
+"""AdamW's parameter groups, other optimizers, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL
 
 from folio.config.options import Optimizer
+from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.training.optimizers import adamw, optimizer
+from folio.records import run_folder
+from folio.training import optimizers
+from folio.training.optimizers import adamw, check_first_update, optimizer
 from folio.training.schedule import learning_rate
 
 
@@ -103,3 +110,70 @@ def test_a_constant_rate() -> None:
     """decay_lr=False has neither warm-up nor decay."""
     o = Optimizer(decay_lr=False)
     assert {learning_rate(step, o) for step in (0, 1, 5000, 10**7)} == {o.learning_rate}
+
+
+# Another optimizer
+
+
+class Lion(torch.optim.Optimizer):
+    """A small optimizer that keeps its mean of the gradients, and what ``keep`` adds."""
+
+    def __init__(self, model: GPT, keep: Callable[[Lion, torch.nn.Parameter], None] = lambda made, p: None) -> None:
+        super().__init__(model.parameters(), {"lr": 1e-3, "k": 0})
+        self.keep = keep
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p -= group["lr"] * (mean.mul_(0.9).add_(p.grad, alpha=0.1)).sign()
+                self.keep(self, p)
+
+
+def _update(made: torch.optim.Optimizer, model: GPT) -> None:
+    check_first_update(made)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        made.step()
+
+
+@pytest.mark.parametrize("kind", [Lion, torch.optim.SGD, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.NAdam])
+def test_an_optimizer_with_tensors_for_each_parameter_is_accepted(kind: type[Any]) -> None:
+    model = _model()
+    _update(kind(model if kind is Lion else model.parameters()), model)
+
+
+@pytest.mark.parametrize(
+    ("keep", "what"),
+    [
+        (lambda made, p: made.state[p].update(count=1), "'count'"),
+        (lambda made, p: made.state.update(shared={"mean": torch.ones(1)}), "'shared'"),
+        (lambda made, p: made.param_groups[0].update(k=made.param_groups[0]["k"] + 1), "'k'"),
+    ],
+)
+def test_an_optimizer_that_keeps_more_than_a_checkpoint_holds_is_refused(keep: Callable[..., None], what: str) -> None:
+    """After its first update, so that no resumed run continues without it."""
+    model = _model()
+    with pytest.raises(UserError, match=f"^Lion keeps {what}, which no checkpoint would hold"):
+        _update(Lion(model, keep), model)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adafactor])
+def test_another_optimizer_resumes_with_the_same_bits(
+    folio: Any, story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    """A run of 10 steps, and one that ended at step 5; AdamW's checkpoint gives it no state, and a note says so."""
+    more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    argv = ["train", *SMALL, f"--data_dir={story}", "--dropout=0.1", "--learning_rate=1e-2"]
+    assert folio(*argv, f"--out_dir={tmp_path / 'adamw'}", "--max_iters=5").code == 0
+    monkeypatch.setattr(optimizers, "optimizer", lambda config, model: kind(model.parameters(), **more))
+    for out, *flags in (("whole", "--max_iters=10"), ("halves", "--max_iters=5"), ("halves", "--init_from=resume")):
+        assert folio(*argv, f"--out_dir={tmp_path / out}", *flags).code == 0
+    for name in (run_folder.MODEL, run_folder.OPTIMIZER):
+        whole, halves = (run_folder.checkpoint_folder(tmp_path / out, 10) / name for out in ("whole", "halves"))
+        assert whole.read_bytes() == halves.read_bytes()
+    outcome = folio(*argv, f"--out_dir={tmp_path / 'adamw'}", "--init_from=resume")
+    assert f"optimizer is AdamW, that of this run {kind.__name__}: its state starts from zero" in outcome.out
+    assert outcome.code == 0

@@ -25,7 +25,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from folio import cli
-from folio.config.options import option
+from folio.config.declare import option
 
 ROOT = Path(__file__).resolve().parent.parent
 PEER = """

@@ -27,7 +27,8 @@ import torch
 
 from folio import cli
 from folio.checkpoints import find
-from folio.config.options import Data, System, option
+from folio.config.declare import option
+from folio.config.options import Data, System
 from folio.data.rows import Tokens
 from folio.evaluation.loss import evaluate
 from folio.machine.choices import resolve

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from folio import cli
-from folio.config.options import option
+from folio.config.declare import option
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records.metrics import read_metrics

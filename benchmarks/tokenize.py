@@ -27,7 +27,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from folio import cli
-from folio.config.options import option
+from folio.config.declare import option
 
 PEER = """
 import json, sys

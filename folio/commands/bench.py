@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from folio.config.options import Data, Optimizer, Processes, System, option
+from folio.config.declare import option
+from folio.config.options import Data, Optimizer, Processes, System
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.records.console import show

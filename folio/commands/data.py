@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from folio.config.options import ITSELF, TokenDtype, option, token_dtype_option
+from folio.config.declare import ITSELF, TokenDtype, option, token_dtype_option
 from folio.data import tokenizers
 from folio.data.decoding import decode
 from folio.data.folders import Folder, open_folder

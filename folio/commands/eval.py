@@ -9,17 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from folio.config.options import (
-    EACH,
-    Data,
-    HellaSwagStyle,
-    Processes,
-    Source,
-    System,
-    hellaswag_data_option,
-    hellaswag_style_option,
-    option,
-)
+from folio.config.declare import EACH, HellaSwagStyle, hellaswag_data_option, hellaswag_style_option, option
+from folio.config.options import Data, Processes, Source, System
 from folio.config.table import table, those
 from folio.data.token_files import Split
 from folio.errors import UserError

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio.config.options import ITSELF, option, out_dir_option
+from folio.config.declare import ITSELF, option, out_dir_option
 from folio.errors import UserError
 from folio.records.console import say
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from folio import files
-from folio.config.options import ITSELF, option
+from folio.config.declare import ITSELF, option
 from folio.model.config import AUTO
 from folio.records import run_folder
 from folio.records.console import say

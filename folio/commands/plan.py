@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from folio.config.compose import accumulated
-from folio.config.options import Data, Optimizer, Processes, System, option
+from folio.config.declare import option
+from folio.config.options import Data, Optimizer, Processes, System
 from folio.config.table import override
 from folio.errors import UserError
 from folio.model.config import PADDED_GPT2, GPTConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from folio.config.options import ITSELF, option
+from folio.config.declare import ITSELF, option
 from folio.records.console import say
 from folio.records.run_folder import PICTURE
 

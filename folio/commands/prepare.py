@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from folio.config.options import ITSELF, option
+from folio.config.declare import ITSELF, option
 from folio.errors import UserError
 from folio.preparation.recipes import KNOWN, help_of, known, named_by_user
 

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from folio.config.options import ITSELF, option
+from folio.config.declare import ITSELF, option
 from folio.errors import UserError
 from folio.records.console import say
 

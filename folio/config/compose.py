@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from folio.config.options import AFTER_FILE, EACH, ITSELF, MICRO_STEPS, Data, TrainConfig
+from folio.config.declare import AFTER_FILE, EACH, ITSELF
+from folio.config.options import MICRO_STEPS, Data, TrainConfig
 from folio.config.table import defaults, flat, override, table, those
 from folio.config.values import COMMAND_LINE, check_bounds, typed
 from folio.errors import UserError

@@ -3,78 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from folio.config.declare import (
+    AFTER_FILE,
+    EACH,
+    ITSELF,
+    HellaSwagStyle,
+    TokenDtype,
+    checkpoint_option,
+    hellaswag_data_option,
+    hellaswag_style_option,
+    option,
+    out_dir_option,
+    token_dtype_option,
+)
 from folio.errors import UserError
 from folio.model.config import AUTO, GPTConfig
 
-HellaSwagStyle = Literal["completion", "harness"]
-TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
-Role = Literal["call", "machine", "data", ""]
 MICRO_STEPS = 1_000_000  # of a step, at most
-ITSELF, EACH, AFTER_FILE = (
-    "itself",
-    "each",
-    "FILE:",
-)  # which part of a value is a path: all, between commas, after FILE:
-
-
-def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
-    """A field with its help, on one line, and what else is known of it.
-
-    Args:
-        default: Its value where nobody gives one; ``dataclasses.MISSING`` where somebody has to.
-        help: What it is.
-        role: ``"call"``: holds for one call, and the run does not keep it. ``"machine"``: how this machine computes;
-            a foreign run's value is not read. ``"data"``: where the run's data is.
-        more: ``unit``; bounds (``min`` ≤ value ≤ ``max``, value > ``above``, value < ``below``); ``details`` that
-            ``--help=NAME`` adds; ``advanced``: listed by ``--help=all`` only; ``nanogpt``: nanoGPT has it, with this
-            name and default; ``public``: an export tells it; ``local``: ranks may differ in it; ``path``: which part
-            of it is a path (ITSELF, EACH or AFTER_FILE); ``none``: what None stands for, if neither auto nor an empty
-            default; ``positional``: it is given by its place, and shown as this; ``short``: a second spelling, such as
-            ``-o``; ``of``: the values of the command's first argument that it is for; ``listed``: (title, lines by name),
-            values that ``--help`` lists in a section of their own.
-    """
-    return field(default=default, metadata={"help": help, "role": role, **more})
-
-
-def out_dir_option(**more: Any) -> Any:
-    """The one option that commands share outside a group."""
-    return option("out", "folder of the run", path=ITSELF, role="call", local=True, nanogpt=True, **more)
-
-
-def checkpoint_option() -> Any:
-    return option("best", "best | latest | a step")
-
-
-def hellaswag_style_option(**more: Any) -> Any:
-    return option(
-        "completion",
-        "how HellaSwag is scored",
-        details="completion: as build-nanogpt does; harness: as the lm-evaluation-harness (acc_norm by characters)",
-        **more,
-    )
-
-
-def hellaswag_data_option(**more: Any) -> Any:
-    return option(
-        "",
-        "file of HellaSwag items",
-        details="default: data/hellaswag/hellaswag_val.jsonl, downloaded if necessary",
-        path=ITSELF,
-        local=True,
-        **more,
-    )
-
-
-def token_dtype_option(**more: Any) -> Any:
-    return option(
-        "auto",
-        "of the ids in .bin files without a header",
-        details="auto: uint16, as in nanoGPT's files; else uint8, uint16, uint32, int32 or int64",
-        unit="type",
-        **more,
-    )
 
 
 @dataclass(frozen=True)

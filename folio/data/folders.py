@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from folio.config.options import Data, TokenDtype
+from folio.config.declare import TokenDtype
+from folio.config.options import Data
 from folio.data.file_names import left_alone, missing_split, one_line, select, select_by_glob, split_of, token_files
 from folio.data.headerless import refuse_other_types
 from folio.data.meta_files import datatrove_tokenizer, read_meta_json, read_meta_pkl

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from folio.config.options import TokenDtype
+from folio.config.declare import TokenDtype
 from folio.errors import UserError
 from folio.files import require_file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from folio.config.options import ITSELF, option
+from folio.config.declare import ITSELF, option
 from folio.data.token_files import CLONE
 from folio.preparation.job import prepare
 from folio.preparation.recipes import FINEWEB_EDU, SHARD_SIZE, sharded

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from folio.config.options import ITSELF, Sampling, TrainConfig, option
+from folio.config.declare import ITSELF, option
+from folio.config.options import Sampling, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
 from folio.model.config import PADDED_GPT2

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from folio import files
-from folio.config.options import HellaSwagStyle
+from folio.config.declare import HellaSwagStyle
 from folio.data.token_files import CLONE
 from folio.data.tokenizers import MissingCharactersError, Tokenizer
 from folio.errors import UserError

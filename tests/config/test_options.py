@@ -12,7 +12,8 @@ from folio import cli
 from folio.commands import sample
 from folio.config import files
 from folio.config.compose import check
-from folio.config.options import EACH, ITSELF, Data, Optimizer, Processes, System, TrainConfig, option
+from folio.config.declare import EACH, ITSELF, option
+from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
 from folio.config.table import flat, override, table, those
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto

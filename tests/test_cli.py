@@ -41,16 +41,22 @@ def test_help_all_shows_every_option(folio, command) -> None:
         assert f"\n{option.group or 'options'}:" in out
 
 
-@pytest.mark.parametrize("command", [*cli.COMMANDS, "train_gpt", "tokenize_documents_parallel"])
-def test_help_fits_a_screen(capsys, monkeypatch, command) -> None:
-    """At most 45 lines of 100 columns, and one for each option that is not advanced."""
-    monkeypatch.setenv("COLUMNS", "100")
+@pytest.mark.parametrize(
+    ("command", "columns"),
+    [
+        *((command, 100) for command in [*cli.COMMANDS, "train_gpt", "tokenize_documents_parallel"]),
+        *((command, 80) for command in ("train", "sample", "demo")),
+    ],
+)
+def test_help_fits_a_screen(capsys, monkeypatch, command, columns) -> None:
+    """At most 45 lines, and one for each option that is not advanced."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     options = cli.module_of(command).Options
     with pytest.raises(SystemExit):
         cli.parse(options, ["--help"], f"folio {command}", files=command == "train")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 45
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= columns
     for name, option in table(options).items():
         found = [line for line in lines if line.replace(", ", "  ").startswith(shown(name, option).rstrip())]
         found = [line for line in found if shown(name, option) in f"{line} ".replace(", ", "  ")]

@@ -43,7 +43,7 @@ def checkpoint_option() -> Any:
 def hellaswag_style_option(**more: Any) -> Any:
     return option(
         "completion",
-        "how HellaSwag is scored",
+        "completion | harness: how items are scored",
         details="completion: as build-nanogpt does; harness: as the lm-evaluation-harness (acc_norm by characters)",
         **more,
     )

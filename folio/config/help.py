@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
-from rich_argparse import RichHelpFormatter
+from rich_argparse import RawDescriptionRichHelpFormatter
 
 from folio.config.arguments import described, parser
 from folio.config.table import Option, defaults, table
@@ -20,7 +20,7 @@ _ROLES = {
 }
 
 
-class _Formatter(RichHelpFormatter):
+class _Formatter(RawDescriptionRichHelpFormatter):
     group_name_formatter: ClassVar[Any] = str
     help_markup: ClassVar[bool] = False
     text_markup: ClassVar[bool] = False
@@ -48,17 +48,16 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
     names = {name for name in mine if topic == "all" or not known[name].metadata.get("advanced")}
     words = [o.metadata["positional"] for o in known.values() if o.metadata.get("positional")]
     usage = " ".join([prog, *(["[FILE or PRESET …]"] if files else []), *words, "[--option=value …]"])
-    more = ["Defaults are in parentheses"]
-    more += [f"--help=all lists all {len(mine)} options"] if len(names) < len(mine) else []
-    some = next((name for name in ("learning_rate", *sorted(names)) if name in names), "")
-    more += [f"--help={some} describes one"] if some else []
+    more = ["Defaults in parentheses"]
+    more += [f"--help=all: all {len(mine)} options"] if len(names) < len(mine) else []
+    more += ["--help=NAME: about one"] if names else []
     shown = parser(
         options,
         names,
         prog=prog,
         usage=usage.replace("%", "%%"),
-        description=f"{about} Example: {example}" if example else about,
-        epilog=f"{', '.join(more)}." if more else None,
+        description=_wrapped([about, *[f"Example: {example}"] * bool(example)]),
+        epilog=_wrapped([f"{'; '.join(more)}."]),
         formatter_class=_Formatter,
     )
     for title, lines in (o.metadata["listed"] for o in known.values() if "listed" in o.metadata):
@@ -85,5 +84,9 @@ def _at_length(name: str, option: Option, usual: Any, prog: str) -> str:
     lines += [_ROLES[role]] if (role := about.get("role")) else []
     lines += [f"Only for {prog} {' and '.join(about['of'])}."] if about.get("of") else []
     lines += ["nanoGPT has it, with this name."] if about.get("nanogpt") else []
+    return f"{_wrapped(lines)}\n"
+
+
+def _wrapped(paragraphs: list[str]) -> str:
     width = shutil.get_terminal_size().columns - 2
-    return "\n".join(line for text in lines for line in textwrap.wrap(text, width)) + "\n"
+    return "\n".join(line for text in paragraphs for line in textwrap.wrap(text, width))

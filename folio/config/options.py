@@ -31,7 +31,7 @@ class Output:
     out_dir: str = out_dir_option()
     init_from: str = option(
         "scratch",
-        "scratch | resume | auto | gpt2 | a model",
+        "scratch | resume | auto | a model",
         details="resume: continue the run in out_dir; auto: resume if there is a run, else from scratch; gpt2, "
         "gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights; or another out_dir, a .pt file, a Hugging Face folder or "
         "name",
@@ -65,12 +65,12 @@ class Output:
 class Evaluation:
     """What is measured while a run trains, and how often; everything is measured at the end as well."""
 
-    eval_interval: int = option(2000, "between evaluations of the loss", unit="steps", min=1, nanogpt=True)
+    eval_interval: int = option(2000, "between evaluations", unit="steps", min=1, nanogpt=True)
     eval_iters: int = option(
         200,
-        "of an evaluation; 0: all validation tokens",
+        "per evaluation; 0: all",
         unit="batches",
-        details="All ranks together evaluate as many.",
+        details="All ranks together evaluate as many. 0: every validation token, and as many windows of train.",
         min=0,
         nanogpt=True,
     )
@@ -112,7 +112,9 @@ class Logging:
         advanced=True,
     )
     track: str = option("", "send the records to tensorboard, wandb or trackio, or several: a,b", advanced=True)
-    wandb_log: bool = option(False, "log to Weights & Biases, as --track=wandb does", nanogpt=True)
+    wandb_log: bool = option(
+        False, "log to Weights & Biases", details="as --track=wandb does", nanogpt=True, advanced=True
+    )
     wandb_project: str = option("owt", "project there, and with trackio", nanogpt=True, advanced=True)
     wandb_run_name: str = option(
         "gpt2",
@@ -139,7 +141,7 @@ class Data:
 
     dataset: str = option(
         "openwebtext",
-        "name of a data set, or its folder",
+        "a data set's name or folder",
         details="A name stands for data/<name> under the working folder, else under the folder of train.py.",
         path=ITSELF,
         role="data",
@@ -147,9 +149,7 @@ class Data:
         nanogpt=True,
         public=True,
     )
-    data_dir: str = option(
-        "", "folder or glob of the token files, instead of dataset", path=ITSELF, role="data", local=True
-    )
+    data_dir: str = option("", "token files instead: a folder or glob", path=ITSELF, role="data", local=True)
     token_dtype: TokenDtype = token_dtype_option(advanced=True)
     data_mixture: str = option(
         "",
@@ -200,10 +200,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The learning rate and the other settings of AdamW, and how long it trains."""
+    """The learning rate, AdamW's settings, and when to end."""
 
     learning_rate: float = option(6e-4, "highest learning rate", min=0, nanogpt=True, public=True)
-    max_iters: int = option(600_000, "to make; a step is an update", unit="steps", min=0, nanogpt=True, public=True)
+    max_iters: int = option(600_000, "to train, each one update", unit="steps", min=0, nanogpt=True, public=True)
     max_minutes: float = option(
         0.0,
         "after which this call ends; 0: no limit",
@@ -221,7 +221,7 @@ class Optimizer:
         public=True,
         advanced=True,
     )
-    weight_decay: float = option(0.1, "decay of tensors with two and more dimensions", min=0, nanogpt=True, public=True)
+    weight_decay: float = option(0.1, "AdamW's, of matrices and embeddings", min=0, nanogpt=True, public=True)
     beta1: float = option(
         0.9, "decay of the mean of the gradients", min=0, below=1, nanogpt=True, public=True, advanced=True
     )
@@ -233,9 +233,7 @@ class Optimizer:
     )
     decay_lr: bool = option(True, "False: a constant learning rate", nanogpt=True, public=True, advanced=True)
     warmup_iters: int = option(2000, "of linear warm-up", unit="steps", min=0, nanogpt=True, public=True)
-    lr_decay_iters: int = option(
-        600_000, "after which the cosine is at min_lr", unit="steps", min=0, nanogpt=True, public=True
-    )
+    lr_decay_iters: int = option(600_000, "until the rate is at min_lr", unit="steps", min=0, nanogpt=True, public=True)
     min_lr: float = option(6e-5, "lowest learning rate", min=0, nanogpt=True, public=True)
     warmup: Literal["folio", "nanogpt"] = option(
         "folio", "how the warm-up counts; nanogpt: divide by warmup_iters + 1", public=True, advanced=True
@@ -257,9 +255,9 @@ class Source:
     out_dir: str = out_dir_option()
     init_from: str = option(
         "resume",
-        "resume (the model in out_dir) | gpt2 | a model",
-        details="gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights; or another out_dir, a .pt file, a Hugging "
-        "Face folder or name",
+        "resume | gpt2 | a model",
+        details="resume: the model in out_dir; gpt2, gpt2-medium, gpt2-large, gpt2-xl: OpenAI's weights; or another "
+        "out_dir, a .pt file, a Hugging Face folder or name",
         path=ITSELF,
         nanogpt=True,
     )
@@ -275,7 +273,8 @@ class Sampling:
     max_new_tokens: int = option(500, "in each, after the prompt", unit="tokens", min=1, max=1_000_000, nanogpt=True)
     temperature: float = option(
         0.8,
-        "below 1: safer, above 1: wilder; 0: the most likely token",
+        "randomness; 0: always the most likely token",
+        details="Logits are divided by it: below 1 the likely tokens become likelier, above 1 the unlikely ones.",
         min=0,
         nanogpt=True,
     )
@@ -285,7 +284,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class System:
-    """The machine, and how it computes."""
+    """The device, and how it computes."""
 
     seed: int = option(1337, "seed of every random choice", min=0, role="machine")
     device: str = option(
@@ -293,8 +292,8 @@ class System:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "type of numbers",
-        details="Weights stay float32. auto: bfloat16 where it is fast.",
+        "auto | float32 | bfloat16 | float16",
+        details="The type of the arithmetic; weights stay float32. auto: bfloat16 where it is fast.",
         role="machine",
     )
     compile: bool | AUTO = option(

@@ -20,7 +20,7 @@ class GPTConfig:
     )
     vocab_size: int | AUTO = field(
         default=PADDED_GPT2,
-        metadata={"help": "token ids the model knows; auto: the data set's", "min": 1, "max": 100_000_000},
+        metadata={"help": "token ids; auto: the data set's", "min": 1, "max": 100_000_000},
     )
     n_layer: int = field(default=12, metadata={"help": "blocks", "min": 1, "max": 1000, "nanogpt": True})
     n_head: int = field(default=12, metadata={"help": "attention heads; divides n_embd", "min": 1, "nanogpt": True})

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from folio import files
 from folio.checkpoints.checkpoint import Checkpoint
-from folio.checkpoints.hugging_face import complete, expressible, rounded, vocabulary
+from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, require_gpt2
 from folio.data.tokenizers import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
 from folio.errors import UserError
 
@@ -35,10 +35,10 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
     """
     import gguf
 
-    tokenizer = vocabulary(found)
+    tokenizer = fitting_tokenizer(found)
     if tokenizer is None:
         raise UserError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
-    config = expressible(found)
+    config = require_gpt2(found)
     tensors = dict(_tensors(found, tokenizer, dtype))
     if config.activation == "gelu":
         warnings.warn(
@@ -86,11 +86,11 @@ def _tensors(found: Checkpoint, tokenizer: Tokenizer, dtype: str) -> Iterator[tu
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, found.config().n_layer)
-    for name, weight in complete(found, tokenizer.size):
+    for name, weight in complete_weights(found, tokenizer.size):
         theirs = names.get_name(name, (".weight", ".bias"))
         assert theirs
         vector = weight.dim() < 2 or name == "transformer.wpe.weight"
-        rounded(found, name, weight, "float32" if vector else dtype)  # raises if a number is not finite
+        cast(found, name, weight, "float32" if vector else dtype)  # raises if a number is not finite
         if name in ("transformer.wte.weight", "lm_head.weight") and tokenizer.eot is None:
             weight = torch.cat([weight, weight.mean(0, keepdim=True)])
         kind = gguf.GGMLQuantizationType[_TYPES["float32" if vector else dtype][0]]

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from folio import __version__, files
 from folio.checkpoints import checkpoint, model_card, pt_files
 from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
+from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, require_gpt2
 from folio.config.compose import model_config
 from folio.config.options import TrainConfig
 from folio.config.table import those
@@ -45,10 +45,6 @@ _FIXED = {  # GPT-2's values of options that this model does not have
 _OF_OTHERS = re.compile(  # keys of other architectures, and of quantized or pruned weights
     r"rope|rotary|alibi|rms_?norm|norm_type|qk_norm|sliding|window|key_value_heads|multi_query|kv_heads|expert|softcap"
     r"|parallel_residual|attention_types|quantization|pruned_heads|sparsity"
-)
-_FIELDS = (  # of GPTConfig: those that the exporters can express
-    *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("bias", "qkv_bias", "activation", "tie_weights"),
 )
 _IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -205,13 +201,32 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             its numbers are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
+    shape, tokenizer = require_gpt2(found), fitting_tokenizer(found)
+    size = tokenizer.size if tokenizer else shape.vocab_size
+    assert isinstance(size, int)
+    asked = _public(found.asked)
+    configs = _configs(found, size, tokenizer, dtype, asked)
+    weights = {
+        name: _turned(name, cast(found, name, weight, dtype)).contiguous()
+        for name, weight in complete_weights(found, size)
+    }
+    with files.appearing(folder) as unfinished:
+        unfinished.mkdir()
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        for config in configs:
+            config.save_pretrained(unfinished)
+        # safetensors makes a file that only its owner can read
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
+        text = model_card.card(found, name or folder.name, size, tokenizer, asked)
+        (unfinished / "README.md").write_text(text, encoding="utf-8")
+
+
+def _configs(found: Checkpoint, size: int, tokenizer: Tokenizer | None, dtype: str, asked: dict[str, Any]) -> list[Any]:
+    """transformers' objects that are saved beside the weights: the configs of model and generation, the tokenizer."""
     from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
-    config, tokenizer = expressible(found), vocabulary(found)
-    size = tokenizer.size if tokenizer else config.vocab_size
-    assert isinstance(size, int)
-    eot, asked = tokenizer.eot if tokenizer else None, _public(found.asked)
-    theirs = GPT2Config(
+    config, eot = found.config(), tokenizer.eot if tokenizer else None
+    model = GPT2Config(
         vocab_size=size,
         n_positions=config.block_size,
         n_embd=config.n_embd,
@@ -235,78 +250,16 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             "asked": asked,
         },
     )
-    weights = {
-        name: _turned(name, rounded(found, name, weight, dtype)).contiguous() for name, weight in complete(found, size)
-    }
-    with files.appearing(folder) as unfinished:
-        unfinished.mkdir()
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        theirs.save_pretrained(unfinished)
-        GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(unfinished)
-        if tokenizer:
-            fast = tokenizer.fast()
-            end = None if eot is None else fast.id_to_token(eot)
+    made = [model, GenerationConfig(bos_token_id=eot, eos_token_id=eot)]
+    if tokenizer:
+        fast = tokenizer.fast()
+        end = None if eot is None else fast.id_to_token(eot)
+        made.append(
             PreTrainedTokenizerFast(
                 tokenizer_object=fast, model_max_length=config.block_size, bos_token=end, eos_token=end
-            ).save_pretrained(unfinished)
-        # safetensors makes a file that only its owner can read
-        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-        text = model_card.card(found, name or folder.name, size, tokenizer, asked)
-        (unfinished / "README.md").write_text(text, encoding="utf-8")
-
-
-def expressible(found: Checkpoint) -> GPTConfig:
-    """The model's config; raises ValueError if other programs' formats cannot express it."""
-    config = found.config()
-    for f in fields(config):
-        value = getattr(config, f.name)
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS.values())
-        if not known and value != default:
-            raise UserError(
-                f"{found.path}: {f.name}={value!r}: other programs' GPT-2 does not support it, so it cannot be exported"
             )
-    return config
-
-
-def rounded(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
-    """A parameter in another dtype; raises ValueError if one of its numbers is not finite there."""
-    made = weight.to(getattr(torch, dtype))
-    if made.isfinite().all():
-        return made
-    if not weight.isfinite().all():
-        raise UserError(
-            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: "
-            "export an earlier checkpoint"
         )
-    raise UserError(
-        f"{found.path}: {name} has a value of {weight.abs().max():g}, beyond {dtype}'s largest, "
-        f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
-    )
-
-
-def vocabulary(found: Checkpoint) -> Tokenizer | None:
-    """The model's tokenizer, None if it is unknown; raises ValueError if the model has too few ids for it."""
-    spec, size = found.tokenizer_spec, found.config().vocab_size
-    assert isinstance(size, int)
-    if spec is None or spec.get("kind") == "datatrove":
-        return None
-    tokenizer = found.tokenizer()
-    if tokenizer.size > size:
-        raise UserError(
-            f"{found.path}: its tokenizer has {tokenizer.size} token ids, but its model {size}: "
-            "they are of different runs"
-        )
-    return tokenizer
-
-
-def complete(found: Checkpoint, vocab_size: int) -> Tensors:
-    """The parameters as other programs need them: with all biases (zeros if it has none), and ``vocab_size`` ids."""
-    wanted = found.parameters(bias=True, qkv_bias=True, vocab_size=vocab_size)
-    for name, weight in found.weights():
-        yield name, weight[: wanted.pop(name)[0]]
-    for name, shape in wanted.items():
-        yield name, torch.zeros(shape)
+    return made
 
 
 def _turned(name: str, weight: Tensor) -> Tensor:

@@ -291,7 +291,8 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
         state, sealed = files.read_sealed(path / STATE)
         if state["sha256"].keys() != {MODEL, OPTIMIZER, *[STATE] * sealed}:
             raise UserError(f"its sha256 names {', '.join(map(str, state['sha256'])) or 'nothing'}")
-        if path.name != f"step-{state['step']:08d}":
+        own = run_folder.checkpoint_folder, run_folder.replaced_folder
+        if path.name not in [folder(path.parent, state["step"]).name for folder in own]:
             raise UserError(f"it says step {state['step']}")
         if not sealed:
             known = State.of(state)

@@ -95,7 +95,7 @@ def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tupl
     """
     lines: list[str] = []
     for step in reversed(run_folder.steps(out_dir)):
-        path = run_folder.checkpoint_folder(out_dir, step)
+        path = run_folder.existing_folder(out_dir, step)
         try:
             found = checkpoint.verify(path, run_id)
             return found, [*lines, *filter(None, [checkpoint.unsealed(found)])]
@@ -119,7 +119,7 @@ def best_step(out_dir: Path) -> int | None:
         pass
     for step in reversed(run_folder.steps(out_dir)):
         try:
-            best = checkpoint.state_of(run_folder.checkpoint_folder(out_dir, step))[0]["best"]
+            best = checkpoint.state_of(run_folder.existing_folder(out_dir, step))[0]["best"]
             return int(best["step"]) if best else None
         except (ValueError, LookupError, TypeError):
             continue
@@ -127,7 +127,7 @@ def best_step(out_dir: Path) -> int | None:
 
 
 def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """The checkpoint ``best``, ``latest`` or of a step. If it is removed before it is read, the choice is made again.
+    """The checkpoint ``best``, ``latest`` or of a step; if it is removed or replaced before it is read, chosen again.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; lists those that exist.
@@ -135,12 +135,13 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
     """
     while True:
         step = _chosen(out_dir, which)
+        path, inode = _located(out_dir, step)
         try:
-            found = checkpoint.verify(run_folder.checkpoint_folder(out_dir, step))
+            found = checkpoint.verify(path)
             break
         except ValueError as error:
-            if step in (have := run_folder.steps(out_dir)):
-                others = [other for other in have if other != step]
+            if inode is not None and _located(out_dir, step) == (path, inode):
+                others = [other for other in run_folder.steps(out_dir) if other != step]
                 remedy = f"; --checkpoint={others[-1]} is another" if others else ""
                 raise UserError(f"{error}{remedy}") from None
     options: dict[str, Any] = {}
@@ -153,6 +154,15 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
     if line := checkpoint.unsealed(found):
         warnings.warn(line, stacklevel=2)
     return replace(found, asked=options)
+
+
+def _located(out_dir: Path, step: int) -> tuple[Path, int | None]:
+    """The folder of a checkpoint and its inode, which changes when another folder takes the name; None if removed."""
+    path = run_folder.existing_folder(out_dir, step)
+    try:
+        return path, path.stat().st_ino
+    except OSError:
+        return path, None
 
 
 def _chosen(out_dir: Path, which: str) -> int:

@@ -42,9 +42,25 @@ def replaced_folder(out_dir: Path, step: int) -> Path:
 
 
 def steps(out_dir: Path) -> list[int]:
-    """The steps that have a checkpoint, in order; not verified."""
-    there = [p for p in (out_dir / CHECKPOINTS).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
-    return sorted(step for p in there if p == checkpoint_folder(out_dir, step := int(p.name[5:])) and p.is_dir())
+    """The steps that have a checkpoint, under its own name or moved aside, in order; not verified."""
+    pattern = re.compile(rf"\.?step-([0-9]{{8,18}})(?:{re.escape(REPLACED)})?")
+    try:
+        with os.scandir(out_dir / CHECKPOINTS) as entries:  # one look: a run may remove them meanwhile
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+    found = {(int(m[1]), name) for name in names if (m := pattern.fullmatch(name))}
+    folders = (checkpoint_folder, replaced_folder)
+    return sorted({step for step, name in found if name in [folder(out_dir, step).name for folder in folders]})
+
+
+def existing_folder(out_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is now: under its own name, or moved aside by a ``save`` that is not complete.
+
+    A reader calls this, since only ``hold``, under the run's lock, may move the checkpoint back.
+    """
+    final, replaced = checkpoint_folder(out_dir, step), replaced_folder(out_dir, step)
+    return replaced if replaced.is_dir() and not final.exists() else final
 
 
 def remove_checkpoint(path: Path) -> None:

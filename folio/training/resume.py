@@ -68,7 +68,7 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
         run_id, asked = "", {}
         notes = (f"{path} is missing: options that are not given now have their defaults",)
     for step in reversed(have):
-        path = run_folder.checkpoint_folder(out_dir, step)
+        path = run_folder.existing_folder(out_dir, step)
         try:
             state, _ = checkpoint.state_of(path)
         except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL, Outcome, tree
 from small_checkpoints import save
 
 from folio import files
@@ -75,6 +77,54 @@ def test_a_whole_checkpoint_is_there_after_any_death(
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005"]
     assert runs == sorted(runs)
     assert set(runs) == {"a1", "b2"}
+
+
+@pytest.mark.parametrize("which", ["best", "latest", "5"])
+def test_a_reader_finds_it_after_any_death(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a run puts the folder in order, and without writing in it: a run may be training there."""
+    aside = 0
+    for out in replacements(1, tmp_path, monkeypatch):
+        before = tree(out)
+        found = find.choose(out, which)
+        assert (found.step, found.state["run"] in ("a1", "b2")) == (5, True)
+        found.model()
+        latest, lines = find.latest(out, aside=False)
+        assert (latest and latest.path, lines) == (found.path, [])
+        assert tree(out) == before
+        aside += found.path.name.startswith(".")
+    assert aside == 1  # the death between the two renames
+
+
+def test_commands_read_it_between_the_two_renames(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quick = ("--device=cpu", "--compile=False", f"--out_dir={out}")
+    assert folio("train", *SMALL, *quick, f"--data_dir={story}", "--max_iters=2", "--eval_iters=1").code == 0
+    files.rename(run_folder.checkpoint_folder(out, 2), run_folder.replaced_folder(out, 2))
+    before = tree(out / "checkpoints")
+    assert folio("sample", *quick, "--num_samples=1", "--max_new_tokens=3").code == 0
+    assert folio("eval", *quick, "--checkpoint=2", "--eval_iters=1").code == 0
+    assert folio("export", f"--out_dir={out}", f"--to={tmp_path / 'hf'}").code == 0
+    assert folio("train", *quick, "--init_from=resume", "--eval_only").code == 0
+    assert tree(out / "checkpoints") == before
+
+
+def test_a_reader_never_meets_half_a_replacement(tmp_path: Path) -> None:
+    """While one thread replaces the checkpoint again and again, another reads it."""
+    save(tmp_path, 5)
+    done = threading.Event()
+
+    def replace() -> None:
+        seed = 0
+        while not done.is_set():
+            save(tmp_path, 5, seed=(seed := 1 - seed))
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        assert all(find.choose(tmp_path, which).step == 5 for which in ["5", "latest"] * 50)
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_the_next_run_may_die_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,20 +5,19 @@ out_dir/checkpoints/step-00002000/   model.safetensors   optimizer.safetensors  
 
 from __future__ import annotations
 
-import math
-import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import files
+from folio.checkpoints.safetensors_files import Opened, Tensors, read
+from folio.checkpoints.state import State
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.compose import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
@@ -31,52 +30,7 @@ from folio.records import run_folder
 from folio.records.run_folder import CHECKPOINTS, MODEL, OPTIMIZER, STATE
 
 _NO_SUCH = "but the model has no such parameter (or its head is tied to the embedding)"
-_HEADER = 16 * 2**20  # bytes of a safetensors file's list of tensors
-Tensors = Iterator[tuple[str, Tensor]]
 Shaped = TypeVar("Shaped", Tensor, StoredTensor)
-
-
-@dataclass
-class State:
-    """The position of a run. With the weights and the optimizer's tensors it is all that a run needs to resume."""
-
-    step: int = 0  # updates done
-    rows: int = 0  # rows of the order that they consumed
-    tokens: int = 0  # targets in those
-    seconds: float = 0.0  # wall time
-    train_loss: float | None = None  # of the last evaluation
-    val_loss: float | None = None
-    best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
-    evaluations_without_improvement: int = 0
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> State:
-        """Reads a ``state.json``. Raises ValueError for a value that is missing or impossible."""
-        try:
-            state = cls(**{f.name: values[f.name] for f in fields(cls)})
-            best = (state.best["step"], state.best["loss"]) if state.best else ()
-            counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
-            if not all(type(n) is int and n >= 0 for n in counts):
-                raise UserError("its counts are not whole numbers from 0 on")
-            losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
-            if not all(map(math.isfinite, (state.seconds, *losses, *best))):
-                raise UserError("its losses or seconds are not finite")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"not the state of a run: {error}") from None
-        return state
-
-
-def foreign_state(config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None) -> dict[str, Any]:
-    """The content of a ``state.json`` for a model that another program wrote."""
-    return {
-        "run": secrets.token_hex(6),
-        **asdict(state or State()),
-        "model": asdict(config),
-        "tokenizer": tokenizer,
-        "data": None,
-        "scaler": {},
-        "resolved": {},
-    }
 
 
 @dataclass(frozen=True)
@@ -188,46 +142,6 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{path}: {name[:100]} is of type {kind}, not of floating-point numbers as a weight is")
         yield name, tensor
-
-
-class Opened:
-    """A file that can be read at ``path`` while this object lives, even if the file is removed."""
-
-    def __init__(self, name: Path) -> None:
-        self.name, self._handle = name, os.open(files.require_file(name), os.O_RDONLY)
-        path = Path(f"/dev/fd/{self._handle}")
-        self.path = path if path.exists() else name
-
-    def __del__(self) -> None:
-        if hasattr(self, "_handle"):
-            os.close(self._handle)
-
-    def __reduce__(self) -> tuple[type[Opened], tuple[Path]]:
-        return Opened, (self.name,)  # to another process, which opens it again
-
-
-def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: Opened | None = None) -> Tensors:
-    """The tensors of these names in a safetensors file, each mapped only while it is in use, the largest first.
-
-    So copying them into a model needs little more memory than the model. ``opened`` is the same file, already open.
-
-    Raises:
-        ValueError: the file is damaged, or is not a regular file.
-    """
-    here = opened.path if opened else path
-    with files.require_file(here).open("rb") as raw:
-        header = int.from_bytes(raw.read(8), "little")
-    if header > _HEADER:
-        raise UserError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
-    try:
-        with safe_open(here, "pt") as file:
-            names = filter(wanted, file.keys())
-            sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in names}
-        for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-            with safe_open(here, "pt") as file:
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio.checkpoints.checkpoint import Checkpoint, Tensors
+from folio.checkpoints.checkpoint import Checkpoint
+from folio.checkpoints.safetensors_files import Tensors
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
@@ -76,8 +77,8 @@ def _difference(config: GPTConfig) -> str:
     if difference <= _TOLERANCE:  # a NaN is not
         return ""
     return (
-        "the model in folio/model/gpt.py is not GPT-2, as which other programs would run its weights: with random "
-        f"weights its logits differ by {difference:.1g} of the largest"
+        f"the model in folio/model/gpt.py is not GPT-2 (for random weights its logits differ by {difference:.1g} of "
+        "the largest), and other programs would run its weights as GPT-2's"
     )
 
 

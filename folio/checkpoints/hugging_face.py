@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from folio import __version__, files
-from folio.checkpoints import checkpoint, model_card, pt_files
-from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
+from folio.checkpoints import model_card, pt_files, safetensors_files
+from folio.checkpoints.checkpoint import Checkpoint
 from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, require_gpt2
+from folio.checkpoints.safetensors_files import Tensors
+from folio.checkpoints.state import State, foreign_state
 from folio.config.compose import model_config
 from folio.config.options import TrainConfig
 from folio.config.table import those
@@ -91,9 +93,8 @@ class HuggingFace(Checkpoint):
             return not (name.endswith(_BUFFERS) or _our_name(name) in left_out)
 
         for file in weight_files(self.path):
-            for name, tensor in (
-                checkpoint.read(file, wanted) if file.suffix == ".safetensors" else pt_files.tensors(file, wanted)
-            ):
+            read = safetensors_files.read if file.suffix == ".safetensors" else pt_files.tensors
+            for name, tensor in read(file, wanted):
                 yield _our_name(name), _turned(_our_name(name), tensor)
 
     def slots(self) -> Tensors:
@@ -130,7 +131,7 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
     shape = _shape(path, raw)
     tokenizer = _tokenizer(folder, kept) or assumed
     if not kept:
-        return HuggingFace(folder, checkpoint.foreign_state(shape, tokenizer))
+        return HuggingFace(folder, foreign_state(shape, tokenizer))
     try:
         was, state = model_config(path, kept["model"]), State.of(kept["state"])
         known = model_card.checked(kept.get("facts", {}))
@@ -139,7 +140,7 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: 'folio': {type(error).__name__} {error}: remove that part") from None
     shape = replace(shape, dropout=was.dropout)
-    found = HuggingFace(folder, {**checkpoint.foreign_state(shape, tokenizer, state), "facts": known}, asked)
+    found = HuggingFace(folder, {**foreign_state(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
     biases = {"bias": was.bias, "qkv_bias": was.qkv_bias}
     if trained <= found.parameters(**biases).keys():

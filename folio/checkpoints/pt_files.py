@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from folio.checkpoints import checkpoint, torch_files
-from folio.checkpoints.checkpoint import Checkpoint, State, Tensors
+from folio.checkpoints import torch_files
+from folio.checkpoints.checkpoint import Checkpoint
+from folio.checkpoints.safetensors_files import Tensors
+from folio.checkpoints.state import State, foreign_state
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
 from folio.config.compose import model_config
 from folio.config.options import TrainConfig
@@ -124,7 +126,7 @@ def read(path: Path) -> PtFile:
         val_loss=best,
         best=None if best is None else {"step": step, "loss": best},
     )
-    state = checkpoint.foreign_state(config, _tokenizer(path, config, asked.get("dataset", "")), known)
+    state = foreign_state(config, _tokenizer(path, config, asked.get("dataset", "")), known)
     made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
     for _ in made.fitting(found.items()):  # checks them all
         pass

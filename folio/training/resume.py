@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from folio import files
 from folio.checkpoints import checkpoint, find, pt_files
-from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
+from folio.checkpoints.safetensors_files import Tensors
+from folio.checkpoints.state import State
 from folio.config.compose import over_files
 from folio.config.options import TrainConfig
 from folio.config.table import flat
@@ -129,7 +130,7 @@ def restore(run: Run, former: Former) -> list[str]:
     found, notes = _whole_checkpoint(run, former)
     state, positions = found.state, run.model.config.block_size
 
-    def cropped(tensors: checkpoint.Tensors) -> checkpoint.Tensors:
+    def cropped(tensors: Tensors) -> Tensors:
         for name, tensor in tensors:
             yield name, tensor[:positions] if name.startswith("transformer.wpe.weight") and tensor.dim() else tensor
 

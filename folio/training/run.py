@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from folio.checkpoints.checkpoint import State
+from folio.checkpoints.state import State
 from folio.config.options import TrainConfig
 from folio.data.rows import Tokens
 from folio.data.tokenizers import Tokenizer, from_json

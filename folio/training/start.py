@@ -15,8 +15,8 @@ from typing import Any
 
 from folio import rng
 from folio.checkpoints import checkpoint, find
-from folio.checkpoints.checkpoint import State
 from folio.checkpoints.pt_files import PtFile
+from folio.checkpoints.state import State
 from folio.config.compose import accumulated, check
 from folio.config.options import TrainConfig
 from folio.config.table import flat, those

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from folio.checkpoints import checkpoint, find
-from folio.checkpoints.checkpoint import State
+from folio.checkpoints.state import State, foreign_state
 from folio.data.tokenizers import Tokenizer
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -51,7 +51,7 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
         name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         for name, p in model.named_parameters()
     }
-    state = checkpoint.foreign_state(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
+    state = foreign_state(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
     checkpoint.save(out_dir, 7, weights, {}, state)
     return out_dir
 

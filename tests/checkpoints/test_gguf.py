@@ -15,8 +15,8 @@ from conftest import STORY, WIDE
 from torch import Tensor
 
 from folio.checkpoints import checkpoint, find, hugging_face
-from folio.checkpoints.checkpoint import State
 from folio.checkpoints.gguf import export
+from folio.checkpoints.state import State, foreign_state
 from folio.data.tokenizers import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
 from folio.generation import sampling
 from folio.model.config import GPTConfig
@@ -49,7 +49,7 @@ def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape
         name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
         for name, p in GPT(config).named_parameters()
     }
-    state = checkpoint.foreign_state(config, tokens and tokens.to_json(), State(step=7))
+    state = foreign_state(config, tokens and tokens.to_json(), State(step=7))
     checkpoint.save(out_dir, 7, weights, {}, state)
     return find.in_folder(out_dir)
 

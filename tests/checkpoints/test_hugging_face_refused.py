@@ -18,7 +18,7 @@ from gpt2_folders import SAMPLE, TRAIN, configured, saved
 from safetensors.torch import load_file, save_file
 
 from folio.checkpoints import find
-from folio.checkpoints.checkpoint import State
+from folio.checkpoints.state import State
 from folio.model.gpt import GPT
 
 transformers = pytest.importorskip("transformers")

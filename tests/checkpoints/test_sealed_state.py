@@ -14,6 +14,7 @@ from small_checkpoints import SHAPE, tensors, trained
 
 from folio import files
 from folio.checkpoints import checkpoint, find
+from folio.checkpoints.state import State
 from folio.config.options import TrainConfig
 from folio.config.table import flat
 from folio.records import run_folder
@@ -37,7 +38,7 @@ def older(path: Path, **changes: Any) -> None:
 def full(tmp_path: Path) -> Path:
     """An out_dir whose one checkpoint, of step 60, says all that a run's does."""
     model, optimizer = trained()
-    known = asdict(checkpoint.State(step=60, rows=240, tokens=1920, seconds=1.5e-05, val_loss=2.3000000000000003))
+    known = asdict(State(step=60, rows=240, tokens=1920, seconds=1.5e-05, val_loss=2.3000000000000003))
     more = {"model": asdict(SHAPE), "tokenizer": {"kind": "characters", "characters": "aé\n"}, "data": "0f", "row": 8}
     state = {"run": "a1", **known, **more, "scaler": {}, "resolved": {"device": "cpu", "threads": 1}}
     checkpoint.save(tmp_path, 60, *tensors(model, optimizer), state)

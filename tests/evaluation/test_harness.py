@@ -14,6 +14,7 @@ import torch
 from conftest import python
 
 from folio.checkpoints import checkpoint, find, hugging_face
+from folio.checkpoints.state import foreign_state
 from folio.config.options import System
 from folio.data.tokenizers import Bytes, Tiktoken
 from folio.evaluation import harness, hellaswag
@@ -70,7 +71,7 @@ def pair(tmp_path: Path, gpt2: Tiktoken) -> Callable[[int], tuple[GPT, Any]]:
         model, generator = GPT(shape), torch.Generator().manual_seed(1)
         for name, p in model.named_parameters():
             p.data = torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
-        state = checkpoint.foreign_state(shape, gpt2.to_json())
+        state = foreign_state(shape, gpt2.to_json())
         checkpoint.save(tmp_path / "out", 0, dict(model.named_parameters()), {}, state)
         hugging_face.export(find.in_folder(tmp_path / "out"), tmp_path / "hf")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

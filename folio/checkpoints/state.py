@@ -1,0 +1,55 @@
+"""The position of a run, as a checkpoint's ``state.json`` has it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from folio.errors import UserError
+from folio.model.config import GPTConfig
+
+
+@dataclass
+class State:
+    """The position of a run. With the weights and the optimizer's tensors it is all that a run needs to resume."""
+
+    step: int = 0  # updates done
+    rows: int = 0  # rows of the order that they consumed
+    tokens: int = 0  # targets in those
+    seconds: float = 0.0  # wall time
+    train_loss: float | None = None  # of the last evaluation
+    val_loss: float | None = None
+    best: dict[str, float] | None = None  # {"step", "loss"} of the best evaluation
+    evaluations_without_improvement: int = 0
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> State:
+        """Reads a ``state.json``. Raises ValueError for a value that is missing or impossible."""
+        try:
+            state = cls(**{f.name: values[f.name] for f in fields(cls)})
+            best = (state.best["step"], state.best["loss"]) if state.best else ()
+            counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
+            if not all(type(n) is int and n >= 0 for n in counts):
+                raise UserError("its counts are not whole numbers from 0 on")
+            losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
+            if not all(map(math.isfinite, (state.seconds, *losses, *best))):
+                raise UserError("its losses or seconds are not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not the state of a run: {error}") from None
+        return state
+
+
+def foreign_state(config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None) -> dict[str, Any]:
+    """The content of a ``state.json`` for a model that another program wrote."""
+    return {
+        "run": secrets.token_hex(6),
+        **asdict(state or State()),
+        "model": asdict(config),
+        "tokenizer": tokenizer,
+        "data": None,
+        "scaler": {},
+        "resolved": {},
+    }

@@ -32,7 +32,7 @@ OWNERS = {
     "trackio": {"records.trackers"},
     "torch.utils.tensorboard": {"records.trackers"},
     "transformers": {"checkpoints.hugging_face"},
-    "lm_eval": {"evaluation.harness"},
+    "lm_eval": {"evaluation.harness", "evaluation.language_model"},
     "plotly": {"records.report"},
 }
 MODULES = {

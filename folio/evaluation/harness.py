@@ -1,36 +1,26 @@
-"""Evaluates a model on tasks of EleutherAI's lm-evaluation-harness; the only module that imports lm_eval."""
+"""Evaluates a model on tasks of EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import io
-import itertools
 import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from folio import rng
-from folio.data import decoding
+from folio.config.names import did_you_mean
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
-from folio.evaluation.scoring import Query, Scores, fitted, score
-from folio.generation import sampling
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
 from folio.records.console import silent_stderr
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
-
-Answer = tuple[float, bool]  # log-likelihood, and whether each token is the likeliest
 
 
 def evaluate(
@@ -42,17 +32,19 @@ def evaluate(
     code. ``limit``: documents of each task, from the first; 0: all. A metric that a filter makes keeps its name, as
     ``exact_match,strict-match``.
 
-    The harness runs on rank 0, so that data is fetched and anything drawn at random once; every rank takes part in
-    the model's work.
+    The harness runs on rank 0 alone, so data is fetched and random numbers are drawn once; every rank runs the model.
 
     Raises:
         ValueError: there is no such task, its data cannot be fetched, or the model cannot answer what it asks.
         FileNotFoundError: no such task file. ModuleNotFoundError: lm_eval, or what a task needs, is not installed.
     """
-    lm = language_model(model, tokens, runtime)
-    while isinstance(sent := runtime.broadcast(lambda: _ask(lm, tasks, limit)), tuple):  # work that rank 0 sends
-        method, *what = sent
-        getattr(lm, method)(*what)
+    with _quiet():
+        from folio.evaluation.language_model import LanguageModel
+
+    lm = LanguageModel(model, tokens, runtime)
+    while isinstance(sent := runtime.broadcast(lambda: _run(lm, tasks, limit)), tuple):  # by ``on_every_rank``
+        method, *arguments = sent
+        getattr(lm, method)(*arguments)
     return sent
 
 
@@ -70,7 +62,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _ask(lm: LM, tasks: list[str], limit: int) -> Any:
+def _run(lm: LM, tasks: list[str], limit: int) -> Any:
+    """The metrics of each task; runs on rank 0."""
     with _quiet():
         from lm_eval.evaluator import simple_evaluate
 
@@ -92,8 +85,7 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
     if name not in manager.all_tasks and not Path(name).is_file():
         if name.endswith((".yaml", ".yml")):
             raise FileNotFoundError(f"{name}: there is no such task file")
-        close = difflib.get_close_matches(name, manager.all_tasks)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "lm-eval ls tasks lists them"
+        hint = did_you_mean(name, manager.all_tasks) or "lm-eval ls tasks lists them"
         raise UserError(f"no task {name!r} in the lm-evaluation-harness: {hint}")
     try:
         found = manager.load(name)
@@ -114,102 +106,3 @@ def _plain(metrics: dict[str, Any]) -> dict[str, float]:
         for name, value in metrics.items()
         if "," in name and isinstance(value, (int, float)) and math.isfinite(value)
     }
-
-
-def language_model(model: GPT, tokens: Tokenizer, runtime: Runtime) -> LM:
-    """A wrapped model as one of the harness's, which encodes, cuts and stops as its own HFLM does.
-
-    The harness asks that of rank 0; ``evaluate`` has the others do their part.
-    """
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    block_size = model.config.block_size
-
-    class Folio(TemplateLM):  # type: ignore[misc]
-        @property
-        def eot_token_id(self) -> int:
-            if tokens.eot is None:
-                raise UserError("a task asks about text without context: that needs a tokenizer with an end of text")
-            return tokens.eot
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            ids: list[int] = tokens.encode(string, special=True).tolist()
-            if max(ids, default=0) >= model.transformer.wte.num_embeddings:
-                raise UserError(f"a task's token id {max(ids)} is not among the model's {model.config.vocab_size}")
-            return ids
-
-        def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Answer]:
-            """Those of one context share a query, while its row is no longer than a text may be."""
-            order = sorted(range(len(requests)), key=lambda i: requests[i][1])
-            queries: list[Query] = []
-            for i in order:
-                texts, context, continuation = requests[i]
-                if not continuation:
-                    raise UserError(f"a task asks about no token: {texts}")
-                last = queries[-1] if queries else None
-                if last and last.context == context and last.length + len(continuation) - 1 <= block_size:
-                    last.continuations.append(continuation)
-                else:
-                    queries.append(Query(context, [continuation]))
-            rows = [part for query in queries for part in fitted(query, block_size)]
-            scores = self.everywhere("score", rows)
-            answers = zip((-scores.nats).tolist(), scores.likeliest.tolist(), strict=True)
-            return [answer for _, answer in sorted(zip(order, answers, strict=True))]
-
-        def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-            windows = [
-                (i, *make_disjoint_window(window))
-                for i, request in enumerate(requests)
-                for window in get_rolling_token_windows(
-                    self.tok_encode(*request.args), self.prefix_token_id, block_size, context_len=1
-                )
-            ]
-            totals = [0.0] * len(requests)
-            for (i, *_), (log_likelihood, _) in zip(windows, self._loglikelihood_tokens(windows), strict=True):
-                totals[i] += log_likelihood
-            return totals
-
-        def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-            return [self._continue(i, *request.args) for i, request in enumerate(requests)]
-
-        def _continue(self, number: int, context: str, asked: dict[str, Any]) -> str:
-            how = normalize_gen_kwargs(asked)
-            new, until = how["max_gen_toks"], [stop for stop in how["until"] if stop]
-            if (room := block_size - new) < 1:
-                raise UserError(
-                    f"a task asks for {new} new tokens, which a model with block_size={block_size} has no room for"
-                )
-            ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-            uniform = torch.rand(1, new, dtype=torch.float64, generator=rng.generator("harness", number))
-            drawn = how.get("temperature", 0.0), how.get("top_k"), how.get("top_p"), uniform, tokens.size
-            said = self.everywhere("write", ids, until, new, *drawn)
-            for stop in until:
-                said = said.split(stop)[0]
-            return said
-
-        # What every rank does
-
-        def everywhere(self, method: str, *what: Any) -> Any:
-            runtime.broadcast(lambda: (method, *what))
-            return getattr(self, method)(*what)
-
-        def score(self, queries: list[Query]) -> Scores:
-            return score(model, queries, runtime)
-
-        def write(self, ids: list[int], until: list[str], *how: Any) -> str:
-            """Up to the end of the text, or the token that completes a stop."""
-
-            def run() -> str:
-                new = map(int, sampling.stream(model, torch.tensor([ids], device=runtime.device), *how))
-                said = ""
-                for part in decoding.stream(tokens, itertools.takewhile(lambda i: i != tokens.eot, new)):
-                    said += part
-                    if any(stop in said for stop in until):
-                        break
-                return said
-
-            return runtime.infer(run)
-
-    return Folio()

@@ -29,6 +29,7 @@ pytest.importorskip("accelerate")  # which their HFLM needs
 transformers = pytest.importorskip("transformers")
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+LanguageModel = pytest.importorskip("folio.evaluation.language_model").LanguageModel
 
 THEIRS = Path(lm_eval.__file__).parent / "tasks"
 
@@ -171,7 +172,7 @@ def test_perplexity(tmp_path, pair, gpt2, shared_data) -> None:
     ids = gpt2.encode(text).tolist()
     texts = [text[:3000], *(gpt2.bytes(ids[:n]).decode() for n in (64, 65, 1)), ""]
     model, theirs = pair(64)
-    lm = harness.language_model(model, gpt2, wrapped(model))
+    lm = LanguageModel(model, gpt2, wrapped(model))
     wanted = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *((t,) for t in texts)))
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", *((t,) for t in texts)))
     assert found == pytest.approx(wanted, rel=1e-6)
@@ -186,7 +187,7 @@ def test_perplexity(tmp_path, pair, gpt2, shared_data) -> None:
 def test_loglikelihood(pair, gpt2) -> None:
     """In the order of the requests, whatever they share."""
     model, theirs = pair(32)
-    lm = harness.language_model(model, gpt2, wrapped(model))
+    lm = LanguageModel(model, gpt2, wrapped(model))
     long = "The ferry did not leave " * 9
     (likely,) = theirs.generate_until(requests("generate_until", ("The ferry", {"max_gen_toks": 3})))
     pairs = [
@@ -213,7 +214,7 @@ def test_loglikelihood(pair, gpt2) -> None:
 def test_a_context_is_read_once(pair, gpt2) -> None:
     """For all that is asked about it, in rows that stay as short as a text may be."""
     model, _ = pair(32)
-    lm, shapes = harness.language_model(model, gpt2, wrapped(model)), []
+    lm, shapes = LanguageModel(model, gpt2, wrapped(model)), []
     model.transformer.wte.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     lm.loglikelihood(requests("loglikelihood", *(("One two three four", f" {c} end") for c in "abcd")))
     assert shapes == [(1, 4 + 4)]
@@ -235,7 +236,7 @@ def test_a_context_is_read_once(pair, gpt2) -> None:
 def test_generation(pair, gpt2, asked) -> None:
     """Greedily what theirs write; a prompt that is too long keeps its end."""
     model, theirs = pair(48)
-    lm = harness.language_model(model, gpt2, wrapped(model))
+    lm = LanguageModel(model, gpt2, wrapped(model))
     prompts = ["The ferry", "A", "One, two, three " * 20, "Zürich 🚢", "<|endoftext|>"]
     asks = requests("generate_until", *((prompt, dict(asked)) for prompt in prompts))
     assert lm.generate_until(asks) == theirs.generate_until(asks)
@@ -245,7 +246,7 @@ def test_the_end_of_a_text_ends_it(pair, gpt2) -> None:
     model, theirs = pair(48)
     model.lm_head.weight.data[gpt2.eot] = 3 * model.transformer.ln_f.bias.data  # likelier than all but the likeliest
     theirs.model.lm_head.weight.data.copy_(model.lm_head.weight.data)
-    lm = harness.language_model(model, gpt2, wrapped(model))
+    lm = LanguageModel(model, gpt2, wrapped(model))
     asks = requests("generate_until", *((prompt, {"max_gen_toks": 16}) for prompt in ("The", "A", "One", "Two")))
     found = lm.generate_until(asks)
     assert found == theirs.generate_until(asks)
@@ -255,7 +256,7 @@ def test_the_end_of_a_text_ends_it(pair, gpt2) -> None:
 def test_drawn_texts(pair, gpt2) -> None:
     """The same at each call, but not at each request."""
     model, _ = pair(48)
-    lm = harness.language_model(model, gpt2, wrapped(model))
+    lm = LanguageModel(model, gpt2, wrapped(model))
     asks = requests("generate_until", *[("The", {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0})] * 3)
     found = lm.generate_until(asks)
     assert len(set(found)) == 3
@@ -356,7 +357,7 @@ def test_a_task_that_cannot_be_loaded(small, tmp_path, monkeypatch) -> None:
 
 
 def test_what_the_model_cannot_answer(small) -> None:
-    lm = harness.language_model(small, Bytes(), wrapped(small))
+    lm = LanguageModel(small, Bytes(), wrapped(small))
     with pytest.raises(ValueError, match="end of text"):
         lm.loglikelihood(requests("loglikelihood", ("", "text")))
     with pytest.raises(ValueError, match="end of text"):

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import python
-from torch import Tensor, nn
+from tiny_gpt import SHAPE, causal, ids, reference, reference_loss, tiny
+from torch import Tensor
 
 from folio import rng
-from folio.machine.memory import Step, needed
-from folio.model.attention import attend
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT, Block, CausalSelfAttention
-
-SHAPE = {"block_size": 12, "vocab_size": 17, "n_layer": 2, "n_head": 2, "n_embd": 8}
+from folio.model.gpt import GPT
 
 ONE_BLOCK = {
     "ln_1.weight": (8,),
@@ -34,70 +29,6 @@ ONE_BLOCK = {
     "mlp.c_proj.weight": (8, 32),
     "mlp.c_proj.bias": (8,),
 }
-
-
-def tiny(**shape: object) -> GPT:
-    """A model whose every parameter is random and large enough to matter."""
-    model = GPT(GPTConfig(**{**SHAPE, **shape}))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.3, generator=rng.generator(name))
-    return model.double()
-
-
-def ids(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(17, shape, generator=rng.generator("ids", seed))
-
-
-def causal(T: int) -> Tensor:
-    return torch.ones(T, T, dtype=torch.bool).tril()
-
-
-def reference(model: GPT, idx: Tensor) -> Tensor:
-    """Logits of GPT-2, one row, one head and one query at a time, from the weights alone."""
-    c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
-    head_size = c.n_embd // c.n_head
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
-
-    def gelu(x: Tensor) -> Tensor:
-        if c.activation == "gelu":
-            return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-    rows = []
-    for row in idx:
-        x = torch.stack([w["transformer.wte.weight"][t] + w["transformer.wpe.weight"][i] for i, t in enumerate(row)])
-        for n in range(c.n_layer):
-            block = f"transformer.h.{n}"
-            q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(c.n_embd, dim=-1)
-            mixed = torch.zeros_like(x)
-            for h, t in itertools.product(range(c.n_head), range(len(row))):
-                part = slice(h * head_size, (h + 1) * head_size)
-                scores = k[: t + 1, part] @ q[t, part] / math.sqrt(head_size)
-                weights = scores.exp() / scores.exp().sum()
-                mixed[t, part] = weights @ v[: t + 1, part]
-            x = x + linear(mixed, f"{block}.attn.c_proj")
-            x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
-        head = w["lm_head.weight" if "lm_head.weight" in w else "transformer.wte.weight"]
-        rows.append(norm(x, "transformer.ln_f") @ head.T)
-    return torch.stack(rows)
-
-
-def reference_loss(logits: Tensor, targets: Tensor) -> tuple[float, int]:
-    """Sum of nats and count over the targets that are not −1, one by one."""
-    nats = [
-        float(row.logsumexp(0) - row[t])
-        for row, t in zip(logits.flatten(0, 1), targets.flatten().tolist(), strict=True)
-        if t != -1
-    ]
-    return math.fsum(nats), len(nats)
 
 
 @pytest.mark.parametrize(
@@ -147,76 +78,6 @@ def test_no_token_sees_a_later_one(grad: bool, masked: bool) -> None:
             after = model.lm_head(model.hidden(changed, mask=mask))
             torch.testing.assert_close(after[:, :t], before[:, :t], rtol=1e-12, atol=1e-12)
             assert ((after - before)[:, t:].abs().amax(-1) > 1e-9).all()
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_both_attention_paths_agree(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and gradients of the attention that is written out are those of torch's own."""
-    q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, generator=rng.generator(s)) for s in "qkv")
-    mask = None
-    if masked:
-        mask = causal(7) & (torch.rand(7, 7, generator=rng.generator("mask")) > 0.4) | torch.eye(7, dtype=torch.bool)
-    written = [x.clone().requires_grad_() for x in (q, k, v)]
-    theirs = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = attend(*written, mask, 0.0)
-    expected = torch.nn.functional.scaled_dot_product_attention(*theirs, attn_mask=mask, is_causal=mask is None)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(attend(q, k, v, mask, 0.0), expected.detach())
-    weights = torch.randn(out.shape, dtype=torch.float64, generator=rng.generator("weights"))
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for mine, other in zip(written, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
-
-
-@pytest.mark.parametrize("T", [1, 3])
-def test_attention_to_what_is_cached(T: int) -> None:
-    """The last T queries over S keys get what they get when all queries are asked."""
-    q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, generator=rng.generator(s)) for s in "qkv")
-    torch.testing.assert_close(attend(q[:, :, -T:], k, v, None, 0.0), attend(q, k, v, None, 0.0)[:, :, -T:])
-
-
-def test_documents_that_do_not_see_each_other() -> None:
-    """A block diagonal mask and positions that begin anew give each document what it has alone."""
-    model, lengths = tiny(), (5, 4, 3)
-    x = ids(2, 12)
-    document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    mask = causal(12) & (document[:, None] == document)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    packed = model.hidden(x, mask=mask, positions=positions)
-    alone = torch.cat([model.hidden(part) for part in x.split(lengths, dim=1)], dim=1)
-    torch.testing.assert_close(packed, alone)
-    rows = model.hidden(x, mask=mask.expand(2, 1, 12, 12), positions=positions.expand(2, 12))  # for each row its own
-    torch.testing.assert_close(rows, alone)
-
-
-def test_a_kernel_is_set_on_the_modules_of_one_model() -> None:
-    """Another model, and what the module ``attention`` defines, stay as they are; the plain kernel is the oracle."""
-    model, other, x = tiny(), tiny(), ids(2, 12)
-    calls: list[int] = []
-
-    def kernel(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        return attend(*args)
-
-    expected = model.hidden(x)
-    for block in model.transformer.h:
-        block.attn.attend = kernel
-    assert torch.equal(model.hidden(x), expected)
-    assert len(calls) == model.config.n_layer
-    other.hidden(x)
-    assert len(calls) == model.config.n_layer
-    assert all(block.attn.attend is attend for block in [*other.transformer.h, *tiny().transformer.h])
-
-
-@pytest.mark.parametrize("gpu", [False, True])
-def test_counting_the_memory_of_a_step_changes_no_module(gpu: bool) -> None:
-    """``machine.memory`` sets a GPU's kernels on a model of its own."""
-    step = Step(rows=1, micro_steps=1, dtype=torch.bfloat16, gpu=gpu, recompute=True)
-    before = {kind: dict(vars(kind)) for kind in (nn.Dropout, CausalSelfAttention, Block, GPT)}
-    needed(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8, dropout=0.1), step)
-    assert {kind: dict(vars(kind)) for kind in before} == before
-    assert tiny().transformer.h[0].attn.attend is attend
 
 
 def test_dropout_is_for_training() -> None:

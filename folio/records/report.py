@@ -14,8 +14,7 @@ import numpy as np
 
 from folio.config.options import TrainConfig
 from folio.config.table import defaults
-from folio.records.metrics import read_metrics
-from folio.records.plot import (
+from folio.records.history import (
     GPT2_HELLASWAG,
     GPT2_LOSS,
     History,
@@ -31,8 +30,9 @@ from folio.records.plot import (
     span,
     thin,
     unit_of,
-    write,
 )
+from folio.records.metrics import read_metrics
+from folio.records.plot import write
 from folio.records.run_folder import EVALUATIONS
 
 BLUE, ORANGE, GREY, FAINT = "#3a86c8", "#d9731a", "#808080", "rgba(128,128,128,.4)"  # on white and on black

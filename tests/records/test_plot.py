@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio.records import plot
-from folio.records.plot import draw, looks, names, smooth, span, thin
+from folio.records.history import Records, history, names
+from folio.records.plot import draw, looks
 from folio.records.run_folder import METRICS
 
 pytest.importorskip("matplotlib")
@@ -156,12 +156,6 @@ def test_tokens_stand_above_the_steps_or_in_a_column_of_their_own(tmp_path: Path
     assert "tokens" not in drawn(silent)
 
 
-def test_a_step_stands_at_the_tokens_its_weights_have_seen() -> None:
-    records = plot.Records({"train": [train(0), train(1)], "eval": [evaluation(4, 3.0)], "hellaswag": []})
-    h = plot.history("", records, {})
-    assert h.along(np.array([0.0, 1, 2, 3, 4]), 100).tolist() == [0, 1, 2, 3, 4]
-
-
 def test_runs_are_told_apart_in_greys() -> None:
     found = looks(6)
     lightness = [np.dot(look["color"][:3], [0.299, 0.587, 0.114]) for look in found]
@@ -212,7 +206,7 @@ def test_odd_values_are_passed_over(tmp_path: Path, record: dict[str, Any]) -> N
     odd = [r for r in oddly({**record, "step": 40}) if r.get("style") in ("completion", None, True, 1e18)]
     assert drawn(run(tmp_path / "odd" / "run", [*odd, *right])) == drawn(run(tmp_path / "right" / "run", right))
     for odd_one in oddly(record):
-        h = plot.history("", plot.Records({kind: [odd_one] for kind in ("train", "eval", "hellaswag")}), {})
+        h = history("", Records({kind: [odd_one] for kind in ("train", "eval", "hellaswag")}), {})
         assert all(np.isfinite(found).all() for found in (h.train, h.validation, h.tokens, *h.hellaswag.values()))
     drawn(run(tmp_path / "all", [*(r | {"step": i} for i, r in enumerate(oddly(record))), *usual()]))
 
@@ -283,43 +277,6 @@ def test_a_picture_that_cannot_be_written_is_told(folio: Folio, tmp_path: Path, 
     before = sorted(tmp_path.rglob("*"))
     assert_refused(folio("plot", str(out), f"--output={tmp_path / name}"), tmp_path / name, words)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("count", [1, 7, 1000])
-def test_smoothing_is_the_weighted_mean_it_says(count: int) -> None:
-    values = np.random.default_rng(0).normal(size=count)
-    distances = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
-    weights = np.exp(-distances / max(1, count / 100))
-    np.testing.assert_allclose(smooth(values), weights @ values / weights.sum(axis=1), rtol=1e-9, atol=1e-12)
-
-
-def test_thinning_keeps_every_extreme() -> None:
-    values = np.random.default_rng(0).normal(size=100_000)
-    values[[31_415, 92_653]] = 50, -50
-    points = np.stack([np.arange(100_000.0), values])
-    kept = thin(points, bins=100)
-    assert kept.shape[1] <= 400
-    assert (np.diff(kept[0]) > 0).all()
-    assert (values[kept[0].astype(int)] == kept[1]).all()
-    assert {0, 31_415, 92_653, 99_999} <= set(kept[0].astype(int).tolist())
-    for part in range(100):
-        inside = kept[1][kept[0] // 1000 == part]
-        assert (inside.min(), inside.max()) == (values[1000 * part :][:1000].min(), values[1000 * part :][:1000].max())
-    assert thin(points[:, :400], bins=100).shape == (2, 400)
-
-
-def test_the_first_steps_do_not_flatten_the_rest() -> None:
-    """Nothing else is cut off but single train losses."""
-    losses = [11 - 7 * min(1, step / 10) - step / 1000 for step in range(1000)]
-    losses[500] = 30.0
-    records = plot.Records({"train": [train(i, loss) for i, loss in enumerate(losses)], "eval": [], "hellaswag": []})
-    low, high = span([plot.history("", records, {})])
-    assert low < min(losses)
-    assert max(losses[50:500]) < high < 6
-    gentle = {**records, "train": [train(i, 5 - i / 1000) for i in range(1000)], "eval": [evaluation(0, 5.1)]}
-    low, high = span([plot.history("", gentle, {})])
-    assert low < 4.001
-    assert high > 5.1
 
 
 @pytest.mark.parametrize("steps", [20_000, pytest.param(600_000, marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,8 +72,10 @@ class TensorBoard:
     def __init__(self, run: Identity) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = run.out_dir / TENSORBOARD
+        _wait_for_an_unused_second(folder)
         # hides what an earlier process wrote from this step on
-        self._writer: Any = SummaryWriter(str(run.out_dir / TENSORBOARD), purge_step=run.step)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=run.step)
         self._writer.add_text("config", _verbatim(json.dumps(run.config, indent=1)), run.step)
         for record in run.measured:
             self.write(record)
@@ -85,6 +88,16 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _wait_for_an_unused_second(folder: Path) -> None:
+    """Waits while an event file of this second exists.
+
+    TensorBoard reads event files in the order of their names: second, host, process, number. Of two files of one
+    second it may read the newer first, whose ``purge_step`` would then hide all of the older.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.02)
 
 
 class WandB:

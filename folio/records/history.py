@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 from folio.errors import UserError
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
+from folio.records.record import measured, number
 from folio.records.run_folder import METRICS
 
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
 GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # its acc_norm: build-nanogpt, lm-evaluation-harness
 UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
 
-_LARGEST = 1e18  # of what is measured: tokens, steps, losses
+_MOST = 32  # figures of other kinds
 
 Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; empty for those that there are none of
 Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
@@ -35,6 +37,7 @@ class History(NamedTuple):
     train: Points
     validation: Points
     hellaswag: dict[str, NDArray[np.float64]]  # style → (3, N): steps, acc_norm, its standard error
+    others: dict[str, Points]  # "kind/field" → the values of a measurement that is not Folio's own
     tokens: Points  # that the model was trained on after so many steps
     fineweb: bool  # the data is FineWeb-Edu, as far as its name tells
 
@@ -85,7 +88,7 @@ def history(name: str, records: Records, options: dict[str, Any]) -> History:
     """Sorts the records of a run by what they measure."""
     hellaswag = {}
     scored = [
-        r for r in records["hellaswag"] if isinstance(r.get("style"), str) and 0 <= figure(r.get("acc_norm")) <= 1
+        r for r in records["hellaswag"] if isinstance(r.get("style"), str) and 0 <= number(r.get("acc_norm")) <= 1
     ]
     for style in sorted({r["style"] for r in scored}):
         found = [r for r in scored if r["style"] == style]
@@ -101,19 +104,26 @@ def history(name: str, records: Records, options: dict[str, Any]) -> History:
         points(records["train"], "step", "loss"),
         points(records["eval"], "step", "val_loss"),
         hellaswag,
+        _others(records),
         np.unique(np.hstack([np.zeros((2, 1)), seen]), axis=1) if seen.size else seen,
         "fineweb" in "/".join(Path(source).parts[-2:]).lower(),  # data/fineweb_edu, edu_fineweb10B/*.npy
     )
 
 
-def figure(value: Any) -> float:
-    """The value as a number; NaN if it is none or out of range."""
-    return float(value) if type(value) in (int, float) and abs(value) <= _LARGEST else math.nan
+def _others(records: Records) -> dict[str, Points]:
+    """The values of measurements that are not Folio's own, by ``kind/field``; warns if there are too many to draw."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for record in itertools.chain(*records.values()):
+        for name, value in measured(record).items():
+            found[_printable(name)].append((record["step"], value))
+    if left_out := list(found)[_MOST:]:
+        warnings.warn(f"only {_MOST} measurements are drawn: left out are {', '.join(left_out)}", stacklevel=2)
+    return {name: np.array(found[name]).T for name in list(found)[:_MOST]}
 
 
 def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
     """The values of these keys, (keys, N), from all records that have all of them."""
-    columns = np.array([[figure(r.get(key)) for r in records] for key in keys], dtype=np.float64)
+    columns = np.array([[number(r.get(key)) for r in records] for key in keys], dtype=np.float64)
     return columns[:, np.isfinite(columns).all(axis=0)]
 
 
@@ -177,7 +187,11 @@ def names(folders: Sequence[Path]) -> list[str]:
     depths = range(1, max(len(path.parts) for path in folders) + 1)
     ends = ([Path(*path.parts[-depth:]).as_posix() for path in folders] for depth in depths)
     apart = next(end for end in ends if len(set(end)) == len(folders))
-    return ["".join(c if c.isprintable() else "\ufffd" for c in name) for name in apart]
+    return [_printable(name) for name in apart]
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "\ufffd" for c in name)
 
 
 def unit_of(histories: Sequence[History]) -> tuple[float, str]:

@@ -24,8 +24,9 @@ from folio import files
 from folio.records.console import accompanying, printable, say
 from folio.records.log_txt import build_nanogpt, gpt_from_scratch
 from folio.records.metrics import AGAIN, read_metrics, to_json
+from folio.records.record import Record, measured
 from folio.records.run_folder import LOG_TXT, METRICS
-from folio.records.trackers import Identity, Record, Trackers
+from folio.records.trackers import Identity, Trackers
 
 
 class Log:
@@ -148,7 +149,8 @@ class Log:
                 return f"step {step}: {hellaswag_line(record)}"
             case {"kind": "sample", "step": step, "number": number, "text": text}:
                 return f"step {step}: sample {number}: " + text.replace("\n", "\n  ")
-        return ""
+        values = ", ".join(f"{name} {value:.5g}" for name, value in measured(record).items())
+        return f"step {record['step']}: {values}" if values else ""
 
     def sync(self) -> None:
         """Makes everything written so far durable."""

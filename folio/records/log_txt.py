@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from folio.records.trackers import Record
+from folio.records.record import Record
 
 LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*")  # in either format
 

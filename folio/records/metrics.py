@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from folio import files
-from folio.records.trackers import Record
+from folio.records.record import Record
 
 AGAIN = ("train", "start")  # kinds of records that a resumed run writes of the step it begins at
 _BEGINNING = b'{"kind": '  # of a record, and of nothing within one, where quotes are escaped

@@ -1,4 +1,4 @@
-"""Figures from ``metrics.jsonl``: the losses and HellaSwag accuracies of runs, over steps and over tokens."""
+"""A picture of runs: losses, HellaSwag accuracies and other measurements, over steps and over tokens."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from folio.records.history import (
 )
 from folio.records.run_folder import METRICS
 
+LOSS, HELLASWAG = "loss (nats per token)", "HellaSwag accuracy\n(acc_norm)"  # labels of panels
 FORMATS = (".png", ".svg", ".pdf")
 SETTINGS: dict[Any, Any] = {
     "font.size": 9,
@@ -43,7 +45,7 @@ SMOOTHED: dict[str, Any] = {"linewidth": 1.3, "alpha": 0.55, "marker": "", "zord
 
 
 def draw(out_dirs: Sequence[Path], picture: Path) -> None:
-    """Draws the losses of runs, and their HellaSwag accuracies where there are any; the suffix says the format.
+    """Draws the losses of runs, their HellaSwag accuracies and other measurements; the suffix says the format.
 
     The axes are linear: half of the width is half of the work, and the effect of the last learning rates is visible.
     Tokens stand above the steps; where the runs differ in tokens per step, a second column is drawn over tokens.
@@ -63,13 +65,13 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
     named = zip(names(list(folders)), folders.values(), strict=True)
     histories = [history(name, read(path), asked(path)) for name, path in named]
     for h, path in zip(histories, folders.values(), strict=True):
-        if not (h.train.size or h.validation.size or any(p.size for p in h.hellaswag.values())):
+        if not (h.train.size or h.validation.size or any(p.size for p in h.hellaswag.values()) or h.others):
             raise UserError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name; a box stands there
         fig = Figure(layout="constrained")
-        _panels(fig, histories)
+        _draw_panels(fig, histories)
         drawn = io.BytesIO()
         undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(picture.suffix.lower())
         fig.savefig(drawn, format=picture.suffix[1:].lower(), dpi=150, metadata=undated)
@@ -84,48 +86,56 @@ def write(path: Path, content: bytes) -> None:
         raise files.UnwrittenError(path, error.strerror or str(error), "choose another with --output") from None
 
 
-def _panels(fig: Any, histories: list[History]) -> None:
-    """Loss above HellaSwag; steps, and where they need a column of their own, tokens."""
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+Curves: TypeAlias = Callable[[Any, History, float | None, dict[str, Any]], None]  # axes, run, unit of tokens, look
 
+
+def _draw_panels(fig: Any, histories: list[History]) -> None:
+    """Panels one above the other over the steps; where the runs need it, a second column over tokens."""
     lines = looks(len(histories))
-    losses = any(h.train.size or h.validation.size for h in histories)
-    styles = sorted({style for h in histories for style, found in h.hellaswag.items() if found.size})
+    panels = _panels(histories)
     rates = set(np.hstack([h.tokens[1, 1:] / h.tokens[0, 1:] for h in histories]).tolist())
     unit, word = unit_of(histories)
     tokens = f"tokens ({word})" if word else "tokens"
-    rows, columns = losses + bool(styles), 1 + (len(rates) > 1)
-    fig.set_size_inches(7 * columns, (4.2, 6.4)[rows - 1] + 0.2 * (len(histories) - 1))
-    grid = fig.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", height_ratios=[3, 2][:rows])
+    rows, columns = len(panels), 1 + (len(rates) > 1)
+    fig.set_size_inches(7 * columns, 4.2 + 2.2 * (rows - 1) + 0.2 * (len(histories) - 1))
+    shares = [3] + [2] * (rows - 1)
+    grid = fig.subplots(rows, columns, squeeze=False, sharex="col", sharey="row", height_ratios=shares)
 
-    for scale, axes in zip((None, unit), grid.T, strict=False):
-        for h, look in zip(histories, lines, strict=True):
-            if losses:
-                _draw_losses(axes[0], h, scale, look)
-            for steps, accuracy, error in h.hellaswag.values():
-                every = max(1, len(steps) // 20)
-                bars = {"yerr": error, "errorevery": every, "markevery": every, "elinewidth": 0.8}
-                axes[-1].errorbar(h.along(steps, scale), accuracy, **bars, **look)
-        for ax in axes:
-            ax.grid(alpha=0.25)
-            ax.margins(x=0.02)
-            ax.xaxis.set_major_locator(MaxNLocator(7, integer=scale is None))
-            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if scale is None else "{x:g}"))
-        axes[-1].set_xlabel("step" if scale is None else tokens)
-    if losses:
-        grid[0, 0].set(ylabel="loss (nats per token)", ylim=span(histories))
-        if any(h.fineweb for h in histories):
-            _reference(grid[0], GPT2_LOSS, "", "center")
-    if styles:
-        grid[-1, 0].set_ylabel("HellaSwag accuracy\n(acc_norm)")
-        for style in (style for style in styles if style in GPT2_HELLASWAG):
-            align = "top" if style == "completion" else "bottom"  # the lower of the two
-            _reference(grid[-1], GPT2_HELLASWAG[style], f"{style} ", align)
+    for axes, (label, draw_curves) in zip(grid, panels.items(), strict=True):
+        for ax, scale in zip(axes, (None, unit), strict=False):
+            for h, look in zip(histories, lines, strict=True):
+                draw_curves(ax, h, scale, look)
+            _set_ticks(ax, scale)
+        axes[0].set_ylabel(label)
+        _add_references(axes, label, histories)
+    for ax, label in zip(grid[-1], ("step", tokens), strict=False):
+        ax.set_xlabel(label)
+    if LOSS in panels:
+        grid[0, 0].set_ylim(span(histories))
     if len(rates) == 1:
         rate = rates.pop() / unit
         top = grid[0, 0].secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.set_xlabel(tokens)
     _explain(fig, grid[0, 0], histories, lines)
+
+
+def _panels(histories: list[History]) -> dict[str, Curves]:
+    """What each panel draws, by its label; only those for which a run has values."""
+    panels: dict[str, Curves] = {}
+    if any(h.train.size or h.validation.size for h in histories):
+        panels[LOSS] = _draw_losses
+    if any(found.size for h in histories for found in h.hellaswag.values()):
+        panels[HELLASWAG] = _draw_hellaswag
+    return panels | {name: partial(_draw_other, name) for h in histories for name in h.others}
+
+
+def _set_ticks(ax: Any, scale: float | None) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    ax.grid(alpha=0.25)
+    ax.margins(x=0.02)
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=scale is None))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if scale is None else "{x:g}"))
 
 
 def looks(count: int) -> list[dict[str, Any]]:
@@ -150,6 +160,19 @@ def _draw_losses(ax: Any, h: History, unit: float | None, look: dict[str, Any]) 
     ax.plot(h.along(steps, unit), losses, **look, markevery=max(1, len(steps) // 20))
 
 
+def _draw_hellaswag(ax: Any, h: History, unit: float | None, look: dict[str, Any]) -> None:
+    for steps, accuracy, error in h.hellaswag.values():
+        every = max(1, len(steps) // 20)
+        bars = {"yerr": error, "errorevery": every, "markevery": every, "elinewidth": 0.8}
+        ax.errorbar(h.along(steps, unit), accuracy, **bars, **look)
+
+
+def _draw_other(name: str, ax: Any, h: History, unit: float | None, look: dict[str, Any]) -> None:
+    if name in h.others:
+        steps, values = thin(h.others[name])
+        ax.plot(h.along(steps, unit), values, **look, markevery=max(1, len(steps) // 20))
+
+
 def _explain(fig: Any, ax: Any, histories: list[History], lines: list[dict[str, Any]]) -> None:
     """The legend, below all data; the best validation of one run where it is, of several in the legend."""
     from matplotlib.lines import Line2D
@@ -170,6 +193,17 @@ def _explain(fig: Any, ax: Any, histories: list[History], lines: list[dict[str, 
         if len(histories) > 1 or h.validation.size:
             keys.append(Line2D([], [], label=label, **look))
     fig.legend(handles=keys, loc="outside lower center", frameon=False, ncols=3 if len(histories) == 1 else 1)
+
+
+def _add_references(axes: Any, label: str, histories: list[History]) -> None:
+    """GPT-2's own values across a row of panels."""
+    if label == LOSS and any(h.fineweb for h in histories):
+        _reference(axes, GPT2_LOSS, "", "center")
+    if label == HELLASWAG:
+        for style in sorted({style for h in histories for style, found in h.hellaswag.items() if found.size}):
+            if style in GPT2_HELLASWAG:
+                align = "top" if style == "completion" else "bottom"  # the lower of the two
+                _reference(axes, GPT2_HELLASWAG[style], f"{style} ", align)
 
 
 def _reference(axes: Any, value: float, what: str, align: str) -> None:

@@ -14,28 +14,21 @@ import numpy as np
 
 from folio.config.options import TrainConfig
 from folio.config.table import defaults
+from folio.records.curves import curves
 from folio.records.history import (
-    GPT2_HELLASWAG,
-    GPT2_LOSS,
     History,
-    Points,
     Records,
     asked,
-    figure,
     history,
     names,
     points,
     read,
-    smooth,
-    span,
-    thin,
     unit_of,
 )
 from folio.records.metrics import read_metrics
 from folio.records.plot import write
+from folio.records.record import number
 from folio.records.run_folder import EVALUATIONS
-
-BLUE, ORANGE, GREY, FAINT = "#3a86c8", "#d9731a", "#808080", "rgba(128,128,128,.4)"  # on white and on black
 
 
 def report(out_dir: Path, page: Path) -> None:
@@ -51,7 +44,7 @@ def report(out_dir: Path, page: Path) -> None:
     h = history(names([out_dir.resolve()])[0], records, options)
     sections = {
         "": _summary(h, records),
-        "Curves": _figure(h, records),
+        "Curves": curves(h, records),
         "Evaluations": _evaluations(h, records),
         "HellaSwag": _hellaswag(h),
         "Measured by folio eval": _measured(read_metrics(evaluated) if evaluated.is_file() else []),
@@ -78,6 +71,7 @@ def _summary(h: History, records: Records) -> str:
         "steps": f"{h.tokens[0].max():,.0f}" if h.tokens.size else "",
         f"tokens ({word})" if word else "tokens": f"{h.tokens[1].max() / unit:,.5g}" if h.tokens.size else "",
         **{f"HellaSwag, {style}": f"{found[1][-1]:.4f}" for style, found in h.hellaswag.items() if found.size},
+        **{f"{name}, last": f"{found[1][-1]:.5g}" for name, found in h.others.items()},
         "time": _time(seconds.max()) if seconds.size else "",
         "tokens per second (median)": f"{np.median(speed):,.0f}" if speed.size else "",
         "of the devices’ peak (median MFU)": f"{np.median(share):.1%}" if share.size else "",
@@ -95,84 +89,12 @@ def _time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _figure(h: History, records: Records) -> str:
-    """One panel above the other over the steps, with the script that draws them; "" where there is nothing."""
-    curves: dict[str, list[Any]] = {
-        "loss (nats per token)": [*_noisy("train", h.train), ("validation", h.validation, ORANGE)],
-        "HellaSwag accuracy (acc_norm)": [
-            (f"HellaSwag, {escape(style)}", found[:2], ORANGE) for style, found in h.hellaswag.items()
-        ],
-        "learning rate": [("learning rate", thin(points(records["train"], "step", "lr")), BLUE)],
-        "gradient norm": _noisy("gradient norm", points(records["train"], "step", "grad_norm")),
-        "tokens per second": _noisy("tokens per second", points(records["train"], "step", "tokens_per_second")),
-    }
-    panels = {title: drawn for title, found in curves.items() if (drawn := [c for c in found if c[1].size])}
-    if not panels:
-        return ""
-    from plotly import graph_objects, io, subplots
-
-    shares = [2.0 if title.startswith("loss") else 1.0 for title in panels]
-    height = 155 + 165 * sum(shares)
-    figure = subplots.make_subplots(
-        rows=len(panels),
-        cols=1,
-        shared_xaxes=True,
-        row_heights=shares,
-        vertical_spacing=50 / height,
-        subplot_titles=list(panels),
-    )
-    for row, (title, drawn) in enumerate(panels.items(), 1):
-        for name, (steps, values), color in drawn:
-            line = {"color": color, "width": 0.7 if color == FAINT else 1.6}
-            mode = "lines+markers" if len(steps) <= 50 else "lines"
-            curve = graph_objects.Scatter(
-                x=steps, y=values, name=name, mode=mode, line=line, marker={"size": 5}, showlegend=row == 1
-            )
-            figure.add_trace(curve, row=row, col=1)
-        gpt2 = {}
-        if title.startswith("loss"):
-            figure.update_yaxes(range=span([h]), row=row)
-            gpt2 = {"loss": GPT2_LOSS} if h.fineweb else {}
-        elif title.startswith("HellaSwag"):
-            gpt2 = {style: GPT2_HELLASWAG[style] for style in h.hellaswag if style in GPT2_HELLASWAG}
-        for what, value in gpt2.items():
-            label = {"text": f"GPT-2 124M, {what} {value}", "font": {"size": 11}}
-            side = "bottom left" if what == "loss" else "top left"  # where no curve comes
-            dash = {"dash": "dash", "width": 1, "color": GREY}
-            figure.add_hline(value, row=row, col=1, line=dash, annotation=label, annotation_position=side)
-    number, clear, grid = ",.4~r", "rgba(0,0,0,0)", {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
-    figure.update_xaxes(tickformat=",", hoverformat=",", showspikes=True, spikethickness=1, **grid)
-    figure.update_yaxes(tickformat=number, hoverformat=number, nticks=6, **grid)
-    figure.update_xaxes(title_text="step", row=len(panels))
-    figure.update_layout(
-        template="none",
-        hovermode="x unified",
-        hoverlabel={"bgcolor": "#333", "font": {"color": "#fff"}, "namelength": -1},
-        dragmode=False,  # a finger scrolls the page; the buttons zoom
-        height=height,
-        margin={"l": 60, "r": 8, "t": 60, "b": 95},
-        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
-        modebar={"bgcolor": clear, "color": GREY, "activecolor": BLUE},
-        paper_bgcolor=clear,
-        plot_bgcolor=clear,
-        font={"color": GREY, "family": "system-ui, sans-serif"},
-    )
-    buttons = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": True, "modeBarButtons": [buttons]}
-    return str(io.to_html(figure, config=config, include_plotlyjs=True, full_html=False, div_id="curves"))
-
-
-def _noisy(name: str, found: Points) -> list[tuple[str, Points, str]]:
-    """Each step's value in gray, and a smoothed curve in color."""
-    return [(name, thin(found), FAINT), (f"{name}, smoothed", thin(np.stack([found[0], smooth(found[1])])), BLUE)]
-
-
 def _evaluations(h: History, records: Records) -> str:
     """The best evaluation and the last."""
     found = records["eval"]
     if not h.validation.size:
         return ""
-    best = min((r for r in found if not math.isnan(figure(r.get("val_loss")))), key=lambda r: figure(r["val_loss"]))
+    best = min((r for r in found if not math.isnan(number(r.get("val_loss")))), key=lambda r: number(r["val_loss"]))
     keys = ("step", "val_loss", "train_loss", "tokens", "seconds")
     rows = [[which, *(r.get(key) for key in keys)] for which, r in (("best", best), ("last", found[-1]))]
     return _table(["", "step", "validation loss", "train loss", "tokens", "seconds"], rows)
@@ -193,7 +115,7 @@ def _measured(records: list[dict[str, Any]]) -> str:
         tasks = r.get("tasks") if r["kind"] == "lm_eval" else {which: r}
         for task, figures in tasks.items() if isinstance(tasks, dict) else ():
             found = figures.items() if isinstance(figures, dict) else ()
-            numbers = ((k, v) for k, v in found if not math.isnan(figure(v)) and k != "step")
+            numbers = ((k, v) for k, v in found if not math.isnan(number(v)) and k != "step")
             rows += [(r["step"], task + first, metric, value) for metric, value in numbers]
     return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
 

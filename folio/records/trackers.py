@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from folio.errors import UserError, first_line
+from folio.records.record import Record, measured
 from folio.records.run_folder import TENSORBOARD
-
-Record = dict[str, Any]
 
 _FIGURES = {  # field of a record → name in the trackers
     "train": {
@@ -60,10 +59,13 @@ class Tracker(Protocol):
 
 
 def figures(record: Record, more: Mapping[str, str] = {}) -> dict[str, float]:
-    """The finite numbers of a record by their names in the trackers; ``mfu`` in percent, as in nanoGPT."""
+    """The finite numbers of a record by their names in the trackers; ``mfu`` in percent, as in nanoGPT.
+
+    Those of a kind that Folio does not know are named ``kind/field``.
+    """
     names = {**_FIGURES.get(record["kind"], {}), **more}
     values = {name: record[field] * (100 if field == "mfu" else 1) for field, name in names.items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    return {name: value for name, value in values.items() if math.isfinite(value)} | measured(record)
 
 
 class TensorBoard:

@@ -24,7 +24,7 @@ from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
 from folio.model.gpt import GPT
 from folio.records.log import Log, counted
-from folio.records.trackers import Record
+from folio.records.record import Record
 
 
 class Work(NamedTuple):

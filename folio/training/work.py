@@ -19,7 +19,7 @@ from folio.evaluation.loss import evaluate
 from folio.generation.sampling import continuations, encode_prompt
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.records import run_folder
-from folio.records.trackers import Record
+from folio.records.record import Record
 from folio.training.run import Run, Work
 from folio.training.schedule import learning_rate
 from folio.training.stopping import ENDS, EXIT, finished, most_urgent, not_finite

@@ -57,6 +57,7 @@ def written(out: Path, *records: Record, log_txt: Any = True, epoch: int = 1) ->
         (train(7, mfu=0.3754), "iter 7: loss 4.0000, time 500.00ms, mfu 37.54%"),
         (evaluation(250), "step 250: train loss 3.2500, val loss 3.5000"),
         (hellaswag(250), "step 250: HellaSwag acc_norm 0.2955 (2967/10042), acc 0.2859, completion"),
+        ({"kind": "wte", "step": 250, "norm": 12.345678, "note": "a"}, "step 250: wte/norm 12.346"),
         (sample(250, "Hello,\n\tworld"), "step 250: sample 1: Hello,\n  \tworld"),
         (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \\x1b[2Jgone\\r\\x07"),
     ],
@@ -70,6 +71,7 @@ def test_lines(record: Record, line: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_what_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Log(True, total=10).write({"kind": "wte", "step": 0, "norm": math.nan})
     Log(True, total=10).write({"kind": "start", "step": 0, "device": "cpu"})
     Log(False, total=10).write(evaluation(0))  # of another rank
     assert capsys.readouterr().out == ""

@@ -36,6 +36,11 @@ def hellaswag(step: int, style: str = "completion") -> dict[str, Any]:
     return {"kind": "hellaswag", "step": step, "style": style, "acc": 0.25, "acc_norm": 0.26, "total": 10042}
 
 
+def own(step: int, **values: Any) -> dict[str, Any]:
+    """A record of a measurement that somebody added."""
+    return {"kind": "wte", "step": step, **values}
+
+
 def usual(rate: int = 100) -> list[dict[str, Any]]:
     evaluations = [evaluation(step, 3 + 2 * math.exp(-step / 20), rate) for step in range(0, 101, 20)]
     return [*(train(step, rate=rate) for step in range(100)), *evaluations]
@@ -174,6 +179,8 @@ def test_runs_are_told_apart_in_greys() -> None:
         pytest.param([evaluation(0, 4.0)], "", [LOSS, ">4.0000<"], ["tokens"], id="one-evaluation"),
         pytest.param([train(0)], "", [LOSS], ["validation"], id="one-step"),
         pytest.param([hellaswag(100)], "", [HELLASWAG, ">step<"], [LOSS, "tokens"], id="hellaswag-alone"),
+        pytest.param([own(9, norm=1.5)], "", [">wte/norm<", ">step<"], [LOSS, "tokens"], id="own-alone"),
+        pytest.param([*usual(), own(9, norm=None, note="a", ok=True)], "", [LOSS], ["wte"], id="own-no-number"),
         pytest.param([*usual(), {**hellaswag(9), "acc_norm": None}], "", [LOSS], [HELLASWAG], id="no-accuracy"),
     ],
 )
@@ -187,6 +194,25 @@ def test_odd_runs_are_drawn(
     svg = drawn(out)
     assert [text for text in shown if text not in svg] == []
     assert [text for text in absent if text in svg] == []
+
+
+def test_a_measurement_of_ones_own_has_a_panel_for_each_number(tmp_path: Path) -> None:
+    """Below loss and HellaSwag, in the order of the file; a run without it has no curve there."""
+    other = run(tmp_path / "other", [*usual(), hellaswag(50)])
+    records = [own(step, norm=12 + step / 100, **{"angle\x1b": 0.5}) for step in (0, 50, 100)]
+    svg = drawn(run(tmp_path / "run", [*usual(), hellaswag(50), *records]), other)
+    labels = [f">{label}<" for label in (LOSS, "(acc_norm)", "wte/norm", "wte/angle\ufffd")]
+    assert sorted(labels, key=svg.index) == labels
+    alone = drawn(other)
+    assert "wte" not in alone
+    assert svg.count("clip-path") > alone.count("clip-path")
+
+
+def test_too_many_measurements_are_named(tmp_path: Path) -> None:
+    out = run(tmp_path / "run", [own(0, **{f"n{i}": i for i in range(34)})])
+    with pytest.warns(UserWarning, match=r"^only 32 measurements are drawn: left out are wte/n32, wte/n33$"):
+        svg = drawn(out)
+    assert svg.count(">wte/n") == 32
 
 
 ODD = [10**40, -(10**4000), -5, True, "3.0", [1], {"a": [1]}, None, 1e18, -1e300, "", "<b>\x1b[2J"]

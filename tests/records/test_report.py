@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL, Outcome, assert_refused
-from test_plot import evaluation, hellaswag, oddly, run, train, usual
+from test_plot import evaluation, hellaswag, oddly, own, run, train, usual
 
 pytest.importorskip("plotly")
 
@@ -109,6 +109,14 @@ def test_samples_are_shown_as_text_the_last_step_open(folio: Folio, tmp_path: Pa
     assert "<pre>a  b\n?</pre>" in page
 
 
+def test_a_measurement_of_ones_own_has_its_panel_and_last_value(folio: Folio, tmp_path: Path) -> None:
+    records = [own(step, norm=12 + step / 100, **{"<b>": 0.5}) for step in (0, 50, 100)]
+    page = page_of(folio, run(tmp_path / "run", [*usual(), *records]))
+    assert "wte/norm, last 13 wte/&lt;b&gt;, last 0.5" in text_of(page)
+    assert page.count('"text":"wte\\u002fnorm"') + page.count('"text":"wte/norm"') == 1
+    assert "wte/<b>" not in page
+
+
 @pytest.mark.parametrize(
     "records",
     [
@@ -118,6 +126,7 @@ def test_samples_are_shown_as_text_the_last_step_open(folio: Folio, tmp_path: Pa
         pytest.param([train(0), {**train(1), "loss": None, "mfu": None}, evaluation(2, None)], id="null"),
         pytest.param([hellaswag(3)], id="hellaswag-alone"),
         pytest.param([sample(3, "text")], id="sample-alone"),
+        pytest.param([own(3, norm=1.5)], id="own-alone"),
     ],
 )
 def test_runs_of_which_little_is_known_have_a_page(folio: Folio, tmp_path: Path, records: list[dict[str, Any]]) -> None:

@@ -47,6 +47,7 @@ FIRST = [
     EVALUATIONS[1],
     {"kind": "hellaswag", "step": 8, "style": "completion", "acc": 0.25, "acc_norm": 0.3125, "total": 16},
     {"kind": "sample", "step": 8, "number": 1, "text": TEXT},
+    {"kind": "wte", "step": 8, "norm": 1.5, "rows": 3, "angle": math.nan, "huge": 10**400, "even": True, "note": "a"},
 ]
 
 
@@ -218,6 +219,8 @@ def test_what_is_sent(name: str, out: Path) -> None:
         "hellaswag/acc": [(8, 0.25)],
         "hellaswag/acc_norm": [(8, 0.3125)],
         "sample/1": [(8, TEXT)],
+        "wte/norm": [(8, 1.5)],
+        "wte/rows": [(8, 3)],
     }
     assert {key: config[key] for key in CONFIG} == CONFIG
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, STORY, assert_refused, closed_port, server, tree
+from conftest import SMALL, STORY, assert_refused, tree
+from servers import closed_port, server
 
 from folio import cli
 from folio.commands import train

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, GOLDEN_OPTIONS, ROOT, SMALL, python
+from conftest import ROOT, SMALL, python
+from golden import GOLDEN, GOLDEN_OPTIONS
 
 MINIMAL = ROOT / "examples" / "minimal.py"
 

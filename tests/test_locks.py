@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Spawn
+from children import Spawn
+from conftest import ROOT
 
 from folio.locks import InUseError, Lock
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from folio import files
 from folio.records.metrics import to_json
+from folio.records.record import Record
 from folio.records.run_folder import EVALUATIONS
-from folio.records.trackers import Record
 
 
 def append(out_dir: Path, record: Record) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import STORY, WIDE, tree
+from conftest import STORY, tree
 from exports import (
     SHAPES,
     _quiet,  # noqa: F401
@@ -16,6 +16,7 @@ from exports import (
     theirs,
 )
 from safetensors.torch import load_file, save_file
+from tokenizer_kinds import WIDE
 
 from folio.checkpoints import checkpoint, find, hugging_face
 from folio.data.decoding import decode

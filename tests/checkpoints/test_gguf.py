@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import STORY, WIDE
+from conftest import STORY
+from tokenizer_kinds import WIDE
 from torch import Tensor
 
 from folio.checkpoints import checkpoint, find, hugging_face

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from conftest import closed_port
+from servers import closed_port
 
 from folio import cli
 from folio.checks import network

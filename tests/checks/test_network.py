@@ -9,7 +9,7 @@ import time
 from contextlib import closing, suppress
 
 import pytest
-from conftest import server
+from servers import server
 
 from folio.checks import network
 from folio.checks.finding import Finding

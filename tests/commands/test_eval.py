@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SPELLINGS, STORY, Outcome, Spawn, assert_refused, to_its_end, tree
+from children import Spawn, to_its_end
+from conftest import SMALL, STORY, Outcome, assert_refused, tree
+from tokenizer_kinds import SPELLINGS
 from torch.nn import functional as F
 
 from folio.checkpoints import find

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, SPELLINGS, STORY
+from conftest import SMALL, STORY
+from tokenizer_kinds import SPELLINGS
 from vocabularies import decoders, models, pre, words
 
 from folio.data.decoding import decode, stream, text_size

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STORY, WIDE
+from conftest import STORY
+from tokenizer_kinds import WIDE
 
 from folio.data import tokenizer_folder
 from folio.data.decoding import decode

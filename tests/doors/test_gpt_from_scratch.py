@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Outcome, assert_same_bits, python, succeed, tree
+from conftest import ROOT, Outcome, python, succeed, tree
+from run_results import assert_same_bits
 
 from folio import cli, rng
 from folio.checkpoints import find

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORY, server, tree
+from conftest import STORY, tree
+from servers import server
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, SMALL, Child
+from children import Child
+from conftest import ROOT, SMALL
 
 from folio import cli
 from folio.commands import train

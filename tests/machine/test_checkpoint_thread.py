@@ -11,17 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    Outcome,
-    Spawn,
-    assert_refused,
-    assert_same_bits,
-    group,
-    reached,
-    timeless,
-    to_its_end,
-)
+from children import Spawn, group, reached, to_its_end
+from conftest import Outcome, assert_refused
 from launches import ENDLESS, RUN, faulty, go, said_at_its_end, saved
+from run_results import assert_same_bits, timeless
 
 from folio.checkpoints import checkpoint
 from folio.records import run_folder

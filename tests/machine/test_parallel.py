@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Outcome, assert_same_bits
+from conftest import SMALL, Outcome
 from launches import Train, Trained, by_hand, torchrun, trained
+from run_results import assert_same_bits
 from safetensors.torch import load_file, save_file
 
 from folio.checkpoints import checkpoint, find

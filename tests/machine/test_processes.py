@@ -14,19 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
-    GROUP,
-    ROOT,
-    SMALL,
-    Child,
-    Spawn,
-    group,
-    python,
-    reached,
-    timeless,
-    to_its_end,
-)
+from children import GROUP, Child, Spawn, group, reached, to_its_end
+from conftest import ROOT, SMALL, python
 from launches import ENDLESS, by_hand_variables, faulty, free_port, said_at_its_end
+from run_results import timeless
 
 from folio import cli
 from folio.machine import launch

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Outcome, Spawn, assert_refused, assert_same_bits, group, reached, to_its_end
+from children import Spawn, group, reached, to_its_end
+from conftest import SMALL, Outcome, assert_refused
+from run_results import assert_same_bits
 from torch import nn
 
 from folio import rng

@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    Spawn,
-    assert_same_bits,
-    group,
-    reached,
-    timeless,
-    to_its_end,
-)
+from children import Spawn, group, reached, to_its_end
 from launches import by_hand_variables, free_port, go, saved
+from run_results import assert_same_bits, timeless
 
 from folio.machine import launch
 from folio.machine.runtime import Runtime

@@ -7,7 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, Train, records, succeed
+from conftest import ROOT, SMALL, succeed
+from run_results import Train, records
 
 from folio.records.metrics import read_metrics
 from folio.records.record import measured

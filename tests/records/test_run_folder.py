@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Outcome, Spawn, assert_refused, reached, timeless, tree
+from children import Spawn, reached
+from conftest import ROOT, SMALL, Outcome, assert_refused, tree
+from run_results import timeless
 
 import folio as package
 from folio import cli, files

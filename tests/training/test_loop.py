@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_DROPOUT, GOLDEN_OPTIONS, SMALL, STORY, Outcome, Train, python, records, timeless
+from conftest import SMALL, STORY, Outcome, python
+from golden import GOLDEN, GOLDEN_DROPOUT, GOLDEN_OPTIONS
+from run_results import Train, records, timeless
 
 from folio.checkpoints import find
 from folio.records import run_folder

@@ -12,18 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    SMALL,
-    Outcome,
-    Spawn,
-    assert_refused,
-    assert_same_bits,
-    python,
-    reached,
-    timeless,
-    to_its_end,
-    tree,
-)
+from children import Spawn, reached, to_its_end
+from conftest import SMALL, Outcome, assert_refused, python, tree
+from run_results import assert_same_bits, timeless
 
 from folio.checkpoints import find
 from folio.evaluation import scoring

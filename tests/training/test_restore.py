@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, Train, records, said, timeless, tree, updates
+from conftest import Outcome, tree
+from run_results import Train, records, said, timeless, updates
 
 from folio.checkpoints import find
 from folio.machine import flops

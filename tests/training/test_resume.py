@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALONE, SMALL, Spawn, alone, assert_same_bits, group, reached, timeless, to_its_end
+from children import ALONE, Spawn, alone, group, reached, to_its_end
+from conftest import SMALL
+from run_results import assert_same_bits, timeless
 
 from folio import cli
 from folio.checkpoints import find

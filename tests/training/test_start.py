@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, Outcome, Train, records, said, tree, updates
+from conftest import SMALL, Outcome, tree
+from run_results import Train, records, said, updates
 
 from folio import api
 from folio.checkpoints import find

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, Train, records, said, timeless, tree, updates
+from conftest import Outcome, tree
+from run_results import Train, records, said, timeless, updates
 
 from folio.checkpoints import find
 from folio.records import run_folder

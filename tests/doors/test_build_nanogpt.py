@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, Outcome, assert_refused, python, succeed, tree
+from fineweb_shards import prepare_shards
 
 from folio import rng
 from folio.config.compose import accumulated
@@ -26,7 +27,6 @@ from folio.config.values import COMMAND_LINE
 from folio.data.tokenizers import Tiktoken
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
@@ -80,14 +80,11 @@ LOSSES = (
 
 @pytest.fixture(scope="module")
 def shards(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text as edu_fineweb10B/, in shards of 2,500 tokens, which a run of 20 steps leaves twice."""
-    pytest.importorskip("datasets")
-    folder = tmp_path_factory.mktemp("shards") / "edu_fineweb10B"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-        recipe = known("fineweb_edu", folder, str(shared_data / "wikitext2_valid.jsonl"), {"shard_size": 2_500})
-        prepare(recipe, folder, workers=1)
-    return folder
+    """Real text in shards of 2,500 tokens; a run of 20 steps passes the ends of two."""
+    parent = tmp_path_factory.mktemp("shards")
+    return prepare_shards(
+        lambda source: known("fineweb_edu", parent, source, {"shard_size": 2_500}), parent, shared_data
+    )
 
 
 @pytest.fixture

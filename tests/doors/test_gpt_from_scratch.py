@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Outcome, python, succeed, tree
+from fineweb_shards import prepare_shards
 from run_results import assert_same_bits
 
 from folio import cli, rng
@@ -27,7 +28,6 @@ from folio.config.table import override
 from folio.doors import train_gpt
 from folio.doors.train_gpt import BEFORE_AND_AFTER, Options
 from folio.model.gpt import GPT
-from folio.preparation.job import prepare
 from folio.preparation.recipes import sharded
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
@@ -66,14 +66,9 @@ SMALL = shlex.split(
 
 @pytest.fixture(scope="module")
 def shards(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text as scripts/tokenize_documents_parallel.py leaves it."""
-    pytest.importorskip("datasets")
-    folder = tmp_path_factory.mktemp("shards") / "edu_fineweb10B"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-        source = str(shared_data / "wikitext2_valid.jsonl")
-        prepare(sharded(source, "sample-10BT", "{split}_{index:06d}.npy", 20_000), folder, workers=1)
-    return folder
+    """Real text as scripts/tokenize_documents_parallel.py writes it."""
+    parent, names = tmp_path_factory.mktemp("shards"), "{split}_{index:06d}.npy"
+    return prepare_shards(lambda source: sharded(source, "sample-10BT", names, 20_000), parent, shared_data)
 
 
 @pytest.fixture

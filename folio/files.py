@@ -1,6 +1,6 @@
-"""Files that are read whole, and that appear whole or not at all and survive a loss of power.
+"""Reads and replaces whole files. A written file appears whole or not at all, and survives a loss of power.
 
-Every rename, removal and fsync of the program is made by a function of this module, so that a test can make each fail.
+Every rename, removal and fsync of Folio is in this module, so that a test can make each of them fail.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: strings, a
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file atomically and durably; if that fails, it is as before. Raises OSError."""
+    """Replaces a file atomically and durably; after an error the old file is unchanged. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
     That is the SHA-256 of its text without white space between tokens, and without the digits of this checksum.
     """
     value = {**value, "sha256": {**value.get("sha256", {}), path.name: ""}}
-    value["sha256"][path.name] = _sum(json.dumps(value))
+    value["sha256"][path.name] = _checksum(json.dumps(value))
     write_json(path, value)
 
 
@@ -65,21 +65,21 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     try:
         value = parse_json(content)
         if not isinstance(value, dict):
-            raise UserError("it holds no object")
+            raise UserError("it is not a JSON object")
         hashes = value.get("sha256", {})
         if not isinstance(hashes, dict):
-            raise UserError("its sha256 is no object")
+            raise UserError("its sha256 is not a JSON object")
         if path.name not in hashes:
             return value, False
         own = hashes[path.name]
-        if not isinstance(own, str) or _sum(content.decode("utf-8-sig"), own) != own:
+        if not isinstance(own, str) or _checksum(content.decode("utf-8-sig"), own) != own:
             raise UserError("its text does not match its checksum")
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return value, True
 
 
-def _sum(text: str, own: str = "") -> str:
+def _checksum(text: str, own: str = "") -> str:
     return hashlib.sha256("".join(_TOKENS.findall(text)).replace(own, "").encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -87,7 +87,7 @@ def require_file(path: Path) -> Path:
     """Returns the path if it is a regular file, or a link to one.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, which may never end.
+        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -101,8 +101,8 @@ def read_json(path: Path, most: int = 1 << 28) -> Any:
     """The value in a JSON file, with or without a byte order mark.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: it is no file, longer than ``most`` bytes, not JSON, nested too
-            deeply, or holds a number that is not finite; names the file.
+        FileNotFoundError: nothing is there. ValueError: it is not a file, longer than ``most`` bytes, not JSON, nested
+            too deeply, or has a number that is not finite; names the file.
     """
     content = _content(path, most)
     try:
@@ -115,7 +115,8 @@ def read_text(path: Path, most: int | None = None) -> str:
     """The text of a UTF-8 file, as ``decode_text`` reads it.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is no file, longer than ``most`` bytes, or not UTF-8; names the file.
+        OSError: it cannot be read.
+        ValueError: it is not a file, longer than ``most`` bytes, or not UTF-8; names the file.
     """
     size = require_file(path).stat().st_size
     if most is not None and size > most:
@@ -137,7 +138,7 @@ def decode_text(raw: bytes) -> str:
 
 
 def other_encoding(raw: bytes) -> str:
-    """The remedy for bytes whose byte order mark says that they are UTF-16; otherwise ""."""
+    """The remedy for bytes with the byte order mark of UTF-16; "" for others."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " but UTF-16: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it"
     return ""
@@ -150,7 +151,7 @@ def _content(path: Path, most: int) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError where it is none, is nested too deeply or holds a number that is not finite."""
+    """A JSON value. Raises ValueError if it is not JSON, is nested too deeply, or has a number that is not finite."""
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
@@ -166,10 +167,10 @@ def _finite(digits: str) -> float:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file, or make a folder, which becomes ``path`` at the end, or nothing if that fails.
+    """Yields a path to write a file or folder to. It is renamed to ``path`` at the end, or removed after an error.
 
     Raises:
-        FileExistsError: ``path`` exists, and is not an empty folder. OSError: the disk is full or not writable.
+        FileExistsError: ``path`` exists and is not an empty folder. OSError: the disk is full or not writable.
     """
     if not path.name or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
@@ -226,7 +227,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Does what ``remove`` does, but leaves what cannot be removed."""
+    """Removes like ``remove``, but ignores errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -249,16 +250,16 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: IO[Any]) -> None:
-    """Makes durable what was written to an open file. Raises OSError."""
+    """Makes the content of an open file durable. Raises OSError."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def download(url: str, digest: str, path: Path, remedy: str) -> None:
-    """Fetches a file of a known SHA-256.
+    """Downloads a file with a known SHA-256.
 
     Raises:
-        ValueError: it could not be fetched, or has another checksum; ends with the ``remedy``.
+        ValueError: the download failed, or has another checksum; ends with the ``remedy``.
     """
     import http.client
     import urllib.error

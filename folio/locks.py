@@ -24,28 +24,28 @@ class InUseError(UserError):
 
 
 class Lock:
-    """A lock file with one holder at a time; it names the holder's host and process, and since when.
+    """A lock file with one holder at a time. It contains the holder's host, process and start time.
 
     The lock is ``flock``'s: the kernel releases it when the process ends in any way. NFS makes it a byte-range lock, so
-    it works between machines too. Child processes do not hold it. On a file system without locks there is one warning,
-    and every process gets the lock.
+    it works between machines too. Child processes do not hold it. A file system without locks causes one warning, and
+    every process gets the lock.
 
     Raises:
-        InUseError: another holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
-        OSError: the file cannot be made.
+        InUseError: another process holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
-        for _ in range(100):  # its holder may remove it, and the folder, between two of these steps
+        for _ in range(100):  # the holder may remove the file and the folder between two of these calls
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except FileNotFoundError:
                 continue
             try:
-                held, here = _flock(handle, path), _is(path, handle)
-                who = "" if held or not here else _holder(handle)
+                held, here = _flock(handle, path), _is_same_file(path, handle)
+                who = "" if held or not here else _describe_holder(handle)
             except BaseException:
                 os.close(handle)
                 raise
@@ -60,26 +60,26 @@ class Lock:
             os.ftruncate(handle, 0)
             now = time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}).encode())
-        self._end = weakref.finalize(self, _let_go, handle, path, made)
+        self._end = weakref.finalize(self, _release, handle, path, made)
         _HELD.add(self)
 
     def release(self) -> None:
-        """Removes the file, and the folders that were made for it if they are empty."""
+        """Removes the file, and those folders created for it that are empty."""
         self._end()
 
 
 _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
-def _forget() -> None:
-    """Closes the parent's locks in a child process, so that they end with the parent."""
+def _close_inherited() -> None:
+    """Closes the parent's locks in a child process, so that the parent's end releases them."""
     for lock in list(_HELD):
         if had := lock._end.detach():
             os.close(had[2][0])
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _flock(handle: int, path: Path) -> bool:
@@ -104,27 +104,27 @@ def _flock(handle: int, path: Path) -> bool:
     return True
 
 
-def _is(path: Path, handle: int) -> bool:
-    """Whether a path still names the open file."""
+def _is_same_file(path: Path, handle: int) -> bool:
+    """Whether the path still leads to the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 
 
-def _holder(handle: int) -> str:
-    """The holder of a lock, in brackets; "" if the file does not name it."""
+def _describe_holder(handle: int) -> str:
+    """The host, process and start time of a lock's holder, in parentheses; "" if the file does not have them."""
     for _ in range(10):
         with suppress(ValueError, LookupError, TypeError):
             holder = files.parse_json(os.pread(handle, 4096, 0))
             who = f" (host {holder['host']}, process {holder['pid']}, since {holder['since']})"
             return "".join(c if c.isprintable() else "?" for c in who[:200])
-        time.sleep(0.02)  # the file may not be written yet
+        time.sleep(0.02)  # the holder may not have written it yet
     return ""
 
 
-def _let_go(handle: int, path: Path, made: list[Path]) -> None:
-    if _is(path, handle):
+def _release(handle: int, path: Path, made: list[Path]) -> None:
+    if _is_same_file(path, handle):
         files.discard(path)
     os.close(handle)
     for folder in made:

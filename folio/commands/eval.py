@@ -14,7 +14,7 @@ from folio.config.options import Data, Processes, Source, System
 from folio.config.table import table, those
 from folio.data.token_files import Split
 from folio.errors import UserError
-from folio.records.console import accompanying, show
+from folio.records.console import best_effort, show
 
 if TYPE_CHECKING:
     from folio.checkpoints.checkpoint import Checkpoint
@@ -161,7 +161,7 @@ def _hellaswag(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[s
     questions = hellaswag.load(o.data, o.style, o.limit, chosen.tokenizer(), chosen.config(), runtime)
     model = chosen.model(dropout=0.0)
     runtime.wrap(model, None)
-    console = Console(file=accompanying(sys.stdout))
+    console = Console(file=best_effort(sys.stdout))
     watch = partial(track, description="HellaSwag", transient=True, console=console, disable=not console.is_terminal)
     found = hellaswag.evaluate(model, questions, runtime, track=watch)
     return found, "\n".join(filter(None, [questions.note, hellaswag_line(found)]))

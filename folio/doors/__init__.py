@@ -1,1 +1,1 @@
-"""The commands of build-nanogpt and GPT-from-scratch."""
+"""The commands of GPT-from-scratch: one file per script, with its flags and defaults."""

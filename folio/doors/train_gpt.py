@@ -12,7 +12,7 @@ from folio.config.table import override
 from folio.errors import UserError
 from folio.model.config import PADDED_GPT2
 
-NAMES = {  # of folio train, where it has another name
+NAMES = {  # flag → option of folio train with another name
     "data_root": "data_dir",
     "n_batches": "batch_size",
     "n_tokens": "window",
@@ -25,8 +25,8 @@ NAMES = {  # of folio train, where it has another name
     "log_dir": "out_dir",
     "max_lr": "learning_rate",
 }
-ALWAYS = {
-    "bias": True,  # but for what qkv_bias says
+ALWAYS = {  # constants of its code
+    "bias": True,  # except where qkv_bias applies
     "activation": "gelu_tanh",
     "tie_weights": False,
     "sampling": "sequential",
@@ -50,28 +50,28 @@ class Options:
 
     data_root: str = option("data/edu_fineweb10B", "folder of the shards", path=ITSELF)
     n_batches: int = option(16, "rows in a micro batch", min=1)
-    n_tokens: int = option(1024, "tokens of a row, at most context_length", min=1)
-    vocab_size: int = option(PADDED_GPT2, "token ids that the model knows", min=1)
+    n_tokens: int = option(1024, "tokens in a row, at most context_length", min=1)
+    vocab_size: int = option(PADDED_GPT2, "size of the vocabulary", min=1)
     emb_dim: int = option(768, "width", min=1)
-    context_length: int = option(1024, "positions that the model knows", min=1)
-    drop_rate: float = option(0.0, "share that dropout sets to zero", min=0, below=1)
-    n_layers: int = option(12, "blocks", min=1)
-    n_heads: int = option(12, "attention heads of a block", min=1)
+    context_length: int = option(1024, "positions of the model", min=1)
+    drop_rate: float = option(0.0, "probability of dropout", min=0, below=1)
+    n_layers: int = option(12, "number of blocks", min=1)
+    n_heads: int = option(12, "attention heads in a block", min=1)
     qkv_bias: bool = option(False, "biases of queries, keys and values")
     monitor: bool = option(True, "losses, measurements and samples on the console")
-    torch_matmul_precision: Literal["highest", "high", "medium"] = option("high", "of float32 products")
+    torch_matmul_precision: Literal["highest", "high", "medium"] = option("high", "precision of float32 products")
     log_dir: str = option("log", "folder of the run", path=ITSELF)
-    n_epochs: int = option(1, "epochs of max_iters steps; learning rate and data start again", min=1)
+    n_epochs: int = option(1, "epochs of max_iters steps; learning rate and data restart", min=1)
     warmup_iters: int = option(715, "steps of linear warm-up", min=0)
     max_iters: int = option(19073, "steps (updates) of an epoch", min=1)
     total_batch_size: int = option(2**19, "tokens a step, over all processes together", min=1)
-    metrics: Literal["Hellaswag", "none"] = option("Hellaswag", "measured besides, every 250 steps")
+    metrics: Literal["Hellaswag", "none"] = option("Hellaswag", "HellaSwag every 250 steps, or not at all")
     max_lr: float = option(6e-4, "highest learning rate", min=0)
     min_lr: float = option(6e-5, "lowest learning rate", min=0)
 
 
 def configured(options: Options) -> TrainConfig:
-    """The same run in the options of folio train."""
+    """These flags as options of folio train."""
     o = options
     named = {f.name: getattr(o, f.name) for f in fields(o) if f.name not in ("n_epochs", "metrics")}
     return override(
@@ -107,6 +107,6 @@ def main(options: Options) -> int:
 
 
 def _in_flags(line: str) -> str:
-    """A line about folio train's options, with the names that they have here."""
+    """A message about options of folio train, with their names as flags of this script."""
     flags = {ours: theirs for theirs, ours in NAMES.items()}
     return re.sub(rf"(?<![\w/.])({'|'.join(flags)})(?=[ =]|$)", lambda name: flags[name[0]], line)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from folio.preparation.parts import PartWriter
 from folio.preparation.writer import Writer
-from folio.records.console import accompanying, say
+from folio.records.console import best_effort, say
 
 _SAY_EVERY = 10.0  # seconds, if there is no terminal for a progress bar
 
@@ -22,7 +22,7 @@ def progress(total: int | None, writer: Writer | PartWriter) -> Iterator[Callabl
     """Shows tokens, MB of text per second and the time left, whenever the yielded function is called."""
     began, text, disk = time.perf_counter(), writer.text_bytes, writer.disk_bytes
     said = began
-    console = Console(file=accompanying(sys.stdout))
+    console = Console(file=best_effort(sys.stdout))
     bar = Progress(
         TextColumn("{task.fields[figures]}"),
         BarColumn(bar_width=24),

@@ -1,4 +1,4 @@
-"""All output goes through here: control characters are escaped, and a console that fails does not end a run."""
+"""Writes all terminal output: escapes control characters, and drops a stream that fails instead of ending the run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-_STEERS = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line and paragraph ends
+_CONTROL = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line and paragraph ends
 _KEPT = "\n\t\u200c\u200d"  # the last two join letters and emoji
 _LOST: weakref.WeakSet[Any] = weakref.WeakSet()  # streams that failed
 
 
 def printable(text: str) -> str:
-    """The text with control characters, but for line ends and tabs, as escapes such as ``\\x1b``."""
+    """The text with its control characters, except line ends and tabs, as escapes such as ``\\x1b``."""
     if text.isprintable():
         return text
-    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in text)
 
 
-def _steers(c: str) -> bool:
-    return c not in _KEPT and not c.isprintable() and unicodedata.category(c) in _STEERS
+def _is_control(c: str) -> bool:
+    return c not in _KEPT and not c.isprintable() and unicodedata.category(c) in _CONTROL
 
 
 def say(text: str = "", stream: Any = None) -> None:
     """Prints a line of progress, on standard output by default. A stream that fails is dropped with one warning."""
-    _accompany(f"{printable(text)}\n", sys.stdout if stream is None else stream)
+    _try_write(f"{printable(text)}\n", sys.stdout if stream is None else stream)
 
 
 def show(text: str = "") -> None:
@@ -56,17 +56,17 @@ def put(text: str) -> None:
 
 
 def show_styled(text: str) -> None:
-    """Writes text of this program with its styles, which are escape sequences. Raises OSError if that fails."""
+    """Writes text that Folio itself styled with escape sequences. Raises OSError if that fails."""
     if sys.stdout is not None:
         _write(text, sys.stdout)
 
 
-def accompanying(stream: Any) -> Any:
-    """The stream as a file for progress bars; if it fails, it is dropped as by ``say``."""
-    return _Accompanying(stream)
+def best_effort(stream: Any) -> Any:
+    """The stream as a file for progress bars; a stream that fails is dropped, as by ``say``."""
+    return _BestEffort(stream)
 
 
-class _Accompanying(io.TextIOBase):
+class _BestEffort(io.TextIOBase):
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
@@ -78,16 +78,16 @@ class _Accompanying(io.TextIOBase):
         return self._stream is not None and self._stream not in _LOST and bool(self._stream.isatty())
 
     def write(self, text: str) -> int:
-        _accompany(text, self._stream)
+        _try_write(text, self._stream)
         return len(text)
 
 
-def _accompany(text: str, stream: Any) -> None:
+def _try_write(text: str, stream: Any) -> None:
     if stream is None or stream in _LOST:
         return
     try:
         _write(text, stream)
-    except (OSError, ValueError) as error:  # a ValueError where the stream was closed
+    except (OSError, ValueError) as error:  # ValueError: the stream is closed
         _LOST.add(stream)
         silence(stream)
         name = str(getattr(stream, "name", "the console")).strip("<>")
@@ -115,14 +115,14 @@ def silence(stream: Any) -> None:
 def open_streams() -> None:
     """Makes the standard streams writable, even if the caller closed them, and in any encoding.
 
-    A closed stream becomes the null device. Otherwise the next file that is opened would get its number, and the output
-    of C code would end up in that file.
+    A closed stream becomes the null device. Otherwise the next file that is opened would get its descriptor, and the
+    output of C code would end up in that file.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -145,7 +145,7 @@ def flush() -> None:
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Drops what is written to stderr, also by C++ code and child processes."""
+    """Discards writes to stderr, also those of C++ code and child processes."""
     before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -26,25 +26,25 @@ UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
 
 _MOST = 32  # figures of other kinds
 
-Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; empty for those that there are none of
+Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; an empty list for a kind without records
 Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
 
 
 class History(NamedTuple):
-    """The measurements of a run; null, which stands for a number that is not finite, is left out."""
+    """The measurements of a run, without null, which stands for NaN and infinity."""
 
     name: str
     train: Points
     validation: Points
     hellaswag: dict[str, NDArray[np.float64]]  # style → (3, N): steps, acc_norm, its standard error
     others: dict[str, Points]  # "kind/field" → the values of a measurement that is not Folio's own
-    tokens: Points  # that the model was trained on after so many steps
-    fineweb: bool  # the data is FineWeb-Edu, as far as its name tells
+    tokens: Points  # (2, N): steps, tokens trained on until then
+    fineweb: bool  # the data is FineWeb-Edu, by its name
 
     def along(self, steps: NDArray[np.float64], unit: float | None) -> NDArray[np.float64]:
-        """The steps as positions on an axis of tokens in this unit; NaN if the run recorded no tokens.
+        """The positions of steps (N,) on the x axis: of steps, or of tokens in this unit.
 
-        Without a unit the axis is in steps.
+        NaN if the run recorded no tokens.
         """
         if unit is None:
             return steps
@@ -69,7 +69,7 @@ def read(out_dir: Path) -> Records:
         raise FileNotFoundError(f"{path} is missing: train with --out_dir={out_dir} first")
     records: Records = defaultdict(list)
     found = sorted(read_metrics(path), key=lambda r: r["step"])
-    # the later of two records of one step counts
+    # of two records of one step, the later counts
     for record in {tuple(map(str, map(r.get, ("kind", "step", "style", "number")))): r for r in found}.values():
         records[record["kind"]].append(record)
     if not records:
@@ -130,8 +130,8 @@ def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The mean of all values (N,), each weighted by exp(−distance / horizon), with N / 100 as the horizon.
 
-    It averages to both sides, so that the curve does not lag behind the evaluations; the weights of each mean sum
-    to one, so that the ends are not pulled to zero.
+    It averages over both sides, so that the curve does not lag behind the evaluations. The weights of each mean sum to
+    one, so that the ends are not pulled to zero.
     """
     decay = math.exp(-1 / max(1.0, len(values) / 100))
 
@@ -146,9 +146,9 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def thin(points: Points, bins: int = 1000) -> Points:
-    """The first, last, lowest and highest of each bin: a line through these looks as one through all.
+    """The first, last, lowest and highest point of each bin. A line through these looks like a line through all.
 
-    M4 (Jugel et al., VLDB 2014).
+    This is M4 (Jugel et al., VLDB 2014).
     """
     if points.shape[1] <= 4 * bins:
         return points
@@ -163,10 +163,10 @@ def thin(points: Points, bins: int = 1000) -> Points:
 
 
 def span(histories: Sequence[History]) -> tuple[float, float]:
-    """Lowest and highest loss to show.
+    """The lowest and highest loss to show.
 
-    The first twentieth of a run may stand out at the top, where it would take more than two thirds of the height; so
-    may one train loss in a hundred.
+    Losses of the first twentieth of a run are cut off at the top if they would take more than two thirds of the height.
+    So is one train loss in a hundred.
     """
     shown, highest = [GPT2_LOSS] * any(h.fineweb for h in histories), -math.inf
     for h in histories:
@@ -183,7 +183,7 @@ def span(histories: Sequence[History]) -> tuple[float, float]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell them apart, in characters that can be shown."""
+    """The last parts of each path, as many as make them differ, in printable characters."""
     depths = range(1, max(len(path.parts) for path in folders) + 1)
     ends = ([Path(*path.parts[-depth:]).as_posix() for path in folders] for depth in depths)
     apart = next(end for end in ends if len(set(end)) == len(folders))

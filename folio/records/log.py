@@ -21,9 +21,9 @@ from rich.progress import (
 )
 
 from folio import files
-from folio.records.console import accompanying, printable, say
+from folio.records.console import best_effort, printable, say
 from folio.records.log_txt import build_nanogpt, gpt_from_scratch
-from folio.records.metrics import AGAIN, read_metrics, to_json
+from folio.records.metrics import REWRITTEN, read_metrics, to_json
 from folio.records.record import Record, measured
 from folio.records.run_folder import LOG_TXT, METRICS
 from folio.records.trackers import Identity, Trackers
@@ -32,8 +32,8 @@ from folio.records.trackers import Identity, Trackers
 class Log:
     """Writes the records of a run to the console, files and trackers; only rank 0 (``main``) does.
 
-    A terminal shows a progress bar below the lines; other outputs get nanoGPT's lines. Without ``monitor`` records go
-    to files and trackers alone.
+    A terminal shows a progress bar below the lines; other outputs get nanoGPT's lines. Without ``monitor``, records go
+    only to files and trackers.
     """
 
     def __init__(self, main: bool, total: int, monitor: bool = True) -> None:
@@ -43,7 +43,7 @@ class Log:
         self._files: list[_File] = []
         self._trackers = Trackers()
         self._progress: Progress | None = None
-        self._console = Console(file=accompanying(sys.stdout), highlight=False, soft_wrap=True)
+        self._console = Console(file=best_effort(sys.stdout), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress:
@@ -53,13 +53,13 @@ class Log:
             file.close()
 
     def open(self, out_dir: Path, log_txt: bool | Literal["gpt-from-scratch"] = False, epoch: int = 1) -> None:
-        """Writes records to ``out_dir/metrics.jsonl`` from now on, and to a ``log.txt``.
+        """Writes records to ``out_dir/metrics.jsonl`` from now on, and to ``log.txt`` if asked.
 
-        Its format is build-nanogpt's, or GPT-from-scratch's with epochs of ``epoch`` steps. It is written again from
-        the records that exist already.
+        The format of ``log.txt`` is build-nanogpt's, or GPT-from-scratch's with epochs of ``epoch`` steps. Its lines
+        about earlier records are rewritten from ``metrics.jsonl``.
 
         Raises:
-            OSError: one of them cannot be written, now or later; names it.
+            OSError: a file cannot be written, now or later; names it.
         """
         if not self.main:
             return
@@ -86,11 +86,11 @@ class Log:
         if not self.main or not names:
             return
         before = read_metrics(out_dir / METRICS) if step else []
-        measured = [r for r in before if r["step"] == step and r["kind"] not in AGAIN]
+        measured = [r for r in before if r["step"] == step and r["kind"] not in REWRITTEN]
         self._trackers.open(names, Identity(out_dir, project, name, run_id, step, config, measured))
 
     def say(self, line: str) -> None:
-        """Prints a line on the console alone."""
+        """Prints a line on the console, but writes it nowhere else."""
         if not self.main:
             return
         if self._progress:
@@ -115,10 +115,10 @@ class Log:
             self._task = self._progress.add_task("", total=self.total, completed=step, figures="")
             self._progress.start()
 
-    def busy(self, what: str) -> None:
-        """Shows beside the progress bar what is done between steps, such as ``evaluating, batch 37 of 400``."""
+    def busy(self, work: str) -> None:
+        """Shows the work between steps beside the progress bar, such as ``evaluating, batch 37 of 400``."""
         if self._progress:
-            self._progress.update(self._task, figures=what)
+            self._progress.update(self._task, figures=work)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar."""
@@ -176,7 +176,7 @@ def hellaswag_scores(record: Record) -> str:
 
 
 class _File:
-    """A file of records, one a line; unlike a tracker's, its failures are raised."""
+    """A file with a line for each record. Its errors are raised, unlike a tracker's."""
 
     def __init__(self, path: Path, mode: Literal["a", "w"], line: Callable[[Record], str]) -> None:
         self._line = line

@@ -15,13 +15,13 @@ from typing import NamedTuple
 from folio import files
 from folio.records.record import Record
 
-AGAIN = ("train", "start")  # kinds of records that a resumed run writes of the step it begins at
-_BEGINNING = b'{"kind": '  # of a record, and of nothing within one, where quotes are escaped
+REWRITTEN = ("train", "start")  # kinds of records that a resumed run writes again for its first step
+_BEGINNING = b'{"kind": '  # of a record; never inside one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
 
 
 def to_json(record: Record) -> str:
-    """A line of ``metrics.jsonl``, or another file of records; what is not finite becomes null."""
+    """A line of ``metrics.jsonl``, or another file of records; NaN and infinity become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False)
 
@@ -58,17 +58,20 @@ def holds_records(path: Path) -> bool | None:
 
 
 def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1) -> list[str]:
-    """Drops what a run that continues at ``step`` writes again: later lines, train and start of this step, half a line.
+    """Removes the lines that a run resumed at ``step`` writes again, and returns a note about each loss.
 
-    So do measurements of this step that the checkpoint says are ``owed``. Damaged lines are dropped too; the file as it
-    was then stays beside it. Returns a line for the reader about each loss: of those, and of lines that a run with a
-    train line every ``interval`` steps has written, and are not there (0: it has written none).
+    These are the lines of later steps, ``train`` and ``start`` of this step, measurements of this step that the
+    checkpoint lists as ``owed``, and an unfinished last line. Damaged lines are removed too, and the original file is
+    kept beside it. The notes are about damaged lines, and about missing ones of a run that wrote a train line every
+    ``interval`` steps (0: none).
     """
     if not path.exists():
         return [f"{path} is missing: all measurements before step {step} are lost"] if step and interval else []
     lines = _lines(path)
-    again = {*AGAIN, *owed}
-    kept = [(line, r) for line, r in lines.whole if r["step"] < step or (r["step"] == step and r["kind"] not in again)]
+    dropped = {*REWRITTEN, *owed}
+    kept = [
+        (line, r) for line, r in lines.whole if r["step"] < step or (r["step"] == step and r["kind"] not in dropped)
+    ]
     notes = []
     if lines.damaged:
         beside = (path.with_name(f"{path.name}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
@@ -113,7 +116,7 @@ def _lines(path: Path) -> _Lines:
 
 
 def _record(line: bytes) -> Record | None:
-    """The record in a line, None if there is none."""
+    """The record in a line; None if it is not one."""
     try:
         record = files.parse_json(line)
     except ValueError:

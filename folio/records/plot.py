@@ -36,7 +36,7 @@ SETTINGS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "text.parse_math": False,  # a folder's name may hold $
+    "text.parse_math": False,  # a folder's name may contain $
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "folio",  # the same bytes again
 }
@@ -48,8 +48,8 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
     """Draws the losses of runs, their HellaSwag accuracies and other measurements; the suffix says the format.
 
     The axes are linear: half of the width is half of the work, and the effect of the last learning rates is visible.
-    Tokens stand above the steps; where the runs differ in tokens per step, a second column is drawn over tokens.
-    Runs differ in line, marker and lightness, and so in grayscale too.
+    The axis at the top counts tokens. If the runs differ in tokens per step, a second column of panels is drawn over
+    tokens. Runs differ in line, marker and lightness, so also in grayscale.
 
     Raises:
         FileNotFoundError: no run in one of ``out_dirs``.
@@ -69,7 +69,7 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
             raise UserError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a folder's name; a box stands there
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a folder's name: it is drawn as a box
         fig = Figure(layout="constrained")
         _draw_panels(fig, histories)
         drawn = io.BytesIO()
@@ -79,7 +79,7 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file, or leaves all as it was. Raises OSError that names it."""
+    """Replaces a file, or leaves it unchanged. Raises OSError that names it."""
     try:
         files.write(path, content)
     except OSError as error:
@@ -91,7 +91,7 @@ Curves: TypeAlias = Callable[[Any, History, float | None, dict[str, Any]], None]
 
 def _draw_panels(fig: Any, histories: list[History]) -> None:
     """Panels one above the other over the steps; where the runs need it, a second column over tokens."""
-    lines = looks(len(histories))
+    lines = line_styles(len(histories))
     panels = _panels(histories)
     rates = set(np.hstack([h.tokens[1, 1:] / h.tokens[0, 1:] for h in histories]).tolist())
     unit, word = unit_of(histories)
@@ -116,7 +116,7 @@ def _draw_panels(fig: Any, histories: list[History]) -> None:
         rate = rates.pop() / unit
         top = grid[0, 0].secondary_xaxis("top", functions=(lambda x: x * rate, lambda x: x / rate))
         top.set_xlabel(tokens)
-    _explain(fig, grid[0, 0], histories, lines)
+    _add_legend(fig, grid[0, 0], histories, lines)
 
 
 def _panels(histories: list[History]) -> dict[str, Curves]:
@@ -138,8 +138,8 @@ def _set_ticks(ax: Any, scale: float | None) -> None:
     ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if scale is None else "{x:g}"))
 
 
-def looks(count: int) -> list[dict[str, Any]]:
-    """Line styles that differ in grayscale too: the lightness of inferno rises evenly."""
+def line_styles(count: int) -> list[dict[str, Any]]:
+    """Lines and markers that differ in grayscale too: the lightness of inferno rises evenly."""
     from matplotlib import colormaps
 
     look = {"linewidth": 1.3, "markersize": 4, "markerfacecolor": "white"}
@@ -173,8 +173,8 @@ def _draw_other(name: str, ax: Any, h: History, unit: float | None, look: dict[s
         ax.plot(h.along(steps, unit), values, **look, markevery=max(1, len(steps) // 20))
 
 
-def _explain(fig: Any, ax: Any, histories: list[History], lines: list[dict[str, Any]]) -> None:
-    """The legend, below all data; the best validation of one run where it is, of several in the legend."""
+def _add_legend(fig: Any, ax: Any, histories: list[History], lines: list[dict[str, Any]]) -> None:
+    """Adds the legend. It names the best validation of several runs; that of a single run stands at its point."""
     from matplotlib.lines import Line2D
 
     keys = [
@@ -206,9 +206,9 @@ def _add_references(axes: Any, label: str, histories: list[History]) -> None:
                 _reference(axes, GPT2_HELLASWAG[style], f"{style} ", align)
 
 
-def _reference(axes: Any, value: float, what: str, align: str) -> None:
-    """A dashed line across a row of panels; its label stands beside the last, where it covers nothing."""
+def _reference(axes: Any, value: float, name: str, align: str) -> None:
+    """A dashed line across a row of panels, with its label to the right, where it covers nothing."""
     for ax in axes:
         ax.axhline(value, color="0.35", linestyle=(0, (5, 3)), linewidth=0.9)
     look = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "annotation_clip": False}
-    ax.annotate(f"GPT-2 124M\n{what}{value}", (1, value), (4, 0), va=align, fontsize=7.5, **look)
+    ax.annotate(f"GPT-2 124M\n{name}{value}", (1, value), (4, 0), va=align, fontsize=7.5, **look)

@@ -1,4 +1,4 @@
-"""A one-page report of a run; the page is one file and needs no network."""
+"""A one-page report of a run: one HTML file, which needs no network."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def report(out_dir: Path, page: Path) -> None:
         "Curves": curves(h, records),
         "Evaluations": _evaluations(h, records),
         "HellaSwag": _hellaswag(h),
-        "Measured by folio eval": _measured(read_metrics(evaluated) if evaluated.is_file() else []),
+        "Measured by folio eval": _evaluated(read_metrics(evaluated) if evaluated.is_file() else []),
         "Samples": _samples(records["sample"]),
         "Machine": _machine(records["start"]),
         "Configuration": _configuration(options),
@@ -61,13 +61,13 @@ def report(out_dir: Path, page: Path) -> None:
 
 
 def _summary(h: History, records: Records) -> str:
-    """The most important figures, as far as they are known."""
+    """The most important numbers that the run recorded."""
     seconds = np.hstack([points(records[kind], "seconds")[0] for kind in ("train", "eval")])
     speed, share = (points(records["train"], key)[0] for key in ("tokens_per_second", "mfu"))
     unit, word = unit_of([h])
     figures = {
         "best validation loss": f"{h.best[1]:.4f}" if h.validation.size else "",
-        "of step": f"{h.best[0]:,.0f}" if h.validation.size else "",
+        "at step": f"{h.best[0]:,.0f}" if h.validation.size else "",
         "steps": f"{h.tokens[0].max():,.0f}" if h.tokens.size else "",
         f"tokens ({word})" if word else "tokens": f"{h.tokens[1].max() / unit:,.5g}" if h.tokens.size else "",
         **{f"HellaSwag, {style}": f"{found[1][-1]:.4f}" for style, found in h.hellaswag.items() if found.size},
@@ -90,7 +90,7 @@ def _time(seconds: float) -> str:
 
 
 def _evaluations(h: History, records: Records) -> str:
-    """The best evaluation and the last."""
+    """A table of the best evaluation and the last."""
     found = records["eval"]
     if not h.validation.size:
         return ""
@@ -106,8 +106,8 @@ def _hellaswag(h: History) -> str:
     return _folded(f"{len(rows)} evaluations", table) if rows else ""
 
 
-def _measured(records: list[dict[str, Any]]) -> str:
-    """What ``folio eval`` appended, a figure a row."""
+def _evaluated(records: list[dict[str, Any]]) -> str:
+    """The results of ``folio eval``, one number per row."""
     rows = []
     for r in records:
         which = ", ".join(str(r[key]) for key in ("kind", "split", "data", "style") if key in r)
@@ -121,7 +121,7 @@ def _measured(records: list[dict[str, Any]]) -> str:
 
 
 def _samples(records: list[dict[str, Any]]) -> str:
-    """The samples by step; those of the last step are unfolded."""
+    """The samples by step, folded except those of the last step."""
     by_step: dict[int, list[str]] = {}
     for r in records:
         if isinstance(text := r.get("text"), str):
@@ -133,7 +133,7 @@ def _samples(records: list[dict[str, Any]]) -> str:
 
 
 def _machine(starts: list[dict[str, Any]]) -> str:
-    """The machine and the resolved ``auto`` options; starts with equal ones share a column."""
+    """The machine and the resolved ``auto`` options. Starts with equal values share a column."""
     columns: dict[str, tuple[list[int], dict[str, Any]]] = {}
     for start in starts:
         chosen = {k: v for k, v in start.items() if k not in ("kind", "step")}

@@ -37,12 +37,12 @@ def checkpoint_folder(out_dir: Path, step: int) -> Path:
 
 
 def replaced_folder(out_dir: Path, step: int) -> Path:
-    """Where a checkpoint is while another of the same step takes its place."""
+    """The place of an old checkpoint while a new one of the same step replaces it."""
     return out_dir / CHECKPOINTS / f".step-{step:08d}{REPLACED}"
 
 
 def steps(out_dir: Path) -> list[int]:
-    """The steps that have a checkpoint, under its own name or moved aside, in order; not verified."""
+    """The steps that have a checkpoint, under its own name or moved aside, in order. They are not verified."""
     pattern = re.compile(rf"\.?step-([0-9]{{8,18}})(?:{re.escape(REPLACED)})?")
     try:
         with os.scandir(out_dir / CHECKPOINTS) as entries:  # one look: a run may remove them meanwhile
@@ -64,7 +64,7 @@ def existing_folder(out_dir: Path, step: int) -> Path:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Renames a checkpoint before it deletes its files, so that no reader finds one that lacks some. Raises OSError."""
+    """Renames a checkpoint, then deletes its files, so that no reader finds half a checkpoint. Raises OSError."""
     gone = path.with_name(f".{path.name.removeprefix('.')}.gone")
     files.discard(gone)
     files.rename(path, gone)
@@ -72,7 +72,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def hold(out_dir: Path) -> Lock:
-    """Locks the folder for one run until the lock is released, and puts back what a killed run had moved aside.
+    """Locks the folder for one run until the lock is released. Moves files back that a killed run had moved aside.
 
     Raises:
         InUseError: another run has the lock; names it. OSError: the folder cannot be written.
@@ -88,7 +88,7 @@ def hold(out_dir: Path) -> Lock:
 
 
 def _put_back_files(out_dir: Path) -> None:
-    """Undoes a move to ``previous-N`` that was not completed; files that exist again go there."""
+    """Undoes an unfinished move to ``previous-N``; a file that exists again is moved there."""
     moving = out_dir / MOVING
     if not moving.is_dir():
         return
@@ -120,12 +120,12 @@ class Asked(NamedTuple):
     """The content of ``config.json``."""
 
     run: str  # its id
-    options: dict[str, Any]  # that were given, by flat name
-    sealed: bool  # it has a checksum of itself; older files have none
+    options: dict[str, Any]  # those that were given, by flat name
+    sealed: bool  # the file has a checksum of itself; older files have none
 
 
 def asked(out_dir: Path) -> Asked:
-    """The options of a run, checked against their types and bounds; options that no longer exist are kept as they are.
+    """The options of a run, checked against their types and bounds. Options that no longer exist are kept unchecked.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -154,7 +154,7 @@ def asked(out_dir: Path) -> Asked:
 
 
 def keep_asked(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
-    """Writes what ``asked`` reads, without the options that hold for one call."""
+    """Writes ``config.json``, without the options that apply to one call only."""
     passed_over = those(TrainConfig, role="call")
     kept = {name: value for name, value in options.items() if name not in passed_over}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

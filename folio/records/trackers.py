@@ -30,13 +30,13 @@ _FIGURES = {  # field of a record → name in the trackers
     "eval": {"train_loss": "train/loss", "val_loss": "val/loss"},
     "hellaswag": {"acc": "hellaswag/acc", "acc_norm": "hellaswag/acc_norm"},
 }
-_NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # what nanoGPT sends to W&B besides, with an evaluation
+_NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # nanoGPT sends these to W&B with an evaluation
 
 
 class Identity(NamedTuple):
     """The run that is tracked. A tracker that knows ``run_id`` continues that run from ``step``.
 
-    ``measured`` are the records of that step that exist already and are not made again.
+    ``measured`` has the existing records of that step; they are not measured again.
     """
 
     out_dir: Path
@@ -49,7 +49,7 @@ class Identity(NamedTuple):
 
 
 class Tracker(Protocol):
-    """Gets every record and shows what it can over the steps; each method may raise any exception."""
+    """Receives every record, and shows its numbers and texts over the steps. Any method may raise any exception."""
 
     def __init__(self, run: Identity) -> None: ...
 
@@ -76,7 +76,7 @@ class TensorBoard:
 
         folder = run.out_dir / TENSORBOARD
         _wait_for_an_unused_second(folder)
-        # hides what an earlier process wrote from this step on
+        # purge_step hides events of an earlier process from this step on
         self._writer: Any = SummaryWriter(str(folder), purge_step=run.step)
         self._writer.add_text("config", _verbatim(json.dumps(run.config, indent=1)), run.step)
         for record in run.measured:
@@ -103,16 +103,16 @@ def _wait_for_an_unused_second(folder: Path) -> None:
 
 
 class WandB:
-    """Weights & Biases, under nanoGPT's names. Where the network is gone at the end, ``wandb sync`` uploads later.
+    """Weights & Biases, under nanoGPT's names. Without a network at the end, ``wandb sync`` uploads the run later.
 
-    Its own count of rows never goes back, so ``step`` is a column, and the axis of all others.
+    W&B's own step never decreases, but a resumed run's does. So ``step`` is a column, and the x axis of all others.
     """
 
     def __init__(self, run: Identity) -> None:
         import wandb
 
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds that it may wait for the network
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # for ever, by default
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds to wait for the network
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "300")  # no limit by default
         self._html: Any = wandb.Html
         self._run: Any = wandb.init(
             project=run.project, name=run.name or None, id=run.run_id, resume="allow", config=run.config
@@ -131,7 +131,7 @@ class WandB:
 
 
 class Trackio:
-    """trackio, whose runs have no id that one could choose: it is part of the name."""
+    """trackio. It chooses the ids of runs itself, so a run's name contains our id."""
 
     def __init__(self, run: Identity) -> None:
         import trackio
@@ -152,7 +152,7 @@ class Trackio:
 
 
 def _verbatim(text: str) -> str:
-    """Markdown that shows the text as it is."""
+    """Markdown that shows the text unchanged."""
     return textwrap.indent(text, "    ", lambda line: True)
 
 

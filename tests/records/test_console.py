@@ -60,7 +60,7 @@ def test_a_stream_that_is_closed_is_given_up_with_one_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         console.say("two", stream)
-        console.accompanying(stream).write("three")
+        console.best_effort(stream).write("three")
 
 
 def calls(tree: ast.AST) -> Iterator[str]:

@@ -14,7 +14,7 @@ import pytest
 from conftest import SMALL, Outcome, assert_refused
 
 from folio.records.history import Records, history, names
-from folio.records.plot import draw, looks
+from folio.records.plot import draw, line_styles
 from folio.records.run_folder import METRICS
 
 pytest.importorskip("matplotlib")
@@ -162,11 +162,11 @@ def test_tokens_stand_above_the_steps_or_in_a_column_of_their_own(tmp_path: Path
 
 
 def test_runs_are_told_apart_in_greys() -> None:
-    found = looks(6)
+    found = line_styles(6)
     lightness = [np.dot(look["color"][:3], [0.299, 0.587, 0.114]) for look in found]
     assert min(np.diff(lightness)) > 0.05
     assert lightness[-1] < 0.65
-    assert len({(look["linestyle"], look["marker"]) for look in looks(20)}) == 20
+    assert len({(look["linestyle"], look["marker"]) for look in line_styles(20)}) == 20
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_page_of_a_real_run_tells_what_it_did(folio: Folio, story: Path, tmp
     page = page_of(folio, out)
     text = text_of(page)
     best = json.loads((out / "best.json").read_text())
-    assert f"best validation loss {best['loss']:.4f} of step {best['step']} steps 10 tokens (thousands) 1.28" in text
+    assert f"best validation loss {best['loss']:.4f} at step {best['step']} steps 10 tokens (thousands) 1.28" in text
     assert "n_layer 2 12" in text  # asked, default
     for words in ("tokens per second (median)", "device cpu", "matmul precision highest", "from step 0", f"{story} –"):
         assert words in text

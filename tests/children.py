@@ -27,10 +27,10 @@ Spawn = Callable[..., "Child"]
 
 
 class Child:
-    """A process of its own session, with what it prints; Python, but for what stands ``before`` it."""
+    """A Python process in its own session, with its output; ``before`` are words before Python on its command line."""
 
     def __init__(self, argv: list[str], log: Path, threads: int, before: Sequence[str] = (), **more: str) -> None:
-        # waiting threads give their core away: other processes may need it, and the bits are the same
+        # passive: waiting threads yield their cores to other processes; the bits are the same
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
         self.log = log
         self.out = next((word for word in argv if word.startswith("--out_dir=")), "")
@@ -45,13 +45,13 @@ class Child:
             )
 
     def family(self) -> list[int]:
-        """Its own id and those of its children, which may be in sessions of their own."""
+        """The ids of this process and its children, which may have sessions of their own."""
         table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
         pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
         return [self.process.pid, *(pid for pid, parent in pairs if parent == self.process.pid)]
 
     def left(self) -> list[int]:
-        """Every process that was given this one's folder, its own children or not."""
+        """The ids of all processes with this one's out_dir, children or not."""
         table = subprocess.run(
             ["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True, check=True
         ).stdout
@@ -70,17 +70,17 @@ class Child:
         return self.log.read_text()
 
     def wait_until(self, true: Callable[[], bool], timeout: float = 120) -> None:
-        """Looks often, for as long as the process lives."""
+        """Polls until the condition is true; fails if the process ends before."""
         end = time.monotonic() + timeout
         while not true():
-            assert self.process.poll() is None, f"it ended before:\n{self.output()}"
+            assert self.process.poll() is None, f"the process ended before:\n{self.output()}"
             assert time.monotonic() < end, f"not within {timeout} s:\n{self.output()}"
             time.sleep(0.002)
 
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Iterator[Spawn]:
-    """Starts processes, and leaves none behind."""
+    """Starts processes, and kills those that are left after the test."""
     children: list[Child] = []
 
     def start(*argv: str, threads: int = 2, **how: Any) -> Child:
@@ -102,7 +102,7 @@ def to_its_end(child: Child) -> str:
 
 @pytest.fixture(scope="session")
 def undisturbed(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that nothing happened to: "alone" or "group"; each made once."""
+    """The folder of an uninterrupted run, of one process ("alone") or three ("group"); each is run once."""
     folder = tmp_path_factory.mktemp("undisturbed")
 
     def made(which: str) -> Path:
@@ -126,13 +126,13 @@ def group(
     launcher: Sequence[str] = ("--standalone", "--nproc_per_node=3"),
     script: Any = "",
 ) -> list[str]:
-    """On three ranks of this machine, unless the launcher is told otherwise; ``train.py`` or another script."""
+    """The command of a run on three ranks, or as the launcher's options say; ``train.py`` or another script."""
     command = ["-m", "torch.distributed.run", *launcher, str(script or "train.py")]
     return [*command, *GROUP, *flags, f"--data_dir={data}", f"--out_dir={out}"]
 
 
 def reached(out: Path, step: int) -> Callable[[], bool]:
-    """Whether a run has written its train line of this step."""
+    """A function that tells whether a run has written its train line of this step."""
 
     def look() -> bool:
         path = out / "metrics.jsonl"

@@ -1,7 +1,7 @@
-"""What tests share: real data, a small data set, the command line in this process or in its own.
+"""Isolates tests from the user's files, and gives them data and the command line.
 
-No test sees what somebody left in the checkout (data, runs, logs) or in a home (caches, settings): the package is
-imported from a copy of the tracked files, ``ROOT``, each test begins in an empty folder, and ``HOME`` is empty.
+No test sees data, runs or logs of the checkout, or caches and settings of the home: the package is imported from a copy
+of the tracked files, ``ROOT``, each test starts in an empty folder, and ``HOME`` is empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def copy_tracked(folder: Path) -> None:
-    """The tracked files, and new ones beside them, as a fresh clone will have them: no data, no runs, no venv."""
+    """Copies the tracked files and new ones beside them, as in a fresh clone: no data, no runs, no venv."""
 
     def listed(*which: str) -> list[str]:
         command = ["git", "ls-files", "-z", *which]
@@ -43,7 +43,7 @@ ROOT, HOME = (Path(_ROOM.name).resolve() / name for name in ("clone", "home"))
 HOME.mkdir()
 if (CHECKOUT / ".git").exists():
     copy_tracked(ROOT)
-else:  # a copy already, which a process of a test imports
+else:  # this is such a copy, and a process of a test imports it
     ROOT = CHECKOUT
 sys.path.insert(0, str(ROOT))
 for name in [n for n in os.environ if n.startswith(("XDG_", "HF_", "WANDB_", "TRACKIO_")) or n == "TIKTOKEN_CACHE_DIR"]:
@@ -69,7 +69,7 @@ SMALL = shlex.split(
 
 _COMPILED = shutil.ignore_patterns("__pycache__")
 
-# What makes any training that a manual shows small, behind its own flags
+# Appended to a training command of the documents, these make it small
 TINY = (
     "--device=cpu --compile=False --dtype=float32 --n_layer=1 --n_head=1 --n_embd=8 --block_size=16 --batch_size=4 "
     "--eval_iters=1 --eval_interval=3"
@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
 
 
 def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
-    """One line on stderr, which holds all these words; no traceback anywhere, none of torch's advice."""
+    """Asserts one line on stderr with all these words, and no traceback or advice of torch."""
     assert outcome.code == code, outcome
     assert outcome.err.count("\n") == 1, outcome.err
     assert outcome.err.startswith("folio: ")
@@ -94,7 +94,7 @@ def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, with what it holds; hidden ones and empty folders as well."""
+    """The content of every file below a folder, with hidden files and empty folders."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
 
 
@@ -126,7 +126,7 @@ def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve questions in HellaSwag's schema, in the words of the committed text."""
+    """A file of twelve questions in HellaSwag's schema, with words of the committed text."""
     words = iter(STORY.read_text(encoding="utf-8").split())
     path = tmp_path_factory.mktemp("items") / "items.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -159,7 +159,7 @@ def folio(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 
 def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in its own process, to its end; ``python("-m", "folio", "--help")``."""
+    """Runs Python in its own process until it ends: ``python("-m", "folio", "--help")``."""
     command = [sys.executable, *map(str, argv)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -167,12 +167,12 @@ def python(*argv: str | Path, cwd: Path = ROOT, timeout: float = 240, **env: str
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone, for tests that leave things in it."""
+    """A fresh clone, for tests that write into it."""
     return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("clone"), dirs_exist_ok=True, ignore=_COMPILED))
 
 
 def run(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """One command line with this Python, wherever it says python, folio or torchrun."""
+    """Runs a command line; python, folio and torchrun are those of this Python."""
     words = shlex.split(line)
     interpreter = {"python": [], "folio": ["-m", "folio"], "torchrun": ["-m", "torch.distributed.run"]}
     if words[0] in interpreter:
@@ -189,13 +189,13 @@ def succeed(line: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where each test begins."""
+    """Starts each test in an empty folder."""
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 @pytest.fixture(autouse=True)
 def _restored_torch() -> Iterator[None]:
-    """One thread for each test; torch's global settings are left as they were."""
+    """Runs each test with one thread, and restores torch's global settings."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # idle OpenMP threads spin, which makes tiny steps slow on busy cores

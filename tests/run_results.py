@@ -18,7 +18,7 @@ Train = Callable[..., Path]  # folder, *argv → folder
 
 @pytest.fixture
 def train(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> Train:
-    """Runs ``folio train`` into a folder, which is returned: ``train("out", "--max_iters=3")``."""
+    """Runs ``folio train`` into a folder and returns it: ``train("out", "--max_iters=3")``."""
 
     def run(name: str, *argv: str, code: int = 0) -> Path:
         outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / name}", *argv)
@@ -35,26 +35,26 @@ def said(out: Path) -> list[str]:
 
 
 def records(out: Path, kind: str, *names: str) -> list[Any]:
-    """What the lines of one kind say, in order: their fields, or their one field."""
+    """These fields of the records of one kind, in order: tuples, or values if there is one field."""
     found = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] == kind]
     return [r[names[0]] for r in found] if len(names) == 1 else [tuple(r[name] for name in names) for r in found]
 
 
 def updates(out: Path, step: int) -> set[float]:
-    """How many updates the optimiser has made, by its own count."""
+    """The numbers of updates that the optimizer's state has counted."""
     slots = load_file(run_folder.checkpoint_folder(out, step) / "optimizer.safetensors")
     return {float(t) for name, t in slots.items() if name.endswith("/step")}
 
 
 def timeless(out: Path) -> list[dict[str, Any]]:
-    """All records but the starts, without what a clock says."""
+    """All records except the starts, without the fields that depend on a clock."""
     clock = {"seconds", "tokens_per_second", "mfu"}
     kept = [r for r in read_metrics(out / "metrics.jsonl") if r["kind"] != "start"]
     return [{k: v for k, v in r.items() if k not in clock} for r in kept]
 
 
 def assert_same_bits(out: Path, other: Path) -> None:
-    """Weights, optimiser, every loss and what is kept."""
+    """Asserts equal weights, optimizer states, records and checkpoints."""
     assert timeless(out) == timeless(other)
     assert run_folder.steps(out) == run_folder.steps(other)
     last = run_folder.steps(other)[-1]

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def server(content: bytes, promised: int | None = None, status: int = 200) -> Iterator[str]:
-    """An address on this machine that answers with this content, and may promise more of it."""
+    """The address of a server with this content, whose Content-Length may promise more."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -35,7 +35,7 @@ def server(content: bytes, promised: int | None = None, status: int = 200) -> It
 
 @contextmanager
 def closed_port() -> Iterator[str]:
-    """An address on this machine where nobody answers."""
+    """An address on this machine where nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{bound.getsockname()[1]}/file"

@@ -1,4 +1,4 @@
-"""What holds for every test: it sees nothing that a user left, and fails for this project's own warnings alone."""
+"""Every test is isolated from the user's files, and fails only for this project's own warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import folio
 
 
 def test_the_package_is_a_clean_copy() -> None:
-    """In this process and in others, wherever they begin; with no data set, run or log beside it."""
+    """In this process and in others, in any working folder; it has no data set, run or log."""
     assert Path(folio.__file__).is_relative_to(ROOT)
     assert not ROOT.is_relative_to(CHECKOUT)
     done = python("-c", "import folio; print(folio.__file__)", cwd=Path.cwd())
@@ -24,13 +24,12 @@ def test_the_package_is_a_clean_copy() -> None:
 
 
 def test_a_data_set_of_the_checkout_is_not_found(tmp_path: Path) -> None:
-    """Nor one of the home."""
     done = python("-m", "folio", "train", "--dataset=shakespeare_char", cwd=tmp_path)
     assert done.returncode == 2
     assert "data/shakespeare_char/train.bin is missing" in done.stderr
 
 
-def test_a_test_begins_in_an_empty_folder_and_an_empty_home() -> None:
+def test_a_test_starts_in_an_empty_folder_with_an_empty_home() -> None:
     assert list(Path.cwd().iterdir()) == []
     assert Path.home() == HOME
     assert (
@@ -40,7 +39,7 @@ def test_a_test_begins_in_an_empty_folder_and_an_empty_home() -> None:
 
 
 @pytest.mark.parametrize("module", ["torch._inductor.utils", "multiprocessing.popen_fork", "transformers"])
-def test_a_warning_of_another_package_is_no_error(module: str) -> None:
+def test_a_warning_of_another_package_is_not_an_error(module: str) -> None:
     with warnings.catch_warnings(record=True):
         warnings.warn_explicit("old", DeprecationWarning, "file.py", 1, module=module)
 

@@ -26,7 +26,7 @@ from folio.preparation.recipes import KNOWN
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 
-# Commands that no test can run, by the exact line (of a program: its first line), and why
+# Commands that no test can run → the reason; a program is named by its first line
 NOT_RUN = {
     "pip install -e '.[hf,data,log]'": "make test has installed the package",
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""The examples, which use nothing of the package, compute what the package computes."""
+"""The examples, which do not import the package, compute the same losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are read whole, appear whole, and every change of the file system is made in one module."""
+"""Files are read whole and appear whole, and one module makes all changes to the file system."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_json_is_read_with_and_without_a_byte_order_mark(tmp_path: Path) -> None
         (b"", "Expecting"),
     ],
 )
-def test_what_is_no_json_is_refused_by_name(text: bytes, word: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_json_is_refused_by_name(text: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(text)
     with pytest.raises(ValueError, match=word) as refusal:
         read_json(tmp_path / "file")
@@ -64,7 +64,7 @@ def test_a_long_file_is_not_read(tmp_path: Path) -> None:
         read_json(tmp_path / "file")
 
 
-def test_what_never_ends_is_no_file(tmp_path: Path) -> None:
+def test_pipes_sockets_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "folder").mkdir()
@@ -96,7 +96,7 @@ def test_text_is_read_as_open_reads_it(text: str, tmp_path: Path) -> None:
         (b"a" * 11, "11 bytes"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(content: bytes, word: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused_by_name(content: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=word) as refusal:
         read_text(tmp_path / "file", most=10)
@@ -104,7 +104,7 @@ def test_what_is_no_text_is_refused_by_name(content: bytes, word: str, tmp_path:
 
 
 def test_json_appears_whole(tmp_path: Path) -> None:
-    """A value that cannot be written leaves the old file as it was."""
+    """A value that cannot be written leaves the old file unchanged."""
     path = tmp_path / "best.json"
     write_json(path, {"step": 1})
     with pytest.raises(TypeError):
@@ -112,11 +112,11 @@ def test_json_appears_whole(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"step": 1}
 
 
-# What verifies itself
+# Files with a checksum of themselves
 
 
-def test_a_sealed_file_tells_every_bit(tmp_path: Path) -> None:
-    """Also where a flip leaves the value as it is: 1e-05 and 1E-05, the seventeenth digit, \\u00e9 and \\u00E9."""
+def test_a_sealed_file_detects_every_flipped_bit(tmp_path: Path) -> None:
+    """Also a flip that leaves the value unchanged: 1e-05 and 1E-05, the seventeenth digit, \\u00e9 and \\u00E9."""
     value = {"a": [1e-05, 2.3000000000000003, None, True], "é": 'q"\\ "x', "sha256": {"other": "00"}}
     path = tmp_path / "file.json"
     write_sealed(path, value)
@@ -129,19 +129,19 @@ def test_a_sealed_file_tells_every_bit(tmp_path: Path) -> None:
         changed[i // 8] ^= 1 << i % 8
         path.write_bytes(changed)
         with suppress(ValueError):
-            assert not read_sealed(path)[1]  # a name of the sum that is not its own any more
+            assert not read_sealed(path)[1]  # the checksum now has another name
 
 
 @pytest.mark.parametrize(
     "content", ["[1]", "3", '{"sha256": 5}', '{"sha256": {"file": 5}}', '{"sha256": {"file": "00"}}']
 )
-def test_what_is_not_what_was_written(content: str, tmp_path: Path) -> None:
+def test_changed_content_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(content)
     with pytest.raises(ValueError, match=f"{tmp_path / 'file'} cannot be read: "):
         read_sealed(tmp_path / "file")
 
 
-# The only changes of the file system
+# Changes to the file system
 
 CHANGES = {"rename", "replace", "renames", "unlink", "rmdir", "removedirs", "rmtree", "fsync", "fdatasync"}
 
@@ -157,14 +157,14 @@ def changes(path: Path) -> list[str]:
             case ast.Attribute(value=ast.Name("os" | "shutil"), attr=("remove" | "replace" | "move") as name):
                 found.append(name)
             case ast.Attribute(attr="replace") if len(call.args) != 1 or call.keywords:
-                continue  # of text, or of a dataclass
+                continue  # str.replace or dataclasses.replace
             case ast.Attribute(attr=name) if name in CHANGES:
                 found.append(name)
     return found
 
 
 def test_no_other_module_renames_removes_or_syncs_files() -> None:
-    """So that a test that fails each function of ``folio.files`` fails each change."""
+    """Tests make each function of ``folio.files`` fail, and so each change."""
     package = ROOT / "folio"
     found = {str(path): made for path in package.rglob("*.py") if (made := changes(path))}
     assert found.pop(str(package / "files.py"))
@@ -177,8 +177,8 @@ def test_an_unwritten_file_is_named_in_any_process() -> None:
     assert error.reason == "disk full"
 
 
-def test_what_is_removed(tmp_path: Path) -> None:
-    """Files, links but not what they lead to, and folders with their content; what does not exist is no error."""
+def test_remove(tmp_path: Path) -> None:
+    """Removes files, links but not their targets, and folders with their content; a missing file is not an error."""
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "folder" / "inner" / "file").write_text("")
     (tmp_path / "kept").mkdir()

@@ -1,4 +1,4 @@
-"""Imports go down only: the layers of the package, held from its syntax trees."""
+"""Imports go down only: checks the layers of the package in its syntax trees."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ LAYERS = [
     {"commands", "doors"},
     {"cli", "api", "__main__"},
 ]
-DELEGATES = {  # whose functions are nanoGPT's methods of GPT, one line each
+DELEGATES = {  # modules with the functions behind nanoGPT's methods of GPT
     "checkpoints.find",
     "generation.sampling",
     "machine.flops",
     "training.optimizers",
 }
-PUBLIC = {"api", "config.options", "model.config", "model.gpt"}  # whose names are the package's, imported on demand
+PUBLIC = {
+    "api",
+    "config.options",
+    "model.config",
+    "model.gpt",
+}  # modules with the package's public names, imported on demand
 OWNERS = {
     "torch.distributed": {"machine.failures", "machine.launch", "machine.processes", "machine.shares", "machine.wrap"},
     "wandb": {"records.trackers"},

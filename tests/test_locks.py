@@ -1,4 +1,4 @@
-"""A folder has one writer at a time, and its lock ends with the process."""
+"""A folder has one writer at a time, and its lock is released with the process."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(spawn: Spawn) -> Callable[..., Any]:
-    """Another process that holds a lock, and has done more since."""
+    """Starts a process that takes a lock and then runs more code."""
 
     def start(path: Path, then: str = "") -> Any:
         child = spawn("-c", HOLDER.replace("{then}", then), str(path))
@@ -49,7 +49,7 @@ def taken(path: Path) -> Lock:
     return Lock(path, "another is there", "wait")
 
 
-def test_a_lock_is_of_one_process_until_it_ends(holder: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_lock_has_one_holder_until_its_process_ends(holder: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "lock"
     child = holder(path)
     with pytest.raises(InUseError) as refusal:
@@ -65,7 +65,7 @@ def test_a_lock_is_of_one_process_until_it_ends(holder: Callable[..., Any], tmp_
     assert not path.exists()
 
 
-def test_a_lock_leaves_nothing_but_what_others_made(tmp_path: Path) -> None:
+def test_a_released_lock_leaves_only_the_folders_of_others(tmp_path: Path) -> None:
     for others in ([], ["new/file"]):
         lock = taken(tmp_path / "new" / "folder" / "lock")
         for name in others:
@@ -86,7 +86,7 @@ def test_a_lock_leaves_nothing_but_what_others_made(tmp_path: Path) -> None:
     ids=["forked", "started"],
 )
 def test_a_child_does_not_hold_the_lock(holder: Callable[..., Any], tmp_path: Path, then: str) -> None:
-    """Such as a worker or a tracker's service, which may outlive the process that was killed."""
+    """A worker or a tracker's service may outlive the killed process."""
     child = holder(tmp_path / "lock", then)
     child.wait_until(lambda: "child" in child.output())
     other = int(child.output().split("child ")[1].split()[0])
@@ -100,7 +100,7 @@ def test_a_child_does_not_hold_the_lock(holder: Callable[..., Any], tmp_path: Pa
         os.kill(other, signal.SIGKILL)
 
 
-def test_a_child_that_ends_leaves_the_lock(tmp_path: Path) -> None:
+def test_a_childs_end_does_not_release_the_lock(tmp_path: Path) -> None:
     lock = taken(tmp_path / "lock")
     script = "import sys; sys.exit(0)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True).returncode == 0
@@ -113,8 +113,8 @@ def test_a_child_that_ends_leaves_the_lock(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_one_of_many_at_the_same_moment(tmp_path: Path) -> None:
-    """In a folder that comes and goes with the lock."""
+def test_one_of_many_threads_gets_the_lock(tmp_path: Path) -> None:
+    """Although its folder is created and removed with the lock."""
     path, together = tmp_path / "new" / "lock", threading.Barrier(8)
     held, most, errors = [0], [0], []
 
@@ -144,7 +144,7 @@ def test_one_of_many_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning, and it goes on; any other error is one."""
+    """One warning, and the run continues; any other error is raised."""
 
     def failing(number: int) -> Callable[..., None]:
         def fail(*_: object) -> None:
@@ -165,7 +165,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "content", ["", "[]", '{"host": 1}', "[" * 5000, '{"host": "\\u001b[2J", "pid": 1, "since": ""}']
 )
-def test_a_holder_that_does_not_say_who_it_is(content: str, tmp_path: Path) -> None:
+def test_a_lock_file_without_a_holders_name(content: str, tmp_path: Path) -> None:
     lock = taken(tmp_path / "lock")
     (tmp_path / "lock").write_text(content)
     with pytest.raises(InUseError) as refusal:
@@ -175,7 +175,7 @@ def test_a_holder_that_does_not_say_who_it_is(content: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("what", ["folder", "link", "below a file"])
-def test_a_lock_that_cannot_be(what: str, tmp_path: Path) -> None:
+def test_a_lock_file_that_cannot_be_created(what: str, tmp_path: Path) -> None:
     path = tmp_path / "lock"
     if what == "folder":
         path.mkdir()

@@ -14,12 +14,12 @@ from folio.commands import tokenizer as learn
 from folio.data.tokenizers import Bytes, Characters, Tokenizer, named
 
 WIDE = "The ferry – naïve, 渡し船, 🚢 – didn't  leave .\n\ttwice !  \U0010ffff it 's\n"
-KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size, None: no more than there are
+KINDS = {"characters": None, "bytes": 256, "gpt2": 50304, "file": 512}  # their vocab_size; None: the number of tokens
 
 
 @pytest.fixture(scope="session")
 def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer's file, learnt by folio tokenizer train, into a folder that is not there yet."""
+    """A file of ``folio tokenizer train``, in a folder that did not exist."""
     out = tmp_path_factory.mktemp("tok") / "new" / "tok.json"
     argv = ["train", str(STORY), "--vocab_size=500", f"--out={out}"]
     learn.main(cli.parse(learn.Options, argv, "folio tokenizer", files=False))
@@ -31,7 +31,7 @@ SPELLINGS = ["metaspace", "fallback", "unigram", "wordpiece"]
 
 @pytest.fixture(scope="session")
 def spelling(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Files of tokenizers whose ids have no bytes of their own: as sentencepiece makes them, or BERT's."""
+    """Files of tokenizers whose ids do not map to bytes, like those of sentencepiece and BERT."""
     tokenizers = pytest.importorskip("tokenizers")
     models, pre, decoders, trainers = (
         getattr(tokenizers, name) for name in ("models", "pre_tokenizers", "decoders", "trainers")
@@ -59,7 +59,7 @@ def spelling(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             trainer = trainers.BpeTrainer(**how)
         fast.train([str(STORY)], trainer)
         spec = json.loads(fast.to_str())
-        if name == "fallback":  # as Llama's file: its bytes are no special tokens, and are put together again
+        if name == "fallback":  # like Llama's file: byte tokens are not special, and the decoder joins them
             spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in special[:3]]
             parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
             fast.decoder = decoders.Sequence(parts)
@@ -72,7 +72,7 @@ def spelling(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> tuple[Tokenizer, int]:
-    """Each tokenizer, and a vocab_size for it, more than it needs where that is usual."""
+    """Each kind of tokenizer with a vocab_size, which is padded where that is usual."""
     makers: dict[str, Callable[[], Tokenizer]] = {
         "characters": lambda: Characters("".join(sorted(set(WIDE + STORY.read_text(encoding="utf-8"))))),
         "bytes": Bytes,

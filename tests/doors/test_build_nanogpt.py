@@ -1,4 +1,4 @@
-"""What build-nanogpt's users find: its losses from its shards, bare train.py beside them, its knobs and its log."""
+"""Folio as build-nanogpt: the same losses from the same shards, train.py without options, settings and log."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ SAME = (
     "--block_size=32 --batch_size=2 --total_batch_size=256 --max_iters=20 --lr_decay_iters=20 --warmup_iters=5 "
     f"--learning_rate=1e-2 --min_lr=1e-3 --eval_interval=100 --eval_iters=1 {UNMEASURED}"
 )
-DOOR = f"{TINY} {UNMEASURED} --max_iters=0"  # everything but training
+NO_STEPS = f"{TINY} {UNMEASURED} --max_iters=0"  # everything except training
 
-# What makes build-nanogpt's own script do the same; what its losses were then, at its commit 6104ab1
+# Changes to build-nanogpt's own script that make its run equal to SAME; below, its losses at commit 6104ab1
 PATCHES = {
     "from hellaswag import render_example, iterate_examples\n": "",
     "total_batch_size = 524288": "total_batch_size = 256",
@@ -89,7 +89,7 @@ def shards(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def beside(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder that holds edu_fineweb10B/; no data lies in the clone."""
+    """A working folder with edu_fineweb10B/; the clone has no data."""
     (tmp_path / "edu_fineweb10B").symlink_to(shards)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("folio.data.folders.CLONE", tmp_path / "clone")
@@ -97,8 +97,8 @@ def beside(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def asked(out: Path) -> dict[str, Any]:
-    knobs: dict[str, Any] = json.loads((out / "config.json").read_text())["asked"]
-    return knobs
+    options: dict[str, Any] = json.loads((out / "config.json").read_text())["asked"]
+    return options
 
 
 def losses(log: Path) -> list[float]:
@@ -117,10 +117,10 @@ def patched(script: str, changes: dict[str, str]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_its_own_script_loses_the_same(
+def test_losses_equal_those_of_its_script(
     clone: Path, shards: Path, tmp_path: Path, gpt2: Tiktoken, processes: int
 ) -> None:
-    """train_gpt2.py out of a checkout, from our initial weights: losses to 1e-4, learning rates to its five digits."""
+    """Runs train_gpt2.py of a checkout from our initial weights: losses to 1e-4, learning rates to its five digits."""
     if not (checkout := os.environ.get("FOLIO_BUILD_NANOGPT")):
         pytest.skip("FOLIO_BUILD_NANOGPT names no checkout of build-nanogpt")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
@@ -140,80 +140,79 @@ def test_its_own_script_loses_the_same(
     assert len(rates) == 20
 
 
-def test_its_losses(folio: Folio, beside: Path) -> None:
-    """Those that its script gave, from the same shards and initial weights, in float32."""
+def test_recorded_losses(folio: Folio, beside: Path) -> None:
+    """Its script's losses from the same shards and initial weights, in float32."""
     outcome = folio("train", *shlex.split(SAME))
     assert outcome.code == 0, outcome.err
     assert losses(beside / "log" / "log.txt") == pytest.approx(LOSSES, abs=1e-4)
 
 
-# Bare train.py
+# train.py without options
 
 
 @pytest.mark.parametrize("place", ["edu_fineweb10B", "data/edu_fineweb10B", "data/fineweb_edu"])
-def test_bare_train_takes_the_preset(folio: Folio, beside: Path, place: str) -> None:
-    """Beside the shards under either name, and says so; what was typed stays as it was typed."""
+def test_train_without_options_uses_the_preset(folio: Folio, beside: Path, place: str) -> None:
+    """Beside shards of either name, with a line that says so; typed options win."""
     (beside / "data").mkdir()
     (beside / "edu_fineweb10B").rename(beside / place)
-    outcome = folio("train", *shlex.split(DOOR))
+    outcome = folio("train", *shlex.split(NO_STEPS))
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"{place} is here and data/openwebtext is not: using config/{PRESET}.py\n")
-    knobs, typed = asked(beside / "log"), dict(word[2:].split("=") for word in shlex.split(DOOR))
+    options, typed = asked(beside / "log"), dict(word[2:].split("=") for word in shlex.split(NO_STEPS))
     preset = read_file(PRESET, TrainConfig)
-    assert {name: knobs[name] for name in preset.keys() - typed.keys() - {"out_dir"}} == {
+    assert {name: options[name] for name in preset.keys() - typed.keys() - {"out_dir"}} == {
         name: value for name, value in preset.items() if name not in typed and name != "out_dir"
     }
     assert len(preset.keys() & typed.keys()) > 5
-    assert all(str(knobs[name]) == value for name, value in typed.items())
+    assert all(str(options[name]) == value for name, value in typed.items())
 
 
 def test_typed_flags_win(folio: Folio, beside: Path) -> None:
-    """Over the preset, whichever they are: micro steps over its tokens a step, another folder over log/."""
+    """They replace the preset's values: micro steps its tokens per step, another folder its log/."""
     flags = "--gradient_accumulation_steps=3 --out_dir=mine --learning_rate=1e-3 --log_txt=False"
-    assert folio("train", *shlex.split(f"{DOOR} {flags}")).code == 0
-    knobs = asked(beside / "mine")
-    chosen = {name: knobs[name] for name in ("gradient_accumulation_steps", "total_batch_size", "learning_rate")}
+    assert folio("train", *shlex.split(f"{NO_STEPS} {flags}")).code == 0
+    options = asked(beside / "mine")
+    chosen = {name: options[name] for name in ("gradient_accumulation_steps", "total_batch_size", "learning_rate")}
     assert chosen == {"gradient_accumulation_steps": 3, "total_batch_size": 0, "learning_rate": 1e-3}
     assert {path.name for path in beside.iterdir()} == {"edu_fineweb10B", "mine"}
     assert not (beside / "mine" / "log.txt").exists()
 
 
 @pytest.mark.parametrize("begin", ["auto", "resume"])
-def test_bare_train_goes_on_where_it_was(folio: Folio, beside: Path, begin: str) -> None:
-    """In log/, the preset's folder, and with the preset's settings."""
-    assert folio("train", *shlex.split(f"{DOOR} --total_batch_size=64 --max_iters=1")).code == 0
+def test_train_without_options_resumes(folio: Folio, beside: Path, begin: str) -> None:
+    """In log/, the preset's folder, with the preset's settings."""
+    assert folio("train", *shlex.split(f"{NO_STEPS} --total_batch_size=64 --max_iters=1")).code == 0
     outcome = folio("train", f"--init_from={begin}", "--max_iters=2")
     assert (outcome.code, outcome.err) == (0, "")
     assert run_folder.steps(beside / "log") == [1, 2]
     assert not (beside / "out").exists()
 
 
-def test_nothing_to_resume_is_what_is_said(folio: Folio, beside: Path) -> None:
+def test_nothing_to_resume(folio: Folio, beside: Path) -> None:
     (beside / "edu_fineweb10B").unlink()
     assert_refused(folio("train", "--init_from=resume"), "nothing to resume in out")
     assert tree(beside) == {}
 
 
-def test_openwebtext_goes_before(folio: Folio, beside: Path) -> None:
-    """As nanoGPT trains, into its folder."""
+def test_openwebtext_comes_first(folio: Folio, beside: Path) -> None:
+    """It is trained as nanoGPT does, into out/."""
     shutil.copytree(beside / "edu_fineweb10B", beside / "data" / "openwebtext")
-    outcome = folio("train", *shlex.split(DOOR))
+    outcome = folio("train", *shlex.split(NO_STEPS))
     assert (outcome.code, "config/" in outcome.out) == (0, False)
     assert asked(beside / "out")["dataset"] == "openwebtext"
     assert not (beside / "log").exists()
 
 
 @pytest.mark.parametrize("choice", ["--dataset=openwebtext", "--data_dir=data/openwebtext", "own.py", "train_gpt2"])
-def test_a_choice_switches_it_off(folio: Folio, beside: Path, choice: str) -> None:
-    """Of data or of a file: then the shards are not what was meant."""
+def test_a_choice_of_data_or_file_disables_the_preset(folio: Folio, beside: Path, choice: str) -> None:
     (beside / "own.py").write_text("dropout = 0.1\n")
     before = tree(beside)
-    assert_refused(folio("train", choice, *shlex.split(DOOR)), "data/openwebtext/train.bin is missing")
+    assert_refused(folio("train", choice, *shlex.split(NO_STEPS)), "data/openwebtext/train.bin is missing")
     assert tree(beside) == before
 
 
-def test_neither_is_there(folio: Folio, beside: Path) -> None:
-    """One line with the commands that make either."""
+def test_neither_data_set_exists(folio: Folio, beside: Path) -> None:
+    """One line with the commands that prepare each."""
     (beside / "edu_fineweb10B").unlink()
     outcome = folio("train")
     assert_refused(outcome, "python -m folio prepare openwebtext", "python -m folio prepare fineweb_edu")
@@ -221,8 +220,8 @@ def test_neither_is_there(folio: Folio, beside: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_as_its_script(clone: Path, shards: Path, items: Path, gpt2: Tiktoken) -> None:
-    """Four samples of each rank, none of an untrained model; one log.txt, all of whose lines are its script's."""
+def test_two_processes(clone: Path, shards: Path, items: Path, gpt2: Tiktoken) -> None:
+    """Each rank draws four samples, none at step 0; there is one log.txt, with its script's lines only."""
     (clone / "edu_fineweb10B").unlink(missing_ok=True)
     (clone / "edu_fineweb10B").symlink_to(shards)
     flags = f"{SAME.replace(UNMEASURED, '')} --max_iters=4 --eval_interval=2 --hellaswag_interval=2 --sample_interval=2"
@@ -245,8 +244,8 @@ def test_two_processes_as_its_script(clone: Path, shards: Path, items: Path, gpt
 
 
 @pytest.mark.parametrize("world", [1, 2, 8])
-def test_its_micro_steps(world: int) -> None:
-    """Each of 64 rows: 8 on one GPU, 4 on each of two, 1 on each of eight."""
+def test_micro_steps(world: int) -> None:
+    """Micro steps of 64 rows: 8 on one GPU, 4 on each of two, 1 on each of eight."""
     preset = override(TrainConfig(), read_file(PRESET, TrainConfig))
     data = accumulated(preset.data, preset.model.block_size, dict.fromkeys(["total_batch_size"], PRESET))
     shares = [micro_batches(data, rank, world) for rank in range(world)]
@@ -263,15 +262,15 @@ def test_its_micro_steps(world: int) -> None:
     ],
 )
 def test_tokens_that_do_not_fit(folio: Folio, beside: Path, total: int, fitting: list[dict[str, int]]) -> None:
-    """Are refused with what does, and that does."""
+    """They are refused with values that fit, and those do fit."""
     typed = {"block_size": 16, "batch_size": 4, "total_batch_size": total}
-    outcome = folio("train", *shlex.split(DOOR), *(f"--{name}={value}" for name, value in typed.items()))
+    outcome = folio("train", *shlex.split(NO_STEPS), *(f"--{name}={value}" for name, value in typed.items()))
     named = [f"--{name}={value}" for choice in fitting for name, value in choice.items()]
     assert_refused(outcome, f"total_batch_size={total} is no multiple", "4 × 16 = 64", *named)
     assert re.findall(r"--\S+", outcome.err) == named
     for choice in fitting:
-        knobs = typed | choice
-        data = Data(batch_size=knobs["batch_size"], total_batch_size=knobs["total_batch_size"])
+        options = typed | choice
+        data = Data(batch_size=options["batch_size"], total_batch_size=options["total_batch_size"])
         found = accumulated(data, 16, {})
         assert found.gradient_accumulation_steps * found.batch_size * 16 == found.total_batch_size
     assert not (beside / "log").exists()
@@ -279,7 +278,7 @@ def test_tokens_that_do_not_fit(folio: Folio, beside: Path, total: int, fitting:
 
 def test_tokens_or_micro_steps(folio: Folio, beside: Path) -> None:
     flags = ["--total_batch_size=128", "--gradient_accumulation_steps=2"]
-    outcome = folio("train", *shlex.split(DOOR), *flags)
+    outcome = folio("train", *shlex.split(NO_STEPS), *flags)
     assert_refused(outcome, "total_batch_size=128 and gradient_accumulation_steps=2 exclude each other")
     assert not (beside / "log").exists()
 
@@ -290,11 +289,11 @@ def test_typed_tokens_win_over_micro_steps_of_a_file() -> None:
     assert accumulated(data, 16, sources) == replace(data, gradient_accumulation_steps=2)
 
 
-# Its settings
+# Settings
 
 
 def test_the_presets_settings() -> None:
-    """Those that stand in its train_gpt2.py, and nothing that does not concern it."""
+    """The settings in its train_gpt2.py, and no others."""
     preset = read_file(PRESET, TrainConfig)
     assert {name: preset[name] for name in preset if not name.startswith("wandb")} == {
         "out_dir": "log",
@@ -326,7 +325,7 @@ def test_the_presets_settings() -> None:
     assert (rest.evaluation.sample_count, rest.evaluation.sample_tokens, rest.evaluation.sample_top_k) == (4, 32, 50)
 
 
-def test_its_optimiser() -> None:
+def test_optimizer() -> None:
     """Matrices and embeddings decay, biases and layer norms do not; 124,475,904 parameters."""
     preset = override(TrainConfig(), read_file(PRESET, TrainConfig))
     model, o = GPT.empty(preset.model), preset.optimizer
@@ -338,7 +337,7 @@ def test_its_optimiser() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [50, 98]
 
 
-def test_its_learning_rate() -> None:
+def test_learning_rate_schedule() -> None:
     def get_lr(it: int) -> float:
         if it < 715:
             return 6e-4 * (it + 1) / 715
@@ -351,8 +350,8 @@ def test_its_learning_rate() -> None:
         assert learning_rate(step, config) == pytest.approx(get_lr(step), rel=1e-12), step
 
 
-def test_what_is_kept(folio: Folio, beside: Path) -> None:
-    """The latest at multiples of checkpoint_interval; besides them the best, and the newest."""
+def test_checkpoints_that_are_kept(folio: Folio, beside: Path) -> None:
+    """The latest at multiples of checkpoint_interval, the best, and the newest."""
     flags = "--max_iters=10 --learning_rate=0 --min_lr=0 --eval_interval=2 --checkpoint_interval=3 --keep_checkpoints=2"
     outcome = folio("train", *shlex.split(f"{TINY} {UNMEASURED} --total_batch_size=64 {flags}"))
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""What GPT-from-scratch's users find: scripts/train_gpt.py with its flags, its model, its epochs and its log."""
+"""scripts/train_gpt.py as in GPT-from-scratch: flags, model, epochs and log."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DEFAULTS = {  # of its parse_args
     "max_lr": 6e-4,
     "min_lr": 6e-5,
 }
-# Two epochs of three steps of two micro batches, in its own way of writing flags
+# Two epochs of three steps of two micro batches, with flags as its users write them
 SMALL = shlex.split(
     "--n_batches 2 --n_tokens 16 --emb_dim 16 --context_length 16 --n_layers 1 --n_heads 2 --warmup_iters 1 "
     "--n_epochs 2 --max_iters 3 --total_batch_size 64 --max_lr 1e-2 --min_lr 1e-3 --metrics none"
@@ -98,7 +98,7 @@ def script(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFix
 
 
 def configured(*argv: str) -> TrainConfig:
-    """What the script would train with these flags."""
+    """The options of folio train that these flags stand for."""
     return train_gpt.configured(cli.parse(Options, list(argv), "train_gpt.py", files=False))
 
 
@@ -114,15 +114,14 @@ def losses(out: Path) -> list[float]:
     return [r["loss"] for r in records(out, "train")]
 
 
-# Its flags
+# Flags
 
 
-def test_its_flags() -> None:
-    """Every one, with its default."""
+def test_flags_and_their_defaults() -> None:
     assert dataclasses.asdict(Options()) == DEFAULTS
 
 
-def test_its_parser_has_no_others() -> None:
+def test_its_parser_has_the_same_flags() -> None:
     if not (checkout := os.environ.get("FOLIO_GPT_FROM_SCRATCH")):
         pytest.skip("FOLIO_GPT_FROM_SCRATCH names no checkout of GPT-from-scratch")
     body = ast.parse((Path(checkout) / "scripts" / "train_gpt.py").read_text(encoding="utf-8")).body
@@ -135,14 +134,13 @@ def test_its_parser_has_no_others() -> None:
 
 
 @pytest.mark.parametrize(("flags", "parameters"), [([], 163_081_728), (["--qkv_bias"], 163_109_376)])
-def test_its_model_at_its_defaults(flags: list[str], parameters: int) -> None:
-    """Embeddings and head apart; biases of queries, keys and values only where they are asked for."""
+def test_the_model_with_default_flags(flags: list[str], parameters: int) -> None:
+    """The head is not tied to the embeddings; queries, keys and values have biases on request."""
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(configured(*flags).model).parameters()) == parameters
 
 
-def test_every_flag_has_its_effect() -> None:
-    """Set to a value of its own, each becomes the knob that does it."""
+def test_every_flag_sets_its_option() -> None:
     flags = (
         "--n_batches 3 --n_tokens 8 --data_root elsewhere --vocab_size 60000 --emb_dim 20 --context_length 32 "
         "--drop_rate 0.25 --n_layers 5 --n_heads 4 --qkv_bias --no-monitor --torch_matmul_precision medium "
@@ -162,7 +160,7 @@ def test_every_flag_has_its_effect() -> None:
 
 
 def test_monitor_and_qkv_bias(script: Script, here: Path) -> None:
-    """Flags without a value. Unmonitored, a run says nothing of its steps, and records them all the same."""
+    """Flags without a value. With --no-monitor a run prints nothing about its steps, but records them."""
     assert script(*SMALL, "--qkv_bias", "--monitor").out.count("\niter ") == 6
     weights = dict(find.choose(here / "log").weights())
     assert weights["transformer.h.0.attn.c_attn.bias"].shape == (48,)
@@ -173,11 +171,11 @@ def test_monitor_and_qkv_bias(script: Script, here: Path) -> None:
     assert "transformer.h.0.attn.c_attn.bias" not in dict(find.choose(here / "log").weights())
 
 
-# Its epochs
+# Epochs
 
 
-def test_each_epoch_begins_anew(script: Script, here: Path) -> None:
-    """With the rows and the learning rate of the first."""
+def test_each_epoch_restarts(script: Script, here: Path) -> None:
+    """With the rows and the learning rates of the first."""
     assert script(*SMALL).code == 0
     rates = [r["lr"] for r in records(here / "log", "train")]
     assert rates[:3] == rates[3:]
@@ -188,8 +186,8 @@ def test_each_epoch_begins_anew(script: Script, here: Path) -> None:
     assert len(set(losses(here / "still"))) == 3
 
 
-def test_going_on(script: Script, folio: Callable[..., Outcome], here: Path) -> None:
-    """In the middle of an epoch, and where a row is shorter than the context: to the bits of an undisturbed run."""
+def test_resume(script: Script, folio: Callable[..., Outcome], here: Path) -> None:
+    """In the middle of an epoch, with rows shorter than the context: ends in the bits of an uninterrupted run."""
     often = {"checkpoint_interval": 1, "keep_checkpoints": 9, "device": "cpu"}
     show(override(configured(*SMALL, "--context_length", "32"), often), BEFORE_AND_AFTER)
     for step in (2, 4):
@@ -204,7 +202,7 @@ def test_going_on(script: Script, folio: Callable[..., Outcome], here: Path) -> 
 
 
 def test_rows_shorter_than_the_context(script: Script, here: Path) -> None:
-    """The model keeps all its positions, and learns the first; as many tokens a step either way."""
+    """The model has all positions and trains the first ones; the tokens per step are the same."""
     outcome = script(*SMALL, "--context_length", "32", "--total_batch_size", "128")
     assert outcome.code == 0, outcome.err
     assert "tokens per iteration will be: 128" in outcome.out
@@ -214,11 +212,11 @@ def test_rows_shorter_than_the_context(script: Script, here: Path) -> None:
     assert moved.tolist() == [True] * 16 + [False] * 16
 
 
-# What it writes
+# Output
 
 
-def test_its_log(script: Script, here: Path) -> None:
-    """Lines as its trainer writes them, evaluations of weights after an epoch's end within that epoch."""
+def test_log(script: Script, here: Path) -> None:
+    """Its trainer's lines. An evaluation after an epoch's last step belongs to that epoch."""
     argv = [word if word != "none" else "Hellaswag" for word in SMALL]
     outcome = script(*argv)
     assert outcome.code == 0, outcome.err
@@ -234,8 +232,8 @@ def test_its_log(script: Script, here: Path) -> None:
     assert [part[4] for part in parts if part and part[3] == "train loss"] == rounded
 
 
-def test_before_and_after(script: Script, here: Path) -> None:
-    """The same prompt goes on in both; between them the story that a run tells each 250 steps; then the figure."""
+def test_samples_before_and_after(script: Script, here: Path) -> None:
+    """Both continue the same prompt; between them is the sample of every 250 steps; then comes the figure."""
     pytest.importorskip("matplotlib")
     said = script(*SMALL).out
     order = ["The untrained model writes:\n\nOn a clear day", "\nstep 0:", "sample 0: Once upon a time"]
@@ -249,7 +247,7 @@ def test_before_and_after(script: Script, here: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes(clone: Path, shards: Path, shared_data: Path) -> None:
-    """The same steps, said once; a sample of each process; no figure is drawn twice."""
+    """The same steps, printed once; a sample of each process; one figure."""
     (clone / "data" / "edu_fineweb10B").symlink_to(shards)
     flags = " ".join(SMALL).replace("--n_batches 2", "--n_batches 1")
     line = f"torchrun --standalone --nproc_per_node=2 scripts/train_gpt.py {flags}"
@@ -275,8 +273,8 @@ def test_two_processes(clone: Path, shards: Path, shared_data: Path) -> None:
         (["--n_head", "2"], "did you mean 'n_heads'"),
     ],
 )
-def test_what_cannot_be(script: Script, here: Path, flags: list[str], words: str) -> None:
-    """Is one line, and nothing is written."""
+def test_flags_that_do_not_fit(script: Script, here: Path, flags: list[str], words: str) -> None:
+    """One line, and nothing is written."""
     before = tree(here)
     outcome = script(*SMALL, *flags)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome
@@ -285,7 +283,7 @@ def test_what_cannot_be(script: Script, here: Path, flags: list[str], words: str
     assert tree(here) == before
 
 
-# Its own trainer
+# Its trainer
 
 
 PATCHES = {
@@ -300,8 +298,8 @@ PATCHES = {
 
 
 @pytest.mark.slow
-def test_its_own_trainer_loses_the_same(here: Path) -> None:
-    """Its script out of a checkout, in float32; from the same initial weights ours has its losses to 1e-4."""
+def test_losses_equal_those_of_its_trainer(here: Path) -> None:
+    """Runs the script of a checkout in float32 from the same initial weights: losses to 1e-4."""
     if not (checkout := os.environ.get("FOLIO_GPT_FROM_SCRATCH")):
         pytest.skip("FOLIO_GPT_FROM_SCRATCH names no checkout of GPT-from-scratch")
     for part, changes in PATCHES.items():

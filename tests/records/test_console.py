@@ -1,4 +1,4 @@
-"""What is printed: nothing steers a terminal, no character and no lost console stops a run."""
+"""Terminal output: no control characters reach a terminal, and no character or lost console stops a run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Folio = Callable[..., Outcome]
         ("👩\u200d🚀", "👩\u200d🚀"),
     ],
 )
-def test_what_is_printable(text: str, shown: str) -> None:
-    """Text of any language stays as it is; what a terminal obeys is told instead."""
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
+    """Text of any language is unchanged; characters that control a terminal become escapes."""
     assert console.printable(text) == shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "cp1252"])
-def test_a_stream_gets_what_its_encoding_has(encoding: str) -> None:
+def test_characters_that_a_streams_encoding_lacks_are_escaped(encoding: str) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
     console.say("é – 渡\x1b", stream)
@@ -52,7 +52,7 @@ def test_a_stream_gets_what_its_encoding_has(encoding: str) -> None:
     assert text.replace("\\xe9", "é").replace("\\u2013", "–").replace("\\u6e21", "渡") == "é – 渡\\x1b\n"
 
 
-def test_a_stream_that_is_closed_is_given_up_with_one_warning() -> None:
+def test_a_closed_stream_is_dropped_with_one_warning() -> None:
     stream = io.StringIO()
     stream.close()
     with pytest.warns(UserWarning, match="closed file.*continuing without it"):
@@ -67,8 +67,8 @@ def calls(tree: ast.AST) -> Iterator[str]:
     yield from (ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
-def test_everything_goes_through_one_door() -> None:
-    """Nobody but console.py prints; rich's consoles write to its streams, or to escaped text."""
+def test_only_one_module_prints() -> None:
+    """Only console.py prints; rich's consoles write to its streams, or escaped text."""
     banned = {"print", "sys.stdout.write", "sys.stderr.write", "click.echo"}
     for path in (ROOT / "folio").rglob("*.py"):
         if path.name != "console.py":
@@ -80,7 +80,7 @@ def test_everything_goes_through_one_door() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run on text of many scripts, in which a terminal is also told to write in red."""
+    """The folder of a run on text of many scripts that also contains an escape sequence for red."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text("été – 渡し船 🚢 \x1b[31m\n" * 400, encoding="utf-8")
     prepare(known("shakespeare_char", folder / "data", str(folder / "text.txt"), {}), folder / "data")
@@ -89,8 +89,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def seen_by_a_terminal(*argv: str, **env: str) -> str:
-    """What a command sends to a terminal that is its standard output and error."""
+def on_a_terminal(*argv: str, **env: str) -> str:
+    """The output of a command whose standard output and error are a terminal."""
     ours, theirs = pty.openpty()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "TERM": "dumb", **env}
     child = subprocess.Popen([sys.executable, "-m", "folio", *argv], stdout=theirs, stderr=theirs, env=env)
@@ -99,7 +99,7 @@ def seen_by_a_terminal(*argv: str, **env: str) -> str:
     try:
         while part := os.read(ours, 65536):
             said += part
-    except OSError:  # the other end is gone
+    except OSError:  # the other end is closed
         pass
     child.wait()
     os.close(ours)
@@ -120,15 +120,15 @@ def seen_by_a_terminal(*argv: str, **env: str) -> str:
     ],
     ids=lambda argv: argv[0].strip("\x1b[31m"),
 )
-def test_messages_do_not_steer_the_terminal(folio: Folio, argv: list[str]) -> None:
+def test_messages_have_no_control_characters(folio: Folio, argv: list[str]) -> None:
     outcome = folio(*argv)
     assert outcome.code == 2
     assert "\x1b" not in outcome.out + outcome.err
     assert_refused(outcome, r"\x1b[31m")
 
 
-def test_names_in_results_do_not_steer_the_terminal(folio: Folio, story: Path, tmp_path: Path) -> None:
-    """A folder whose name does, as folio data info, and a run with it, show it; also in a pipe."""
+def test_names_in_results_have_no_control_characters(folio: Folio, story: Path, tmp_path: Path) -> None:
+    """folio data info and a run escape the name of a folder that has some; also into a pipe."""
     folder = tmp_path / "evil\x1b[31m\x07"
     folder.symlink_to(story)
     outcome = folio("data", "info", str(folder))
@@ -139,17 +139,17 @@ def test_names_in_results_do_not_steer_the_terminal(folio: Folio, story: Path, t
 
 
 @pytest.mark.slow
-def test_samples_are_as_they_are_but_on_a_terminal(folio: Folio, trained: Path) -> None:
+def test_samples_are_escaped_only_on_a_terminal(folio: Folio, trained: Path) -> None:
     argv = ["sample", f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
     argv += ["--start=été \x1b[31m", "--temperature=0"]
     assert folio(*argv).out.startswith("été \x1b[31m")
-    assert seen_by_a_terminal(*argv).startswith(r"été \x1b[31m")
+    assert on_a_terminal(*argv).startswith(r"été \x1b[31m")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_console_that_is_not_utf8(trained: Path, tmp_path: Path, encoding: str) -> None:
-    """A run samples what its console cannot say, and an option is refused in one line as elsewhere."""
+    """A run samples characters that the console lacks, and a wrong option is refused in one line."""
     flags = [*SMALL, f"--data_dir={trained.with_name('data')}", f"--out_dir={tmp_path / 'out'}", "--max_iters=1"]
     argv = shlex.join([*flags, "--sample_interval=1", "--sample_prompt=渡し船 🚢"])
     done = shell(f"$FOLIO train {argv} > {tmp_path / 'said.txt'}", PYTHONIOENCODING=encoding)
@@ -161,7 +161,7 @@ def test_a_console_that_is_not_utf8(trained: Path, tmp_path: Path, encoding: str
 
 
 def shell(line: str, **names: Any) -> subprocess.CompletedProcess[str]:
-    """A line of bash, in which $FOLIO is the command and the names are variables."""
+    """Runs a line of bash, where $FOLIO is the command and the names are variables."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FOLIO": f"{sys.executable} -m folio"}
     env |= {name: str(value) for name, value in names.items()}
     return subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True, timeout=240)
@@ -178,8 +178,8 @@ def shell(line: str, **names: Any) -> subprocess.CompletedProcess[str]:
         ("> /dev/full 2> /dev/full", 0),
     ],
 )
-def test_a_run_goes_on_without_its_console(story: Path, tmp_path: Path, console_is: str, warned: int) -> None:
-    """And what it says goes into none of its files, though the number of standard output was free."""
+def test_a_run_continues_without_its_console(story: Path, tmp_path: Path, console_is: str, warned: int) -> None:
+    """Its output does not end up in one of its files, although the descriptor of standard output was free."""
     argv = " ".join([*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", "--log_txt=True"])
     done = shell(f"set -o pipefail; $FOLIO train {argv} {console_is}")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a run says: on the console, in ``metrics.jsonl`` and in ``log.txt``; and what a resumed run drops of it."""
+"""The log of a run on the console, in ``metrics.jsonl`` and in ``log.txt``; and what a resumed run removes from it."""
 
 from __future__ import annotations
 
@@ -62,25 +62,25 @@ def written(out: Path, *records: Record, log_txt: Any = True, epoch: int = 1) ->
         (sample(250, "\x1b[2Jgone\r\x07"), "step 250: sample 1: \\x1b[2Jgone\\r\\x07"),
     ],
 )
-def test_lines(record: Record, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """nanoGPT's, and in their manner; what a model writes cannot steer the terminal."""
+def test_console_lines(record: Record, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """nanoGPT's lines, and others in their style; control characters in a sample are escaped."""
     log = Log(True, total=10)
     log.start(0, tokens_per_step=500)
     log.write(record)
     assert capsys.readouterr().out == f"{line}\n"
 
 
-def test_what_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_without_a_console_line(capsys: pytest.CaptureFixture[str]) -> None:
     Log(True, total=10).write({"kind": "wte", "step": 0, "norm": math.nan})
     Log(True, total=10).write({"kind": "start", "step": 0, "device": "cpu"})
     Log(False, total=10).write(evaluation(0))  # of another rank
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_shows_samples_as_they_are(
+def test_a_terminal_shows_samples_unchanged(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above the progress bar, which says what training lines say; no markup, no :smile: that becomes a face."""
+    """Above the progress bar, which replaces the training lines. Markup and :smile: are not interpreted."""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     log = Log(True, total=10)
@@ -93,7 +93,9 @@ def test_a_terminal_shows_samples_as_they_are(
     assert "iter 0" not in out
 
 
-def test_the_bar_says_what_is_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_names_the_current_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     log = Log(True, total=10)
@@ -104,8 +106,8 @@ def test_the_bar_says_what_is_measured(capsys: pytest.CaptureFixture[str], monke
     assert "evaluating, batch 37 of 400" in capsys.readouterr().out
 
 
-def test_a_terminal_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with the connection to it: one warning, and neither the bar nor a line fails afterwards."""
+def test_a_lost_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example after a lost connection: one warning, and neither the bar nor a line fails afterwards."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -132,7 +134,7 @@ def test_a_terminal_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_log_txt_is_build_nanogpts(tmp_path: Path) -> None:
-    """Its lines to the letter; HellaSwag's is acc_norm. Other records have none."""
+    """Exactly its lines; HellaSwag's has acc_norm. Other records have no line."""
     start = {"kind": "start", "step": 0}
     written(tmp_path, start, evaluation(0), hellaswag(0), train(0, 10.9551234), sample(0, "no\nline"), evaluation(1))
     assert (tmp_path / LOG_TXT).read_text() == "0 val 3.5000\n0 hella 0.2955\n0 train 10.955123\n1 val 3.5000\n"
@@ -140,7 +142,7 @@ def test_log_txt_is_build_nanogpts(tmp_path: Path) -> None:
 
 
 def test_log_txt_is_gpt_from_scratchs(tmp_path: Path) -> None:
-    """Its steps begin again with each epoch; what is measured after an epoch's last step belongs to that epoch."""
+    """Its steps restart with each epoch; a measurement after an epoch's last step belongs to that epoch."""
     steps = evaluation(0), train(0), train(3), evaluation(4), train(4), train(7), evaluation(8)
     written(tmp_path, *steps, log_txt="gpt-from-scratch", epoch=4)
     assert [line.split(" | ")[:2] for line in (tmp_path / "log.txt").read_text().splitlines()] == [
@@ -154,15 +156,15 @@ def test_log_txt_is_gpt_from_scratchs(tmp_path: Path) -> None:
     ]
 
 
-def test_log_txt_is_for_those_who_ask(tmp_path: Path) -> None:
-    """A file of that name may be somebody's own."""
+def test_log_txt_is_written_on_request_only(tmp_path: Path) -> None:
+    """The user may have an own file of that name."""
     (tmp_path / LOG_TXT).write_text("mine\n")
     written(tmp_path, evaluation(5), train(6), log_txt=False)
     assert (tmp_path / LOG_TXT).read_text() == "mine\n"
 
 
-def test_log_txt_is_made_of_the_metrics(tmp_path: Path) -> None:
-    """Also where it was not asked for before, or belonged to another run."""
+def test_log_txt_is_rewritten_from_the_metrics(tmp_path: Path) -> None:
+    """Also if it was not requested before, or belonged to another run."""
     (tmp_path / LOG_TXT).write_text("0 val 9.0000\n7 train 8.0")
     written(tmp_path, evaluation(0), train(0, math.inf), train(1), log_txt=False)
     written(tmp_path, train(2))
@@ -170,7 +172,7 @@ def test_log_txt_is_made_of_the_metrics(tmp_path: Path) -> None:
     assert text == "0 val 3.5000\n1 train 4.000000\n2 train 4.000000\n"
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_null(tmp_path: Path) -> None:
     written(tmp_path, train(0, math.inf))
     (record,) = read_metrics(tmp_path / METRICS)
     assert (record["loss"], record["mfu"], record["tokens_per_second"]) == (None, None, 1000.0)
@@ -179,7 +181,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [METRICS, LOG_TXT])
 def test_a_full_disk_is_an_error(name: str, tmp_path: Path) -> None:
-    """Unlike with a tracker; the log can be closed all the same."""
+    """Unlike that of a tracker; the log can still be closed."""
     (tmp_path / name).symlink_to("/dev/full")
     log = Log(True, total=10)
     log.open(tmp_path, log_txt=name == LOG_TXT)
@@ -192,7 +194,7 @@ def test_a_full_disk_is_an_error(name: str, tmp_path: Path) -> None:
 
 
 def test_rewinding(tmp_path: Path) -> None:
-    """Kept at 5: what is below 5, and what was measured at 5."""
+    """A run resumed at 5 keeps the lines of earlier steps, and the measurements of step 5."""
     start = {"kind": "start", "step": 5}
     kept = [train(4), evaluation(5), hellaswag(5), sample(5, "text")]
     written(tmp_path, *kept, start, train(5), train(6), evaluation(10), log_txt=False)
@@ -208,8 +210,8 @@ def test_nothing_to_rewind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"kind": "tr', b'{"kind": "eval", "step": 3}', b"\x00\x00\x00"])
-def test_half_a_last_line_goes(tail: bytes, tmp_path: Path) -> None:
-    """A run that was killed leaves it, and nobody needs to hear of it; the lines before stay, to the byte."""
+def test_an_unfinished_last_line_is_removed(tail: bytes, tmp_path: Path) -> None:
+    """A killed run leaves one. There is no warning, and the lines before are kept to the byte."""
     whole = "".join(
         json.dumps(r, indent=None, separators=(", ", " : ")) + "\r\n" for r in [evaluation(0), sample(4, "…")]
     )
@@ -242,8 +244,8 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_line_costs_itself_alone(line: bytes, tmp_path: Path) -> None:
-    """It is named, to whoever reads it too, and the file stays beside as it was."""
+def test_only_the_damaged_line_is_lost(line: bytes, tmp_path: Path) -> None:
+    """A note names the line, as does a warning for readers, and the original file is kept beside."""
     before = (to_json(evaluation(step)).encode() + b"\n" for step in (0, 1))
     after = b"".join(to_json(r).encode() + b"\n" for r in (train(2), train(3), evaluation(5)))
     first = b"".join(before)
@@ -261,8 +263,8 @@ def test_a_damaged_line_costs_itself_alone(line: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "half", [b'{"kind": "tr', b"\x00" * 700, b'{"kind": "sample", "step": 1, "text": "{\\"kind\\": ']
 )
-def test_a_whole_line_behind_half_a_one_is_kept(half: bytes, tmp_path: Path) -> None:
-    """As a process leaves it that wrote on behind a loss of power."""
+def test_a_whole_line_after_half_a_line_is_kept(half: bytes, tmp_path: Path) -> None:
+    """A process that appends after a loss of power leaves such a line."""
     whole = [to_json(evaluation(step)).encode() + b"\n" for step in range(3)]
     (tmp_path / METRICS).write_bytes(whole[0] + half + whole[1] + whole[2])
     assert "line 2 is damaged" in rewind(tmp_path / METRICS, 5, interval=10)[0]
@@ -295,8 +297,8 @@ def test_an_earlier_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
         ([9, 0, 0, 3, 9], 1, None),
     ],
 )
-def test_lost_metrics_are_told(steps: Any, interval: int, words: str | None, tmp_path: Path) -> None:
-    """Also lines in another order and twice are kept as they are."""
+def test_lost_metrics_are_reported(steps: Any, interval: int, words: str | None, tmp_path: Path) -> None:
+    """Lines out of order or repeated are kept unchanged."""
     content = None
     if steps is not None:
         content = "".join(to_json(train(step)) + "\n" for step in steps)
@@ -310,7 +312,7 @@ def test_lost_metrics_are_told(steps: Any, interval: int, words: str | None, tmp
         assert content is None or (tmp_path / METRICS).read_text() == content
 
 
-def test_a_line_without_end_takes_no_memory(tmp_path: Path) -> None:
+def test_an_endless_line_takes_no_memory(tmp_path: Path) -> None:
     with (tmp_path / METRICS).open("wb") as file:
         file.write(b'{"kind": "eval", "step": 0}\n')
         file.seek(200 << 20, 1)  # a hole

@@ -1,4 +1,4 @@
-"""Pictures of runs: what they show, and that odd runs are drawn too."""
+"""Plots of runs: their content, and plots of odd runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def hellaswag(step: int, style: str = "completion") -> dict[str, Any]:
 
 
 def own(step: int, **values: Any) -> dict[str, Any]:
-    """A record of a measurement that somebody added."""
+    """A record of a measurement that a user added."""
     return {"kind": "wte", "step": step, **values}
 
 
@@ -47,7 +47,7 @@ def usual(rate: int = 100) -> list[dict[str, Any]]:
 
 
 def run(out: Path, records: list[dict[str, Any]], end: str = "", **asked: str) -> Path:
-    """The folder of a run that wrote these records; where it was asked for anything, it tells of that."""
+    """The folder of a run with these records, and a config.json with these options if there are any."""
     out.mkdir(parents=True, exist_ok=True)
     (out / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records) + end)
     if asked:
@@ -56,14 +56,14 @@ def run(out: Path, records: list[dict[str, Any]], end: str = "", **asked: str) -
 
 
 def drawn(*outs: Path) -> str:
-    """The picture of these runs, whose text stays text."""
+    """The plot of these runs as SVG, in which text stays text."""
     picture = outs[0] / "picture.svg"
     draw(outs, picture)
     return picture.read_text()
 
 
 def height(svg: str, text: str) -> float:
-    """Of the one place where this text stands, from the top."""
+    """The distance from the top of the only occurrence of this text."""
     (found,) = re.findall(rf' y="([\d.]+)"[^>]*>{re.escape(text)}<', svg)
     return float(found)
 
@@ -91,13 +91,13 @@ def test_a_real_run_is_drawn(folio: Folio, story: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
-def test_every_format_is_written_again_to_the_byte(
+def test_every_format_has_the_same_bytes_again(
     folio: Folio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     out = run(tmp_path / "run", usual())
     before = None
     for now in ("1000000000", "2000000000"):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", now)  # which matplotlib takes for the clock
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", now)  # matplotlib's clock
         picture = tmp_path / "new" / f"figure{suffix}"
         assert folio("plot", str(out), "-o", str(picture)).code == 0
         assert before in (None, picture.read_bytes())
@@ -116,7 +116,7 @@ def test_every_format_is_written_again_to_the_byte(
         ({}, False),
     ],
 )
-def test_gpt2s_loss_stands_beside_its_own_data_only(tmp_path: Path, asked: dict[str, str], there: bool) -> None:
+def test_gpt2s_loss_is_drawn_for_fineweb_edu_only(tmp_path: Path, asked: dict[str, str], there: bool) -> None:
     svg = drawn(run(tmp_path / "run", usual(), **asked))
     assert ("3.2924" in svg) == there
     assert ("GPT-2 124M" in svg) == there
@@ -131,15 +131,17 @@ def test_gpt2s_loss_stands_beside_its_own_data_only(tmp_path: Path, asked: dict[
         (["another"], set()),
     ],
 )
-def test_gpt2s_hellaswag_is_that_of_the_same_style(tmp_path: Path, styles: list[str], values: set[str]) -> None:
+def test_gpt2s_hellaswag_accuracy_is_that_of_the_same_style(
+    tmp_path: Path, styles: list[str], values: set[str]
+) -> None:
     scored = [hellaswag(step, style) for style in styles for step in (0, 50, 100)]
     svg = drawn(run(tmp_path / "run", [*usual(), *scored]))
     assert HELLASWAG in svg
     assert {value for value in ("completion 0.2955", "harness 0.3114") if value in svg} == values
 
 
-def test_several_runs_have_names_of_their_own(tmp_path: Path) -> None:
-    """Of mathematical signs and underscores as well, which matplotlib would read otherwise."""
+def test_several_runs_have_different_names(tmp_path: Path) -> None:
+    """Also with $ and underscores, which matplotlib treats specially by default."""
     outs = [run(tmp_path / name, usual()) for name in ("a/out", "b/out", "_c", "$d_{$")]
     svg = drawn(*outs, outs[0])
     last = tmp_path.name
@@ -148,7 +150,7 @@ def test_several_runs_have_names_of_their_own(tmp_path: Path) -> None:
     assert names([Path("/x/out")]) == ["out"]
 
 
-def test_tokens_stand_above_the_steps_or_in_a_column_of_their_own(tmp_path: Path) -> None:
+def test_tokens_have_an_axis_at_the_top_or_their_own_column(tmp_path: Path) -> None:
     one, same, other = (run(tmp_path / f"run{i}", usual(rate)) for i, rate in enumerate((100, 100, 50)))
     changed = run(tmp_path / "changed", [*usual(), train(100), {**train(101), "tokens": 10_300}])
     silent = run(tmp_path / "silent", [{**train(step), "tokens": None} for step in range(9)])
@@ -161,7 +163,7 @@ def test_tokens_stand_above_the_steps_or_in_a_column_of_their_own(tmp_path: Path
     assert "tokens" not in drawn(silent)
 
 
-def test_runs_are_told_apart_in_greys() -> None:
+def test_runs_differ_in_grayscale() -> None:
     found = line_styles(6)
     lightness = [np.dot(look["color"][:3], [0.299, 0.587, 0.114]) for look in found]
     assert min(np.diff(lightness)) > 0.05
@@ -219,15 +221,15 @@ ODD = [10**40, -(10**4000), -5, True, "3.0", [1], {"a": [1]}, None, 1e18, -1e300
 
 
 def oddly(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The record with each of its values but kind and step gone, and odd in each way."""
+    """The record with each value except kind and step missing, and replaced by every odd value."""
     names = [name for name in record if name not in ("kind", "step")]
     odd = [{**record, name: value} for name in names for value in ODD]
     return odd + [{k: v for k, v in record.items() if k != name} for name in names]
 
 
 @pytest.mark.parametrize("record", [train(5), evaluation(5, 3.0), hellaswag(5)], ids=lambda r: r["kind"])
-def test_odd_values_are_passed_over(tmp_path: Path, record: dict[str, Any]) -> None:
-    """All that is right is drawn as it was, and no odd one is drawn beyond what a figure can show."""
+def test_odd_values_are_ignored(tmp_path: Path, record: dict[str, Any]) -> None:
+    """The valid records are drawn unchanged, and every value that is drawn is finite."""
     right = [*usual(), hellaswag(40)]
     odd = [r for r in oddly({**record, "step": 40}) if r.get("style") in ("completion", None, True, 1e18)]
     assert drawn(run(tmp_path / "odd" / "run", [*odd, *right])) == drawn(run(tmp_path / "right" / "run", right))
@@ -237,15 +239,15 @@ def test_odd_values_are_passed_over(tmp_path: Path, record: dict[str, Any]) -> N
     drawn(run(tmp_path / "all", [*(r | {"step": i} for i, r in enumerate(oddly(record))), *usual()]))
 
 
-def test_lines_twice_and_in_another_order_make_one_curve(tmp_path: Path) -> None:
-    """Of what is said twice, the later counts, as where two processes wrote, or a file was put together by hand."""
+def test_repeated_and_unordered_lines_make_one_curve(tmp_path: Path) -> None:
+    """Of two records of one step the later counts, as after two writers, or edits by hand."""
     right = drawn(run(tmp_path / "a" / "run", usual()))
     wrong = [{**r, "loss": 9.0, "val_loss": 9.0} for r in usual()[::7]]
     assert drawn(run(tmp_path / "b" / "run", [*wrong, *reversed(usual())])) == right
 
 
-def test_damaged_lines_are_told_and_passed_over(folio: Folio, tmp_path: Path) -> None:
-    """In one line each, of plot and report, though one is nested a hundred thousand deep."""
+def test_damaged_lines_are_reported_and_ignored(folio: Folio, tmp_path: Path) -> None:
+    """plot and report warn once each; one of the lines is nested a hundred thousand deep."""
     out = run(tmp_path / "run", usual())
     right = drawn(out)
     lines = (out / METRICS).read_bytes().splitlines(keepends=True)
@@ -260,8 +262,8 @@ def test_damaged_lines_are_told_and_passed_over(folio: Folio, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "日本語", "caf\udce9"])
-def test_names_that_a_font_or_a_terminal_cannot_show(folio: Folio, tmp_path: Path, name: str) -> None:
-    """Are drawn as far as that goes, with no word of the font's."""
+def test_names_with_characters_that_a_font_or_terminal_lacks(folio: Folio, tmp_path: Path, name: str) -> None:
+    """They are drawn without a warning about the font."""
     out = run(tmp_path / name, usual())
     svg = drawn(out)
     assert "\x1b" not in svg
@@ -277,7 +279,7 @@ def test_names_that_a_font_or_a_terminal_cannot_show(folio: Folio, tmp_path: Pat
         ([{"kind": "start", "step": 0}], "holds nothing to draw"),
     ],
 )
-def test_nothing_to_draw_is_told(
+def test_nothing_to_draw_is_refused(
     folio: Folio, tmp_path: Path, records: list[dict[str, Any]] | None, words: str
 ) -> None:
     full, out = run(tmp_path / "full", usual()), tmp_path / "run"
@@ -297,7 +299,7 @@ def test_nothing_to_draw_is_told(
         ("run/metrics.jsonl/figure.png", "could not be written"),
     ],
 )
-def test_a_picture_that_cannot_be_written_is_told(folio: Folio, tmp_path: Path, name: str, words: str) -> None:
+def test_a_picture_that_cannot_be_written_is_refused(folio: Folio, tmp_path: Path, name: str, words: str) -> None:
     out = run(tmp_path / "run", usual())
     (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))

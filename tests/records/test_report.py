@@ -1,4 +1,4 @@
-"""The page of a run: what it tells, and that a browser shows it without a network."""
+"""The report of a run: its content, and that a browser shows it without a network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ START = {"kind": "start", "device": "cuda", "processor": "NVIDIA H100", "tokens_
 
 
 def text_of(page: str) -> str:
-    """What is read on a page: no scripts, no styles, no tags."""
+    """The visible text of a page, without scripts, styles and tags."""
     page = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
 
@@ -41,7 +41,7 @@ def append(out: Path, *records: dict[str, Any], end: str = "") -> None:
     (out / "evaluations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + end)
 
 
-def test_the_page_of_a_real_run_tells_what_it_did(folio: Folio, story: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_real_run(folio: Folio, story: Path, tmp_path: Path) -> None:
     out = tmp_path / "a run"
     assert folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}").code == 0
     page = page_of(folio, out)
@@ -56,7 +56,7 @@ def test_the_page_of_a_real_run_tells_what_it_did(folio: Folio, story: Path, tmp
     assert page.count("<!doctype html>") == page.count("plotly.js v") == 1
 
 
-def test_what_differs_from_the_defaults_comes_first(folio: Folio, tmp_path: Path) -> None:
+def test_options_that_differ_from_the_defaults_come_first(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual(), n_layer=12, n_head=6, dataset="<b>", gone="yes")
     changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 options at their defaults")
     assert "n_head 6 12 dataset &lt;b&gt; openwebtext gone yes none" in changed
@@ -94,13 +94,13 @@ def test_evaluations_from_training_and_from_folio_eval(folio: Folio, tmp_path: P
     assert "eval, val step" not in text
 
 
-def test_starts_that_resolved_alike_share_a_column(folio: Folio, tmp_path: Path) -> None:
+def test_starts_with_equal_values_share_a_column(folio: Folio, tmp_path: Path) -> None:
     starts = [{**START, "step": 0}, {**START, "step": 40}, {**START, "step": 1000, "processor": "NVIDIA A100"}]
     text = text_of(page_of(folio, run(tmp_path / "run", [*starts, *usual()])))
     assert "from step 0, 40 from step 1,000 device cuda cuda processor NVIDIA H100 NVIDIA A100" in text
 
 
-def test_samples_are_shown_as_text_the_last_step_open(folio: Folio, tmp_path: Path) -> None:
+def test_samples_are_shown_as_text_and_the_last_step_is_open(folio: Folio, tmp_path: Path) -> None:
     samples = [sample(0, "old"), sample(100, EVIL), sample(100, "a  b\n\ud800", 1)]
     page = page_of(folio, run(tmp_path / "run", [*usual(), *samples]))
     assert re.findall(r"<details( open)?><summary>step (\d+)<", page) == [(" open", "100"), ("", "0")]
@@ -129,7 +129,7 @@ def test_a_measurement_of_ones_own_has_its_panel_and_last_value(folio: Folio, tm
         pytest.param([own(3, norm=1.5)], id="own-alone"),
     ],
 )
-def test_runs_of_which_little_is_known_have_a_page(folio: Folio, tmp_path: Path, records: list[dict[str, Any]]) -> None:
+def test_runs_with_few_records_have_a_report(folio: Folio, tmp_path: Path, records: list[dict[str, Any]]) -> None:
     page = page_of(folio, run(tmp_path / "run", records, '{"kind": "tra'))
     assert ("plotly.js v" in page) == (records[0]["kind"] not in ("start", "sample"))
     assert "nan" not in text_of(page)
@@ -146,8 +146,8 @@ def test_runs_of_which_little_is_known_have_a_page(folio: Folio, tmp_path: Path,
     ],
     ids=lambda record: record["kind"],
 )
-def test_odd_values_have_a_page(folio: Folio, tmp_path: Path, record: dict[str, Any]) -> None:
-    """No traceback, no warning; what is text is shown as text."""
+def test_runs_with_odd_values_have_a_report(folio: Folio, tmp_path: Path, record: dict[str, Any]) -> None:
+    """There is no traceback and no warning, and text is escaped."""
     out = run(tmp_path / "run", [*usual(), *(r | {"step": 200 + i} for i, r in enumerate(oddly(record)))])
     append(out, *oddly({"kind": "eval", "step": 5, "split": "val", "data": "x", "loss": 3.0, "tokens": 9}))
     page = page_of(folio, out)
@@ -155,7 +155,7 @@ def test_odd_values_have_a_page(folio: Folio, tmp_path: Path, record: dict[str, 
     assert "<b>\x1b" not in page
 
 
-def test_odd_evaluations_have_a_page(folio: Folio, tmp_path: Path) -> None:
+def test_runs_with_odd_evaluations_have_a_report(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual())
     tasks: list[Any] = [None, 5, [1], {"a": 5}, {"a": {"acc": "high"}}, {"a": {"acc": [1]}}, {"b": {"acc": 0.25}}]
     append(out, *({"kind": "lm_eval", "step": i, "tasks": t, "limit": {}} for i, t in enumerate(tasks)))
@@ -168,14 +168,14 @@ def test_odd_evaluations_have_a_page(folio: Folio, tmp_path: Path) -> None:
         assert folio("report", str(out)).code == 0
 
 
-def test_the_page_of_a_long_run_stays_small(folio: Folio, tmp_path: Path) -> None:
+def test_the_report_of_a_long_run_is_small(folio: Folio, tmp_path: Path) -> None:
     short, long = (
         page_of(folio, run(tmp_path / str(steps), [train(step) for step in range(steps)])) for steps in (9, 20_000)
     )
     assert len(long) < len(short) + 300_000
 
 
-def test_what_cannot_be_told_or_written_is_refused(folio: Folio, tmp_path: Path) -> None:
+def test_a_report_without_a_run_or_a_writable_page_is_refused(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual())
     empty, folder = run(tmp_path / "empty", []), tmp_path / "folder.html"
     folder.mkdir()
@@ -204,7 +204,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run that tries to break out of it, wherever it can."""
+    """The report of a run with HTML in every text that it can contain."""
     from folio.records.report import report
 
     out = tmp_path_factory.mktemp("runs") / "<img src=x onerror=evil=1>"
@@ -218,14 +218,14 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
-def test_a_browser_shows_it_without_a_network(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+def test_a_browser_shows_the_report_without_a_network(browser: Any, page_file: Path, width: int, scheme: str) -> None:
     context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 900})
     page = context.new_page()
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    errors: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(page_file.as_uri())
     page.wait_for_selector("#curves .scatterlayer .trace")
 
@@ -245,5 +245,5 @@ def test_a_browser_shows_it_without_a_network(browser: Any, page_file: Path, wid
     assert tick == ink
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
-    assert said == []
-    assert asked == [page_file.as_uri()]
+    assert errors == []
+    assert requests == [page_file.as_uri()]

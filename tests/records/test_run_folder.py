@@ -1,4 +1,4 @@
-"""A run's folder: one training at a time, and no file of anybody else's is touched."""
+"""A run's folder: one training at a time, and other programs' files stay untouched."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def out(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def living(story: Path, out: Path) -> Iterator[Run]:
-    """A run that goes on in the folder, and has not ended."""
+def running(story: Path, out: Path) -> Iterator[Run]:
+    """A run that is still training in the folder."""
     run = build(configured(story, out, "--init_from=resume", "--max_iters=10"))
     yield run
     finish(run)
@@ -73,19 +73,21 @@ def living(story: Path, out: Path) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize("begin", ["scratch", "resume", "auto"])
-def test_a_second_training_is_refused(train: Train, living: Run, out: Path, begin: str) -> None:
-    """By the name of the first, before anything is moved, rewound or made; the first goes on to its end."""
+def test_a_second_training_is_refused(train: Train, running: Run, out: Path, begin: str) -> None:
+    """The message names the first run. Nothing is moved, rewound or created, and the first run completes."""
     before = tree(out)
     who = f"(host {socket.gethostname()}, process {os.getpid()}, since 20"
     assert_refused(train("out", f"--init_from={begin}"), f"{out}: another run trains there {who}", "--out_dir")
     (out.parent / "link").symlink_to(out)
     assert_refused(train("link", f"--init_from={begin}"), "another run trains there")
     assert tree(out) == before
-    fit(living)
+    fit(running)
     assert run_folder.steps(out) == [5, 10]
 
 
-def test_one_that_only_reads_needs_no_lock(folio: Folio, train: Train, living: Run, story: Path, out: Path) -> None:
+def test_a_run_that_only_evaluates_needs_no_lock(
+    folio: Folio, train: Train, running: Run, story: Path, out: Path
+) -> None:
     before = tree(out)
     assert train("out", "--eval_only", "--init_from=resume").code == 0
     assert tree(out) == before
@@ -96,8 +98,8 @@ def test_one_that_only_reads_needs_no_lock(folio: Folio, train: Train, living: R
     assert_refused(folio("import", str(out), "--to", str(out)), out, "is there already")
 
 
-def test_the_folder_is_free_again(train: Train, story: Path, tmp_path: Path) -> None:
-    """After the end of a run, after one that could not begin, and after one that failed; and nothing is left of it."""
+def test_the_lock_is_released(train: Train, story: Path, tmp_path: Path) -> None:
+    """After a run, after one that could not start, and after one that failed; the lock file is gone."""
     for argv, code in ((["--max_iters=2"], 0), (["--vocab_size=3"], 2), (["--learning_rate=1e38"], 1), ([], 0)):
         assert train("out", *argv, "--decay_lr=False", "--grad_clip=0").code == code, argv
         assert not (tmp_path / "out" / ".folio.lock").exists()
@@ -109,7 +111,7 @@ def test_the_folder_is_free_again(train: Train, story: Path, tmp_path: Path) -> 
 
 
 def test_two_runs_of_one_program(story: Path, tmp_path: Path) -> None:
-    """One after the other in one folder; at the same time one of them, whichever comes first."""
+    """In one folder they can run in turn; at the same time only the first can."""
     knobs: dict[str, Any] = {"data_dir": story, "out_dir": tmp_path / "out", "device": "cpu", "max_iters": 2}
     knobs |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "eval_iters": 1, "batch_size": 2}
     for _ in range(2):
@@ -135,8 +137,8 @@ def test_two_runs_of_one_program(story: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_begin_together(spawn: Spawn, train: Train, story: Path, tmp_path: Path) -> None:
-    """One wins, and ends well; when it is killed instead, its lock is gone with it, and the run can be resumed."""
+def test_two_processes_that_start_together(spawn: Spawn, train: Train, story: Path, tmp_path: Path) -> None:
+    """One gets the lock and completes. If it is killed, the lock is released, and the run can be resumed."""
     out = tmp_path / "out"
     argv = ["-m", "folio", "train", *SMALL, f"--data_dir={story}", f"--out_dir={out}", "--max_iters=100000"]
     children = [spawn(*argv, "--eval_interval=50", "--init_from=auto", threads=1) for _ in range(2)]
@@ -157,7 +159,7 @@ def test_two_processes_that_begin_together(spawn: Spawn, train: Train, story: Pa
     assert sorted(p.name for p in out.iterdir() if p.name.startswith(("previous", "."))) == []
 
 
-# Whose files are there
+# Files of other programs
 
 FOREIGN = {
     "config.json": '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}',
@@ -181,8 +183,8 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_of_somebody_else_is_refused(train: Train, tmp_path: Path, name: str) -> None:
-    """It is named, with the remedy, and stays where it is."""
+def test_another_programs_file_is_refused(train: Train, tmp_path: Path, name: str) -> None:
+    """The message names it and the remedy, and it stays in place."""
     path = tmp_path / "out" / name.strip()
     path.parent.mkdir(parents=True)
     path.write_text(FOREIGN[name])
@@ -194,8 +196,8 @@ def test_a_file_of_somebody_else_is_refused(train: Train, tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["config.json", "checkpoints/epoch=3.ckpt", "metrics.jsonl", "log.txt"])
-def test_a_file_of_somebody_else_among_ours(train: Train, out: Path, name: str) -> None:
-    """A run that is there besides makes it no less theirs."""
+def test_another_programs_file_in_a_runs_folder_is_refused(train: Train, out: Path, name: str) -> None:
+    """Although the folder also contains a run."""
     (out / name).write_text(FOREIGN.get(name, "mine\n"))
     before = tree(out)
     assert_refused(train("out", "--log_txt"), out / name.split("/")[0], "choose another --out_dir")
@@ -203,7 +205,7 @@ def test_a_file_of_somebody_else_among_ours(train: Train, out: Path, name: str) 
 
 
 def test_a_model_folder_keeps_its_model(folio: Folio, train: Train, trained: Path, tmp_path: Path) -> None:
-    """Trained into itself it is refused; a folder within it is as good as any."""
+    """Training into it is refused; a folder within it is allowed."""
     hf = tmp_path / "hf"
     assert folio("export", f"--out_dir={trained}", f"--to={hf}").code == 0
     before = tree(hf)
@@ -213,8 +215,8 @@ def test_a_model_folder_keeps_its_model(folio: Folio, train: Train, trained: Pat
     assert {name: content for name, content in tree(hf).items() if not name.startswith("out")} == before
 
 
-def test_names_that_are_nobodys(train: Train, story: Path, tmp_path: Path) -> None:
-    """Other files stay where they are: of a clone, a data set, other trainers; so do folders that are empty."""
+def test_other_names_are_left_alone(train: Train, story: Path, tmp_path: Path) -> None:
+    """Files of a clone, a data set or another trainer stay in place, as do empty folders."""
     data = Path(shutil.copytree(story, tmp_path / "out"))
     for name in ("checkpoint-500/model.safetensors", "mlruns/0/meta.yaml", "model.py", "log.txt", "wandb/latest-run"):
         (data / name).parent.mkdir(exist_ok=True, parents=True)
@@ -227,8 +229,8 @@ def test_names_that_are_nobodys(train: Train, story: Path, tmp_path: Path) -> No
     assert {name: after.get(name) for name in before} == before
 
 
-def test_where_an_earlier_run_went_is_said(train: Train, out: Path) -> None:
-    """In one line; also where it is damaged, has been sampled, profiled, drawn and told."""
+def test_a_line_says_where_an_earlier_run_was_moved(train: Train, out: Path) -> None:
+    """Also if the run is damaged, or has samples, a profile, a plot and a report."""
     (out / "config.json").write_text("{")
     (out / "metrics.jsonl").write_bytes(b"\0\0\n" + (out / "metrics.jsonl").read_bytes())
     for name in ("evaluations.jsonl", "metrics.jsonl.damaged", "metrics.jsonl.damaged-2"):
@@ -250,7 +252,7 @@ def test_where_an_earlier_run_went_is_said(train: Train, out: Path) -> None:
 def test_killed_while_an_earlier_run_is_moved(
     train: Train, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
 ) -> None:
-    """Nothing is lost or mixed: the next call finds the earlier run as it was, to go on with or to move whole."""
+    """Nothing is lost or mixed: the next call finds the earlier run unchanged, and resumes it or moves all of it."""
     before, rename, count = tree(out), files.rename, [0]
 
     def die(source: Path, target: Path) -> None:
@@ -272,10 +274,10 @@ def test_killed_while_an_earlier_run_is_moved(
     assert [p.name for p in other.iterdir() if p.name.startswith(".")] == []
 
 
-# What is wrong with a run's own files
+# Damage to a run's own files
 
 
-def test_metrics_that_were_lost_are_told(train: Train, out: Path) -> None:
+def test_lost_metrics_are_named(train: Train, out: Path) -> None:
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\0\n", *lines[2:-2]]))
     said = train("out", "--init_from=resume", "--max_iters=7").out
@@ -287,7 +289,7 @@ def test_metrics_that_were_lost_are_told(train: Train, out: Path) -> None:
 
 
 def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_path: Path) -> None:
-    """Without it, and with the same options, the run goes on to the same bits."""
+    """Without the file, and with the same options, the resumed run ends in the same bits."""
     whole = Path(shutil.copytree(out, tmp_path / "whole"))
     content = (out / "config.json").read_bytes()
     (out / "config.json").write_bytes(content.replace(b'"grad_clip": 1.0', b'"grad_clip": 0.0'))
@@ -312,7 +314,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
 @pytest.mark.parametrize(
     ("old", "new"), [(b'"step": 5', b'"step": 7'), (b'"rows": 40', b'"rows": 44'), (b'"row"', b'"rox"')]
 )
-def test_a_state_that_was_changed_is_set_aside(train: Train, out: Path, old: bytes, new: bytes) -> None:
+def test_an_edited_state_is_set_aside(train: Train, out: Path, old: bytes, new: bytes) -> None:
     train("out", "--init_from=resume", "--max_iters=10")
     path = run_folder.checkpoint_folder(out, 10) / "state.json"
     path.write_bytes(path.read_bytes().replace(old.replace(b"5", b"10").replace(b"40", b"80"), new))
@@ -322,7 +324,7 @@ def test_a_state_that_was_changed_is_set_aside(train: Train, out: Path, old: byt
     assert f"resuming {out} at step 5" in said
 
 
-def test_an_older_run_goes_on_with_a_line(train: Train, out: Path) -> None:
+def test_an_older_run_resumes_with_a_note(train: Train, out: Path) -> None:
     for path in (out / "config.json", *out.glob("checkpoints/*/state.json"), out / "best.json"):
         value = json.loads(path.read_text())
         del value["sha256"][path.name]
@@ -333,7 +335,7 @@ def test_an_older_run_goes_on_with_a_line(train: Train, out: Path) -> None:
 
 
 def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_path: Path) -> None:
-    """Or else it would stay behind when the run is moved aside."""
+    """An unknown name would stay behind when the run is moved aside."""
     out = tmp_path / "out"
     pytest.importorskip("tensorboard")
     assert train("out", "--log_txt", "--track=tensorboard", "--profile=1").code == 0
@@ -342,8 +344,8 @@ def test_every_name_that_a_run_writes_is_known(train: Train, folio: Folio, tmp_p
     assert [p.name for p in out.iterdir()] == ["previous-1"]
 
 
-def test_the_clone_itself(train: Train, clone: Path) -> None:
-    """Has no file of a run's names, and nothing in it moves."""
+def test_the_clone_as_out_dir(train: Train, clone: Path) -> None:
+    """It has no file with a name of a run's files, so nothing is moved."""
     before = tree(clone)
     ownership.refuse_foreign(clone, log_txt=True, resuming=False)
     assert ownership.move_aside(clone, log_txt=True) == ""

@@ -1,4 +1,4 @@
-"""What TensorBoard, Weights & Biases and trackio are sent, read back from their own files, and what if they fail."""
+"""Records sent to TensorBoard, Weights & Biases and trackio, read back from their files; and trackers that fail."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVALUATIONS = [
 
 
 def line(step: int, loss: float) -> dict[str, Any]:
-    """What is known of a training step; not all of it is finite: as when a device's peak is unknown, or float16's."""
+    """A train record. Some numbers are not finite, as with a device of unknown peak, or an overflow in float16."""
     strange = {"grad_norm": math.inf if step == 1 else 1.5, "mfu": math.nan if step == 0 else 0.5}
     counts = {"tokens": 128 * (step + 1), "tokens_per_second": 2048.0}
     return {"kind": "train", "step": step, "loss": loss, "lr": 0.5, **strange, **counts}
@@ -52,14 +52,14 @@ FIRST = [
 
 
 class Seen(NamedTuple):
-    """What a tracker shows of a run: (step, value) of each figure and text, by name."""
+    """A run as a tracker shows it: (step, value) of each number and text, by name."""
 
     points: dict[str, list[tuple[int, Any]]]
     config: dict[str, Any]
 
 
 def verbatim(markdown: str) -> str:
-    """A text out of Markdown that shows it as it is."""
+    """The text from Markdown that shows it unchanged."""
     assert all(line.startswith("    ") for line in markdown.splitlines())
     return textwrap.dedent(markdown)
 
@@ -68,7 +68,7 @@ def tensorboard(out: Path) -> Seen:
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    found = EventAccumulator(str(out / "tensorboard"))  # what its pages show
+    found = EventAccumulator(str(out / "tensorboard"))  # as its pages do
     found.Reload()
     points: dict[str, list[tuple[int, Any]]] = {}
     for name in found.Tags()["tensors"]:
@@ -80,7 +80,7 @@ def tensorboard(out: Path) -> Seen:
 
 
 def records_of(path: Path) -> Iterator[Any]:
-    """What a run's local file holds: a LevelDB log after a header of seven bytes."""
+    """The records in a run's local file: a LevelDB log after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -96,14 +96,14 @@ def records_of(path: Path) -> Iterator[Any]:
 
 
 def wandb_records(out: Path, kind: str) -> list[Any]:
-    """Those of one kind, of all processes of the run abc123."""
-    sys.modules["wandb"].teardown()  # its server ends, and has written everything then
+    """The records of one kind from all processes of the run abc123."""
+    sys.modules["wandb"].teardown()  # its server writes everything before it ends
     paths = sorted((out / "wandb").glob("offline-run-*/run-abc123.wandb"))
     return [getattr(r, kind) for path in paths for r in records_of(path) if r.HasField(kind)]
 
 
 def wandb_rows(out: Path) -> list[dict[str, Any]]:
-    """What was logged, a row a call, without W&B's own columns."""
+    """The logged rows, without W&B's own columns."""
     rows = []
     for history in wandb_records(out, "history"):
         row: dict[str, Any] = {}
@@ -151,14 +151,14 @@ each = pytest.mark.parametrize("name", KNOWN)
 
 @pytest.fixture(scope="session")
 def trackio_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """trackio reads its folder's name once; projects tell the tests apart."""
+    """trackio reads the name of its folder once, so each test has its own project."""
     assert "trackio" not in sys.modules
     return tmp_path_factory.mktemp("trackio")
 
 
 @pytest.fixture(autouse=True)
 def out(tmp_path: Path, trackio_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The run's folder, with everything that a tracker would write elsewhere; no network, no server left."""
+    """The run's folder, which also receives what trackers write elsewhere. No network, and no server at the end."""
     out = tmp_path / f"out-{time.time_ns()}"
     out.mkdir()
     for variable in [v for v in os.environ if v.startswith(("WANDB_", "TRACKIO_"))]:
@@ -198,8 +198,8 @@ def losses(out: Path) -> list[int]:
 
 
 @each
-def test_what_is_sent(name: str, out: Path) -> None:
-    """Figures and texts over the steps; what is not finite is left out; mfu is in per cent."""
+def test_numbers_and_texts_are_sent(name: str, out: Path) -> None:
+    """Over the steps. Numbers that are not finite are left out; mfu is in percent."""
     written(follow(out, name), FIRST)
     points, config = READ[name](out)
     if name == "wandb":  # nanoGPT's, with evaluations
@@ -226,8 +226,8 @@ def test_what_is_sent(name: str, out: Path) -> None:
 
 
 @each
-def test_a_resumed_run_goes_on_in_the_same(name: str, out: Path) -> None:
-    """Killed at 7 after a checkpoint at 5, where it was evaluated: that stays, and 5 to 7 are written again."""
+def test_a_resumed_run_continues_in_the_tracker(name: str, out: Path) -> None:
+    """After a kill at 7 and a checkpoint at 5, the measurements of 5 remain, and steps 5 to 7 are written again."""
     again = [(step, 20.0 - step / 8) for step in (5, 6, 7)]
     measured = [{**record, "step": 5} for record in FIRST if record["kind"] in ("hellaswag", "sample")]
     written(follow(out, name), [{**EVALUATIONS[1], "step": 5}, *measured, *LINES])
@@ -271,11 +271,11 @@ def test_a_run_without_a_name_gets_one(name: str, out: Path) -> None:
 
 
 def test_wandb_gets_nanogpts_keys(out: Path) -> None:
-    """An evaluation is one row, under the names that its users know; the axis of everything is the step."""
+    """An evaluation is one row with nanoGPT's names; the x axis of everything is the step."""
     written(follow(out, "wandb"), FIRST)
     evaluations = [row for row in wandb_rows(out) if "val/loss" in row]
     assert [set(row) - {"step"} for row in evaluations] == [
-        {"iter", "train/loss", "val/loss", "lr"},  # the use of the device is not known yet
+        {"iter", "train/loss", "val/loss", "lr"},  # mfu is not known yet
         {"iter", "train/loss", "val/loss", "lr", "mfu"},
     ]
     assert [(m.glob_name, m.step_metric) for m in wandb_records(out, "metric")] == [("*", "step")]
@@ -283,22 +283,22 @@ def test_wandb_gets_nanogpts_keys(out: Path) -> None:
     assert (run.project, run.display_name, run.run_id) == (out.name, "first", "abc123")
 
 
-def test_all_at_once(out: Path) -> None:
-    """A name that is given twice follows once."""
+def test_all_trackers_at_once(out: Path) -> None:
+    """A tracker that is named twice is opened once."""
     written(follow(out, *KNOWN, *KNOWN), FIRST)
     for read in READ.values():
         assert read(out).points["batch/loss"] == LOSSES
     assert len(list((out / "tensorboard").iterdir())) == 1
 
 
-def test_other_ranks_tell_nobody(out: Path) -> None:
+def test_other_ranks_send_nothing(out: Path) -> None:
     written(follow(out, *KNOWN, main=False), FIRST)
     assert list(out.iterdir()) == []
 
 
 @each
-def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning with its remedy; the run and the other trackers go on."""
+def test_a_missing_package(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning with the remedy; the run and the other trackers continue."""
     for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)
@@ -312,7 +312,7 @@ def test_a_package_that_is_not_there(name: str, out: Path, monkeypatch: pytest.M
     assert (out / "tensorboard").exists() == (name != "tensorboard")
 
 
-def test_a_folder_that_cannot_be_written(out: Path) -> None:
+def test_a_folder_that_cannot_be_created(out: Path) -> None:
     (out / "tensorboard").write_text("in the way")
     with pytest.warns(UserWarning, match=r"^tensorboard: .*File exists.*: training continues without it$") as seen:
         written(follow(out, "tensorboard"), FIRST)
@@ -328,10 +328,10 @@ def test_wandb_without_a_key(out: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert losses(out) == list(range(8))
 
 
-def break_off(name: str, out: Path) -> None:
-    """Takes the ground from under a tracker that is open."""
+def break_tracker(name: str, out: Path) -> None:
+    """Makes an open tracker fail."""
     if name == "tensorboard":
-        time.sleep(0.1)  # its thread has written the configuration
+        time.sleep(0.1)  # until its thread has written the configuration
         shutil.rmtree(out / "tensorboard")
     elif name == "wandb":
         sys.modules["wandb"].run.finish()
@@ -341,34 +341,34 @@ def break_off(name: str, out: Path) -> None:
 
 @each
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
-def test_one_that_fails_in_mid_run_is_dropped(name: str, out: Path) -> None:
+def test_a_tracker_that_fails_during_the_run_is_dropped(name: str, out: Path) -> None:
     log = follow(out, *KNOWN)
     log.write(LINES[0])
-    break_off(name, out)
+    break_tracker(name, out)
 
-    def go_on() -> None:
+    def continue_run() -> None:
         for record in LINES[1:]:
             log.write(record)
-            time.sleep(0.02)  # for that thread
+            time.sleep(0.02)  # until that thread runs
         log.close()
 
     with pytest.warns(UserWarning, match=f"^{name}: .*: training continues without it$") as seen:
-        go_on()
+        continue_run()
     assert len(seen) == 1
     assert losses(out) == list(range(8))
     for other in KNOWN.keys() - {name}:
         assert READ[other](out).points["batch/loss"] == LOSSES
 
 
-def test_one_that_fails_at_the_end(out: Path) -> None:
+def test_a_tracker_that_fails_at_the_end(out: Path) -> None:
     log = follow(out, *KNOWN)
-    break_off("trackio", out)
+    break_tracker("trackio", out)
     with pytest.warns(UserWarning, match="^trackio: .*: training continues without it$") as seen:
         log.close()
     assert len(seen) == 1
 
 
-def test_names() -> None:
+def test_names_of_trackers() -> None:
     assert parse("") == ()
     assert parse("wandb, tensorboard,") == ("wandb", "tensorboard")
     with pytest.raises(ValueError, match=r"^track=wandb,mlflow: .*'mlflow': choose from tensorboard, wandb, trackio$"):
@@ -378,8 +378,7 @@ def test_names() -> None:
 # Through the command
 
 
-def test_a_run_that_is_followed(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
-    """It is resumed in the same place, by all three."""
+def test_a_tracked_run_is_resumed_in_all_trackers(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
     flags = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--track=tensorboard,trackio", "--wandb_log=True"]
     flags += [f"--wandb_project={out.name}", "--wandb_run_name=first", "--init_from=auto"]
     for steps in (5, 10):
@@ -396,7 +395,7 @@ def test_a_run_that_is_followed(folio: Callable[..., Outcome], story: Path, out:
     assert run.name == f"first-{run_id}"
 
 
-def test_a_tracker_that_is_not_known(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
+def test_an_unknown_tracker(folio: Callable[..., Outcome], story: Path, out: Path) -> None:
     outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={out}", "--track=mlflow")
     assert_refused(outcome, "track=mlflow", "tensorboard, wandb, trackio")
     assert list(out.iterdir()) == []

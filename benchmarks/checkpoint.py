@@ -47,24 +47,24 @@ def main() -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    found: dict[str, list[float]] = {"copy": [], "at once": [], "meanwhile": []}
+    found: dict[str, list[float]] = {"copy": [], "synchronous": [], "asynchronous": []}
     with tempfile.TemporaryDirectory() as folder:
 
-        def save(step: int, meanwhile: bool) -> None:
+        def save(step: int, asynchronous: bool) -> None:
             runtime.wait_for_write()
-            weights, slots = runtime.full_state(model, optimizer, copy=meanwhile)
-            runtime.write(lambda: checkpoint.save(Path(folder), step, weights, slots, {}), wait=not meanwhile)
+            weights, slots = runtime.full_state(model, optimizer, copy=asynchronous)
+            runtime.write(lambda: checkpoint.save(Path(folder), step, weights, slots, {}), wait=not asynchronous)
 
         for _ in range(rounds):
             whole = runtime.full_state(model, optimizer)
             found["copy"].append(seconds(lambda: [t.clone() for part in whole for t in part.values()]))  # noqa: B023
-            found["at once"].append(seconds(lambda: save(1, False)))
-            found["meanwhile"].append(seconds(lambda: save(2, True)))
+            found["synchronous"].append(seconds(lambda: save(1, False)))
+            found["asynchronous"].append(seconds(lambda: save(2, True)))
             runtime.wait_for_write()
     for name, times in found.items():
         ratios = [a / b for a, b in zip(times, found["copy"], strict=True)]
         print(
-            f"{name:10} {statistics.median(times):6.2f} s  {statistics.median(ratios):6.2f} × the copy "
+            f"{name:12} {statistics.median(times):6.2f} s  {statistics.median(ratios):6.2f} × the copy "
             f"({min(ratios):.2f} … {max(ratios):.2f})"
         )
     runtime.close()

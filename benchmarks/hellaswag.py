@@ -2,10 +2,10 @@
 
     python benchmarks/hellaswag.py --peer BUILD_NANOGPT --items hellaswag_val.jsonl [--count 100] [--rounds 3]
 
-BUILD_NANOGPT is a checkout, whose script runs as it is, in float32, on items taken evenly from the file. The weights
-are random, and the same for all. Each contestant is a process, in turn; what is timed is reading, tokens and scores,
-without loading the model. Ratios are taken within a round, their spread is over the rounds. In the end stands which
-items each answers as build-nanogpt does.
+BUILD_NANOGPT is a checkout. Its script runs unchanged, in float32, on items spread evenly over the file. All programs
+have the same random weights. Each is a process, and they run in turn. The time is that of reading, tokenizing and
+scoring, without loading the model. Ratios are computed within a round; their range is over the rounds. The last column
+counts the items that a program answers as build-nanogpt does.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ OURS = """
 import sys, time
 from pathlib import Path
 from folio.checkpoints import find
-from folio.evaluation import hellaswag
 from folio.config.options import System
+from folio.data.tokenizers import Tiktoken
+from folio.evaluation import hellaswag
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 
-chosen, dtype = find.by_name(sys.argv[1]), sys.argv[3]
-model, tokenizer, runtime = chosen.model(), chosen.tokenizer(), Runtime(resolve(System(device="cpu", dtype=dtype)))
+model = find.by_name(sys.argv[1]).model()
+runtime = Runtime(resolve(System(device="cpu", dtype=sys.argv[3])))
 runtime.wrap(model, None)
 began = time.perf_counter()
 items = hellaswag.read(Path(sys.argv[2]), "completion")
-questions = hellaswag.encode(items, "completion", tokenizer, model.config)
+questions = hellaswag.encode(items, "completion", Tiktoken("gpt2"), model.config)
 found = hellaswag.predictions(model, questions, runtime)[1] == questions.labels
 print(time.perf_counter() - began, "".join("01"[int(right)] for right in found))
 """
@@ -64,7 +65,7 @@ class Options:
 
 
 def peer(checkout: Path, model: Path, items: Path, work: Path) -> tuple[float, str]:
-    """Seconds, and a digit for each item: 1 if its script answers it right."""
+    """Seconds of its script, and a digit for each item: 1 if the answer is right."""
     folder = work / "peer"
     (folder / "hellaswag").mkdir(parents=True, exist_ok=True)
     shutil.copy(checkout / "hellaswag.py", folder)
@@ -73,10 +74,10 @@ def peer(checkout: Path, model: Path, items: Path, work: Path) -> tuple[float, s
     right, times, before = "", [], 0
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
-            if said := re.match(r"\d+ acc_norm: (\d+)/", line):
+            if score := re.match(r"\d+ acc_norm: (\d+)/", line):
                 times.append(time.perf_counter())
-                right += str(int(said[1]) - before)
-                before = int(said[1])
+                right += str(int(score[1]) - before)
+                before = int(score[1])
     if process.returncode:
         sys.exit("build-nanogpt's hellaswag.py failed")
     return (times[-1] - times[0]) * len(times) / (len(times) - 1), right  # the first has no line before it
@@ -84,8 +85,8 @@ def peer(checkout: Path, model: Path, items: Path, work: Path) -> tuple[float, s
 
 def ours(model: Path, items: Path, dtype: str) -> tuple[float, str]:
     command = [sys.executable, "-c", OURS, str(model), str(items), dtype]
-    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    return float(said[0]), said[1]
+    seconds, right = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return float(seconds), right
 
 
 def main() -> None:
@@ -105,8 +106,8 @@ def main() -> None:
             figures.setdefault("build-nanogpt", []).append(peer(Path(options.peer), model, items, work))
             for dtype in ("float32", "auto"):
                 figures.setdefault(f"folio, {dtype}", []).append(ours(model, items, dtype))
-            said = (f"{name} {options.count / rounds[-1][0]:.2f} items/s" for name, rounds in figures.items())
-            print(f"round {number + 1}: {', '.join(said)}", flush=True)
+            speeds = (f"{name} {options.count / rounds[-1][0]:.2f} items/s" for name, rounds in figures.items())
+            print(f"round {number + 1}: {', '.join(speeds)}", flush=True)
     theirs = figures["build-nanogpt"]
     print(f"{options.count} items, {options.rounds} rounds, {os.cpu_count()} cores")
     for name, rounds in figures.items():

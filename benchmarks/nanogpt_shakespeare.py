@@ -125,13 +125,13 @@ def _run(command: list[str], cwd: Path) -> tuple[float, str]:
 
 
 def _peer(peer: Path, flags: list[str], data: Path, out: Path, seed: int) -> Result:
-    # an absolute dataset is what os.path.join('data', dataset) then gives; iteration 0 does not save
+    # nanoGPT's os.path.join("data", dataset) is an absolute dataset itself
     seeded = f"open('train.py').read().replace('manual_seed({SEED} ', 'manual_seed({seed} ')"
     command = [sys.executable, "-c", f"exec(compile({seeded}, 'train.py', 'exec'))"]
     command += ["config/train_shakespeare_char.py", *flags]
-    wall, said = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], peer)
-    steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss .*, time ([\d.]+)ms", said, re.MULTILINE)]
-    iteration = int(next(iter(re.findall(r"tokens per iteration will be: ([\d,]+)", said))).replace(",", ""))
+    wall, output = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], peer)
+    steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss .*, time ([\d.]+)ms", output, re.MULTILINE)]
+    iteration = int(next(iter(re.findall(r"tokens per iteration will be: ([\d,]+)", output))).replace(",", ""))
     speed = iteration / statistics.median(steps[5:])
     if not (out / "ckpt.pt").exists():
         return Result(wall, speed, float("nan"))

@@ -4,7 +4,7 @@
 
 NANOGPT is a checkout of nanoGPT. The weights are random, in the layout of the hub's cache. Each load runs in
 its own process, in turn. Memory is the peak (VmHWM) above that after the imports, as a multiple of the weights' size.
-All weights are read at the end, since transformers only maps them.
+All weights are read once at the end, since transformers only memory-maps them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import re, time, torch
 def status(what):
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 start = status("VmRSS")
 began = time.perf_counter()
 model = {load}

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --source tinyshakespeare.txt [--rounds 3] [--ranks 2]
 
-nanoGPT's Shakespeare preset at batch 8 × 4 micro steps. One process uses all cores, several share them evenly. They
+nanoGPT's Shakespeare preset with 4 micro steps of 8 rows. One process uses all cores, several share them evenly. They
 run in turn; ratios are computed within a round, their range is over the rounds. nanoGPT and build-nanogpt cannot be
 compared: they need CUDA for more than one process.
 """
@@ -42,7 +42,7 @@ class Options:
     source: str = option("", "tiny Shakespeare; downloaded if not given")
     rounds: int = option(3, "of each program; the median counts", unit="rounds")
     ranks: int = option(2, "processes")
-    dtype: str = option("auto", "numbers of the arithmetic")
+    dtype: str = option("auto", "dtype of the arithmetic")
 
 
 def run(data: Path, out: Path, ranks: int, *more: str) -> tuple[float, list[float]]:
@@ -61,14 +61,14 @@ def run(data: Path, out: Path, ranks: int, *more: str) -> tuple[float, list[floa
 
 def main(options: Options) -> None:
     n, dtype = options.ranks, f"--dtype={options.dtype}"
-    contestants = {"1 process": (1, dtype), f"{n}, ddp": (n, dtype), f"{n}, fsdp": (n, dtype, "--parallel=fsdp")}
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    variants = {"1 process": (1, dtype), f"{n}, ddp": (n, dtype), f"{n}, fsdp": (n, dtype, "--parallel=fsdp")}
+    speeds: dict[str, list[float]] = {name: [] for name in variants}
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare(known("shakespeare_char", data, options.source, {}), data)
         for turn in range(options.rounds):
-            for name, (ranks, *flags) in contestants.items():
+            for name, (ranks, *flags) in variants.items():
                 speed, losses[name] = run(data, Path(folder) / f"{turn}-{name}", ranks, *flags)
                 speeds[name].append(speed)
                 print(f"round {turn + 1}: {name:10} {speed:8,.0f} tokens/s", flush=True)

@@ -1,11 +1,11 @@
 """Tokenizing a corpus, including reading and writing files: ``folio prepare`` against tiktoken's own processes.
 
-The peers read the same JSON lines, call ``encode_ordinary`` and write uint16: two processes with every second document
-each, or one with all documents. All run in turn, round after round, as children of this process:
+The other program reads the same JSON lines, calls ``encode_ordinary`` and writes uint16, in one process, or in two with
+every second document each. All run in turn, round after round:
 
     python benchmarks/tokenize.py --source wikitext2_valid.jsonl --megabytes 1000
 
-The corpus is the source repeated. Memory is the largest sum at one moment over the program's processes (PSS).
+The corpus is the source repeated. Memory is the largest sum of the processes' memory at one moment (PSS).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Options:
     """What to tokenize, and how often."""
 
     source: str = option(MISSING, "JSON lines with the key text")
-    megabytes: int = option(1000, "size of the corpus that is made of them")
+    megabytes: int = option(1000, "size of the corpus, which repeats them")
     rounds: int = option(3, "of each program; the median counts", unit="rounds")
 
 
@@ -88,7 +88,7 @@ def main(options: Options) -> None:
 
 
 def repeat(source: Path, corpus: Path, size: int) -> int:
-    """Writes whole copies of the source until there are ``size`` bytes; the bytes of text in them."""
+    """Writes whole copies of the source until there are ``size`` bytes; returns the bytes of text in them."""
     content = source.read_bytes()
     text = sum(len(json.loads(line)["text"].encode()) for line in content.splitlines())
     copies = -(-size // len(content))
@@ -109,7 +109,7 @@ def folio(corpus: Path, folder: Path) -> subprocess.Popen[bytes]:
 
 
 class Memory:
-    """The largest sum of memory that processes and those they began held at one moment, in bytes."""
+    """The largest total memory of processes and their children at one moment, in bytes."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
         self.peak = 0
@@ -127,11 +127,11 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.25):
-            self.peak = max(self.peak, sum(held(pid) for root in self._roots for pid in family(root)))
+            self.peak = max(self.peak, sum(memory_of(pid) for root in self._roots for pid in family(root)))
 
 
 def family(root: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     found = [root]
     for pid in found:
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -142,8 +142,8 @@ def family(root: int) -> list[int]:
     return found
 
 
-def held(pid: int) -> int:
-    """Its proportional share of memory (PSS), in bytes."""
+def memory_of(pid: int) -> int:
+    """A process's proportional share of memory (PSS), in bytes."""
     try:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

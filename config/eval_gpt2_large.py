@@ -1,4 +1,4 @@
-# The loss of OpenAI's pretrained gpt2-large, by default on OpenWebText.
+# Evaluates OpenAI's pretrained gpt2-large, by default on OpenWebText.
 batch_size = 8
 eval_iters = 500
 eval_only = True

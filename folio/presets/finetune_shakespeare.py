@@ -1,4 +1,4 @@
-# GPT-2 XL fine-tuned on Shakespeare's words; --init_from=gpt2 takes the smallest.
+# Fine-tunes GPT-2 XL on Shakespeare; --init_from=gpt2 starts from the smallest model.
 import time
 
 out_dir = "out-shakespeare"

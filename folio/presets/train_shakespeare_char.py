@@ -1,4 +1,4 @@
-# A small character model of Shakespeare: minutes on a GPU. It overfits, so only the best is kept.
+# A small character model of Shakespeare: minutes on a GPU. It overfits, so only the best checkpoint is kept.
 out_dir = "out-shakespeare-char"
 eval_interval = 250
 eval_iters = 200

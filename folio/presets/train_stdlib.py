@@ -1,4 +1,4 @@
-# The demo: a byte model of the running Python's own standard library, about two minutes on two CPU cores.
+# The demo: a byte model of the running Python's standard library, in about two minutes on two CPU cores.
 out_dir = "out-stdlib"
 dataset = "stdlib"
 gradient_accumulation_steps = 1

@@ -125,7 +125,7 @@ def _run(command: list[str], cwd: Path) -> tuple[float, str]:
 
 
 def _peer(peer: Path, flags: list[str], data: Path, out: Path, seed: int) -> Result:
-    # nanoGPT's os.path.join("data", dataset) is an absolute dataset itself
+    # in nanoGPT, os.path.join("data", dataset) is the absolute path itself
     seeded = f"open('train.py').read().replace('manual_seed({SEED} ', 'manual_seed({seed} ')"
     command = [sys.executable, "-c", f"exec(compile({seeded}, 'train.py', 'exec'))"]
     command += ["config/train_shakespeare_char.py", *flags]

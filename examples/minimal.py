@@ -129,7 +129,7 @@ def main():
     optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
     for step in range(o.max_iters + 1):
         if step % o.eval_interval == 0 or step == o.max_iters:
-            with torch.no_grad():  # once over the split, in rows that overlap nowhere
+            with torch.no_grad():  # once over the split, in rows that do not overlap
                 losses = [model(*val.batch(i, o.batch_size, o.device)) for i in range(0, val.epoch, o.batch_size)]
             print(f"step {step}: val loss {torch.stack(losses).mean():.4f}", flush=True)
         if step == o.max_iters:

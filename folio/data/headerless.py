@@ -73,8 +73,8 @@ def _looks_like(content: NDArray[np.uint8], vocab_size: int | None) -> np.dtype[
     if swapped.max() < 2**8 or (swapped.max() < limit <= ids.max() and (vocab_size or len(ids) > _FEWEST_BYTES)):
         return np.dtype(">u2")
     fits = not vocab_size or content.max() < vocab_size <= ids.max()
-    told = len(content) >= _FEWEST_BYTES or (len(content) >= 8 * _FEWEST and content.max() < 2**7)
-    return np.dtype("u1") if fits and told and _alike(content[::2], content[1::2]) else BARE
+    enough = len(content) >= _FEWEST_BYTES or (len(content) >= 8 * _FEWEST and content.max() < 2**7)
+    return np.dtype("u1") if fits and enough and _alike(content[::2], content[1::2]) else BARE
 
 
 def _are_ids(values: NDArray[Any], vocab_size: int | None) -> bool:

@@ -129,8 +129,8 @@ def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not least <= value <= most:
-        told = f"{value:,}" if type(value) is int and value.bit_length() < 128 else str(type(value).__name__)
-        raise UserError(f"{name}={told} is not a whole number from {least} to {most:,}")
+        shown = f"{value:,}" if type(value) is int and value.bit_length() < 128 else str(type(value).__name__)
+        raise UserError(f"{name}={shown} is not a whole number from {least} to {most:,}")
     return value
 
 

@@ -33,11 +33,11 @@ def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwri
             ) from None
         return False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / META} is damaged ({error}): --overwrite makes the data set anew") from None
+        raise UserError(f"{folder / META} is damaged ({error}): --overwrite replaces the data set") from None
     refuse_difference(f"{folder} was made", made, described, recipe.source)
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
-        raise UserError(f"{folder / gone[0]} is missing: --overwrite makes the data set anew")
+        raise UserError(f"{folder / gone[0]} is missing: --overwrite replaces the data set")
     say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
 
@@ -50,7 +50,7 @@ def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], sourc
         return
     if changed:
         changes = "; ".join(f"{k}: {was.get(k)} → {now.get(k)}" for k in changed)
-        raise UserError(f"{what} with other settings ({changes}): --overwrite makes it anew")
+        raise UserError(f"{what} with other settings ({changes}): --overwrite replaces it")
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:

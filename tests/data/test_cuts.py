@@ -1,4 +1,4 @@
-"""A text that is cut between tokens has the ids of the whole."""
+"""A text that is cut has the ids of the whole text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TEXTS |= {
 
 
 def cuts(text: str) -> list[int]:
-    """All the places at which a text may be cut; each at or after the place that was asked for."""
+    """All places at which a text may be cut. Each is at or after the requested place."""
     raw = text.encode()
     found = {at: cut(io.BytesIO(raw), at, len(raw)) for at in range(len(raw) + 1)}
     assert all(at <= place for at, place in found.items())
@@ -58,7 +58,7 @@ def cuts(text: str) -> list[int]:
 
 
 def assert_divisible(encode: Callable[[str], list[Any]], text: str) -> None:
-    """In two pieces, cut anywhere, and in as many as can be, a file of text has the tokens of the whole."""
+    """Two pieces, cut at any place, and the largest number of pieces have the tokens of the whole text."""
     raw, places = text.encode(), cuts(text)
     whole = encode(decode_text(raw))
     for place in places:
@@ -69,7 +69,7 @@ def assert_divisible(encode: Callable[[str], list[Any]], text: str) -> None:
 
 
 def test_texts_are_cut_often_enough() -> None:
-    """At most words, and at lines where there are no spaces."""
+    """At most spaces, and at line ends in texts without spaces."""
     assert len(cuts(TEXTS["prose"])) > 250
     for end in ("\n", "\r\n", "\r"):
         text = TEXTS["no spaces"].replace("\n", end)
@@ -90,7 +90,7 @@ def test_pieces_have_the_ids_of_a_file(tok, name) -> None:
 
 @pytest.mark.parametrize("encoding", ["r50k_base", "p50k_base", "cl100k_base", "o200k_base"])
 def test_pieces_have_the_words_of_tiktokens_patterns(monkeypatch, encoding) -> None:
-    """What tiktoken's own patterns split a text into, before any table is looked at; for all its encodings."""
+    """For all encodings of tiktoken, pieces are split into the same words by its pattern."""
     from tiktoken_ext import openai_public
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})  # the tables are not needed
@@ -150,7 +150,7 @@ def _whole(tok: Path) -> str:
     ],
 )
 def test_a_large_text_has_the_ids_of_the_whole(folio, tok, tmp_path, monkeypatch, make) -> None:
-    """With any file, whether the program cuts the text or not."""
+    """With any tokenizer file, whether Folio cuts the text or not."""
     (tmp_path / "any.json").write_text(make(tok), encoding="utf-8")
     text = "the ferry left\nthe ferry.\n\nthe ferry left the  ferry\n" * 40
     (tmp_path / "text").mkdir()

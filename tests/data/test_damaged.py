@@ -74,8 +74,8 @@ def test_a_data_set_that_is_damaged(folio, data, tmp_path, damage, words) -> Non
     assert tree(data) == before
 
 
-def test_a_token_that_the_model_lacks(folio, data, tmp_path) -> None:
-    """Files without a meta file tell their vocabulary only as they are read."""
+def test_an_id_outside_the_vocabulary(folio, data, tmp_path) -> None:
+    """Without a meta file, ids are checked only when they are read."""
     _without_meta(data)
     outcome = folio("train", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'new'}", "--vocab_size=10")
     assert_refused(outcome, data / "train.bin", "token id", "vocabulary of 10", "--vocab_size")

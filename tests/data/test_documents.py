@@ -1,4 +1,4 @@
-"""Attention that stays within documents: how they are told apart, and that each is as if it were alone."""
+"""Attention within documents: how documents are found, and that each is computed as if it were alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Ids = NDArray[np.uint16]
 
 
 def texts(count: int, seed: int, eot: int, first: bool) -> Ids:
-    """Ids 1 … 30 in so many documents of 1 to 25 tokens, the end-of-text before or after each."""
+    """``count`` documents of 1 to 25 ids from 1 to 30, with an end-of-text before or after each."""
     random, found = np.random.default_rng(seed), []
     for length in random.integers(1, 25, count):
         document = np.minimum(random.geometric(0.15, length), 30).tolist()
@@ -45,7 +45,7 @@ def texts(count: int, seed: int, eot: int, first: bool) -> Ids:
 
 
 def lay(folder: Path, eot: int, first: bool, meta: str = "") -> Path:
-    """build-nanogpt's shards, over which documents run on; with ``meta``, this program's, whose eot it is."""
+    """Shards of build-nanogpt, with documents that cross shards; with ``meta``, Folio's, whose ``eot`` it is."""
     folder.mkdir()
     ids, files = texts(120, 1, eot, first), {}
     within = np.flatnonzero((ids != eot)[1:] & (ids != eot)[:-1]) + 1  # only the first shard begins with a document
@@ -62,7 +62,7 @@ def lay(folder: Path, eot: int, first: bool, meta: str = "") -> Path:
 
 
 def segments(x: NDArray[Any], eot: int, first: bool) -> Iterator[slice]:
-    """The parts of a row of inputs that belong to one document each, found in the plainest way."""
+    """The documents in a row of inputs, found by a loop."""
     begin = 0
     for i in range(1, len(x)):
         if x[i if first else i - 1] == eot:
@@ -85,7 +85,7 @@ def segments(x: NDArray[Any], eot: int, first: bool) -> Iterator[slice]:
     ],
 )
 def test_the_number_of_each_tokens_document(row: list[int], before: list[int], after: list[int]) -> None:
-    """An end-of-text begins a document, or belongs to the one that it ends; a row may begin within one."""
+    """An end-of-text begins or ends a document; a row may begin within a document."""
     rows = np.array([row, [9] * 8], dtype=np.int64)
     found = [Documents(9, first)(rows) for first in (True, False)]
     assert [numbers[0].tolist() for numbers in found] == [before, after]
@@ -100,12 +100,12 @@ def small(T: int) -> GPT:
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=T, vocab_size=31, n_layer=2, n_head=2, n_embd=16))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)  # so that a token that should not be seen would tell
+        torch.nn.init.normal_(p, std=0.3)  # so large that attention to a masked token would change the result
     return model
 
 
 def batch(T: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Three rows of documents, the last one without its end: inputs, targets, numbers."""
+    """Three rows of documents, the last one cut off: inputs, targets, document numbers."""
     rows = np.stack([texts(T, seed, 0, first)[seed * 5 :][: T + 1] for seed in (1, 2, 3)]).astype(np.int64)
     documents = torch.from_numpy(Documents(0, first)(rows))
     rows[2, T // 2 :] = -1
@@ -137,7 +137,7 @@ def test_documents_are_as_if_alone(T: int, grad: bool, first: bool) -> None:
         nats, counted = runtime.wrap(model, None)(idx, targets, documents)
         assert counted.item() == (targets != -1).sum().item()
         assert nats.item() == pytest.approx(losses[1].item(), rel=1e-6)
-        assert (model.hidden(idx) - together).abs().max() > 0.1  # what the mask takes away is missed
+        assert (model.hidden(idx) - together).abs().max() > 0.1  # the mask makes a difference
     if grad:
         parameters = list(model.parameters())
         for mine, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
@@ -146,7 +146,7 @@ def test_documents_are_as_if_alone(T: int, grad: bool, first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("T", [24, 300])
-def test_flex_attention_sees_the_same(T: int) -> None:
+def test_flex_attention_gives_the_same_states(T: int) -> None:
     """The block mask and the dense one give the same states, at the same positions."""
     model, (idx, _, documents) = small(T), batch(T, True)
     (positions, dense), (again, blocks) = within_documents(documents), within_documents(documents, flex=True)
@@ -158,7 +158,7 @@ def test_flex_attention_sees_the_same(T: int) -> None:
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
-# How they are told apart
+# How documents are found
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_flex_attention_sees_the_same(T: int) -> None:
         (31, False, "", 31, "ends", "the files in"),
         (GPT2_EOT, False, "after", "auto", "ends", "meta file"),
         (GPT2_EOT, True, "before", "auto", "begins", "meta file"),
-        (GPT2_EOT, True, "after", "auto", "ends", "meta file"),  # the meta file is believed
+        (GPT2_EOT, True, "after", "auto", "ends", "meta file"),  # the meta file decides
     ],
 )
-def test_where_the_end_of_text_stands(
+def test_whether_the_end_of_text_is_first_or_last(
     tmp_path: Path, eot: int, first: bool, meta: str, asked: int | Literal["auto"], way: str, source: str
 ) -> None:
-    """By the meta file; else it is before each document where a file begins with it, or after each."""
+    """The meta file says so; without one it is first if a file begins with it, else last."""
     tokens = Tokens([open_folder(lay(tmp_path / "data", eot, first, meta))], 16)
     tokens, said = tokens.with_documents(asked)
     assert said.startswith(f"token {eot} {way} a document, by ")
@@ -185,8 +185,8 @@ def test_where_the_end_of_text_stands(
     assert tokens.documents == Documents(eot, way == "begins")
 
 
-def test_characters_with_an_end_of_text_that_is_asked_for(tmp_path: Path) -> None:
-    """Files whose tokenizer has none are told apart by any id that the user knows of."""
+def test_characters_with_an_id_given_as_end_of_text(tmp_path: Path) -> None:
+    """--eot works for files whose tokenizer has no end-of-text."""
     lay(tmp_path / "data", 0, False)
     characters = "".join(map(chr, range(97, 128)))
     meta = {"vocab_size": 31, "itos": dict(enumerate(characters))}
@@ -195,8 +195,8 @@ def test_characters_with_an_end_of_text_that_is_asked_for(tmp_path: Path) -> Non
     assert tokens.with_documents(0)[1].startswith("token 0 ends a document")
 
 
-def named_elsewhere(folder: Path) -> None:
-    """datatrove's file in a tokenizer that only datatrove knows."""
+def of_an_unknown_tokenizer(folder: Path) -> None:
+    """datatrove's files of a tokenizer that Folio does not know."""
     folder.mkdir()
     for split in ("train", "val"):
         ids = texts(40, 1, 0, False)
@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no end-of-text": (lambda d: lay(d, 0, True), [], ["no token 50256 near the beginning", "--document_mask=False"]),
     "not in the files": (lambda d: lay(d, 0, True), ["--eot=40"], ["no token 40 near the beginning", "--eot"]),
     "not in files with a meta file": (lambda d: lay(d, GPT2_EOT, True, "before"), ["--eot=40"], ["no token 40"]),
-    "unknown tokenizer": (named_elsewhere, [], ["HuggingFaceTB/SmolLM-135M", "--eot"]),
+    "unknown tokenizer": (of_an_unknown_tokenizer, [], ["HuggingFaceTB/SmolLM-135M", "--eot"]),
     "mixture": (
         lambda d: (lay(d, GPT2_EOT, True), lay(d.parent / "other", GPT2_EOT, False)),
         ["--data_mixture={0}=0.5,{0}/../other=0.5"],
@@ -220,8 +220,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_told_apart(folio: Callable[..., Outcome], story: Path, tmp_path: Path, case: str) -> None:
-    """One line that names the files and the way out; nothing is written."""
+def test_documents_that_cannot_be_found(folio: Callable[..., Outcome], story: Path, tmp_path: Path, case: str) -> None:
+    """One line names the files and the remedy; nothing is written."""
     lie, flags, words = REFUSED[case]
     lie(tmp_path / "data")
     data = tmp_path / "data" if case != "characters" else story
@@ -239,7 +239,7 @@ RUN = [*SMALL, "--document_mask", "--eot=0", "--vocab_size=32", "--learning_rate
 
 @torch.no_grad()
 def nats(model: GPT, x: NDArray[Any], y: NDArray[Any], first: bool) -> float:
-    """The loss of a row, each of its documents alone."""
+    """The loss of a row, summed over its documents, each computed alone."""
     total = 0.0
     for part in segments(x, 0, first):
         inputs, targets = (torch.from_numpy(a[part].astype(np.int64)) for a in (x, y))
@@ -249,7 +249,7 @@ def nats(model: GPT, x: NDArray[Any], y: NDArray[Any], first: bool) -> float:
 
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_training_under_the_mask(folio: Callable[..., Outcome], tmp_path: Path, first: bool) -> None:
-    """The first step's loss and the last validation's are the documents' own; three steps and three are six."""
+    """The first train loss and the last validation loss are those of single documents; a resumed run is exact."""
     data = lay(tmp_path / "data", 0, first)
     six = folio("train", *RUN, f"--data_dir={data}", f"--out_dir={tmp_path / 'six'}", "--max_iters=6")
     three = folio("train", *RUN, f"--data_dir={data}", f"--out_dir={tmp_path / 'three'}", "--max_iters=3")
@@ -279,7 +279,7 @@ def test_training_under_the_mask(folio: Callable[..., Outcome], tmp_path: Path, 
 
 @pytest.mark.slow
 def test_two_ranks_under_the_mask(tmp_path: Path) -> None:
-    """Every loss is that of one process, with dropout too."""
+    """Every loss is that of one process, also with dropout."""
     data, losses = lay(tmp_path / "data", 0, True), []
     group = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for name, how in (("one", ()), ("two", group)):

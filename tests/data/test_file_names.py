@@ -1,4 +1,4 @@
-"""Which files of a folder are the data set, and which are left alone."""
+"""Which files of a folder are the data set, and which are ignored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from folio.data.folders import open_folder
 shards = written.shards
 
 
-# the data set, what lies beside it, and what the line says of that
+# files of the data set, other files, and words of the note
 BESIDE: dict[str, tuple[str, str, str]] = {
     "mask": (PAIR, "train_mask.bin", "left alone: train_mask.bin"),
     "copies": (PAIR, "old_train.bin,train (1).bin,train_copy.bin,val2.bin", "left alone: old_train.bin, train (1).bin"),
@@ -53,7 +53,7 @@ BESIDE: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("case", BESIDE)
 def test_one_data_set_is_taken_and_the_rest_named(tmp_path: Path, case: str) -> None:
-    """nanoGPT's two names, else one family of shards; all else is left alone, in one line that names it."""
+    """nanoGPT's two names, else one family of shards. A note of one line names the other files."""
     own, beside, words = BESIDE[case]
     lay(tmp_path, own)
     if beside:
@@ -79,8 +79,8 @@ AMBIGUOUS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("case", AMBIGUOUS)
-def test_where_it_is_not_clear_which_are_meant(tmp_path: Path, case: str) -> None:
-    """It is refused; a glob that the line names is then read."""
+def test_several_data_sets_in_a_folder_are_refused(tmp_path: Path, case: str) -> None:
+    """The glob that the error suggests can be read."""
     names, words = AMBIGUOUS[case]
     lay(tmp_path, names)
     with pytest.raises(ValueError, match=r"glob") as refused:
@@ -94,7 +94,7 @@ def test_where_it_is_not_clear_which_are_meant(tmp_path: Path, case: str) -> Non
 
 
 def test_a_glob_means_every_file_that_it_finds(tmp_path: Path) -> None:
-    """Of several families too, which one line says; those of no split are left alone."""
+    """Also files of several families, with a note. Files without a split are left out."""
     lay(tmp_path, f"{SHARDS},tiny_train_1.npy,tiny_val_0.npy,x.npy")
     folder = open_folder(tmp_path / "*.npy")
     assert [len(folder.splits[split]) for split in ("train", "val")] == [3, 2]
@@ -104,7 +104,7 @@ def test_a_glob_means_every_file_that_it_finds(tmp_path: Path) -> None:
 
 
 def test_a_glob_of_listed_and_other_files(shards: Path, tmp_path: Path) -> None:
-    """meta.json says of some of them what they are, and of others nothing."""
+    """A folder's own files are listed in meta.json; a glob may not mix them with others."""
     folder = shutil.copytree(shards, tmp_path / "data")
     npy(folder / "story_train_mask.npy", IDS)
     found = open_folder(folder)
@@ -115,7 +115,7 @@ def test_a_glob_of_listed_and_other_files(shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_glob_of_a_wide_data_set(shards: Path, tmp_path: Path) -> None:
-    """Its meta.json says the type, so that nothing is guessed; and what else there is to say."""
+    """Its meta.json states type and tokenizer, for globs too."""
     folder = shutil.copytree(shards, tmp_path / "data")
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):
@@ -134,7 +134,7 @@ def test_a_glob_of_a_wide_data_set(shards: Path, tmp_path: Path) -> None:
 
 
 def test_training_names_what_it_leaves_alone(folio: Callable[..., Outcome], tmp_path: Path) -> None:
-    """A mask beside the ids changes no loss, and is named; so it is by data info."""
+    """A mask beside the ids changes no loss; train and data info name it."""
     lay(tmp_path / "alone", PAIR)
     lay(tmp_path / "beside", f"{PAIR}")
     lay(tmp_path / "beside", "train_mask.bin", IDS % 2)

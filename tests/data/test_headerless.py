@@ -1,4 +1,4 @@
-"""The type of files that do not state it."""
+"""The type of ids in files without a header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = np.frombuffer(STORY.read_bytes(), dtype=np.uint8)[:9000]
 LETTERS = np.unique(TEXT, return_inverse=True)[1]
 MANY = np.minimum(50256, RANDOM.zipf(1.2, 9000))
 LABELS = np.where(np.arange(9000) % 7, MANY, -100)
-# the ids, the type that they are written in, and the option's value that the line names
+# the ids, the type that they are written in, and the value of --token_dtype
 OTHER: dict[str, tuple[NDArray[Any], str, str]] = {
     "uint32": (MANY, "<u4", "uint32"),
     "int64": (MANY, "<i8", "int64"),
@@ -42,7 +42,7 @@ OTHER: dict[str, tuple[NDArray[Any], str, str]] = {
 
 @pytest.mark.parametrize("case", OTHER)
 def test_another_type_is_refused_until_it_is_said(folio: Callable[..., Outcome], tmp_path: Path, case: str) -> None:
-    """One line names the option; with it, the ids are those that were written, and training takes them."""
+    """One line names the option. With it, the ids are read as written, and a run trains on them."""
     ids, dtype, name = OTHER[case]
     lay(tmp_path, PAIR, ids.astype(dtype))
     outcome = folio("data", "info", tmp_path)
@@ -66,7 +66,7 @@ def test_another_type_is_refused_until_it_is_said(folio: Callable[..., Outcome],
 @pytest.mark.parametrize("dtype", [">u2", ">u4", ">i8", "<f4", "<f8"])
 @pytest.mark.parametrize("ids", [MANY, LETTERS], ids=["many", "characters"])
 def test_types_that_are_not_read(tmp_path: Path, dtype: str, ids: Ids) -> None:
-    """The line names what makes them fit, and it does."""
+    """The error gives code that converts them, and the code works."""
     lay(tmp_path, PAIR, ids.astype(dtype))
     with pytest.raises(ValueError, match=r"train\.bin seems to hold .*, which is not read") as refused:
         open_folder(tmp_path)
@@ -95,21 +95,21 @@ ORDINARY: dict[str, NDArray[Any]] = {
 
 @pytest.mark.parametrize("case", ORDINARY)
 def test_uint16_stays_uint16(tmp_path: Path, case: str) -> None:
-    """Ids below 256, in which every second byte is zero, and data that is odd in itself."""
+    """Ids below 256, whose every second byte is zero, and unusual data."""
     lay(tmp_path, PAIR, ORDINARY[case].astype("<u2"))
     assert open_folder(tmp_path).splits["train"][0].dtype == np.uint16
 
 
 def test_zeros_in_every_second_place_can_be_meant(tmp_path: Path) -> None:
-    """They are refused, and read once they are said to be uint16."""
+    """They are refused, and read with --token_dtype=uint16."""
     lay(tmp_path, PAIR, np.stack([LETTERS[:900], np.zeros(900)], axis=1).ravel().astype("<u2"))
     with pytest.raises(ValueError, match="--token_dtype=uint16"):
         open_folder(tmp_path)
     assert open_folder(tmp_path, "uint16").splits["train"][0].tokens == 1800
 
 
-def test_what_a_meta_file_bounds(tmp_path: Path) -> None:
-    """Ids that are in the vocabulary as another type, and not as uint16; a vocabulary that uint16 cannot hold."""
+def test_vocab_size_shows_another_type(tmp_path: Path) -> None:
+    """Ids that are below vocab_size only as another type; a vocab_size above 65,536."""
     size = int(LETTERS.max()) + 1
     for ids, vocab_size, words in (
         (LETTERS.astype("u1"), size, "uint8"),

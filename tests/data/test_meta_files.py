@@ -42,7 +42,7 @@ SIZES: dict[str, tuple[Any, int, str | None]] = {
 @pytest.mark.parametrize("protocol", [0, 4, 5])
 @pytest.mark.parametrize("case", SIZES)
 def test_what_meta_pkl_says(tmp_path: Path, case: str, protocol: int) -> None:
-    """How many ids there are, which is all that training needs; and the characters where each id has one."""
+    """The number of ids, and the characters if each id has one."""
     value, size, found = SIZES[case]
     try:
         content = pickle.dumps(value, protocol)
@@ -57,7 +57,7 @@ def test_what_meta_pkl_says(tmp_path: Path, case: str, protocol: int) -> None:
 
 
 def test_a_run_on_ids_alone(folio: Callable[..., Outcome], tmp_path: Path) -> None:
-    """It trains and is evaluated; sampling says in one line why there is no text."""
+    """Training and evaluation work. Sampling is refused in one line, with the reason."""
     lay(tmp_path, PAIR, IDS % 3)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": np.int64(3)}))
     out = f"--out_dir={tmp_path / 'out'}"
@@ -93,7 +93,7 @@ META: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", META)
 def test_an_odd_meta_json(folio: Callable[..., Outcome], shards: Path, tmp_path: Path, case: str) -> None:
-    """One line, by training and by data info."""
+    """train and data info refuse it in one line."""
     folder = shutil.copytree(shards, tmp_path / "data")
     change, words = META[case]
     path = folder / "meta.json"

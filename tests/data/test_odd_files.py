@@ -23,8 +23,8 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.pkl", "meta.json", "x_train_0.npy", "0.ds.metadata"])
-def test_what_is_no_file(folio: Callable[..., Outcome], tmp_path: Path, name: str, kind: str) -> None:
-    """It is neither waited for, nor read without end, nor passed over."""
+def test_pipes_devices_and_broken_links(folio: Callable[..., Outcome], tmp_path: Path, name: str, kind: str) -> None:
+    """They are refused: no waiting, no endless reading, no silent skipping."""
     lay(tmp_path, {".npy": "x_train_0.npy,x_val_0.npy", ".metadata": "0.ds"}.get(Path(name).suffix, PAIR))
     (tmp_path / name).unlink(missing_ok=True)
     KINDS[kind](tmp_path / name)

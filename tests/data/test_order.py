@@ -1,4 +1,4 @@
-"""From token files to the rows of a step: every order, every cut, every share."""
+"""From token files to the rows of a step: their order, and how ranks share them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_consecutive(rows: Rows, block_size: int) -> None:
 
 @pytest.mark.parametrize(("n", "T"), [(9, 8), (10, 8), (16, 8), (17, 8), (24, 8), (25, 8), (1000, 8), (997, 7), (2, 1)])
 def test_an_epoch_visits_each_window_once(count_up: Any, n: int, T: int) -> None:
-    """All windows of an epoch lie inside, side by side, each once, in another order every epoch."""
+    """The windows of an epoch are adjacent and inside the split, each once; every epoch has another order."""
     data, per_epoch = count_up(n, T), rows_per_epoch(n, T)
     assert per_epoch >= max(1, (n - 1) // T - 1)
     orders = []
@@ -62,7 +62,7 @@ def test_an_epoch_visits_each_window_once(count_up: Any, n: int, T: int) -> None
         assert np.array_equal(starts, starts[0] + np.arange(per_epoch) * T)
         orders.append(tuple(rows[:, 0]))
     if n > 2 * T:
-        assert len({min(order) for order in orders}) > 1 or T == 1  # windows are cut elsewhere every epoch
+        assert len({min(order) for order in orders}) > 1 or T == 1  # every epoch has another offset
     if per_epoch > 20:
         assert len(set(orders)) == 12
         assert all(list(order) != sorted(order) for order in orders)
@@ -70,7 +70,7 @@ def test_an_epoch_visits_each_window_once(count_up: Any, n: int, T: int) -> None
 
 @pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
 def test_rows_are_a_pure_function(count_up: Any, sampling: Sampling) -> None:
-    """However a range of rows is split, whatever was read before: the same rows."""
+    """Rows do not depend on how a range is divided or what was read before."""
     data = count_up(203, 8, sampling=sampling, batch_size=3)
     whole = data.rows("train", 0, 100)
     assert_consecutive(whole, 8)
@@ -83,21 +83,21 @@ def test_rows_are_a_pure_function(count_up: Any, sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["epoch", "random"])
-def test_the_seed_and_the_split_choose_the_order(count_up: Any, sampling: Sampling) -> None:
-    """Another seed or another split is another order."""
+def test_the_order_depends_on_the_seed_and_the_split(count_up: Any, sampling: Sampling) -> None:
+    """Another seed or another split gives another order."""
     rows = [count_up(999, 8, sampling=sampling, seed=seed).rows("train", 0, 50) for seed in (1, 2)]
     rows.append(count_up(999, 8, sampling=sampling, seed=1).rows("val", 0, 50))
     assert len({r.tobytes() for r in rows}) == 3
 
 
 def test_the_order_is_pinned(count_up: Any) -> None:
-    """A checkpoint of an older version goes on with the same rows: these values never change."""
+    """A checkpoint of an older version resumes with the same rows: these values never change."""
     assert count_up(100, 8).rows("train", 9, 5)[:, 0].tolist() == [10, 42, 24, 80, 32]
     assert count_up(100, 8, sampling="random").rows("train", 9, 5)[:, 0].tolist() == [50, 60, 86, 77, 2]
 
 
 def test_random_windows_reach_both_ends(count_up: Any) -> None:
-    """With replacement, every start that leaves block_size + 1 tokens about as often as the others."""
+    """Every possible start, with replacement, about equally often."""
     starts = Counter(count_up(20, 8, sampling="random").rows("train", 0, 12_000)[:, 0].tolist())
     assert set(starts) == set(range(12))
     assert all(abs(count - 1000) < 150 for count in starts.values())
@@ -105,7 +105,7 @@ def test_random_windows_reach_both_ends(count_up: Any) -> None:
 
 @pytest.mark.parametrize(("n", "T", "B"), [(203, 8, 3), (193, 8, 3), (192, 8, 3), (25, 8, 3), (300, 7, 1), (300, 1, 4)])
 def test_sequential_is_build_nanogpts_order(count_up: Any, n: int, T: int, B: int) -> None:
-    """Batches as its loader takes them on one rank, around again when the next would not fit."""
+    """Batches of its loader on one rank, from the beginning again when the next does not fit."""
     data, position, expected = count_up(n, T, sampling="sequential", batch_size=B), 0, []
     for _ in range(40):
         expected.append(np.arange(position, position + B * T).reshape(B, T))
@@ -116,7 +116,7 @@ def test_sequential_is_build_nanogpts_order(count_up: Any, n: int, T: int, B: in
 
 
 def test_sequential_with_less_than_a_batch(count_up: Any) -> None:
-    """The windows there are, again and again."""
+    """The existing windows repeat."""
     rows = count_up(20, 8, sampling="sequential", batch_size=5).rows("train", 0, 5)
     assert rows[:, 0].tolist() == [0, 8, 0, 8, 0]
 
@@ -126,7 +126,7 @@ def test_sequential_with_less_than_a_batch(count_up: Any) -> None:
 
 @pytest.mark.parametrize("n", [9, 10, 16, 17, 18, 100])
 def test_all_windows_cover_every_target_once(count_up: Any, n: int) -> None:
-    """Count 0 takes each token but the first as a target once, the tail filled up with −1."""
+    """With count 0 each token but the first is a target once; the tail is filled with −1."""
     data = count_up(n, 8)
     windows = data.windows("val", data.spread("val", 0))
     targets = windows[:, 1:]
@@ -214,7 +214,7 @@ def test_sources_of_a_given_folder(tmp_path: Path) -> None:
 
 
 def covered(data: Data, world: int) -> list[int]:
-    """All rows of a step that the ranks take together."""
+    """All rows of a step that the ranks read."""
     shares = [micro_batches(data, rank, world) for rank in range(world)]
     return sorted(row for share in shares for first, size, _ in share for row in range(first, first + size))
 
@@ -224,19 +224,19 @@ def covered(data: Data, world: int) -> list[int]:
     [(8, 3, 1), (8, 3, 2), (8, 3, 4), (8, 3, 8), (40, 12, 16), (1, 4, 2), (1, 4, 4), (2, 3, 3), (5, 8, 4), (3, 2, 6)],
 )
 def test_ranks_share_the_rows_of_a_step(steps: int, size: int, world: int) -> None:
-    """Each row belongs to one rank, all have as many, and none takes more than batch_size at once."""
+    """Each row belongs to one rank, ranks have equally many, and a micro batch has at most batch_size."""
     data = Data(gradient_accumulation_steps=steps, batch_size=size)
     assert covered(data, world) == list(range(steps * size))
     shares = [micro_batches(data, rank, world) for rank in range(world)]
     assert len({sum(n for _, n, _ in share) for share in shares}) == 1
     assert all(0 < n <= size for share in shares for _, n, _ in share)
     keys = [m for share in shares for _, _, m in share]
-    assert len(set(keys)) == len(keys)  # no two dropout masks are alike
+    assert len(set(keys)) == len(keys)  # no two micro batches share a dropout mask
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_micro_steps_are_those_of_one_process(world: int) -> None:
-    """Where the world divides the accumulation, rank r's micro step m is m · world + r of one process."""
+    """If the world divides the accumulation, rank r's micro step m is m · world + r of one process."""
     data = Data(gradient_accumulation_steps=8, batch_size=3)
     (one,) = (micro_batches(data, 0, 1),)
     assert one == [(3 * m, 3, m) for m in range(8)]
@@ -245,14 +245,14 @@ def test_micro_steps_are_those_of_one_process(world: int) -> None:
 
 
 def test_forty_micro_steps_on_sixteen_ranks() -> None:
-    """nanoGPT's default accumulation where it does not divide: 30 rows each, in micro batches of 12, 12 and 6."""
+    """16 does not divide nanoGPT's 40 micro steps: 30 rows per rank, in micro batches of 12, 12 and 6."""
     data = Data(gradient_accumulation_steps=40, batch_size=12)
     assert [size for _, size, _ in micro_batches(data, 5, 16)] == [12, 12, 6]
     assert [first for first, _, _ in micro_batches(data, 5, 16)] == [150, 162, 174]
 
 
 def test_one_micro_step_on_two_ranks() -> None:
-    """Half of the batch each."""
+    """Each rank reads half of the batch."""
     data = Data(gradient_accumulation_steps=1, batch_size=64)
     assert [micro_batches(data, rank, 2) for rank in (0, 1)] == [[(0, 32, 0)], [(32, 32, 1)]]
 
@@ -276,12 +276,14 @@ def test_rows_that_cannot_be_shared(steps: int, size: int, world: int, message: 
 
 @pytest.fixture(params=[0, 200])
 def few_files(request: pytest.FixtureRequest) -> Iterator[int]:
-    """This process may open some twenty files more than it has open, be they few or many."""
+    """A limit of some twenty files more than this process has open, be those few or many."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as others:
         for _ in range(request.param):
             others.enter_context(open(os.devnull))
-        limit = len(os.listdir("/proc/self/fd")) + 20  # their numbers must be below it, and the lowest are taken
+        limit = (
+            len(os.listdir("/proc/self/fd")) + 20
+        )  # the system gives the lowest free numbers, which must be below the limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
         yield limit
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -290,7 +292,7 @@ def few_files(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
 @pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
 def test_more_shards_than_the_process_may_open(tmp_path: Path, few_files: int, sampling: Sampling) -> None:
-    """Rows of all of them, in any order and again, are those that are read where all may be open."""
+    """Rows of all shards are right, in any order and repeatedly."""
     for i in range(200):
         np.save(tmp_path / f"{'train' if i else 'val'}_{i:06d}.npy", np.arange(100 * i, 100 * i + 99, dtype=np.uint16))
     found = Tokens.open(Data(data_dir=str(tmp_path), sampling=sampling), 8, 1337)

@@ -1,4 +1,4 @@
-"""Pickles as plain values: what they hold to the letter, and nothing that they ask for is run or built."""
+"""Pickles are read as plain values, and nothing in them is imported or called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from conftest import ROOT
 from folio.data import pickles
 from folio.data.pickled_values import Opaque
 
-VALUES: dict[str, tuple[Any, Any]] = {  # what was pickled, and what is read
+VALUES: dict[str, tuple[Any, Any]] = {  # pickled value, and the value read; None: the same
     "text and numbers": ({"a": "é\n'", "b": [1, -1, 2**100, 1e-300], "c": (True, None)}, None),
     "nested": ({"a": [{"b": ({},)}], "c": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4))}, None),
     "bytes": (b"\x00\xff", None),
@@ -78,8 +78,8 @@ def test_plain_values(value: Any, wanted: Any, protocol: int) -> None:
     ],
     ids=repr,
 )
-def test_what_nobody_looks_at(value: Any, protocol: int) -> None:
-    """Harmless objects of other kinds stand beside the rest and do no harm."""
+def test_unused_objects(value: Any, protocol: int) -> None:
+    """Harmless objects of other kinds do not prevent reading the rest."""
     found = read(pickle.dumps({"before": 1, "it": value, "after": 2}, protocol=protocol))
     assert (found["before"], found["after"]) == (1, 2)
 
@@ -109,7 +109,7 @@ def test_code_is_refused_by_its_name(tmp_path: Path, function: Any, name: str, p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_a_terminal_would_obey() -> None:
+def test_a_name_with_control_characters() -> None:
     with pytest.raises(pickles.RefusedError) as error:
         read(b"cos\n\x1b[31m" + b"x" * 10_000 + b"\n.")
     assert str(error.value).isprintable()
@@ -129,14 +129,14 @@ HOSTILE: dict[str, bytes] = {
     "a frame of exabytes": bomb(b"\x95", 2**62, "<Q"),
     "digits without end": b"I" + b"9" * 100_000 + b"\n.",
     "an unhashable key": b"(]Nd.",
-    "a key that takes for ever": b"()" + b"2\x86" * 60 + b"Nd.",
+    "a key that takes forever to hash": b"()" + b"2\x86" * 60 + b"Nd.",
     "items of a number": b"K\x01K\x02a.",
     "a call of text": b"X\x01\x00\x00\x00x)R.",
     "state of nothing": b"}b.",
     "no mark": b"t.",
     "nothing": b"",
     "no end": b"K\x01",
-    "an id of nobody": b"K\x01Q.",
+    "an unknown persistent id": b"K\x01Q.",
     "a copy of nothing": b"h\x05.",
     "an extension": b"\x82\x01.",
     "no opcode": b"\xff.",
@@ -145,7 +145,7 @@ HOSTILE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_pickles_cost_nothing(content: bytes) -> None:
-    """A ValueError, in a moment, and without the memory that is asked for."""
+    """A ValueError in little time and memory."""
     tracemalloc.start()
     began = time.perf_counter()
     try:
@@ -159,7 +159,7 @@ def test_hostile_pickles_cost_nothing(content: bytes) -> None:
 
 @pytest.mark.parametrize("call", [b"cbuiltins\nbytearray\n(L34000000000L\ntR.", b"cbuiltins\nlist\n(L9000000L\ntR."])
 def test_constructors_build_nothing(call: bytes) -> None:
-    """What is called is our own function, which takes no number for a length."""
+    """The function that is called is ours, and allocates nothing."""
     tracemalloc.start()
     try:
         with contextlib.suppress(ValueError):
@@ -170,7 +170,7 @@ def test_constructors_build_nothing(call: bytes) -> None:
 
 
 def test_a_structure_that_doubles(tmp_path: Path) -> None:
-    """Sixty doublings are sixty objects, as long as nobody walks through them."""
+    """Sixty doublings are sixty objects, unless they are traversed."""
     content = b"]" + b"2\x86" * 60 + b"."
     found = read(content)
     assert len(found) == 2
@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_asks_for_too_much_is_told(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_name_the_reason(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickles, "_MOST_OPCODES", 200_000)
     content, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
@@ -203,7 +203,7 @@ def test_what_asks_for_too_much_is_told(case: str, monkeypatch: pytest.MonkeyPat
     assert not Path("mark").exists()
 
 
-# a few bytes that fill memory or hang another unpickler, and end here: as a value or refused
+# a few bytes that fill the memory or hang an ordinary unpickler; here they give a value or are refused
 BOMBS = {
     "34 GB of memo": b"Nr\xff\xff\xff\xff.",
     "memo far away": b"Np99999999999999999\n.",
@@ -222,8 +222,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_little_is_taken_for_a_little_file(case: str, tmp_path: Path) -> None:
-    """In a process that may have one gigabyte and half a minute."""
+def test_a_small_file_needs_little_memory_and_time(case: str, tmp_path: Path) -> None:
+    """In a process limited to one gigabyte and a minute."""
     (tmp_path / "meta.pkl").write_bytes(BOMBS[case])
     program = f"""
 import resource

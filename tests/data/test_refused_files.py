@@ -1,4 +1,4 @@
-"""Damaged token files, and sets that do not fit together, are refused by name."""
+"""Damaged files, and files that do not fit together, are refused by name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def hostile(d: Path) -> None:
     np.save(d / "train_000002.npy", np.array([Hostile(d / "mark")], dtype=object), allow_pickle=True)
 
 
-# what is done to an empty folder, and what the line says; None: the folder is a copy of this program's data set
+# what is done to an empty folder, and words of the error
 FOREIGN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "formats": (
         lambda d: (three(d), bare(d / "train.bin", IDS)),
@@ -132,8 +132,8 @@ def damaged(case: str, folder: Path, shards: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", [*FOREIGN, *OWN])
-def test_what_does_not_fit_is_refused(tmp_path: Path, shards: Path, case: str) -> None:
-    """In one line that says which file, what about it and what to do."""
+def test_flawed_folders_are_refused(tmp_path: Path, shards: Path, case: str) -> None:
+    """One line names the file, the flaw and the remedy."""
     words = damaged(case, tmp_path / "data", shards)
     with pytest.raises((ValueError, FileNotFoundError)) as refused:
         open_folder(tmp_path / "data")
@@ -154,7 +154,7 @@ TYPICAL = "formats,some headers,npy cut,npy open brace,npy of objects,ds without
 def test_training_refuses_it_in_one_line(
     folio: Callable[..., Outcome], tmp_path: Path, shards: Path, case: str
 ) -> None:
-    """Exit code 2, nothing is written, nothing has run."""
+    """Exit code 2; nothing is written, and no code in a pickle runs."""
     damaged(case, tmp_path / "data", shards)
     outcome = folio("train", *SMALL, f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome

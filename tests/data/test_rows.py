@@ -28,7 +28,7 @@ from folio.training.run import finish
 from folio.training.start import build
 
 Sampling = Literal["epoch", "random", "sequential"]
-SHARD = 10**6  # token p of shard s is s · SHARD + p, so that each tells where it lies
+SHARD = 10**6  # token p of shard s is s · SHARD + p, so that an id shows its place
 
 
 def lay(folder: Path, sizes: Sequence[int], first: int = 0) -> Path:
@@ -52,7 +52,7 @@ def over(tmp_path: Path) -> Callable[..., Tokens]:
 
 
 def assert_windows(rows: Rows, sizes: Sequence[int], first: int = 0) -> None:
-    """Each row lies in one shard, token after token."""
+    """Each row is consecutive tokens of one shard."""
     assert np.array_equal(rows, rows[:, :1] + np.arange(rows.shape[1]))
     assert (rows[:, -1] % SHARD < np.asarray(sizes)[rows[:, -1] // SHARD - first]).all()
     assert (rows[:, 0] // SHARD == rows[:, -1] // SHARD).all()
@@ -65,7 +65,7 @@ def assert_windows(rows: Rows, sizes: Sequence[int], first: int = 0) -> None:
     ("sizes", "T"), [([100, 57, 200], 8), ([9, 8, 16, 17, 1, 24], 8), ([5, 5, 90], 8), ([90, 3, 3], 7), ([33], 8)]
 )
 def test_an_epoch_visits_each_window_of_each_shard_once(over: Callable[..., Tokens], sizes: list[int], T: int) -> None:
-    """Side by side in each shard, in an order of its own; less than two windows of a shard are left out."""
+    """Windows are adjacent, in an order of the epoch; less than two windows of each shard are left out."""
     data, counts = over(sizes, T), rows_per_epoch(np.array(sizes), T)
     per_epoch, orders = int(counts.sum()), []
     for size, count in zip(sizes, counts, strict=True):
@@ -86,7 +86,7 @@ def test_an_epoch_visits_each_window_of_each_shard_once(over: Callable[..., Toke
 
 
 def test_one_shard_is_read_as_one_file(over: Callable[..., Tokens], tmp_path: Path) -> None:
-    """As train.bin, whose order is pinned by value, is."""
+    """One shard has the order of a train.bin; the values of that order are fixed."""
     for split in ("train", "val"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")
     for sampling in ("epoch", "random", "sequential"):
@@ -100,7 +100,7 @@ def test_one_shard_is_read_as_one_file(over: Callable[..., Tokens], tmp_path: Pa
 @pytest.mark.parametrize("mixed", [False, True], ids=["one", "mixture"])
 @pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
 def test_rows_are_a_pure_function(tmp_path: Path, sampling: Sampling, mixed: bool) -> None:
-    """However a range is cut and whatever was read before, also around the 1,024 rows of a mixture."""
+    """Rows do not depend on how a range is divided or what was read before, also across 1,024 rows of a mixture."""
     folders = [lay(tmp_path / "a", [100, 57, 200]), lay(tmp_path / "b", [80, 90], 3)][: 1 + mixed]
 
     def made() -> Tokens:
@@ -118,7 +118,7 @@ def test_rows_are_a_pure_function(tmp_path: Path, sampling: Sampling, mixed: boo
 
 
 def test_random_windows_reach_every_start(over: Callable[..., Tokens]) -> None:
-    """Of every shard that has one, about as often as the others."""
+    """Every start in every shard, about equally often."""
     rows = over([20, 8, 9, 5, 15], 8, sampling="random").rows("train", 0, 20_000)
     assert_windows(rows, [20, 8, 9, 5, 15])
     starts = Counter(rows[:, 0].tolist())
@@ -192,7 +192,7 @@ def written_here(folder: Path) -> Callable[..., Loader]:
 
 
 def theirs(folder: Path) -> Callable[..., Loader]:
-    """The class itself, out of a checkout that FOLIO_BUILD_NANOGPT names; it reads the folder edu_fineweb10B here."""
+    """The class itself, from the checkout FOLIO_BUILD_NANOGPT; it reads the folder edu_fineweb10B."""
     if not (checkout := os.environ.get("FOLIO_BUILD_NANOGPT")):
         pytest.skip("FOLIO_BUILD_NANOGPT names no checkout of build-nanogpt")
     tree = ast.parse((Path(checkout) / "train_gpt2.py").read_text(encoding="utf-8"))
@@ -204,13 +204,13 @@ def theirs(folder: Path) -> Callable[..., Loader]:
     return lambda B, T, rank, world: scope["DataLoaderLite"](B, T, rank, world, "train")
 
 
-# what each shard holds: whole rounds of all ranks, batches and tokens besides; 1 token more makes a batch readable
+# the size of each shard: rounds of all ranks, more batches, more tokens; a batch needs 1 token more to be read
 ROUNDS = {
     "one": [(3, 0, 5)],
     "just enough": [(1, 0, 1), (2, 0, 1), (1, 0, 1)],
     "uneven": [(2, 0, 7), (1, 0, 3), (4, 1, 0), (3, 0, 0)],
-    "batches besides": [(2, 1, 1), (2, 2, 1), (3, 1, 0), (2, 3, 2)],
-    "short at the end": [(3, 0, 2), (1, 0, 2)],  # once there, no further round fits
+    "more batches": [(2, 1, 1), (2, 2, 1), (3, 1, 0), (2, 3, 2)],
+    "short at the end": [(3, 0, 2), (1, 0, 2)],  # no further round fits at the end
 }
 
 
@@ -219,7 +219,7 @@ ROUNDS = {
 def test_sequential_is_build_nanogpts_loader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, made: Callable[[Path], Callable[..., Loader]]
 ) -> None:
-    """Rank r's micro step m reads rank r's next batch, whatever the world, for more than two epochs."""
+    """Rank r's micro step m reads rank r's next batch, for any world, over more than two epochs."""
     for world in (1, 2, 3, 4, 8):
         for B, T in ((1, 8), (3, 8), (4, 5), (2, 1)):
             sizes = [(rounds * world + more) * B * T + rest for rounds, more, rest in ROUNDS[case]]
@@ -227,20 +227,20 @@ def test_sequential_is_build_nanogpts_loader(
             monkeypatch.chdir(folder.parent)
             loader = made(folder)
             data = Tokens([open_folder(folder)], T, sampling="sequential", batch_size=B, world=world)
-            knobs = Data(batch_size=B, gradient_accumulation_steps=2 * world)
+            options = Data(batch_size=B, gradient_accumulation_steps=2 * world)
             steps = 2 + sum(rounds + 1 + more for rounds, more, _ in ROUNDS[case])  # of two turns each
             for rank in range(world):
                 reference = loader(B, T, rank, world)
                 for step in range(steps):
-                    for first, count, _ in micro_batches(knobs, rank, world):
+                    for first, count, _ in micro_batches(options, rank, world):
                         rows = data.rows("train", step * 2 * world * B + first, count)
                         x, y = reference.next_batch()
                         assert np.array_equal(rows[:, :-1], x.numpy()), (world, B, T, rank, step)
                         assert np.array_equal(rows[:, 1:], y.numpy())
 
 
-def test_sequential_passes_over_what_no_batch_fits(over: Callable[..., Tokens]) -> None:
-    """Where their loader would fail, a rank goes on with the next shard, and no row crosses one."""
+def test_sequential_skips_shards_that_are_too_small(over: Callable[..., Tokens]) -> None:
+    """If build-nanogpt's loader would fail, a rank continues with the next shard; no row crosses shards."""
     sizes = [100, 24, 25, 17, 60]
     for world in (1, 2, 4, 8):
         data = over(sizes, 8, sampling="sequential", batch_size=3, world=world)
@@ -295,7 +295,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("weights", "shares"), [((0.7, 0.3), (717, 307)), ((2, 1), (683, 341)), ((999, 1), (1023, 1)), ((5, 5), (512, 512))]
 )
-def test_a_mixture_holds_its_shares(two: Path, weights: tuple[float, float], shares: tuple[int, int]) -> None:
+def test_a_mixture_has_its_shares(two: Path, weights: tuple[float, float], shares: tuple[int, int]) -> None:
     """Of each 1,024 rows the nearest whole numbers; each data set's rows are its own order, none left out."""
     names = ("large", str(two / "elsewhere" / "small"))
     mixture = ",".join(f"{name}={weight}" for name, weight in zip(names, weights, strict=True))
@@ -304,7 +304,7 @@ def test_a_mixture_holds_its_shares(two: Path, weights: tuple[float, float], sha
     assert_windows(rows, [300, 200, 500, 90, 70])
     small = rows[:, 0] // SHARD >= 3
     assert small.reshape(3, 1024).sum(axis=1).tolist() == [shares[1]] * 3
-    assert len({group.tobytes() for group in small.reshape(3, 1024)}) == 3  # shuffled anew
+    assert len({group.tobytes() for group in small.reshape(3, 1024)}) == 3  # shuffled again
     for place, here, share in zip(("data/large", names[1]), (~small, small), shares, strict=True):
         alone = Tokens([open_folder(Path(place))], 8, seed=7)
         for group in range(3):
@@ -346,8 +346,8 @@ def test_weights_need_not_sum_to_one() -> None:
         ("large=1,elsewhere/bytes=1", "elsewhere/bytes and data/large have different tokenizers"),
     ],
 )
-def test_a_mixture_that_cannot_be(two: Path, folio: Callable[..., Outcome], mixture: str, words: str) -> None:
-    """One line that names the part of it."""
+def test_an_invalid_mixture(two: Path, folio: Callable[..., Outcome], mixture: str, words: str) -> None:
+    """One line names the wrong part."""
     (two / "story.txt").write_text("Some bytes.\n" * 50)
     if "bytes" in mixture:
         assert folio("prepare", "story.txt", "--tokenizer=bytes", "--data_dir=elsewhere/bytes").code == 0

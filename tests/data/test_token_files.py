@@ -1,4 +1,4 @@
-"""Token files of every format are read as they lie."""
+"""Token files of every format are read without conversion."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ FORMATS: dict[str, tuple[Write, str, str, str]] = {
 
 @pytest.mark.parametrize("by_glob", [False, True], ids=["folder", "glob"])
 @pytest.mark.parametrize("case", FORMATS)
-def test_each_format_is_read_as_it_lies(tmp_path: Path, case: str, by_glob: bool) -> None:
-    """The files by name, their type, and every id that was written, in a folder and by a glob."""
+def test_each_format_is_read(tmp_path: Path, case: str, by_glob: bool) -> None:
+    """Names, types and all ids of the files, in a folder and by a glob."""
     write, dtype, *lists = FORMATS[case]
     names: dict[Split, list[str]] = {"train": lists[0].split(), "val": lists[1].split()}
     random, top = np.random.default_rng(1), min(np.iinfo(dtype).max, 2**32)
@@ -82,7 +82,7 @@ def test_nanogpts_meta_file(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("place", ["", "*.npy", "story_*_00000[012].npy"])
 def test_this_programs_meta_file(shards: Path, place: str) -> None:
-    """A glob that takes all shards or some of them knows their tokenizer too."""
+    """Also by a glob of all shards or some of them."""
     folder = open_folder(shards / place)
     assert (folder.vocab_size, folder.tokenizer, folder.note) == (256, {"kind": "bytes"}, "")
     assert len(folder.splits["train"]) == (2 if "[" in place else 4)
@@ -92,8 +92,8 @@ def test_this_programs_meta_file(shards: Path, place: str) -> None:
     assert text in STORY.read_bytes() if "[" not in place else text[:10_000] in STORY.read_bytes()
 
 
-def test_a_folder_with_a_globs_letters(tmp_path: Path) -> None:
-    """A folder's own name is no pattern."""
+def test_a_folder_with_glob_characters_in_its_name(tmp_path: Path) -> None:
+    """The name of an existing folder is not a pattern."""
     folder = tmp_path / "wiki[en]*"
     folder.mkdir()
     for name in ("train.bin", "val.bin"):
@@ -117,7 +117,7 @@ def datatrove(path: Path, documents: list[list[int]], width: int) -> None:
     ids=["one", "several", "folders"],
 )
 def test_datatroves_own_files(tmp_path: Path, names: list[str], width: int) -> None:
-    """By folder; else validation is whole documents, about the last tenth of the last file, and it is said."""
+    """Splits by folder; else validation is the last tenth of the last file, whole documents, with a note."""
     random = np.random.default_rng(1)
     lengths = random.integers(1, 30, (len(names), 40))
     files = [[[*random.integers(0, 50_000, n).tolist(), 50256] for n in lengths[i]] for i in range(len(names))]
@@ -139,7 +139,7 @@ def test_datatroves_own_files(tmp_path: Path, names: list[str], width: int) -> N
 
 
 def test_the_tokenizer_that_datatrove_names(tmp_path: Path) -> None:
-    """GPT-2's by its names, a file of the tokenizers library where it lies here, else a name to remember."""
+    """GPT-2's by its names, a local file of the tokenizers library, or else the name alone."""
     library = pytest.importorskip("tokenizers")
     made = library.Tokenizer(library.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     made.add_special_tokens(["</s>"])
@@ -156,14 +156,14 @@ def test_the_tokenizer_that_datatrove_names(tmp_path: Path) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has, files that it maps included."""
+    """Resident memory of this process in bytes, mapped files included."""
     return int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell memory in use")
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
 def test_no_shard_is_loaded_whole(tmp_path: Path, suffix: str) -> None:
-    """Three gigabytes of shards, some rows of each: the process grows by some megabytes."""
+    """Reading some rows of three gigabytes of shards needs only some megabytes."""
     count = 500_000_000
     for name in ("train_000001", "train_000002", "val_000000"):
         path = (tmp_path / name).with_suffix(suffix)

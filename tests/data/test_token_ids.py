@@ -1,4 +1,4 @@
-"""Token ids mean the same text wherever data and a model meet: in training, on resume, in evaluation, in a mixture."""
+"""Ids of data stand for the same text as the model's: in training, on resume, in evaluation, in a mixture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Folio = Callable[..., Outcome]
 
 
 def swapped(text: str) -> str:
-    """The same number of characters, one of which is another."""
+    """The text with one character replaced by another that it does not have."""
     return text.replace("e", "é")
 
 
@@ -37,7 +37,7 @@ def out(story: Path, tmp_path: Path, folio: Folio) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """As many characters as the run knows, of which one is another."""
+    """A data set with as many characters as the run's, one of them different."""
     (tmp_path / "other.txt").write_text(swapped(STORY.read_text(encoding="utf-8")), encoding="utf-8")
     prepare(known("shakespeare_char", tmp_path / "other", str(tmp_path / "other.txt"), {}), tmp_path / "other")
     return tmp_path / "other"
@@ -74,7 +74,7 @@ def test_ids_that_differ_are_named(gpt2: Tiktoken, tok: Path) -> None:
     assert "id 2 is 'c', not 'd'" in difference(Characters("abc").to_json(), Characters("abd").to_json())
     assert "bytes, not gpt2 of tiktoken: id 0 is '\\x00', not '!'" in difference(Bytes().to_json(), gpt2.to_json())
     assert difference(file, gpt2.to_json()).startswith("a BPE file of the tokenizers library, not gpt2 of tiktoken")
-    # of a tokenizer that is known by its name alone, no id can be compared
+    # no id can be compared if only the name of a tokenizer is known
     acme = {"kind": "datatrove", "name": "acme/bpe"}
     assert difference(acme, gpt2.to_json()) == "acme/bpe, not gpt2 of tiktoken"
     assert difference(acme, file) == ""  # whose name is not known
@@ -103,7 +103,7 @@ def test_a_resume_over_other_characters_is_refused(begin: str, out: Path, other:
 
 @pytest.mark.parametrize("says", [True, False])
 def test_a_resume_over_more_ids_is_refused(says: bool, out: Path, tmp_path: Path, folio: Folio) -> None:
-    """Also where nothing but their number is known. No --vocab_size would fit."""
+    """Also if only the number of ids is known. The error suggests no --vocab_size, since none would fit."""
     data = by("bytes", tmp_path / "bytes")
     if not says:
         (data / "meta.json").unlink()
@@ -116,7 +116,7 @@ def test_a_resume_over_more_ids_is_refused(says: bool, out: Path, tmp_path: Path
 
 
 def test_a_resume_after_the_data_was_made_anew(tmp_path: Path, story: Path, folio: Folio) -> None:
-    """With another alphabet, in the same folder."""
+    """The same folder, with another alphabet."""
     data, out = tmp_path / "data", tmp_path / "out"
     shutil.copytree(story, data)
     assert folio("train", *SMALL, "--max_iters=2", f"--data_dir={data}", f"--out_dir={out}").code == 0
@@ -128,7 +128,7 @@ def test_a_resume_after_the_data_was_made_anew(tmp_path: Path, story: Path, foli
 
 
 def test_a_resume_over_other_text_of_the_same_tokenizer(tmp_path: Path, folio: Folio) -> None:
-    """Goes on, and its checkpoints keep the tokenizer."""
+    """The run resumes, and its checkpoints keep the tokenizer."""
     one, out = by("bytes", tmp_path / "one"), tmp_path / "out"
     assert folio("train", *SMALL, "--max_iters=2", f"--data_dir={one}", f"--out_dir={out}").code == 0
     (tmp_path / "other.txt").write_text(swapped(STORY.read_text(encoding="utf-8")), encoding="utf-8")
@@ -143,7 +143,7 @@ def test_a_resume_over_other_text_of_the_same_tokenizer(tmp_path: Path, folio: F
 def test_fine_tuning_on_other_ids_warns(
     pair: str, tmp_path: Path, folio: Folio, request: pytest.FixtureRequest
 ) -> None:
-    """And evaluating there is refused; the new run's checkpoints keep what its own ids mean."""
+    """Evaluation of the base on that data is refused; the new run's checkpoints have the new tokenizer."""
     if pair == "characters":
         first, second = request.getfixturevalue("story"), request.getfixturevalue("other")
     elif pair == "bytes and BPE":
@@ -178,8 +178,10 @@ def test_fine_tuning_on_the_same_ids_says_nothing(out: Path, story: Path, tmp_pa
     assert "mean something else" not in folio("train", *argv).out
 
 
-def test_files_that_say_nothing_are_taken_for_the_models(out: Path, story: Path, tmp_path: Path, folio: Folio) -> None:
-    """nanoGPT's folder after its meta.pkl was lost: the bytes of text are those of the model's tokenizer."""
+def test_files_without_a_tokenizer_are_assumed_to_have_the_models(
+    out: Path, story: Path, tmp_path: Path, folio: Folio
+) -> None:
+    """A folder of nanoGPT without meta.pkl: bits per byte use the model's tokenizer."""
     bare = tmp_path / "bare"
     bare.mkdir()
     for split in ("train", "val"):
@@ -192,8 +194,8 @@ def test_files_that_say_nothing_are_taken_for_the_models(out: Path, story: Path,
     assert tuned == find.choose(out).state["tokenizer"]
 
 
-def test_ids_that_nothing_gives_a_meaning(story: Path, tmp_path: Path, folio: Folio) -> None:
-    """They are no GPT-2's where the vocabulary has another size: a loss, but no text and no bits per byte."""
+def test_ids_of_an_unknown_tokenizer(story: Path, tmp_path: Path, folio: Folio) -> None:
+    """If the vocabulary size is not GPT-2's, the ids have a loss, but no text and no bits per byte."""
     bare, out = tmp_path / "bare", tmp_path / "out"
     bare.mkdir()
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""What ``fast`` hands to the tokenizers library gives the same ids and text as the tokenizer itself."""
+"""``fast`` gives a tokenizer of the tokenizers library with the same ids and text."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def kind(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def through_a_file(ours: Tokenizer) -> tokenizers.Tokenizer:
-    """What another program reads."""
+    """The tokenizer as another program reads it."""
     return tokenizers.Tokenizer.from_str(ours.fast().to_str())
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_the_same_ids_and_text(kind) -> None:
-    """In a text whole and in random pieces; the sizes are the same."""
+    """The whole text, and random pieces; the sizes are the same too."""
     fast = through_a_file(kind)
     assert fast.get_vocab_size() == kind.size
     rng = random.Random(5)
@@ -51,7 +51,7 @@ def test_the_same_ids_and_text(kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_any_ids_are_the_same_text(kind) -> None:
-    """Also where a model writes half a character, or the end of a text."""
+    """Random ids, as a model may sample: half a character, or an end-of-text."""
     fast = through_a_file(kind)
     rng = random.Random(6)
     for _ in range(200):
@@ -69,8 +69,8 @@ def test_the_end_of_text_is_special(kind) -> None:
     assert fast.decode(fast.encode(text).ids) == "a\n b "
 
 
-def test_a_character_that_the_vocabulary_lacks_is_no_other() -> None:
-    """It is refused, as Folio refuses it, and not left out."""
+def test_a_character_outside_the_vocabulary() -> None:
+    """It is refused, as by Folio, and not left out."""
     with pytest.raises(Exception, match="UNK"):  # the library raises plain Exceptions
         Characters("ab").fast().encode("abc")
 
@@ -100,7 +100,7 @@ def test_real_documents(gpt2, shared_data) -> None:
 
 @pytest.mark.parametrize("encoding", ["r50k_base", "cl100k_base", "o200k_base"])
 def test_other_patterns_of_tiktoken(gpt2, monkeypatch, encoding) -> None:
-    """Their words are tiktoken's, here over GPT-2's tables."""
+    """Words are split as by tiktoken; the tables here are GPT-2's."""
     from tiktoken import registry
     from tiktoken_ext import openai_public
 

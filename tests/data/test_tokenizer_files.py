@@ -34,7 +34,7 @@ EVERY = WIDE + "".join(map(chr, range(0x250)))
 
 
 def test_a_trained_vocabulary_is_one_of_the_library(tok) -> None:
-    """Of the size that was asked for, with all bytes and an end of text; the library encodes with it as Folio does."""
+    """It has the requested size, all bytes and an end-of-text; the library gives the same ids as Folio."""
     fast = tokenizers.Tokenizer.from_file(str(tok))
     assert fast.get_vocab_size() == 500
     ours = named(str(tok))
@@ -66,7 +66,7 @@ def test_through_json(tok) -> None:
 
 @pytest.mark.parametrize("name", END_OF_TEXT)
 def test_special_tokens_are_text_in_a_text(tok, name) -> None:
-    """And the token itself when that is asked for; in any order."""
+    """With ``special`` they are tokens. Calls with and without do not affect each other."""
     spec = json.loads(tok.read_text().replace("<|endoftext|>", name))
     ours = TokenizersFile(json.dumps(spec))
     assert ours.eot == 0
@@ -84,7 +84,7 @@ def test_a_vocabulary_without_end_of_text() -> None:
 
 
 def test_truncation_padding_and_templates_are_left_out(tok) -> None:
-    """What a file says of batches is not for a corpus."""
+    """A file's settings for batches do not apply to a corpus."""
     fast = tokenizers.Tokenizer.from_file(str(tok))
     whole = fast.encode(WIDE).ids
     fast.enable_truncation(3)
@@ -115,7 +115,7 @@ BYTE_FALLBACK = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders
     ],
 )
 def test_a_stream_is_the_text_of_its_ids(fast) -> None:
-    """Also where what an id says depends on those before it."""
+    """Also if the text of an id depends on the ids before it."""
     ours = TokenizersFile(fast.to_str())
     for ids in ([1, 2, 3], [1, 2, 4, 3], [1, 1, 0, 2], [1, 5, 6, 7, 2], []):
         assert "".join(stream(ours, ids)) == decode(ours, ids) == fast.decode(ids)
@@ -139,7 +139,7 @@ def test_windows_have_the_bytes_of_the_whole(spelling, name) -> None:
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_any_ids_are_the_librarys_text(spelling, name) -> None:
-    """Words torn apart, special tokens, and one at a time as they are sampled."""
+    """Random ids, special tokens included; decoded at once and as a stream."""
     ours, chance = named(str(spelling(name))), random.Random(name)
     lone = [i for i in range(ours.size) if ours._fast.id_to_token(i) in ours._lone]
     for count in (1, 2, 9, 80):
@@ -149,8 +149,8 @@ def test_any_ids_are_the_librarys_text(spelling, name) -> None:
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
-    """Special tokens, ids that no token has, and the space before a document, which only the tokenizer put there."""
+def test_special_and_unused_ids_have_no_text(spelling, name) -> None:
+    """Special tokens, ids without a token, and the space that the tokenizer puts before a document."""
     ours = named(str(spelling(name)))
     first, second = (ours.encode(text).tolist() for text in ("the ferry left", "and the ship"))
     padding = [ours.size, ours.size + 999, max(ours.special)]
@@ -163,7 +163,7 @@ def test_what_is_no_text_has_no_bytes(spelling, name) -> None:
 
 
 def test_parts_of_characters_are_bytes(spelling) -> None:
-    """Those of a vocabulary that falls back to bytes as well; as many documents as there are may be cut there."""
+    """Also with byte fallback. A text may be cut within a character."""
     ours = named(str(spelling("fallback")))
     ids = ours.encode("a 渡 b\0c 🚢").tolist()
     byte = ids[ids.index(ours._fast.token_to_id("<0xE6>"))]
@@ -177,7 +177,7 @@ def test_parts_of_characters_are_bytes(spelling) -> None:
 
 @pytest.mark.parametrize("name", ["cl100k_base", "gpt2"])
 def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
-    """Some encodings leave ids out, which a padded model may still draw."""
+    """Some encodings skip ids, which a model with a padded vocabulary may still sample."""
     import tiktoken
 
     own = tiktoken.get_encoding("gpt2")
@@ -195,7 +195,7 @@ def test_ids_between_tiktokens_have_no_text(gpt2, monkeypatch, name) -> None:
 
 
 def test_a_word_that_the_vocabulary_lacks() -> None:
-    """With no token for the unknown it is an error that a user can read."""
+    """Without an unknown token it is a UserError."""
     fast = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     fast.pre_tokenizer = pre.Whitespace()
     ours = TokenizersFile(fast.to_str())
@@ -205,7 +205,7 @@ def test_a_word_that_the_vocabulary_lacks() -> None:
 
 
 def test_a_pattern_that_takes_too_long() -> None:
-    """The library panics, which is no Exception; it is a line of ours."""
+    """The library panics, which is not an Exception; it becomes a UserError."""
     fast = words()
     fast.pre_tokenizer = pre.Split(tokenizers.Regex("(a+)+$"), "isolated")
     with pytest.raises(ValueError, match=r"the tokenizer cannot encode it: .*retry-limit"):
@@ -228,7 +228,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tokenizer_that_is_none(folio, tmp_path, monkeypatch, name) -> None:
+def test_names_that_are_no_tokenizer(folio, tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.json").mkdir()
     for other, content in {"empty.json": b"", "other.json": b'{"vocab": 3}', "binary.json": b"\xff\xfe"}.items():
@@ -245,7 +245,7 @@ def test_a_tokenizer_that_is_none(folio, tmp_path, monkeypatch, name) -> None:
 
 
 def test_another_file_of_the_same_size_is_another_recipe(folio, tok, tmp_path) -> None:
-    """A data set that one vocabulary made is not taken for that of another."""
+    """A data set of one vocabulary is not finished for another one."""
     argv = ("prepare", STORY, f"--data_dir={tmp_path / 'out'}")
     assert folio(*argv, f"--tokenizer={tok}").code == 0
     (tmp_path / "a.txt").write_text(STORY.read_text(encoding="utf-8").upper(), encoding="utf-8")
@@ -258,7 +258,7 @@ def test_another_file_of_the_same_size_is_another_recipe(folio, tok, tmp_path) -
 
 
 def test_prepare_train_and_sample(folio, tok, tmp_path) -> None:
-    """The data set and the checkpoint hold the vocabulary: nothing asks for its file again."""
+    """The data set and the checkpoint contain the vocabulary, so its file may be removed."""
     mine, out = tmp_path / "mine.json", tmp_path / "out"
     shutil.copy(tok, mine)
     assert folio("prepare", STORY, f"--tokenizer={mine}", f"--data_dir={tmp_path / 'data'}").code == 0
@@ -275,7 +275,7 @@ def test_prepare_train_and_sample(folio, tok, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
-def test_a_vocabulary_is_learnt_from_texts_as_they_are_prepared(folio, tmp_path, end) -> None:
+def test_a_vocabulary_is_learned_from_texts_as_they_are_prepared(folio, tmp_path, end) -> None:
     """With any line ends, and a byte order mark or none, the same merges."""
     for name, text in (("a", STORY.read_text(encoding="utf-8")), ("b", "\ufeff" + STORY.read_text(encoding="utf-8"))):
         (tmp_path / f"{name}.txt").write_bytes(text.replace("\n", "\n" if name == "a" else end).encode())

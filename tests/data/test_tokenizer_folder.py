@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, from whichever files it has: the ids are those of transformers."""
+"""The tokenizer of a Hugging Face folder, from any of its files, gives the ids of transformers."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TEXTS = [WIDE, "Ære være: «blåbær» 42", " a  b\n\nc", "the <s> end</s> <ex
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vocab.json and merges.txt of another language, as the tokenizers library saves them."""
     folder = tmp_path_factory.mktemp("bpe")
-    learnt = tokenizers.ByteLevelBPETokenizer()
-    learnt.train([str(STORY)], vocab_size=600, special_tokens=["<s>", "</s>", "<|endoftext|>"], show_progress=False)
-    learnt.save_model(str(folder))
+    learned = tokenizers.ByteLevelBPETokenizer()
+    learned.train([str(STORY)], vocab_size=600, special_tokens=["<s>", "</s>", "<|endoftext|>"], show_progress=False)
+    learned.save_model(str(folder))
     return folder
 
 
@@ -77,7 +77,7 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("files", CONFIGS.values(), ids=CONFIGS)
 def test_byte_pairs(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """vocab.json, merges.txt and what names the special tokens, as transformers' GPT2Tokenizer reads them."""
+    """vocab.json, merges.txt and the files of special tokens, as transformers' GPT2Tokenizer reads them."""
     for name, content in files.items():
         configured(folder, name, **content)
     ours = read(folder)
@@ -89,9 +89,9 @@ def test_byte_pairs(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("lower", [True, False])
 def test_word_pieces(tmp_path: Path, lower: bool) -> None:
     """vocab.txt, as transformers' BertTokenizer reads it."""
-    learnt = tokenizers.BertWordPieceTokenizer(lowercase=lower)
-    learnt.train([str(STORY)], vocab_size=500, show_progress=False)
-    learnt.save_model(str(tmp_path))
+    learned = tokenizers.BertWordPieceTokenizer(lowercase=lower)
+    learned.train([str(STORY)], vocab_size=500, show_progress=False)
+    learned.save_model(str(tmp_path))
     configured(tmp_path, "tokenizer_config", tokenizer_class="BertTokenizer", do_lower_case=lower)
     ours, theirs = read(tmp_path), transformers.BertTokenizer.from_pretrained(tmp_path)
     for text in (STORY.read_text(encoding="utf-8")[:3000], "Ære [MASK] 渡し船", WIDE):
@@ -112,14 +112,14 @@ def test_openai_s_own_files_are_gpt2(tmp_path: Path, shared_data: Path, gpt2: To
     configured(folder, "tokenizer_config", tokenizer_class="GPT2Tokenizer", model_max_length=1024)
     assert tokenizer_folder.read(folder) == GPT2
     configured(folder, "added_tokens", **{"<extra>": 50257})
-    more = read(folder)  # no longer, but for the rest of the text the same
+    more = read(folder)  # not GPT-2's any more, but with the same ids for this text
     assert more.size == 50258
     assert more.encode(WIDE).tolist() == gpt2.encode(WIDE).tolist()
 
 
 @pytest.mark.parametrize("change", ["an id", "a merge", "a space before"])
 def test_what_only_resembles_gpt2_is_not(tmp_path: Path, shared_data: Path, change: str) -> None:
-    """Two ids that changed places, two merges that did, or another way to split."""
+    """Two ids swapped, two merges swapped, or another way to split words."""
     folder = openai_s(tmp_path / "gpt2", shared_data)
     if change == "an id":
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ LACKS: dict[str, tuple[dict[str, str], list[str]]] = {
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_what_cannot_be_read_is_no_tokenizer(tmp_path: Path, lack: str) -> None:
+def test_folders_without_a_readable_tokenizer(tmp_path: Path, lack: str) -> None:
     files, words = LACKS[lack]
     for name, content in files.items():
         (tmp_path / name).write_text(content)
@@ -198,7 +198,7 @@ def test_damaged_files(folder: Path, damage: str) -> None:
     assert str(error.value).startswith(str(folder))
 
 
-def test_a_file_that_is_none(folder: Path) -> None:
+def test_a_pipe_in_place_of_a_file(folder: Path) -> None:
     (folder / "merges.txt").unlink()
     os.mkfifo(folder / "merges.txt")
     with pytest.raises(ValueError, match=r"merges\.txt is a pipe"):

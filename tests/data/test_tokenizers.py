@@ -1,4 +1,4 @@
-"""Text to ids and back, whichever tokenizer, and through JSON."""
+"""Every tokenizer: text to ids and back, and through JSON."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer
 TEXT = "The ferry – naïve, 渡し船, 🚢 – left.\n\ttwice  \r\n"
 
 
-@pytest.fixture
-def gpt2(monkeypatch: pytest.MonkeyPatch, shared_data: Path) -> Tiktoken:
-    """GPT-2's tokenizer from files, without a network."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    return Tiktoken("gpt2")
-
-
 @pytest.fixture(params=["characters", "bytes", "gpt2"])
 def each(request: pytest.FixtureRequest) -> Tokenizer:
     """Each kind in turn."""
@@ -29,7 +22,7 @@ def each(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def test_round_trip(each: Tokenizer) -> None:
-    """Text comes back as it was, and ids are integers below the size."""
+    """Decoding gives the same text; ids are integers below the size."""
     ids = each.encode(TEXT)
     assert np.issubdtype(ids.dtype, np.integer)
     assert int(ids.max()) < each.size
@@ -39,7 +32,7 @@ def test_round_trip(each: Tokenizer) -> None:
 
 
 def test_json_round_trip(each: Tokenizer) -> None:
-    """What to_json says makes the same tokenizer again."""
+    """from_json makes the same tokenizer from to_json."""
     again = tokenizers.from_json(each.to_json())
     assert type(again) is type(each)
     assert (again.size, again.eot, again.to_json()) == (each.size, each.eot, each.to_json())
@@ -47,7 +40,7 @@ def test_json_round_trip(each: Tokenizer) -> None:
 
 
 def test_stream_holds_back_unfinished_characters(each: Tokenizer) -> None:
-    """Characters whose bytes are spread over ids come whole, and the pieces are the text."""
+    """A character of several ids is yielded whole, and the pieces are the text."""
     pieces = list(decoding.stream(each, each.encode(TEXT).tolist()))
     assert "".join(pieces) == TEXT
     assert "\ufffd" not in "".join(pieces)
@@ -55,7 +48,7 @@ def test_stream_holds_back_unfinished_characters(each: Tokenizer) -> None:
 
 
 def test_stream_of_bytes_by_hand() -> None:
-    """Two bytes of one character, a byte that begins nothing, and a character that is cut off."""
+    """A character of three bytes, an invalid byte, and a character that is cut off."""
     euro = "€".encode()
     assert list(decoding.stream(Bytes(), [*euro, 65])) == ["", "", "€", "A", ""]
     assert "".join(decoding.stream(Bytes(), [0xFF, 65, *euro[:2]])) == "\ufffdA\ufffd"
@@ -70,7 +63,7 @@ def test_unknown_characters_are_named() -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    """By what they say and what is known."""
+    """The error names the kind, and the known kinds."""
     with pytest.raises(ValueError, match=r"unknown tokenizer .*sentencepiece.*bytes, tiktoken and tokenizers"):
         tokenizers.from_json({"kind": "sentencepiece"})
     with pytest.raises(ValueError, match="unknown tokenizer"):
@@ -82,7 +75,16 @@ def test_gpt2_is_gpt2(gpt2: Tiktoken) -> None:
     assert (gpt2.size, gpt2.eot) == (50257, 50256)
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
     assert gpt2.encode("a<|endoftext|>", special=True).tolist() == [64, 50256]
-    assert gpt2.encode("a<|endoftext|>").tolist() == [64, 27, 91, 437, 1659, 5239, 91, 29]  # in a text it is text
+    assert gpt2.encode("a<|endoftext|>").tolist() == [
+        64,
+        27,
+        91,
+        437,
+        1659,
+        5239,
+        91,
+        29,
+    ]  # without ``special`` it is text
 
 
 def test_gpt2_without_tables_or_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

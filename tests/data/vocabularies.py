@@ -13,7 +13,7 @@ models, pre, decoders = tokenizers.models, tokenizers.pre_tokenizers, tokenizers
 
 
 def words(decoder: Any = None, **more: Any) -> Any:
-    """A tokenizer of whole words that a space marks, as those made from sentencepiece."""
+    """A tokenizer of whole words with a mark for the space before, as SentencePiece's."""
     vocabulary = {w: i for i, w in enumerate(["[UNK]", "▁the", "▁ferry", "▁left", "s", "<0xE6>", "<0xB8>", "<0xA1>"])}
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre.Metaspace(**more)

@@ -40,7 +40,7 @@ def headed(path: Path, ids: Ids) -> None:
 
 
 def ds(path: Path, ids: Ids, tokenizer: str = "gpt2") -> None:
-    """datatrove's file of documents of at most 10 tokens, with what lies beside it."""
+    """datatrove's file of documents of at most 10 tokens, with its .index and .metadata."""
     path.parent.mkdir(exist_ok=True)
     ids.tofile(path)
     ends = np.append(np.arange(10, len(ids), 10), len(ids))
@@ -50,7 +50,7 @@ def ds(path: Path, ids: Ids, tokenizer: str = "gpt2") -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of this program's: 20 kB of text as bytes, five shards."""
+    """A data set of Folio: 20 kB of text as bytes, in five shards."""
     folder = tmp_path_factory.mktemp("shards") / "story"
     prepare(named_by_user([str(STORY)], "story", tokenizer="bytes", shard_size=5000), folder)
     assert len(list(folder.glob("story_*_00000*.npy"))) == 5

@@ -51,22 +51,6 @@ def each(end: str) -> Callable[[Path], None]:
     return write
 
 
-@pytest.fixture(scope="session")
-def tok(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small byte-level BPE with an end of text, made by the library alone."""
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    fast.train_from_iterator([STORY.read_text(encoding="utf-8")], trainer)
-    path = tmp_path_factory.mktemp("tok") / "tok.json"
-    fast.save(str(path))
-    return path
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "corpus").mkdir()

@@ -1,4 +1,4 @@
-"""Prepares data sets in processes that tests watch, hold and kill."""
+"""Prepares data sets in processes that tests watch, stop and kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 
 ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïve – 渡し船, 🚢\r\n", "'" * 99]
 PLAIN = ("-m", "folio")
 OFTEN = ("-c", "from folio import cli; from folio.preparation import job; job.COMMIT_EVERY = 0.0; cli.main()")
-HELD = (  # stands still before it moves the finished files
+HELD = (  # stops itself before it moves the finished files
     "-c",
     """
 import os, signal
@@ -38,7 +38,7 @@ job.move = held
 cli.main()
 """,
 )
-# Prepares in a fork of itself for each line of stdin, [n, log, *argv]; the n-th change of the file system never happens
+# For each line of stdin, [n, log, *argv], prepares in a fork, which dies just before its n-th change of the file system
 DYING = """
 import json, os, sys, traceback
 from folio import cli
@@ -73,8 +73,8 @@ for line in sys.stdin:
             code = end.code
         except BaseException:
             traceback.print_exc()
-        print(f"tokenised {documents} documents", flush=True)
-        os._exit(code)  # at once: the interpreter takes half a second to clear itself away
+        print(f"tokenized {documents} documents", flush=True)
+        os._exit(code)  # at once: the interpreter needs half a second to exit
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 DIED, ENDED = 9, 0
@@ -94,7 +94,7 @@ Dying = Callable[..., tuple[int, str]]
 
 @pytest.fixture(autouse=True)
 def _places(shared_data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where tiktoken finds its tables, and the datasets library may write."""
+    """tiktoken finds its tables, and the datasets library has its own cache."""
     cache = tmp_path_factory.getbasetemp() / "huggingface"
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
     monkeypatch.setenv("HF_HOME", str(cache))
@@ -111,7 +111,7 @@ def articles(shared_data: Path) -> list[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts ``folio`` in a process of its own; leaves none behind."""
+    """Starts ``folio`` in a process, which is killed after the test."""
     begun: list[Process] = []
 
     def go(*argv: object, how: tuple[str, ...] = PLAIN) -> Process:
@@ -129,7 +129,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def dying(tmp_path: Path) -> Iterator[Dying]:
-    """``dying(n, *argv)``: the exit code and the output of a process that dies in its n-th step; 0: in none."""
+    """``dying(n, *argv)``: exit code and output of a process that dies at its n-th step; it lives if n is 0."""
     servers: list[subprocess.Popen[str]] = []
 
     def go(n: int, *argv: object) -> tuple[int, str]:
@@ -173,7 +173,7 @@ def write(place: Path, kind: str, documents: list[str]) -> Path:
 
 
 def large(place: Path, kind: str, articles: list[str], megabytes: int) -> Path:
-    """The real articles over and over, each time a little different."""
+    """The real articles, repeated, each time with a small change."""
     return write(place, kind, [f"{i}: {text[i % 97 :]}" for i in range(megabytes) for text in articles])
 
 
@@ -186,7 +186,7 @@ def encoded(texts: list[str], eot: str) -> list[Any]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, with what it holds."""
+    """Every file below a folder, with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -195,8 +195,8 @@ def arrays(folder: Path) -> dict[str, bytes]:
     return {split: b"".join(f.map().tobytes() for f in files) for split, files in open_folder(folder).splits.items()}
 
 
-def nothing_by_halves(out: Path, *wholes: Path) -> None:
-    """Every file in its place is whole, and what can be opened, or has a meta.json, is all of one data set."""
+def assert_whole(out: Path, *wholes: Path) -> None:
+    """Every file in its place is whole. If the folder can be opened or has a meta.json, it is one of ``wholes``."""
     here = {path.name: path.read_bytes() for path in out.glob("*") if path.suffix in (".bin", ".npy")}
     trees = [tree(whole) for whole in wholes]
     for name, content in here.items():
@@ -216,7 +216,7 @@ def made(outcome: Outcome) -> str:
 
 
 def refused(outcome: Outcome, *words: object) -> None:
-    """Exit code 2 and one line on stderr, which holds all these words."""
+    """Exit code 2 and one line on stderr with all these words."""
     assert outcome.code == 2, outcome
     assert outcome.err.count("\n") == 1, outcome.err
     assert "Traceback" not in outcome.out + outcome.err
@@ -225,7 +225,7 @@ def refused(outcome: Outcome, *words: object) -> None:
 
 
 def committed(work: Path) -> tuple[int, int]:
-    """Tokens and documents that a state.json says are done."""
+    """Tokens and documents that are done by state.json."""
     try:
         state = json.loads((work / "state.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -243,7 +243,7 @@ def until(true: Callable[..., Any], *args: Any, timeout: float = 60) -> None:
 
 
 def processes(parent: int | None = None, without: str = "Z") -> set[int]:
-    """Those that live, or the children of one; ``without``: Z for the dead, T for those that stand still."""
+    """Living processes, or the children of one. ``without``: states to leave out, Z for zombies, T for stopped ones."""
     table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in table.splitlines()]
     return {int(pid) for pid, of, stat in rows if parent in (None, int(of)) and stat[0] not in without}
@@ -253,12 +253,12 @@ def gone(pids: set[int], without: str = "Z") -> bool:
     return not pids & processes(without=without)
 
 
-def goes_on(process: Process, work: Path, tokens: int) -> bool:
-    """Whether more tokens are committed than these, or will never be."""
+def is_past(process: Process, work: Path, tokens: int) -> bool:
+    """Whether more tokens than these are committed, or the process has ended."""
     return process.poll() is not None or committed(work)[0] > tokens
 
 
-REAL: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, what stands before its name
+REAL: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, prefix of its name
     "bin": ("jsonl", [], ""),
     "shards": ("jsonl", ["--shard_size=700_000"], ""),
     "packed": ("jsonl.gz", [], ""),

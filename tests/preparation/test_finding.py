@@ -1,4 +1,4 @@
-"""Which files a user's names, folders and globs lead to."""
+"""Names, folders and globs of a user → files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,12 @@ from pathlib import Path
 
 import corpora
 import pytest
-from corpora import GOOD, expected, ids, lines, table
+from corpora import GOOD, expected, ids, lines, table, zstandard
 
 from folio.preparation.finding import find
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-zstandard = pytest.importorskip("zstandard")
-tokenizers = pytest.importorskip("tokenizers")
-
 corpus = corpora.corpus
 offline = corpora.offline
-tok = corpora.tok
 
 
 NAMED: dict[str, list[str]] = {
@@ -56,7 +50,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("names", NAMED)
 def test_folders_globs_and_files(named, capsys, names) -> None:
-    """In the order in which they were named, then of their names; each once, and hidden ones only by name."""
+    """In the order of the arguments, then by name. Each file once; hidden files only if they are named."""
     paths, _ = find(names.split())
     assert [p.relative_to(Path.cwd()).as_posix() for p in paths] == NAMED[names]
     said = capsys.readouterr().out
@@ -64,7 +58,7 @@ def test_folders_globs_and_files(named, capsys, names) -> None:
 
 
 def test_folders_behind_links(named, capsys) -> None:
-    """Each is read once, under the name of its own place if it has one below; no loop and no parent is followed."""
+    """Each folder is read once, under its own place rather than a link's. Links to parents are not followed."""
     Path("far/deep").mkdir(parents=True)
     Path("far/far.txt").write_text("far")
     Path("far/deep/deep.md").write_text("deep")
@@ -83,17 +77,17 @@ def test_folders_behind_links(named, capsys) -> None:
     assert find(["to-c"])[0] == find(["c"])[0]
 
 
-def test_what_is_left_out_of_a_folder_is_told(named, capsys) -> None:
+def test_files_that_are_left_out_are_reported(named, capsys) -> None:
     for name in ("x.csv", "y.CSV", "z.txt.gz", "README", "a.json"):
         Path("c", name).write_text("x")
     Path("c/gone.txt").symlink_to("nowhere.txt")
     Path("c/zero.txt").symlink_to("/dev/zero")
     os.mkfifo("c/pipe.txt")
     find(["c"])
-    told = capsys.readouterr().out
-    assert told.startswith("c: other files, left out: 10 (2 pipe, socket or device, ")
+    said = capsys.readouterr().out
+    assert said.startswith("c: other files, left out: 10 (2 pipe, socket or device, ")
     for kind in ("1 .csv", "1 .CSV", "1 .txt.gz", "1 .json", "1 broken link"):
-        assert kind in told
+        assert kind in said
 
 
 SPELT = ["A.TXT", "b.Md", "c.JSONL", "d.ndjson", "e.NDJSON.GZ", "f.ndjson.zst", "g.json.gz", "h.Json.Zst", "i.PARQUET"]
@@ -115,7 +109,7 @@ def test_names_in_capitals_and_other_names_of_json_lines(folio, corpus, tok, tmp
 
 
 def test_names_that_are_not_utf8(folio, tok, tmp_path, monkeypatch) -> None:
-    """Of the folder and of its files, in Latin-1: prepared like any other; a flaw in one is a line."""
+    """A folder and files with names in Latin-1 are prepared like any others, and errors name them."""
     monkeypatch.chdir(tmp_path)
     folder = Path(os.fsdecode(b"caf\xe9"))
     folder.mkdir()

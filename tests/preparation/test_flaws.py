@@ -1,4 +1,4 @@
-"""Documents that cannot be used are named by file and line, or counted."""
+"""Unusable documents are named by file and line, or counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import corpora
 import pytest
 from conftest import python
-from corpora import DOCS, GOOD, WORK, each, expected, ids, lines, table
+from corpora import DOCS, GOOD, WORK, each, expected, ids, lines, pa, pq, table, zstandard
 
 from folio.preparation import compressed, sources
 from folio.preparation import documents as reading
@@ -23,13 +23,7 @@ from folio.preparation.finding import find
 from folio.preparation.text_files import Files
 from folio.preparation.workers import Tokenize
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-zstandard = pytest.importorskip("zstandard")
-tokenizers = pytest.importorskip("tokenizers")
-
 corpus = corpora.corpus
-tok = corpora.tok
 
 
 A, B, C = (lines([text]) for text in GOOD)
@@ -53,7 +47,7 @@ def parquet(texts: Sequence[Any], key: str = "text") -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# name → content, what stands after the file's name, the reason, good documents in it
+# name → content, what follows the file's name in the error, the reason, its good documents
 FLAWS: dict[str, tuple[bytes, str, str, list[str]]] = {
     **{
         f"{reason}{end}": (pack(A + b"\r\n" + wrong + B), ":3: ", reason.split(" (")[0], GOOD[:2])
@@ -86,8 +80,8 @@ FLAWS: dict[str, tuple[bytes, str, str, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FLAWS)
-def test_a_document_that_cannot_be_taken(folio, corpus, tok, tmp_path, name) -> None:
-    """Is one line that says where, and leaves nothing behind; or is left out and counted, and the rest is the same."""
+def test_an_unusable_document(folio, corpus, tok, tmp_path, name) -> None:
+    """It is an error of one line with the place, and nothing is written; or it is skipped and counted."""
     content, where, reason, good = FLAWS[name]
     flawed = corpus / re.sub(r"[^\w.]", "", name)
     flawed.write_bytes(content)
@@ -126,8 +120,8 @@ MISSING: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", MISSING)
-def test_a_text_that_is_not_where_it_is_looked_for(folio, corpus, tmp_path, case) -> None:
-    """The line says what is there instead; left out, all are counted as one kind."""
+def test_a_record_without_the_text(folio, corpus, tmp_path, case) -> None:
+    """The error says what the record has instead. Skipped ones are counted as one kind."""
     value, words = MISSING[case]
     (corpus / "a.jsonl").write_text(f"{json.dumps(value)}\n" * 3)
     argv = ("prepare", corpus, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}")
@@ -145,7 +139,7 @@ UTF16 = {"a.txt": "some text", "a.md": "\n" * 9, "large.txt": "words " * 10**6, 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", UTF16)
 def test_utf16_is_named(folio, corpus, tmp_path, name, encoding) -> None:
-    """As some editors and shells write it; with the way to UTF-8."""
+    """The error gives the command that converts it to UTF-8."""
     (corpus / name).write_bytes(f"\ufeff{UTF16[name]}".encode(encoding))
     code, _, err = folio("prepare", corpus / name, "--tokenizer=bytes", f"--data_dir={tmp_path / 'out'}")
     assert (code, err.count("\n")) == (2, 1), err
@@ -153,7 +147,7 @@ def test_utf16_is_named(folio, corpus, tmp_path, name, encoding) -> None:
 
 
 def test_json_lines_with_marks_and_other_line_ends(folio, corpus, tok, tmp_path) -> None:
-    """Each line may begin with a mark, as where files were put together; a text in JSON keeps its own line ends."""
+    """Any line may begin with a byte order mark, since files are concatenated. Texts in JSON keep their line ends."""
     mark = "\ufeff".encode()
     (corpus / "a.jsonl").write_bytes(mark + lines(DOCS[:3], end="\r\n") + mark + lines(DOCS[3:]))
     out = tmp_path / "out"
@@ -164,7 +158,7 @@ def test_json_lines_with_marks_and_other_line_ends(folio, corpus, tok, tmp_path)
 @pytest.mark.parametrize("block", [7, 1000, 2**22])
 @pytest.mark.parametrize("end", JSONL)
 def test_a_line_that_is_too_long(corpus, monkeypatch, end, block) -> None:
-    """Is a flaw like any other, whatever the block; a line of just the length is a document."""
+    """It is a flaw like any other, whatever the block size. A line of exactly the limit is a document."""
     for module in (compressed, reading):
         monkeypatch.setattr(module, "LONGEST_LINE", 3000)
     monkeypatch.setattr(sources, "BLOCK", block)
@@ -186,7 +180,7 @@ LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31,) * 2)
 @pytest.mark.slow
 @pytest.mark.parametrize("end", JSONL)
 def test_bombs(corpus, tmp_path, end) -> None:
-    """A gigabyte of one line in a small file: one line, within bounded memory and time."""
+    """A small file that unpacks to a line of a gigabyte is refused in bounded memory and time."""
     path = corpus / f"a{end}"
     if end == ".jsonl":
         path.touch()
@@ -200,7 +194,7 @@ def test_bombs(corpus, tmp_path, end) -> None:
 
 
 def test_a_text_without_a_place_to_cut_is_searched_once(corpus, monkeypatch) -> None:
-    """However many blocks it has."""
+    """The time does not grow with the square of the number of blocks."""
     monkeypatch.setattr(sources, "BLOCK", 10)
     (corpus / "a.txt").write_text("渡" * 10**6)
     begun = time.process_time()
@@ -228,7 +222,7 @@ def test_errors_name_the_line_whatever_the_block(corpus, monkeypatch, end, block
 
 
 def test_a_file_that_vanishes(corpus, monkeypatch) -> None:
-    """Before it is read or while its blocks wait: an error that names it."""
+    """The error names it, whether it vanished before its first block or later."""
     each(".txt")(corpus)
     monkeypatch.setattr(sources, "BLOCK", 1000)
     source = Files(*find([str(corpus)]))
@@ -243,7 +237,7 @@ def test_a_file_that_vanishes(corpus, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read(folio, corpus) -> None:
+def test_a_file_without_permission(folio, corpus) -> None:
     (corpus / "a.txt").write_text("a b")
     (corpus / "a.txt").chmod(0)
     code, _, err = folio("prepare", corpus, "--tokenizer=bytes", f"--data_dir={corpus.parent / 'out'}")

@@ -1,4 +1,4 @@
-"""A finished data set is left as it is, and one made with other settings is refused."""
+"""A finished data set is not changed, and one with other settings is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ start = preparing.start
 
 
 BPE = ["--tokenizer=tok.json"]
-CHANGES: dict[str, tuple[list[str], list[str], str]] = {  # → flags before, after, and what the refusal says
+CHANGES: dict[str, tuple[list[str], list[str], str]] = {  # → flags before, flags after, words of the error
     "document": ([], [], "source.bytes: "),
     "time": ([], [], "source.names_sizes_times: "),
     "tokenizer": ([], ["--tokenizer=bytes"], "tokenizer.kind: tiktoken → bytes"),
@@ -50,10 +50,10 @@ CHANGES: dict[str, tuple[list[str], list[str], str]] = {  # → flags before, af
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("begun", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["finished", "killed"])
-def test_what_differs_is_refused(
+def test_other_settings_are_refused(
     folio: Folio, dying: Dying, articles: list[str], tmp_path: Path, change: str, begun: bool
 ) -> None:
-    """With what differs in one line, and nothing changed; --overwrite makes it anew, as if nothing had been there."""
+    """One line names the difference, and nothing changes. With --overwrite the data set is made from the beginning."""
     source, out, tok = write(tmp_path / "source", "jsonl", articles), tmp_path / "out", tmp_path / "tok.json"
     was, now, words = CHANGES[change]
     was, now = ([flag.replace("tok.json", str(tok)) for flag in flags] for flags in (was, now))
@@ -87,8 +87,8 @@ def test_what_differs_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_finished_is_left_as_it_is(folio: Folio, articles: list[str], tmp_path: Path, kind: str) -> None:
-    """The same command says that there is nothing to do; with another share for validation it is refused."""
+def test_a_finished_data_set_is_not_changed(folio: Folio, articles: list[str], tmp_path: Path, kind: str) -> None:
+    """The same command says that there is nothing to do; with another --val_fraction it is refused."""
     source, out = write(tmp_path / "source", kind, articles), tmp_path / "out"
     argv = ["prepare", source, f"--data_dir={out}", "--val_fraction=0.2"]
     made(folio(*argv))
@@ -110,7 +110,7 @@ def test_files_of_other_programs_are_refused(folio: Folio, tmp_path: Path, name:
 
 
 def test_two_at_once(folio: Folio, start: Start, articles: list[str], tmp_path: Path) -> None:
-    """The second is refused, and the first ends well; a killed one holds nothing."""
+    """The second process is refused, and the first succeeds. A killed process holds no lock."""
     source, out = write(tmp_path / "source", "jsonl", articles), tmp_path / "out"
     argv = ["prepare", source, f"--data_dir={out}"]
     first = start(*argv, how=HELD)

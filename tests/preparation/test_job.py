@@ -1,4 +1,4 @@
-"""Which documents are for validation; memory stays bounded."""
+"""The documents for validation, and the memory of a job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARES: list[tuple[list[str], range]] = [
 def test_a_small_corpus_is_divided_by_document(
     folio: Folio, articles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], val: range
 ) -> None:
-    """Whole documents in each split, whoever tokenizes, also where all is less than a shard."""
+    """Each split has whole documents, for any number of workers, also if all are less than a shard."""
     monkeypatch.setattr(sources, "BLOCK", 2**18)  # so small that there is work for two
     source = write(tmp_path / "source", "jsonl", articles)
     each = encoded(articles, "before" if "shard" in str(flags) else "after")
@@ -44,7 +44,7 @@ def test_a_small_corpus_is_divided_by_document(
 
 
 def test_one_text_is_divided_within(folio: Folio, tmp_path: Path) -> None:
-    """A .txt file alone: its last tenth, or the share asked for; one JSON document alone is refused with a remedy."""
+    """Validation is the last tenth of a single .txt file, or --val_fraction. A single JSON document is refused."""
     import tiktoken
 
     text = STORY.read_text(encoding="utf-8")
@@ -63,7 +63,7 @@ def test_one_text_is_divided_within(folio: Folio, tmp_path: Path) -> None:
 
 
 def peak(process: Process) -> int:
-    """The most bytes that a process and its children held at once, each page counted once, until it ends."""
+    """The peak memory of a process and its children, in bytes; shared pages count once."""
     most = 0
     while process.poll() is None:
         held = 0
@@ -79,10 +79,10 @@ def peak(process: Process) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux to look at the memory")
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize("case", ["bin", "packed", "one text", "stream"])
 def test_memory_stays_flat(start: Start, articles: list[str], tmp_path: Path, case: str) -> None:
-    """150 MB of text need hardly more than 50 MB do, workers and all."""
+    """135 MB of text need hardly more memory than 45 MB, workers included."""
     kind, flags, before = REAL[case]
     peaks = []
     for size in (45, 135):

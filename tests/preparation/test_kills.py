@@ -1,4 +1,4 @@
-"""A preparation killed anywhere ends in the files of one that was not."""
+"""A preparation that is killed and repeated makes the same files as one that is not killed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from preparing import (
     Folio,
     Start,
     arrays,
+    assert_whole,
     committed,
-    goes_on,
     gone,
+    is_past,
     large,
     made,
-    nothing_by_halves,
     processes,
     refused,
     tree,
@@ -43,7 +43,7 @@ dying = preparing.dying
 start = preparing.start
 
 
-STEPS: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, and what is there before
+STEPS: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, content of the folder before
     "bin": ("jsonl", [], "nothing"),
     "bin over another": ("jsonl", [], "another"),
     "shards": ("jsonl.gz", ["--shard_size=20_000"], "nothing"),
@@ -57,7 +57,7 @@ STEPS: dict[str, tuple[str, list[str], str]] = {  # → kind of source, flags, a
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
 def test_killed_at_every_step(dying: Dying, articles: list[str], tmp_path: Path, case: str) -> None:
-    """Before each change of the file system in turn: no halves, nothing twice, and the same bytes in the end."""
+    """At each change of the file system: no half files, no document twice, and the same bytes at the end."""
     kind, flags, there = STEPS[case]
     texts = articles[:20]
     out, old, new, base = (tmp_path / name for name in ("out", "old", "new", "base"))
@@ -78,15 +78,15 @@ def test_killed_at_every_step(dying: Dying, articles: list[str], tmp_path: Path,
         if code == ENDED:
             break
         assert code == DIED, said
-        nothing_by_halves(out, new, *([old] if there == "another" else []))
+        assert_whole(out, new, *([old] if there == "another" else []))
         tokens, documents = committed(out / UNFINISHED)
         code, said = dying(0, *argv, out)
         assert code == ENDED, f"after step {step}: {said}"
         found = {name: content for name, content in tree(out).items() if name != ".preparing/lock"}
         assert found == tree(new), f"after step {step}"
-        if documents and "going on" in said:
+        if documents and "continuing" in said:
             assert f"continuing after {tokens:,} tokens of {documents:,} documents" in said
-            assert f"tokenised {len(texts) - documents} documents" in said or kind in ("txt", "files")
+            assert f"tokenized {len(texts) - documents} documents" in said or kind in ("txt", "files")
     assert step > 25
 
 
@@ -99,8 +99,8 @@ WAYS: dict[str, list[tuple[int, str]]] = {  # steps until it dies, part
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_and_shared_out_otherwise(dying: Dying, articles: list[str], tmp_path: Path, way: str) -> None:
-    """What one way of sharing out has begun does not spoil another's."""
+def test_killed_and_divided_into_other_parts(dying: Dying, articles: list[str], tmp_path: Path, way: str) -> None:
+    """Unfinished parts of one division do not affect another division."""
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
     assert dying(0, *argv, tmp_path / "new")[0] == ENDED
     for step, part in WAYS[way]:
@@ -111,10 +111,10 @@ def test_killed_and_shared_out_otherwise(dying: Dying, articles: list[str], tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [([], ["--streaming"]), (["--streaming"], [])])
-def test_killed_and_streamed_otherwise(
+def test_killed_and_repeated_with_or_without_streaming(
     dying: Dying, articles: list[str], tmp_path: Path, first: list[str], then: list[str]
 ) -> None:
-    """Goes on to the same bytes, or is refused with what differs."""
+    """The second run makes the same bytes, or is refused with the difference."""
     source = write(tmp_path / "source", "parquet", articles * 20)
     argv = ["prepare", f"hf:{source}", "--workers=1", "--name=x", "--data_dir"]
     assert dying(0, *argv, tmp_path / "new", *first)[0] == ENDED
@@ -127,7 +127,7 @@ def test_killed_and_streamed_otherwise(
 
 
 def test_damaged_after_a_kill(dying: Dying, articles: list[str], tmp_path: Path) -> None:
-    """What a killed process left and somebody cut short is refused, with a remedy that is one."""
+    """An unfinished file that was cut short is refused, and the remedy in the line works."""
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
     work = tmp_path / "out" / UNFINISHED
     assert dying(0, *argv, tmp_path / "new")[0] == ENDED
@@ -141,7 +141,7 @@ def test_damaged_after_a_kill(dying: Dying, articles: list[str], tmp_path: Path)
 
 
 def damaged(path: Path, how: str) -> None:
-    """A file of JSON, no longer what was written."""
+    """Damages a JSON file."""
     content = path.read_bytes()
     if how == "pipe":
         path.unlink()
@@ -163,7 +163,7 @@ def damaged(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["empty", "cut", "list", "object", "deep", "bit", "pipe"])
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
 def test_a_damaged_state(folio: Folio, dying: Dying, articles: list[str], tmp_path: Path, how: str, part: bool) -> None:
-    """What a killed process committed, and is no longer that, is refused with a remedy that is one."""
+    """A damaged state of a killed process is refused, and the remedy in the line works."""
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
     flags = ["--shard_of=0/2"] if part else []
     work = tmp_path / "out" / UNFINISHED / ("part-0-of-2" if part else "")
@@ -182,7 +182,7 @@ def test_a_part_that_was_cut_short(folio: Folio, articles: list[str], tmp_path: 
     part = tmp_path / "out" / UNFINISHED / "part-0-of-2"
     os.truncate(part / name, (part / name).stat().st_size - 8)
     refused(folio(*argv, "--shard_of=1/2"), part / name, "is damaged", f"remove {part} ")
-    assert (part.with_name("part-1-of-2") / "ids").stat().st_size > 0  # which is not lost with it
+    assert (part.with_name("part-1-of-2") / "ids").stat().st_size > 0  # the other part is kept
     shutil.rmtree(part)
     made(folio(*argv, "--shard_of=0/2"))
     made(folio("data", "info", tmp_path / "out", "--verify"))
@@ -201,7 +201,7 @@ def test_a_damaged_meta_file(folio: Folio, tmp_path: Path, how: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REAL)
 def test_killed_at_random(start: Start, articles: list[str], tmp_path: Path, case: str) -> None:
-    """SIGKILL at any moment, again and again: no worker is left, and the same command goes on to the same bytes."""
+    """SIGKILL at random moments: no worker is left, and the same command continues to the same bytes."""
     kind, flags, before = REAL[case]
     source, out, chance = large(tmp_path / "source", kind, articles, 36), tmp_path / "out", random.Random(case)
     argv = ["prepare", f"{before}{source}", *flags, "--workers=2", "--name=x"]
@@ -210,13 +210,13 @@ def test_killed_at_random(start: Start, articles: list[str], tmp_path: Path, cas
     for how, wait in [(PLAIN, 2.0), *[(OFTEN, 0.1)] * 2]:
         process = start(*argv, f"--data_dir={out}", how=how)
         if how == OFTEN:
-            until(goes_on, process, out / UNFINISHED, kept[-1])
+            until(is_past, process, out / UNFINISHED, kept[-1])
         time.sleep(chance.uniform(0, wait))
         children = processes(process.pid)
         process.kill()
         process.wait()
         until(gone, children, timeout=5)
-        nothing_by_halves(out, tmp_path / "new")
+        assert_whole(out, tmp_path / "new")
         if (out / "meta.json").exists():
             break
         if kept[-1]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import preparing
 import pytest
 from conftest import STORY
-from preparing import HELD, OFTEN, Folio, Start, goes_on, gone, large, made, refused, tree, until, write
+from preparing import HELD, OFTEN, Folio, Start, gone, is_past, large, made, refused, tree, until, write
 
 from folio.data.token_files import UNFINISHED
 
@@ -31,7 +31,7 @@ PARTS: dict[str, tuple[str, list[str], str]] = {
 def test_parts_make_the_whole(
     folio: Folio, articles: list[str], tmp_path: Path, case: str, order: tuple[int, ...]
 ) -> None:
-    """In any order, one of them twice: the files and the meta.json of one process."""
+    """In any order, one part twice: the files and meta.json are those of one process."""
     kind, flags, before = PARTS[case]
     argv = ["prepare", f"{before}{write(tmp_path / 'source', kind, articles)}", *flags, "--workers=1", "--name=x"]
     made(folio(*argv, f"--data_dir={tmp_path / 'new'}"))
@@ -46,13 +46,13 @@ def test_parts_make_the_whole(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PARTS)
 def test_parts_at_once(start: Start, articles: list[str], tmp_path: Path, case: str) -> None:
-    """Three processes, of which one is killed and started again; all end well."""
+    """Three processes, one of which is killed and started again; all succeed."""
     kind, flags, before = PARTS[case]
     argv = ["prepare", f"{before}{large(tmp_path / 'source', kind, articles, 24)}", *flags, "--name=x", "--workers=1"]
     assert start(*argv, f"--data_dir={tmp_path / 'new'}").wait(60) == 0
     out = tmp_path / "out"
     parts = [start(*argv, f"--data_dir={out}", f"--shard_of={i}/3", how=OFTEN) for i in range(3)]
-    until(goes_on, parts[1], out / UNFINISHED / "part-1-of-3", 0)
+    until(is_past, parts[1], out / UNFINISHED / "part-1-of-3", 0)
     parts[1].kill()
     assert parts[1].wait() == -signal.SIGKILL
     parts[1] = start(*argv, f"--data_dir={out}", "--shard_of=1/3", how=OFTEN)
@@ -63,7 +63,7 @@ def test_parts_at_once(start: Start, articles: list[str], tmp_path: Path, case: 
 
 
 def test_the_last_parts_at_once(folio: Folio, start: Start, articles: list[str], tmp_path: Path) -> None:
-    """Two processes each find all parts complete: one puts them together, the other leaves it to it."""
+    """Two processes find all parts complete: only one joins them."""
     source, out = write(tmp_path / "source", "files", articles), tmp_path / "out"
     argv = ["prepare", source, f"--data_dir={out}"]
     for i in (0, 1):
@@ -84,7 +84,7 @@ def test_bad_parts_are_refused(folio: Folio, tmp_path: Path, text: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stream_of_few_files_is_not_shared_out(folio: Folio, articles: list[str], tmp_path: Path) -> None:
+def test_a_stream_has_no_more_parts_than_files(folio: Folio, articles: list[str], tmp_path: Path) -> None:
     source = write(tmp_path / "source", "parquet", articles)
     argv = ["prepare", f"hf:{source}", "--streaming", f"--data_dir={tmp_path / 'out'}", "--shard_of=0/6"]
     refused(folio(*argv), "5 files", "--shard_of")

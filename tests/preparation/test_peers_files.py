@@ -20,7 +20,7 @@ articles = preparing.articles
 
 
 def test_shakespeare_is_nanogpts(folio: Folio, shared_data: Path, tmp_path: Path) -> None:
-    """train.bin and val.bin byte by byte; against nanoGPT's own script where FOLIO_NANOGPT names a checkout."""
+    """train.bin and val.bin, byte by byte; also against nanoGPT's script if FOLIO_NANOGPT names a checkout."""
     text, out = shared_data / "tinyshakespeare.txt", tmp_path / "out"
     said = made(folio("prepare", "shakespeare", "--source", text, f"--data_dir={out}"))
     assert "train has 301,966 tokens\nval has 36,059 tokens\n" in said
@@ -36,7 +36,7 @@ def test_shakespeare_is_nanogpts(folio: Folio, shared_data: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
 @pytest.mark.parametrize("end", ["\r\n", "\r", "mixed", "mark"])
 def test_line_ends_are_read_as_nanogpt_reads_them(folio: Folio, tmp_path: Path, name: str, end: str) -> None:
-    """The ids of nanoGPT's prepare.py, which opens a text in Python's text mode: in that a mark is a character."""
+    """The ids of nanoGPT's prepare.py, which reads in text mode, where a byte order mark is a character."""
     text, path = STORY.read_text(encoding="utf-8"), tmp_path / "input.txt"
     if end == "mixed":
         text = "".join(

@@ -1,4 +1,4 @@
-"""Each kind of source gives its documents, whatever the blocks and parts."""
+"""Each kind of source gives its documents, whatever the block size and the number of parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import corpora
 import pytest
 from conftest import STORY
-from corpora import DOCS, WORK, each, expected, ids, lines, table
+from corpora import DOCS, WORK, each, expected, ids, lines, table, zstandard
 
 from folio.preparation import sources, text_files
 from folio.preparation.documents import documents
@@ -22,21 +22,15 @@ from folio.preparation.sources import Block, Source, Texts
 from folio.preparation.text_files import Files
 from folio.preparation.workers import Tokenize
 
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-zstandard = pytest.importorskip("zstandard")
-tokenizers = pytest.importorskip("tokenizers")
-
 corpus = corpora.corpus
 offline = corpora.offline
-tok = corpora.tok
 
 
 AS_TEXT = [io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8").read() for text in DOCS]  # of a text file
 
 
 def packed(pack: Callable[[bytes], bytes], raw: bytes, step: int = 700) -> bytes:
-    """Members or frames that end wherever it may be."""
+    """Members or frames that end at any byte."""
     return b"".join(pack(raw[i : i + step]) for i in range(0, len(raw), step))
 
 
@@ -73,7 +67,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 
 
 def read(blocks: Iterable[Block]) -> list[str]:
-    """The documents of blocks, put together again."""
+    """The documents of blocks, joined."""
     found: list[str] = []
     for block in blocks:
         for span in block.spans:
@@ -84,7 +78,7 @@ def read(blocks: Iterable[Block]) -> list[str]:
 
 
 def assert_cut_and_joined(source: Source, texts: list[str], parts: Sequence[int] = (2, 3, 7, 50)) -> None:
-    """Whole, begun again after any block, and in parts that are begun again, a source has these documents."""
+    """A source has these documents: read at once, resumed after any block, and in parts, also resumed."""
     whole = list(source.blocks())
     assert read(whole) == texts
     job = Tokenize(WORK)
@@ -124,8 +118,8 @@ def test_documents_do_not_depend_on_the_blocks(corpus, monkeypatch, kind, block)
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\r\n\r\n", "\n\r", "\r\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "mark"])
-def test_a_text_is_read_as_python_reads_it(corpus, monkeypatch, end, mark) -> None:
-    """However it is cut: a line end is never torn, and a byte order mark is text but at the beginning."""
+def test_a_text_is_read_as_by_python(corpus, monkeypatch, end, mark) -> None:
+    """Wherever it is cut. No cut divides a line end; a byte order mark is text except at the beginning."""
     for n, words in enumerate((["渡し船"], ["a", "ship", "left."], ["a ship", "and\ufeff two", "渡し船は朝、出た。"])):
         text = mark + end.join(words * 30)
         (corpus / f"{n}.txt").write_bytes(text.encode())
@@ -164,7 +158,7 @@ def test_one_text_is_cut_for_validation(corpus, monkeypatch, block, text) -> Non
         assert len(val[0].encode()) / len(raw) == pytest.approx(0.25, abs=0.01)
 
 
-def test_texts_in_hand() -> None:
+def test_texts_in_memory() -> None:
     assert_cut_and_joined(Texts({}, {"train": DOCS[:4], "val": DOCS[4:]}), DOCS)
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: their ids, and what happens when one is killed."""
+"""Worker processes: their ids, and the death of one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ import corpora
 import numpy as np
 import pytest
 from conftest import ROOT
-from corpora import DOCS, expected, ids
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
-zstandard = pytest.importorskip("zstandard")
-tokenizers = pytest.importorskip("tokenizers")
+from corpora import DOCS, expected, ids, tokenizers
 
 corpus = corpora.corpus
-tok = corpora.tok
 
 
 def test_many_ids_are_uint32(folio, corpus, tmp_path) -> None:
@@ -40,7 +34,7 @@ def test_many_ids_are_uint32(folio, corpus, tmp_path) -> None:
 
 
 def session(leader: int) -> dict[int, str]:
-    """The processes that live in a session, with their command lines."""
+    """The living processes of a session, with their command lines."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -55,7 +49,7 @@ def session(leader: int) -> dict[int, str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_worker_that_is_killed(corpus, tok, tmp_path) -> None:
-    """One line and no orphans; the next run ends with the ids of one that nothing happened to."""
+    """One line of error and no orphans; the next run continues, and makes the same ids."""
     texts = [DOCS[4] * 400, *[DOCS[4] * 80] * 40, "end"]  # the first is cut, the others are not
     for n, text in enumerate(texts):
         (corpus / f"{n:02}.txt").write_bytes(text.encode())
@@ -68,7 +62,7 @@ def test_a_worker_that_is_killed(corpus, tok, tmp_path) -> None:
     workers: list[int] = []
     end = time.monotonic() + 60
     while not (workers and (out / ".preparing" / "state.json").exists()):
-        assert run.poll() is None, "it ended before it could be harmed"
+        assert run.poll() is None, "it ended before a worker was killed"
         assert time.monotonic() < end
         time.sleep(0.02)
         workers = [pid for pid, command in session(run.pid).items() if "spawn_main" in command]

@@ -51,7 +51,7 @@ class Checkpoint:
         return int(self.state["step"])
 
     def parameters(self, **changes: Any) -> dict[str, torch.Size]:
-        """Name and shape of each parameter that the model has, or would have with other fields of its config."""
+        """Name and shape of each parameter of the model, or of a model with these fields of its config changed."""
         try:
             with torch.device("meta"):
                 return {name: p.shape for name, p in GPT(replace(self.config(), **changes)).named_parameters()}
@@ -147,9 +147,9 @@ def _floating(path: Path, tensors: Tensors) -> Tensors:
 def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Writes and syncs a checkpoint, and only then renames it into place.
 
-    A checkpoint of the same step is replaced: where it has the same tensors, its ``state.json`` alone; otherwise it is
-    moved aside first, and a whole checkpoint of this step is on the disk at any moment. ``run_folder.hold`` puts back
-    one that a killed process had moved aside.
+    A checkpoint of the same step is replaced: if it has the same tensors, only its ``state.json``; otherwise it is
+    moved aside first, so a whole checkpoint of this step is on the disk at any moment. After a kill between the
+    renames, readers find it there (``run_folder.existing_folder``), and the next run moves it back (``hold``).
 
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
@@ -219,7 +219,7 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def verify(path: Path, run_id: str | None = None) -> Checkpoint:
-    """A checkpoint whose files match its checksums; they stay readable even if it is removed meanwhile.
+    """A checkpoint whose files match its checksums; they stay readable if the checkpoint is removed later.
 
     Raises:
         ValueError: a file is missing, changed, or of another run.

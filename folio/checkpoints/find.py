@@ -29,7 +29,7 @@ def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> G
     Matches nanoGPT's ``GPT.from_pretrained``, with OpenAI's tanh GELU where nanoGPT's is the exact one.
 
     Raises:
-        ValueError: ``override_args`` names anything but dropout, or as ``by_name``. FileNotFoundError: as ``by_name``.
+        ValueError: ``override_args`` has a key besides dropout, or as ``by_name``. FileNotFoundError: as ``by_name``.
     """
     changes = {"dropout": 0.0, **(override_args or {})}
     if odd := sorted(changes.keys() - {"dropout"}):
@@ -48,7 +48,7 @@ def by_name(name: str, which: str = "best") -> Checkpoint:
     """A model by name: an out_dir, a ``.pt`` file or its folder, a Hugging Face folder, a model of the hub.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, no GPT-2, or a pickle that asks for code.
+        FileNotFoundError: there is none. ValueError: it is damaged, not a GPT-2, or its pickle names code to run.
     """
     try:
         path = Path(name).expanduser()
@@ -89,7 +89,7 @@ def _the_only(found: Checkpoint, which: str) -> Checkpoint:
 
 
 def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not.
+    """The newest checkpoint that verifies, and a line about each newer one that does not.
 
     With ``aside`` the damaged ones are renamed to ``….damaged``, so that they are not found again.
     """

@@ -18,7 +18,7 @@ from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, re
 from folio.data.tokenizers import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
 from folio.errors import UserError
 
-_NO_MERGE = "\u2581 \u2581"  # of no text: llama.cpp wants a list of merges, and the library writes no empty one
+_NO_MERGE = "\u2581 \u2581"  # occurs in no text: llama.cpp needs a list of merges, and the library writes no empty list
 _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}  # llama.cpp's, of tensor and file
 
 

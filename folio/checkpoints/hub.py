@@ -44,7 +44,7 @@ def download(name: str) -> Path:
             folder = Path(snapshot_download(names[0], allow_patterns=[*_FILES, *_BIN_FILES]))
     except Exception as error:  # the library's, its client's and the network's
         raise FileNotFoundError(
-            f"{name} is no file or folder here, nor in the cache of the Hugging Face hub, and it could not be fetched: "
+            f"{name} is not a file or folder, is not in the cache of the Hugging Face hub, and was not fetched: "
             f"{first_line(error)}"
         ) from None
     return folder

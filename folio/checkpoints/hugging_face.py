@@ -30,7 +30,7 @@ from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 
-# Parameters have the same names here and there; Hugging Face stores these (of its Conv1D) as (in, out)
+# Parameter names are the same in both; Hugging Face stores these (of its Conv1D) as (in, out)
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -77,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-# In
+# Import
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
 
 
 def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
-    """Our shape from transformers' ``GPT2Config``; missing keys have its defaults."""
+    """Our config from the keys of transformers' ``GPT2Config``; a missing key has the default of that class."""
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
             raise UserError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
@@ -187,7 +187,7 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
     return tokenizer_folder.read(folder)
 
 
-# Out
+# Export
 
 
 def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = "") -> None:

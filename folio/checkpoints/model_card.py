@@ -1,4 +1,4 @@
-"""The model card of an exported model: the model, its run, and what is not known about them."""
+"""The model card of an exported model: facts about the model and its run, and which of them are unknown."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class PtFile(Checkpoint):
         try:
             for key, slots in self.optimizer.get("state", {}).items():
                 if key not in range(len(names)) or slots.keys() != _SLOTS:
-                    raise UserError(f"of parameter {shown(key)} it holds {', '.join(map(shown, slots))[:80]}")
+                    raise UserError(f"of parameter {shown(key)} it has {', '.join(map(shown, slots))[:80]}")
                 for slot, value in slots.items():
                     name = f"{names[key]}/{slot}"
                     if isinstance(value, StoredTensor) and (reason := unfit(value)):
@@ -95,7 +95,7 @@ def read(path: Path) -> PtFile:
     """The checkpoint in a ``.pt`` file; no code in it is run.
 
     Raises:
-        ValueError: it is damaged, of another program, or names code to run.
+        ValueError: it is damaged, was not written by one of these programs, or names code to run.
     """
     content = torch_files.load(path, dict.fromkeys(_CONFIG_CLASSES, fields_of))
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
@@ -106,7 +106,7 @@ def read(path: Path) -> PtFile:
         elif isinstance(content.get("config"), Fields):
             shape, step, loss = _of_config_class(content)
         else:
-            raise UserError(f"it holds {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
+            raise UserError(f"it has {', '.join(sorted(map(shown, content)))[:80] or 'nothing'}")
         for name, value in shape.items():
             if not isinstance(value, (bool, int, float, str)) or len(str(value)) > 100:
                 raise UserError(f"{shown(name)} is not a number")
@@ -137,7 +137,7 @@ def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
     """The tensors of these names in a file that holds nothing else, such as ``pytorch_model.bin``.
 
     Raises:
-        ValueError: as ``read``, or one of them is no weight.
+        ValueError: as ``read``, or a tensor is not a weight.
     """
     content = torch_files.load(path)
     if not isinstance(content, dict) or not all(isinstance(tensor, StoredTensor) for tensor in content.values()):
@@ -173,7 +173,7 @@ def _nanogpt(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None
 
 
 def _of_config_class(content: dict[str, Any]) -> tuple[dict[str, Any], int, float | None]:
-    """The same for the two that pickle their config: build-nanogpt, and GPT-from-scratch with its own names."""
+    """As ``_nanogpt``, for the programs that pickle their config: build-nanogpt and GPT-from-scratch."""
     loss = content.get("val_loss")
     best = None if loss is None else float(number(loss))
     config = content["config"]
@@ -244,7 +244,7 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
             if size == config.vocab_size:
                 return None if found == IDS_ONLY else found
         elif (folder / META).is_file():
-            with contextlib.suppress(ValueError, OSError):  # damaged data must not keep the model from being read
+            with contextlib.suppress(ValueError, OSError):  # the model can be read without its data
                 data = open_folder(folder)
                 if data.vocab_size == config.vocab_size:
                     return data.tokenizer

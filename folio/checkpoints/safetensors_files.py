@@ -30,13 +30,13 @@ class Opened:
             os.close(self._handle)
 
     def __reduce__(self) -> tuple[type[Opened], tuple[Path]]:
-        return Opened, (self.name,)  # to another process, which opens it again
+        return Opened, (self.name,)  # another process opens the file again
 
 
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: Opened | None = None) -> Tensors:
-    """The tensors of these names in a safetensors file, each mapped only while it is in use, the largest first.
+    """Yields the ``wanted`` tensors of a file, the largest first; each is mapped only while it is in use.
 
-    So copying them into a model needs little more memory than the model. ``opened`` is the same file, already open.
+    Copying them into a model therefore needs little more memory than the model. ``opened`` is the file, already open.
 
     Raises:
         ValueError: the file is damaged, or is not a regular file.

@@ -26,7 +26,7 @@ from folio.errors import UserError, first_line
 from folio.files import require_file
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
-_MAGIC = 0x1950A86A20F9469CFC6C  # that legacy files begin with
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a legacy file
 _PIECE = 2**20  # bytes read at once
 _DENSE = 16  # an archive beyond a gigabyte may expand to this many times its size: more is a zip bomb
 _MOST_AT_ONCE = 16 * 2**20  # bytes: an archive's list of records is the longest thing read at once
@@ -157,7 +157,7 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
 
 
 class _Bounded(io.FileIO):
-    """A file that reads a bounded number of bytes at once, whatever sizes it states."""
+    """A file that refuses to read more than ``_MOST_AT_ONCE`` bytes at once, whatever sizes it states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MOST_AT_ONCE:
@@ -170,7 +170,7 @@ class _Bounded(io.FileIO):
 
 def _archive(path: Path, known: Mapping[str, Any]) -> Any:
     """A zip archive: the pickle ``data.pkl``, and each storage in a record of its own."""
-    archive = zipfile.ZipFile(_Bounded(path))  # stays open: tensors are read later
+    archive = zipfile.ZipFile(_Bounded(path))  # left open: tensors are read later
     records = {record.filename: record for record in archive.infolist()}
     if len(records) < len(archive.infolist()):
         raise UserError("it has two records of one name")
@@ -211,7 +211,7 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
         stream = io.BytesIO(raw.read(pickles.MOST))
     if pickles.load(stream) != _MAGIC or pickles.load(stream) != 1001:
         raise UserError("it is in neither of torch's formats")
-    pickles.load(stream)  # of the machine that wrote it: the numbers are little-endian on all
+    pickles.load(stream)  # about the machine that wrote it; numbers are little-endian from every machine
     file, used = _File(), dict[str, _Storage]()
 
     def storage(pid: Any) -> _Storage:

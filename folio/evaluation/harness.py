@@ -29,13 +29,13 @@ def evaluate(
     """Task → metric, such as ``acc``, ``acc_norm`` or ``acc_stderr`` → value; the same on every rank.
 
     ``tasks`` are names of the harness's tasks, groups and tags, or task files (YAML), whose ``!function`` lines run
-    code. ``limit``: documents of each task, from the first; 0: all. A metric that a filter makes keeps its name, as
-    ``exact_match,strict-match``.
+    code. ``limit``: documents of each task, from the first; 0: all. The name of a metric after a filter includes
+    the filter, such as ``exact_match,strict-match``.
 
     The harness runs on rank 0 alone, so data is fetched and random numbers are drawn once; every rank runs the model.
 
     Raises:
-        ValueError: there is no such task, its data cannot be fetched, or the model cannot answer what it asks.
+        ValueError: there is no such task, its data cannot be fetched, or the model cannot compute what it asks for.
         FileNotFoundError: no such task file. ModuleNotFoundError: lm_eval, or what a task needs, is not installed.
     """
     with _quiet():

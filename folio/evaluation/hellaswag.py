@@ -1,7 +1,7 @@
-"""HellaSwag: which of four endings continues a context best.
+"""HellaSwag: choose the best of four endings of a context.
 
-Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019; scored in both ways that are published
-for GPT-2.
+Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019. Both ways of scoring for which GPT-2's
+results are published.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """Items in a model's tokens. ``cut`` of them are longer than its context and lost their beginnings."""
+    """Items as token ids of one model. ``cut`` of them are longer than its context and lost their beginnings."""
 
     style: HellaSwagStyle
     queries: list[Query]  # four continuations to an item, in one query or four
@@ -54,15 +54,15 @@ class Questions:
     def note(self) -> str:
         """A line about the items that lost their beginnings; empty if none did."""
         of = f"{self.cut} of {len(self.labels)} HellaSwag items are"
-        return f"{of} longer than the model's context: their fronts are left out" if self.cut else ""
+        return f"{of} longer than the model's context: their beginnings are left out" if self.cut else ""
 
 
 def locate(data: str) -> Path:
-    """The file of items: the one that is named, else the validation split, downloaded and verified if need be.
+    """The file of items: ``data`` if it is given, else the validation split, downloaded and verified if necessary.
 
     Raises:
-        FileNotFoundError: there is none of that name. ValueError: that is no file; the download failed, or brought
-            something else.
+        FileNotFoundError: ``data`` does not exist. ValueError: ``data`` is not a regular file; the download failed, or
+            its checksum is wrong.
     """
     if data:
         try:
@@ -75,7 +75,7 @@ def locate(data: str) -> Path:
             URL,
             SHA256,
             FILE,
-            f"lay it there as {FILE}, or give it as --data FILE, or --hellaswag_data=FILE where you train",
+            f"save it as {FILE}, or name it with --data FILE (folio eval) or --hellaswag_data=FILE (folio train)",
         )
     return found or FILE
 
@@ -84,7 +84,7 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
     """The items of a ``.jsonl`` file in the official schema, the first ``limit`` of them if that is not 0.
 
     Raises:
-        ValueError: a line that is no item, or none at all; names the file and the line.
+        ValueError: a line is not an item, or there are no items; names the file and the line.
     """
     items: list[Item] = []
     with path.open("rb") as file:
@@ -101,7 +101,7 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path}:{number}: not a HellaSwag item: {error}") from None
     if not items:
-        raise UserError(f"{path}: it holds no items: give a file of HellaSwag's, such as hellaswag_val.jsonl")
+        raise UserError(f"{path}: it holds no items: name a file of HellaSwag's, such as hellaswag_val.jsonl")
     return items
 
 
@@ -131,7 +131,7 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
 
 
 def _clean(text: str) -> str:
-    """Without WikiHow's marks, as the lm-evaluation-harness leaves them out (its hellaswag/utils.py)."""
+    """The text without WikiHow's marks, which the lm-evaluation-harness removes too (hellaswag/utils.py)."""
     lines = text.strip().replace(" [title]", ". ").split("\n")
     heads = (line.rpartition("]") for line in lines)  # no mark ends after the last bracket: one search is enough
     return "\n".join(re.sub(r"\[.*?\]", "", head + bracket) + rest for head, bracket, rest in heads).replace("  ", " ")
@@ -140,7 +140,7 @@ def _clean(text: str) -> str:
 def load(
     data: str, style: HellaSwagStyle, limit: int, tokenizer: Tokenizer, shape: GPTConfig, runtime: Runtime
 ) -> Questions:
-    """The questions for a model, of a file that rank 0 finds and reads; raises as ``locate``, ``read``, ``encode``."""
+    """Reads the questions on rank 0 and encodes them for a model; raises as ``locate``, ``read`` and ``encode``."""
     items = runtime.broadcast(lambda: read(locate(data), style, limit))
     return encode(items, style, tokenizer, shape)
 
@@ -155,7 +155,7 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
     def pairs(item: Item) -> Iterator[tuple[list[int], list[int]]]:
         context = tokenizer.encode(item.context).tolist()
         for ending in item.endings:
-            # the harness cuts the tokens of the whole, which may differ where the two meet
+            # the harness encodes context and ending together, which may differ at their border
             if style == "completion":
                 yield context, tokenizer.encode(ending).tolist()
             else:
@@ -184,13 +184,13 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
 def predictions(
     model: GPT, questions: Questions, runtime: Runtime, **how: Any
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The ending that the model finds likeliest, and the likeliest for its length; (items) each, on every rank."""
+    """The likeliest ending of each item, and the likeliest per length; (items) each, the same on every rank."""
     nats = score(model, questions.queries, runtime, **how).nats.reshape(-1, 4)
     return nats.argmin(1), (nats / questions.lengths).argmin(1)
 
 
 def evaluate(model: GPT, questions: Questions, runtime: Runtime, **how: Any) -> dict[str, Any]:
-    """The shares of right answers: ``acc`` by the likeliest ending, ``acc_norm`` by the likeliest for its length.
+    """The shares of right answers: ``acc`` by the likeliest ending, ``acc_norm`` by the likeliest per length.
 
     Further arguments as ``score``'s.
     """

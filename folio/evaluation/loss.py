@@ -32,9 +32,9 @@ def evaluate(
 ) -> float:
     """Mean nats per token over ``windows`` windows spread evenly over the split; 0: every token once.
 
-    The ranks take batches in turn, and the mean is weighted by tokens. The last batches are filled up with
-    targets of −1, so that every rank runs as many batches, all of one shape. ``track`` sees the batches go by, as
-    ``rich.progress.track`` does; what it raises ends the evaluation.
+    The ranks take batches in turn, and the mean is weighted by tokens. The last batches are padded with targets of
+    −1, so that every rank runs the same number of batches of the same shape. ``track`` wraps the iteration over
+    batches, as ``rich.progress.track`` does; an exception that it raises ends the evaluation.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -62,7 +62,7 @@ def evaluate(
 
 
 def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
-    """The targets that ``evaluate`` counts, and the bytes of text that they add to what stands before them.
+    """The number of targets that ``evaluate`` counts, and the bytes of text that they add to the tokens before them.
 
     ``spec`` is the tokenizer as JSON; without one, or with one that only datatrove can make, the bytes are 0.
     """

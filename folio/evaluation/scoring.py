@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of a context, which is computed once for all of them."""
+"""The log-likelihood of continuations of a context; the context is computed once for all of them."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ from torch.nn import functional as F
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
 
-_TOKENS, _MOST_TOKENS = {"cpu": 2048}, 16384  # in a batch, padding included; on a device that wants more at a time
-_ROWS, _MOST_ROWS = {"cpu": 16}, 1024  # of logits at a time, so that they stay in a processor's cache
+_TOKENS, _MOST_TOKENS = (
+    {"cpu": 2048},
+    16384,
+)  # in a batch, padding included; the second is for GPUs, which need larger batches
+_ROWS, _MOST_ROWS = {"cpu": 16}, 1024  # of logits at a time, so that they stay in the cache of a CPU
 
 
 class Query(NamedTuple):
-    """Token ids: a context of one or more, and continuations, each of which follows the context alone."""
+    """Token ids: a context of at least one token, and continuations that each directly follow the context."""
 
     context: Sequence[int]
     continuations: list[Sequence[int]]
 
     @property
     def length(self) -> int:
-        """Tokens that the model reads: the last of a continuation is only predicted."""
+        """Tokens in the model's input: the last token of a continuation is only predicted."""
         return len(self.context) + sum(len(c) - 1 for c in self.continuations)
 
 
 class Scores(NamedTuple):
-    """Of each query's continuations, one after the other."""
+    """One value per continuation, in the order of the queries."""
 
     nats: NDArray[np.float64]  # −log p(continuation | context)
-    likeliest: NDArray[np.bool_]  # whether each token is the likeliest of all where it stands
+    likeliest: NDArray[np.bool_]  # whether greedy decoding would give this continuation
 
 
 def fitted(query: Query, block_size: int) -> list[Query]:
-    """The query cut to the model's context: if context and continuation are too long, the beginning is left out.
+    """Cuts the query to the model's context: if context and continuation are too long, their beginning is dropped.
 
-    Each continuation loses no more than it must, so that those of a long query no longer share one context, as in
-    the lm-evaluation-harness. That refuses a continuation of more than ``block_size`` tokens; here it keeps its last.
+    As in the lm-evaluation-harness, each continuation is cut no more than necessary, so a long query becomes one query
+    per continuation. A continuation of more than ``block_size`` tokens keeps its last ones; the harness refuses it.
     """
     room = block_size + 1  # the last token is only predicted
     if len(query.context) + max(map(len, query.continuations)) <= room:
@@ -62,13 +65,13 @@ def score(
 ) -> Scores:
     """The scores of all queries, the same on every rank; a query of several continuations is one row.
 
-    In a row the continuations stand one after the other behind the context. A mask keeps them from seeing each
-    other, and each takes up the positions after the context. Rows of about one length share a batch; the ranks
-    take batches in turn, and which queries a batch holds does not depend on their number. Logits are computed
-    only where the continuations are predicted. ``track`` sees the batches go by, as ``rich.progress.track`` does.
+    In a row the continuations follow the context one after the other. A mask hides them from each other, and the
+    positions of each begin after the context. Rows of similar length share a batch; the ranks take batches in turn,
+    and the number of ranks does not change the batches. Logits are computed only where a continuation is predicted.
+    ``track`` wraps the iteration over batches, as ``rich.progress.track`` does.
 
     Raises:
-        FloatingPointError: the logits are not finite, so that nothing is likelier than anything else.
+        FloatingPointError: the logits are not finite.
     """
     batches = _batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS))
     first = np.cumsum([0, *(len(q.continuations) for q in queries)])
@@ -78,7 +81,7 @@ def score(
     def run() -> None:
         for turn in track(range(0, len(batches), runtime.world)):
             mine = turn + runtime.rank
-            here = batches[min(mine, len(batches) - 1)]  # all ranks run as many, as sharding needs
+            here = batches[min(mine, len(batches) - 1)]  # every rank runs the same number, as sharded models need
             nats, missed, lengths = _score(model, [queries[i] for i in here], runtime)
             if mine < len(batches):
                 ends = np.cumsum(lengths)[:-1]
@@ -95,10 +98,10 @@ def score(
 
 
 def _batches(queries: Sequence[Query], most: int) -> list[list[int]]:
-    """Numbers of queries, the longest first, so that memory that suffices in the beginning does to the end.
+    """Indices of queries in batches, the longest first, so that a lack of memory shows in the first batch.
 
-    A batch has at most so many tokens with its padding; beyond a quarter of that it takes no row of which a tenth
-    would be padding.
+    A batch has at most ``most`` tokens, padding included. Once it has a quarter of them, it takes no row that would
+    be padded by more than a tenth.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -113,7 +116,7 @@ def _batches(queries: Sequence[Query], most: int) -> list[list[int]]:
 
 
 def _score(model: GPT, queries: Sequence[Query], runtime: Runtime) -> tuple[Tensor, Tensor, list[int]]:
-    """Of every predicted token: its nats, and whether another is likelier; and how many each continuation has."""
+    """For every predicted token: its nats, and whether another is likelier; then the length of each continuation."""
     shape = len(queries), max(q.length for q in queries)
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     numbers = np.full(shape, -1, dtype=np.int64)  # 0: the context, then each continuation; −1: padding

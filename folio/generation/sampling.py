@@ -41,16 +41,16 @@ def stream(
 ) -> Iterator[Tensor]:
     """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
 
-    ``uniform`` (B, max_new_tokens) holds the draws, in [0, 1), from which the tokens follow; without it they
-    come from torch's global generator. ``vocab_size``: ids from there on are never drawn. ``temperature`` 0
-    picks the likeliest token. ``track`` wraps the iteration, as ``rich.progress.track`` does.
+    ``uniform`` (B, max_new_tokens) has the random numbers in [0, 1) that select the tokens; by default they come
+    from torch's global generator. Ids from ``vocab_size`` on are never drawn. ``temperature`` 0 picks
+    the likeliest token. ``track`` wraps the iteration, as ``rich.progress.track`` does.
 
-    Up to ``block_size`` tokens, each new one costs one token's work. Beyond, the context is the last
-    ``block_size`` tokens, as in nanoGPT; all their positions have then moved, so the cache is useless
-    and each new token costs ``block_size`` tokens' work.
+    Up to ``block_size`` tokens, each new token costs one token's work. After that the context is the last
+    ``block_size`` tokens, as in nanoGPT; their positions change with each token, so nothing can be cached and a new
+    token costs ``block_size`` tokens' work.
 
     Raises:
-        FloatingPointError: the logits are not finite, so that nothing can be drawn.
+        FloatingPointError: the logits are not finite.
     """
     if uniform is None:
         uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
@@ -77,13 +77,13 @@ def pick(
     ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
     al., "The Curious Case of Neural Text Degeneration", 2020).
     """
-    if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or so little that nothing can be divided by it
+    if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or too small to divide by
         return logits.argmax(-1, keepdim=True)
     device = logits.device
-    if torch.are_deterministic_algorithms_enabled():  # which refuse a cumulative sum on CUDA
+    if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumulative sum
         logits, uniform = logits.cpu(), uniform.cpu()
     logits = logits.to(uniform.dtype)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, also where others overflow
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0 if the others overflow
     if top_k is not None and top_k < logits.size(-1):
         smallest = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -99,7 +99,7 @@ def pick(
 
 
 def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tensor:
-    """(samples, max_new_tokens) float64: each row from its own (seed, number), however many there are."""
+    """(samples, max_new_tokens) float64: row i depends only on (seed, first + i)."""
     rows = [
         torch.rand(max_new_tokens, dtype=torch.float64, generator=rng.generator("sample", seed, i))
         for i in range(first, first + samples)
@@ -108,7 +108,7 @@ def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tenso
 
 
 def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
-    """The text of all samples, a line of dashes after each; one alone comes token by token."""
+    """Yields the text of all samples, each followed by a line of dashes; a single sample is yielded token by token."""
     if o.num_samples > 1:
         yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokens, o, seed))
         return
@@ -155,10 +155,11 @@ def _drawn(
 
 
 def encode_prompt(name: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
-    """A prompt, or that of FILE:name, and its token ids, special tokens by their names.
+    """The prompt ``start``, or the text of FILE:path, and its token ids; special tokens are encoded by name.
 
     Raises:
-        ValueError: there are none, or the model does not know them. FileNotFoundError: no such file. Names the option.
+        ValueError: the prompt is empty, or the model lacks one of its ids. FileNotFoundError: no such file. Both name
+            the option ``name``.
     """
     prompt = _prompt(name, start)
     try:

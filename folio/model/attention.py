@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Union[Tensor, "BlockMask"]
-_SHORT = 256  # tokens up to which attention is written out on a CPU
+_SHORT = 256  # tokens; up to this length attention is written out on a CPU
 
 
 class KVCache:
@@ -42,9 +42,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
     """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
 
     With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
-    where a query may attend, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA it is the flash
-    kernel. On a CPU the fused kernel's backward is slow for short contexts, so attention that will be differentiated
-    is written out there (benchmarks/attention.py).
+    where a query may attend, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash
+    kernel runs. On a CPU the fused kernel's backward is slow for short contexts, so attention that will be
+    differentiated is written out there (benchmarks/attention.py).
     """
     T, S = q.size(2), k.size(2)
     if mask is not None and not isinstance(mask, Tensor):
@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
 
 
 def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
-    """The number of each token's document (B, T) → positions (B, T) from 0 in each, and a causal mask within it.
+    """(B, T) document numbers → (B, T) positions from 0 in each document, and a causal mask within documents.
 
     The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's, which skips most blocks. The default is
     ``flex`` on CUDA, except with dropout, which FlexAttention lacks.

@@ -48,7 +48,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.block = block
-        self.attend = attend  # another kernel may be set here
+        self.attend = attend  # a faster kernel may be set here
 
     def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
     @classmethod
     def empty(cls, config: GPTConfig) -> GPT:
-        """A model on the CPU whose weights are not set yet: to load a checkpoint, none need be drawn."""
+        """A model on the CPU with uninitialized weights, for loading a checkpoint."""
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         as in ``attend``.
 
         Raises:
-            ValueError: more tokens than ``block_size``, where no positions are given.
+            ValueError: more tokens than ``block_size``, and no ``positions``.
         """
         start = cache.length if cache is not None else 0
         T = idx.size(1)
@@ -181,7 +181,7 @@ class GPT(nn.Module):
     def loss(
         self, idx: Tensor, targets: Tensor, positions: Tensor | None = None, mask: Mask | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Both (B, T) → (sum of nats over the targets that are not −1, how many those are), two scalars.
+        """Both (B, T) → (sum of nats over the targets that are not −1, number of these targets), two scalars.
 
         ``positions`` and ``mask`` as ``hidden`` takes them.
         """
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         return total - self.transformer.wpe.weight.numel() if non_embedding else total
 
     def crop_block_size(self, block_size: int) -> None:
-        """Keeps the first ``block_size`` positions; raises ValueError where there are fewer."""
+        """Keeps the first ``block_size`` positions; raises ValueError if the model has fewer."""
         if not 1 <= block_size <= self.config.block_size:
             raise UserError(f"block_size={block_size} is not within 1 … {self.config.block_size}")
         if block_size == self.config.block_size:
@@ -214,9 +214,9 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     def grow_vocab_size(self, vocab_size: int) -> None:
-        """Adds token ids; raises ValueError where there are more already.
+        """Adds token ids; raises ValueError if the model has more already.
 
-        Their rows are the mean of the others, so that together they hardly take any probability (Hewitt,
+        Their rows are the mean of the others, so that they get little probability (Hewitt,
         "Initializing New Word Embeddings for Pretrained Language Models", 2021).
         """
         if vocab_size < (old := self.transformer.wte.num_embeddings):
@@ -255,7 +255,7 @@ class GPT(nn.Module):
         return adamw(self, learning_rate, betas, weight_decay)
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
-        """Share of this device's peak that ``fwdbwd_per_iter`` rows in ``dt`` seconds are; NaN if unknown."""
+        """Share of this device's peak FLOPS that ``fwdbwd_per_iter`` rows in ``dt`` seconds reach; NaN if unknown."""
         from folio.machine.flops import mfu
 
         p = next(self.parameters())

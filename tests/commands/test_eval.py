@@ -140,7 +140,7 @@ def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style
     assert (found["kind"], found["style"], found["total"], found["step"]) == ("hellaswag", style, 8, 10)
     right = round(8 * found["acc_norm"])
     assert f"HellaSwag acc_norm {right / 8:.4f} ({right}/8), acc {found['acc']:.4f}, {style}" in said
-    assert "of 8 HellaSwag items are longer than the model's context: their fronts are left out" in said
+    assert "of 8 HellaSwag items are longer than the model's context: their beginnings are left out" in said
 
 
 @pytest.mark.slow

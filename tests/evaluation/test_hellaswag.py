@@ -178,7 +178,7 @@ def test_what_is_cut(tmp_path) -> None:
     whole, cut = questions(path, Bytes(), 99), questions(path, Bytes(), 40)
     assert (whole.cut, whole.note) == (0, "")
     assert (cut.cut, len(cut.queries)) == (1, 1 + 4 + 1)
-    assert cut.note == "1 of 3 HellaSwag items are longer than the model's context: their fronts are left out"
+    assert cut.note == "1 of 3 HellaSwag items are longer than the model's context: their beginnings are left out"
     assert [c for q in cut.queries for c in q.continuations] == [c for q in whole.queries for c in q.continuations]
     assert cut.lengths.tolist() == whole.lengths.tolist()
     model = model_of(256, 99)
@@ -281,7 +281,7 @@ def test_no_items(tmp_path) -> None:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory and a clone without data."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "*")
@@ -289,28 +289,28 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_is_downloaded_once(elsewhere, monkeypatch, items) -> None:
+def test_it_is_downloaded_once(empty_folder, monkeypatch, items) -> None:
     content = items.read_bytes()
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(content).hexdigest())
     with server(content) as url:
         monkeypatch.setattr(hellaswag, "URL", url)
         assert hellaswag.locate("") == hellaswag.FILE
-    assert {name for name, held in tree(elsewhere).items() if held} == {str(hellaswag.FILE)}
+    assert {name for name, held in tree(empty_folder).items() if held} == {str(hellaswag.FILE)}
     assert hellaswag.FILE.read_bytes() == content
     assert hellaswag.locate("") == hellaswag.FILE  # nobody serves it any more
 
 
-def test_another_file_is_refused(elsewhere, monkeypatch) -> None:
+def test_another_file_is_refused(empty_folder, monkeypatch) -> None:
     """The line names the address and the way round; nothing is left for the next attempt to trust."""
     with server(STORY.read_bytes()) as url:
         monkeypatch.setattr(hellaswag, "URL", url)
         reason = rf"SHA-256 \w+, not {hellaswag.SHA256}: fetch {url} .*--hellaswag_data=FILE "
         with pytest.raises(ValueError, match=f"^the download has {reason}"):
             hellaswag.locate("")
-    assert tree(elsewhere) == {}
+    assert tree(empty_folder) == {}
 
 
-def test_the_nearest_file_is_taken(elsewhere) -> None:
+def test_the_nearest_file_is_taken(empty_folder) -> None:
     """The one that is named, else the working directory's, else the clone's."""
     for place in ("clone", "."):
         path = Path(place) / hellaswag.FILE
@@ -320,13 +320,13 @@ def test_the_nearest_file_is_taken(elsewhere) -> None:
     assert hellaswag.locate(__file__) == Path(__file__)
 
 
-def test_no_such_file(elsewhere) -> None:
+def test_no_such_file(empty_folder) -> None:
     with pytest.raises(FileNotFoundError, match=r"^no/such.jsonl: there is no such file"):
         hellaswag.locate("no/such.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device"])
-def test_what_never_ends(elsewhere, kind) -> None:
+def test_pipes_and_devices_are_refused(empty_folder, kind) -> None:
     {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda p: os.symlink("/dev/zero", p)}[kind]("items.jsonl")
     with pytest.raises(ValueError, match=f"^items.jsonl is {kind}, not a file"):
         hellaswag.locate("items.jsonl")

@@ -10,11 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from folio.checkpoints import checkpoint, find
-from folio.checkpoints.state import State, foreign_state
-from folio.data.tokenizers import Tokenizer
-from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
+from folio.checkpoints import find
 
 transformers = pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")
@@ -40,20 +36,6 @@ def _quiet() -> Iterator[None]:
     yield
     logging.set_verbosity(before)
     logging.enable_progress_bar()
-
-
-def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape: Any) -> Path:
-    """An out_dir with a model whose every parameter, biases too, is drawn at random."""
-    config = GPTConfig(**{"block_size": 32, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, **shape})
-    generator = torch.Generator().manual_seed(seed)
-    model = GPT(config)
-    weights = {
-        name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
-        for name, p in model.named_parameters()
-    }
-    state = foreign_state(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
-    checkpoint.save(out_dir, 7, weights, {}, state)
-    return out_dir
 
 
 def theirs(folder: Path, **how: Any) -> Any:

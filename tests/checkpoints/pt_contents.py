@@ -58,11 +58,11 @@ def saved(content: Any, path: Path, legacy: bool = False) -> Path:
     return path
 
 
-def with_value(*way: Any) -> Callable[[Content], None]:
-    """Sets what lies at this way into a content; the last item is the value."""
+def with_value(*path: Any) -> Callable[[Content], None]:
+    """Sets the value at a path of keys in a content; the last argument is the value."""
 
     def change(content: Content) -> None:
-        *keys, last, value = way
+        *keys, last, value = path
         for key in keys:
             content = content[key]
         content[last] = value
@@ -94,7 +94,7 @@ def assert_same(one: PtFile, other: PtFile) -> None:
     assert one.asked == other.asked
 
 
-def assert_not_taken(folio: Folio, story: Path, ckpt: Path, *words: str) -> None:
+def assert_not_imported(folio: Folio, story: Path, ckpt: Path, *words: str) -> None:
     before = tree(ckpt.parent)
     resume = ("train", *QUICK, "--init_from=resume", f"--out_dir={ckpt.parent}", f"--data_dir={story}")
     for argv in (("import", ckpt, "--to", ckpt.parent / "imported"), resume):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from folio.checkpoints import checkpoint
+from folio.checkpoints.state import State, foreign_state
+from folio.data.tokenizers import Tokenizer
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
@@ -48,6 +51,19 @@ def save(out_dir: Path, step: int, *, run: str = "a1", best: tuple[int, float] |
     }
     checkpoint.save(out_dir, step, *tensors(model, optimizer), state)
     return run_folder.checkpoint_folder(out_dir, step)
+
+
+def save_random(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape: Any) -> Path:
+    """An out_dir with a model whose every parameter, biases too, is drawn at random."""
+    config = GPTConfig(**{"block_size": 32, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, **shape})
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
+        for name, p in GPT(config).named_parameters()
+    }
+    state = foreign_state(config, tokens and tokens.to_json(), State(step=7, tokens=1234))
+    checkpoint.save(out_dir, 7, weights, {}, state)
+    return out_dir
 
 
 def cut(name: str) -> Damage:

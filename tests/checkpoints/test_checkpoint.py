@@ -19,7 +19,7 @@ from folio.training.optimizers import adamw
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip(tmp_path: Path, tied: bool) -> None:
-    """Weights and moments come back to the bit, into a new model and optimizer that go on alike."""
+    """Weights and moments come back to the bit, into a new model and optimizer, whose next step is the same."""
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)
     model, optimizer = trained(1, shape)
     weights, slots = tensors(model, optimizer)
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_what_lies_in_a_checkpoint(tmp_path: Path) -> None:
+def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     """Three files; parameters by nanoGPT's names, no tied head; optimizer tensors as <parameter>/<slot>."""
     path = save(tmp_path, 5)
     assert path == tmp_path / "checkpoints" / "step-00000005"
@@ -65,7 +65,7 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    """By one whose other content verifies; what an earlier attempt left does not disturb."""
+    """By another one that verifies, even if an earlier attempt left an unfinished folder."""
     rest = tmp_path / "checkpoints" / ".step-00000005.unfinished"
     rest.mkdir(parents=True)
     (rest / "model.safetensors").write_bytes(b"half")
@@ -76,7 +76,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 
 
 def test_of_the_same_tensors_the_state_alone_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that at no moment the checkpoint is away; but not where its tensors were damaged meanwhile."""
+    """So that the checkpoint is never missing; if its tensors are damaged, it is replaced whole."""
     monkeypatch.setattr(checkpoint, "_rename_or_put_back", None)  # to call it would raise
     save(tmp_path, 5)
     path = save(tmp_path, 5, run="b2")
@@ -88,7 +88,7 @@ def test_of_the_same_tensors_the_state_alone_is_replaced(tmp_path: Path, monkeyp
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the folder and the remedy; the checkpoint that was there stays."""
+    """The error names the folder and the remedy; the former checkpoint stays."""
     before = save(tmp_path, 5)
 
     def full(*args: object) -> None:

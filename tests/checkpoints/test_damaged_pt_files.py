@@ -16,7 +16,7 @@ from pt_contents import (
     LN,
     Content,
     Folio,
-    assert_not_taken,
+    assert_not_imported,
     saved,
     small,
     with_value,
@@ -97,7 +97,7 @@ def test_what_does_not_fit_together(
     """import and train: one line that names the file, and nothing written."""
     content = small()
     change(content)
-    assert_not_taken(folio, story, saved(content, tmp_path / "ckpt.pt"), word)
+    assert_not_imported(folio, story, saved(content, tmp_path / "ckpt.pt"), word)
 
 
 def truncated(path: Path) -> None:
@@ -140,4 +140,4 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 def test_other_files(tmp_path: Path, story: Path, folio: Folio, write: Callable[[Path], object]) -> None:
     """The same of files that are no such checkpoint at all."""
     write(tmp_path / "ckpt.pt")
-    assert_not_taken(folio, story, tmp_path / "ckpt.pt")
+    assert_not_imported(folio, story, tmp_path / "ckpt.pt")

@@ -12,10 +12,10 @@ from exports import (
     SHAPES,
     _quiet,  # noqa: F401
     assert_the_same_logits,
-    saved,
     theirs,
 )
 from safetensors.torch import load_file, save_file
+from small_checkpoints import save_random
 from tokenizer_kinds import WIDE
 
 from folio.checkpoints import checkpoint, find, hugging_face
@@ -30,7 +30,7 @@ yaml = pytest.importorskip("yaml")
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_same_logits(tmp_path, shape) -> None:
-    out_dir, to = saved(tmp_path / "out", Bytes(), **shape), tmp_path / "new" / "hf"
+    out_dir, to = save_random(tmp_path / "out", Bytes(), **shape), tmp_path / "new" / "hf"
     hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert (theirs(to).config.vocab_size, theirs(to).config.tie_word_embeddings) == (
@@ -43,7 +43,7 @@ def test_the_same_logits(tmp_path, shape) -> None:
 def test_a_padded_vocabulary_is_cut(tmp_path, kind) -> None:
     """The ids beyond the tokenizer's mean nothing; all others keep their logits."""
     tokens, size = kind
-    out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size), tmp_path / "hf"
+    out_dir, to = save_random(tmp_path / "out", tokens, vocab_size=size), tmp_path / "hf"
     hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     model = theirs(to)
@@ -55,7 +55,7 @@ def test_a_padded_vocabulary_is_cut(tmp_path, kind) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype(folio, tmp_path, dtype) -> None:
     """Of all the weights, of the config and of the model that is loaded; rounded once."""
-    out_dir, to = saved(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf"
+    out_dir, to = save_random(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf"
     assert folio("export", f"--out_dir={out_dir}", "--to", to, f"--dtype={dtype}").err == ""
     kind = getattr(torch, dtype)
     assert {weight.dtype for weight in load_file(to / "model.safetensors").values()} == {kind}
@@ -66,9 +66,9 @@ def test_dtype(folio, tmp_path, dtype) -> None:
 
 
 def test_greedy_text(folio, tmp_path, kind) -> None:
-    """What transformers generates is what folio sample writes, up to the whole context."""
+    """transformers and folio sample generate the same text, up to the whole context."""
     tokens, size = kind
-    out_dir, to = saved(tmp_path / "out", tokens, vocab_size=size, block_size=24), tmp_path / "hf"
+    out_dir, to = save_random(tmp_path / "out", tokens, vocab_size=size, block_size=24), tmp_path / "hf"
     hugging_face.export(find.in_folder(out_dir), to)
     fast, prompt = transformers.AutoTokenizer.from_pretrained(to), "The ferry"
     given = fast(prompt, return_tensors="pt")
@@ -83,9 +83,9 @@ def test_greedy_text(folio, tmp_path, kind) -> None:
 
 
 def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkeypatch, shared_data) -> None:
-    """There only: folio sample goes on, as a corpus does; transformers does so as well when it is asked to."""
+    """Only there: folio sample continues, like a corpus, and so does transformers without eos_token_id."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared_data / "tiktoken"))
-    out_dir, to = saved(tmp_path / "out", Tiktoken(), vocab_size=50304, tie_weights=False), tmp_path / "hf"
+    out_dir, to = save_random(tmp_path / "out", Tiktoken(), vocab_size=50304, tie_weights=False), tmp_path / "hf"
     weights = dict(find.choose(out_dir).weights())
     weights["transformer.ln_f.weight"].zero_()
     weights["transformer.ln_f.bias"].fill_(1)
@@ -107,9 +107,9 @@ def test_an_end_of_text_ends_what_transformers_generates(folio, tmp_path, monkey
 
 
 def test_the_tokenizer(tmp_path, kind) -> None:
-    """AutoTokenizer encodes as ours, brings back every space, and knows an end of text only where there is one."""
+    """AutoTokenizer encodes like ours, keeps every space, and has an end of text only if ours has one."""
     tokens, size = kind
-    hugging_face.export(find.in_folder(saved(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
+    hugging_face.export(find.in_folder(save_random(tmp_path / "out", tokens, vocab_size=size)), tmp_path / "hf")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert len(fast) == tokens.size
     assert (fast.eos_token_id, fast.bos_token_id, fast.model_max_length) == (tokens.eot, tokens.eot, 32)
@@ -127,8 +127,8 @@ def test_the_tokenizer(tmp_path, kind) -> None:
 
 
 def test_a_model_of_unknown_tokens(tmp_path) -> None:
-    """It is handed on without a tokenizer, and with all its ids."""
-    out_dir, to = saved(tmp_path / "out", vocab_size=300), tmp_path / "hf"
+    """It is exported without a tokenizer, and with all its ids."""
+    out_dir, to = save_random(tmp_path / "out", vocab_size=300), tmp_path / "hf"
     hugging_face.export(find.in_folder(out_dir), to)
     assert_the_same_logits(to, out_dir)
     assert theirs(to).config.vocab_size == 300
@@ -139,8 +139,8 @@ def test_a_model_of_unknown_tokens(tmp_path) -> None:
 
 
 def test_a_vocabulary_that_was_only_assumed(tmp_path) -> None:
-    """Files of tokens that say nothing are taken for GPT-2's: a model with fewer ids was not trained on those."""
-    out_dir = saved(tmp_path / "out", vocab_size=100)
+    """Older checkpoints assumed GPT-2's tokenizer if the data had none; a model with fewer ids cannot have used it."""
+    out_dir = save_random(tmp_path / "out", vocab_size=100)
     found = find.in_folder(out_dir)
     found.state["tokenizer"] = {"kind": "tiktoken", "name": "gpt2"}
     hugging_face.export(found, tmp_path / "hf")
@@ -151,10 +151,10 @@ def test_a_vocabulary_that_was_only_assumed(tmp_path) -> None:
 @pytest.mark.parametrize("shape", [{"tie_weights": False}, {"bias": False}, {"bias": False, "qkv_bias": True}], ids=str)
 @pytest.mark.parametrize("by", ["import", "the folder"])
 def test_there_and_back_is_the_same_to_the_byte(folio, tmp_path, kind, shape, by) -> None:
-    """With folio import between, or straight from the folder."""
+    """With folio import in between, or directly from the folder."""
     tokens, size = kind
     back, first, second = tmp_path / "back", tmp_path / "a" / "hf", tmp_path / "b" / "hf"
-    out_dir = saved(tmp_path / "out", tokens, vocab_size=size, **shape)
+    out_dir = save_random(tmp_path / "out", tokens, vocab_size=size, **shape)
     assert folio("export", f"--out_dir={out_dir}", "--to", first).code == 0
     if by == "import":
         assert folio("import", first, "--to", back).code == 0
@@ -167,9 +167,9 @@ def test_there_and_back_is_the_same_to_the_byte(folio, tmp_path, kind, shape, by
 
 
 @pytest.mark.parametrize("name", ["transformer.h.1.attn.c_attn.bias", "transformer.ln_f.bias"])
-def test_biases_that_were_trained_elsewhere_come_back(folio, tmp_path, name) -> None:
-    """Though the model that was exported had none."""
-    out_dir, to, back = saved(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf", tmp_path / "back"
+def test_biases_that_another_program_trained_are_imported(folio, tmp_path, name) -> None:
+    """Although the exported model had none."""
+    out_dir, to, back = save_random(tmp_path / "out", Bytes(), bias=False), tmp_path / "hf", tmp_path / "back"
     hugging_face.export(find.in_folder(out_dir), to)
     weights = load_file(to / "model.safetensors")
     assert not weights[name].any()

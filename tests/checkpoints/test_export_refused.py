@@ -1,4 +1,4 @@
-"""What the formats cannot hold is refused, and a write that fails leaves nothing."""
+"""A model that the formats cannot express is refused, and a failed write leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from conftest import assert_refused, tree
 from exports import (
     _quiet,  # noqa: F401
-    saved,
 )
+from small_checkpoints import save_random
 
 from folio import files
 from folio.checkpoints import checkpoint, find, gguf, hugging_face
@@ -46,15 +46,15 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize(("argv", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_refusals(folio, tmp_path, monkeypatch, argv, words) -> None:
-    """In one line, and all is as it was."""
+    """In one line, and no file changes."""
     monkeypatch.chdir(tmp_path)
     for folder in ("full/hf", "empty"):
         Path(folder).mkdir(parents=True)
     for file in ("full/hf/mine.txt", "file", "mine.gguf"):
         Path(file).write_text("mine")
-    saved(Path("out"), Bytes(), activation="gelu_tanh")
-    saved(Path("large"), Bytes(), vocab_size=100)
-    (saved(Path("damaged"), Bytes()) / "checkpoints" / "step-00000007" / "model.safetensors").write_bytes(b"")
+    save_random(Path("out"), Bytes(), activation="gelu_tanh")
+    save_random(Path("large"), Bytes(), vocab_size=100)
+    (save_random(Path("damaged"), Bytes()) / "checkpoints" / "step-00000007" / "model.safetensors").write_bytes(b"")
     before = tree(tmp_path)
     assert_refused(folio("export", "--out_dir=out", "--to=hf", *argv), *words)
     assert tree(tmp_path) == before
@@ -85,8 +85,8 @@ WTE, LN_F = "transformer.wte.weight", "transformer.ln_f.weight"
     ],
 )
 def test_numbers_that_are_not_finite(folio, tmp_path, to, name, value, dtype, words) -> None:
-    """In the weights, or once they are rounded: the parameter is named, and nothing is written."""
-    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"), name, value)
+    """In the weights, or after rounding: the error names the parameter, and nothing is written."""
+    damaged(save_random(tmp_path / "out", Bytes(), activation="gelu_tanh"), name, value)
     before = tree(tmp_path)
     argv = ("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to, f"--dtype={dtype}")
     assert_refused(folio(*argv), tmp_path / "out", *words)
@@ -95,8 +95,8 @@ def test_numbers_that_are_not_finite(folio, tmp_path, to, name, value, dtype, wo
 
 @pytest.mark.parametrize("to", ["hf", "model.gguf"])
 def test_numbers_that_just_fit(folio, tmp_path, to) -> None:
-    """The largest of the type; and one that is not finite in a row which is cut off."""
-    damaged(saved(tmp_path / "out", Bytes(), activation="gelu_tanh", vocab_size=300), WTE, 65504.0)
+    """The largest number of the type; and one that is not finite in a row that is cut off."""
+    damaged(save_random(tmp_path / "out", Bytes(), activation="gelu_tanh", vocab_size=300), WTE, 65504.0)
     found = find.choose(tmp_path / "out")
     weights = dict(found.weights())
     weights[WTE][299] = float("nan")
@@ -125,8 +125,8 @@ LATER = {
 @pytest.mark.parametrize("to", ["hf", "model.gguf"])
 @pytest.mark.parametrize("what", LATER)
 def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
-    """A field that the exporter does not know is refused by its name where it is not at its default."""
-    found = find.in_folder(saved(tmp_path / "out", Bytes(), activation="gelu_tanh"))
+    """A field that the exporter does not know is refused by name unless it has its default."""
+    found = find.in_folder(save_random(tmp_path / "out", Bytes(), activation="gelu_tanh"))
     export = gguf.export if to.endswith(".gguf") else hugging_face.export
 
     class Newer(checkpoint.Checkpoint):
@@ -142,11 +142,11 @@ def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
 
 
 def test_every_field_is_exported_or_refused(tmp_path) -> None:
-    """Each of today's fields comes back as it was; one that is added must be thought of here."""
+    """Each field survives export and import; a new field must be added to this test."""
     shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
     shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
     assert shape.keys() == {f.name for f in fields(GPTConfig)}
-    hugging_face.export(find.in_folder(saved(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
+    hugging_face.export(find.in_folder(save_random(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
     assert find.by_name(str(tmp_path / "hf")).config() == GPTConfig(**shape)
 
 
@@ -164,8 +164,8 @@ def small_files(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("to", ["hf", "model.gguf"])
 @pytest.mark.parametrize("size", [1_000, 40_000])
 def test_a_write_that_fails_leaves_nothing(folio, tmp_path, to, size) -> None:
-    """Of files that cannot grow to their length, one line is said."""
-    saved(tmp_path / "out", Bytes(), activation="gelu_tanh")
+    """If files cannot grow to their length, the error is one line."""
+    save_random(tmp_path / "out", Bytes(), activation="gelu_tanh")
     before = tree(tmp_path)
     with small_files(size):
         outcome = folio("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / to)
@@ -174,7 +174,7 @@ def test_a_write_that_fails_leaves_nothing(folio, tmp_path, to, size) -> None:
 
 
 def test_appearing_in_an_empty_folder_and_after_a_kill(tmp_path) -> None:
-    """An empty folder is taken; what a killed attempt left is swept away."""
+    """An empty folder is replaced; the rest of a killed attempt is removed."""
     rest = tmp_path / ".hf.unfinished"
     (tmp_path / "hf").mkdir()
     rest.mkdir()

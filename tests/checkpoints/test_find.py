@@ -40,7 +40,7 @@ def damage(request: pytest.FixtureRequest) -> Damage:
 
 
 def test_an_unfinished_folder_never_counts(tmp_path: Path) -> None:
-    """Neither it, nor what was set aside, nor a stray file is a checkpoint."""
+    """Nor a damaged one that was renamed, nor a stray file."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(save(tmp_path, 5), folder / ".step-00000009.unfinished")
     shutil.copytree(folder / "step-00000005", folder / "step-00000007.damaged")
@@ -71,7 +71,7 @@ def test_a_damaged_choice_names_another(tmp_path: Path, which: str) -> None:
         find.choose(tmp_path, which)
 
 
-def test_damaged_checkpoints_are_found_out(tmp_path: Path, damage: Damage) -> None:
+def test_damaged_checkpoints_are_detected(tmp_path: Path, damage: Damage) -> None:
     """Whatever is wrong with it, the error names the folder."""
     path = save(tmp_path, 5)
     checkpoint.verify(path, "a1")
@@ -83,7 +83,7 @@ def test_damaged_checkpoints_are_found_out(tmp_path: Path, damage: Damage) -> No
 
 
 def test_the_latest_that_verifies(tmp_path: Path, damage: Damage) -> None:
-    """Damaged ones are set aside under another name, with a line each, and not met again."""
+    """Damaged ones are renamed, with a line each, and not found again."""
     for step in (5, 10, 15):
         save(tmp_path, step)
     for step in (10, 15):
@@ -148,7 +148,7 @@ def test_a_lost_best_json_is_rebuilt(tmp_path: Path, lost: str | None) -> None:
 
 
 def test_without_a_best_the_latest_is_the_best(tmp_path: Path) -> None:
-    """Before the first evaluation, or where the best is gone."""
+    """Before the first evaluation, or if the best was removed."""
     assert find.best_step(tmp_path) is None
     save(tmp_path, 5)
     save(tmp_path, 10)
@@ -171,7 +171,7 @@ def test_without_a_best_the_latest_is_the_best(tmp_path: Path) -> None:
     ],
 )
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, interval: int, left: list[int] | None) -> None:
-    """And so many at multiples of the interval; it touches nothing else."""
+    """And ``keep`` at multiples of the interval; it removes nothing else."""
     steps = [5, 10, 15, 20, 25]
     for step in steps:
         save(tmp_path, step)
@@ -186,7 +186,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, interval
 
 
 def test_what_was_chosen_can_be_read_to_its_end(tmp_path: Path) -> None:
-    """From the files that verified, though their names are gone, or are another's."""
+    """From the verified files, even if their folder is removed or replaced."""
     weights = dict(find.choose(save(tmp_path, 5).parent.parent).weights())
     found = find.choose(tmp_path, "5")
     stored = found.weights()
@@ -200,8 +200,8 @@ def test_what_was_chosen_can_be_read_to_its_end(tmp_path: Path) -> None:
     assert len(dict(found.slots())) == 3 * len(weights)
 
 
-def test_a_run_goes_on_while_its_models_are_read(tmp_path: Path) -> None:
-    """Whoever asks for the latest, or the best, gets one, however soon it is removed."""
+def test_models_are_read_while_the_run_continues(tmp_path: Path) -> None:
+    """A reader of the latest or the best always gets one, however soon it is removed."""
     save(tmp_path, 1)
     done = threading.Event()
 

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import STORY
+from small_checkpoints import save_random
 from tokenizer_kinds import WIDE
 from torch import Tensor
 
 from folio.checkpoints import checkpoint, find, hugging_face
 from folio.checkpoints.gguf import export
-from folio.checkpoints.state import State, foreign_state
 from folio.data.tokenizers import Bytes, Tiktoken, Tokenizer, TokenizersFile, byte_characters
 from folio.generation import sampling
-from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 
 gguf = pytest.importorskip("gguf")
@@ -42,17 +41,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of token
 
 
 def saved(out_dir: Path, tokens: Tokenizer | None = None, seed: int = 0, **shape: Any) -> checkpoint.Checkpoint:
-    """A checkpoint with a model whose every parameter, biases too, is drawn at random."""
-    small = {"block_size": 64, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 32, "activation": "gelu_tanh"}
-    config = GPTConfig(**{**small, **shape})
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        name: torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and name.endswith("weight"))
-        for name, p in GPT(config).named_parameters()
-    }
-    state = foreign_state(config, tokens and tokens.to_json(), State(step=7))
-    checkpoint.save(out_dir, 7, weights, {}, state)
-    return find.in_folder(out_dir)
+    """A checkpoint that llama.cpp runs with the same logits."""
+    small = {"block_size": 64, "n_embd": 32, "activation": "gelu_tanh"}
+    return find.in_folder(save_random(out_dir, tokens, seed, **{**small, **shape}))
 
 
 def theirs(name: str) -> str:

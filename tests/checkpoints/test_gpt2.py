@@ -11,8 +11,8 @@ import torch
 from conftest import assert_refused, tree
 from exports import (
     _quiet,  # noqa: F401
-    saved,
 )
+from small_checkpoints import save_random
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,7 +106,7 @@ def test_a_changed_architecture_is_not_exported(folio, tmp_path, monkeypatch, ch
     """Even with GPT-2's parameter names and shapes: other programs would run the weights as GPT-2's."""
     where, name, value, word = CHANGES[change]
     monkeypatch.setattr(where, name, value)
-    out = saved(tmp_path / "out", Bytes(), bias=bias, activation="gelu_tanh")
+    out = save_random(tmp_path / "out", Bytes(), bias=bias, activation="gelu_tanh")
     before = tree(tmp_path)
     assert_refused(folio("export", f"--out_dir={out}", "--to", tmp_path / to), out, word, "cannot be exported")
     assert tree(tmp_path) == before
@@ -120,7 +120,7 @@ def test_a_missing_parameter(folio, tmp_path, monkeypatch) -> None:
             super().__init__()
 
     monkeypatch.setattr(gpt, "LayerNorm", Unscaled)
-    out = saved(tmp_path / "out", Bytes())
+    out = save_random(tmp_path / "out", Bytes())
     assert_refused(folio("export", f"--out_dir={out}", "--to", tmp_path / "hf"), out, "lacks", "ln_1.weight")
 
 
@@ -128,7 +128,7 @@ def test_a_missing_parameter(folio, tmp_path, monkeypatch) -> None:
 def test_the_definition_is_transformers(tmp_path: Path) -> None:
     """``gpt2.logits`` is what transformers computes from the same weights."""
     transformers = pytest.importorskip("transformers")
-    config = find.in_folder(saved(tmp_path / "out")).config()
+    config = find.in_folder(save_random(tmp_path / "out")).config()
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=config.vocab_size,

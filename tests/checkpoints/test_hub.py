@@ -16,8 +16,8 @@ from conftest import Outcome, assert_refused, python, tree
 from exports import (
     _quiet,  # noqa: F401
     assert_the_same_logits,
-    saved,
 )
+from small_checkpoints import save_random
 
 from folio.data.tokenizers import Bytes
 
@@ -74,7 +74,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def push(tmp_path: Path, endpoint: str, token: str = "hf_dummy") -> Any:
-    saved(tmp_path / "out", Bytes())
+    save_random(tmp_path / "out", Bytes())
     argv = ["-m", "folio", "export", f"--out_dir={tmp_path / 'out'}", f"--to={tmp_path / 'hf'}", "--push_to_hub=me/it"]
     env = {"HF_ENDPOINT": endpoint, "HF_TOKEN": token, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
     return python(*argv, **env, no_proxy="127.0.0.1", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -83,7 +83,7 @@ def push(tmp_path: Path, endpoint: str, token: str = "hf_dummy") -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("token", ["hf_dummy", "hf_wrong"])
 def test_push(tmp_path, token) -> None:
-    """All of the folder is sent, by who may; the address is said."""
+    """The whole folder is uploaded with a valid token, and its address is printed."""
     Hub.pushed = {}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -13,8 +13,8 @@ import torch
 from conftest import SMALL, assert_refused, tree
 from exports import (
     _quiet,  # noqa: F401
-    saved,
 )
+from small_checkpoints import save_random
 
 from folio import cli
 from folio.checkpoints import find, hugging_face, model_card
@@ -119,7 +119,7 @@ def test_the_card_names_the_data_that_was_opened(folio, story, tmp_path, monkeyp
 
 def test_the_card_of_a_model_of_which_little_is_known(folio, tmp_path) -> None:
     """It says so, and invents nothing."""
-    told = card_of(folio, saved(tmp_path / "out", Bytes()), tmp_path / "hf")
+    told = card_of(folio, save_random(tmp_path / "out", Bytes()), tmp_path / "hf")
     assert (told["data"], told["seed"], told["machine"]) == ("not known",) * 3
     assert told["HellaSwag"] == "not measured"
     assert {"validation loss", "learning rate", "batch size"} & told.keys() == set()
@@ -142,7 +142,7 @@ def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
 
 @pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)
 def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> None:
-    hugging_face.export(find.in_folder(saved(tmp_path / "out", Bytes())), tmp_path / "hf")
+    hugging_face.export(find.in_folder(save_random(tmp_path / "out", Bytes())), tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     config["folio"]["facts"] = told
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
@@ -156,7 +156,7 @@ def test_facts_of_a_folder_that_may_come_from_anybody(folio, tmp_path, told) -> 
 def test_the_card_s_program_runs(tmp_path, monkeypatch, capsys, context, tokens) -> None:
     """However short the context and whatever the vocabulary; with ids alone where nothing says what they mean."""
     size = tokens.size if tokens else 100
-    out_dir = saved(tmp_path / "out", tokens, vocab_size=size, block_size=context)
+    out_dir = save_random(tmp_path / "out", tokens, vocab_size=size, block_size=context)
     hugging_face.export(find.in_folder(out_dir), tmp_path / 'a "model"')
     text = (tmp_path / 'a "model"' / "README.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -22,7 +22,7 @@ from pt_contents import (
     SHAPE,
     Content,
     Folio,
-    assert_not_taken,
+    assert_not_imported,
     assert_same,
     saved,
     small,
@@ -33,7 +33,7 @@ from folio.model.config import GPTConfig
 
 
 def test_nanogpt_s_own_numbers(shared_data: Path) -> None:
-    """Its loss and logits; its step and best loss; its knobs, but for those of the machine and of the call."""
+    """Its loss and logits; its step and best loss; its options, except those of the machine and of the call."""
     expected = json.loads((shared_data / "nanogpt_ckpt" / "expected.json").read_text())
     found = pt_files.read(shared_data / "nanogpt_ckpt" / "ckpt.pt")
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path, story: Path, folio: Folio, form:
     damaged = bytearray(path.read_bytes())
     damaged[at] ^= 1
     path.write_bytes(damaged)
-    assert_not_taken(folio, story, path, "is damaged")
+    assert_not_imported(folio, story, path, "is damaged")
 
 
 def a_sample_of(path: Path) -> Any:

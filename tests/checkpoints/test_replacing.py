@@ -1,4 +1,4 @@
-"""Another checkpoint of the same step replaces one: wherever the process dies, a whole one is found afterwards."""
+"""A checkpoint is replaced by another of the same step: wherever the process dies, a whole one is found afterwards."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CHANGES = ("rename", "remove", "discard", "remove_empty", "sync", "sync_open")  
 
 
 class Killed(BaseException):
-    """The process dies: nothing of the program catches this."""
+    """The process dies: the program never catches this."""
 
 
 def dying_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Dies before the change of this number, from 1 on; tells how many changes were begun."""
+    """Dies before change ``number``, counted from 1; returns a function that counts the changes begun."""
     count = 0
 
     def dying(change: Callable[..., None]) -> Callable[..., None]:
@@ -66,7 +66,7 @@ def replacements(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_whole_checkpoint_is_there_after_any_death(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The former one, and from some moment on the new one; the next run's start puts the folder in order."""
+    """The former one, or after some change the new one; the start of the next run tidies the folder."""
     runs = []
     for out in replacements(seed, tmp_path, monkeypatch):
         run_folder.hold(out).release()
@@ -81,7 +81,7 @@ def test_a_whole_checkpoint_is_there_after_any_death(
 
 @pytest.mark.parametrize("which", ["best", "latest", "5"])
 def test_a_reader_finds_it_after_any_death(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a run puts the folder in order, and without writing in it: a run may be training there."""
+    """Before the next run tidies the folder, and without writing to it, since a run may be training there."""
     aside = 0
     for out in replacements(1, tmp_path, monkeypatch):
         before = tree(out)
@@ -108,7 +108,7 @@ def test_commands_read_it_between_the_two_renames(folio: Callable[..., Outcome],
     assert tree(out / "checkpoints") == before
 
 
-def test_a_reader_never_meets_half_a_replacement(tmp_path: Path) -> None:
+def test_a_reader_never_sees_half_a_replacement(tmp_path: Path) -> None:
     """While one thread replaces the checkpoint again and again, another reads it."""
     save(tmp_path, 5)
     done = threading.Event()
@@ -127,8 +127,8 @@ def test_a_reader_never_meets_half_a_replacement(tmp_path: Path) -> None:
         thread.join()
 
 
-def test_the_next_run_may_die_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it puts the folder in order; the run after it finds the same checkpoint."""
+def test_the_next_run_may_die_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it tidies the folder; the run after it finds the same checkpoint."""
     for out in replacements(1, tmp_path, monkeypatch):
         for number in range(1, 5):
             with monkeypatch.context() as patch, suppress(Killed):
@@ -166,8 +166,8 @@ def test_a_damaged_checkpoint_of_the_same_tensors_is_replaced_whole(tmp_path: Pa
     assert checkpoint.verify(save(tmp_path, 5, run="c3")).state["run"] == "c3"
 
 
-def test_reading_is_not_disturbed(tmp_path: Path) -> None:
-    """Whoever opened the former checkpoint reads it to its end."""
+def test_an_open_checkpoint_stays_readable(tmp_path: Path) -> None:
+    """The former checkpoint, once opened, is read to its end."""
     found = checkpoint.verify(save(tmp_path, 5))
     weights = dict(found.weights())
     save(tmp_path, 5, run="b2", seed=1)

@@ -1,4 +1,4 @@
-"""Folio's scores and those of the lm-evaluation-harness, which puts the same tasks to both models."""
+"""Folio's scores equal those of the lm-evaluation-harness's own HFLM on the same tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ODD = [
 
 @pytest.fixture(autouse=True)
 def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Their warnings are theirs; nothing is cached beyond the test."""
+    """Ignores the libraries' warnings; nothing is cached beyond the test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -83,7 +83,7 @@ def pair(tmp_path: Path, gpt2: Tiktoken) -> Callable[[int], tuple[GPT, Any]]:
 
 
 def task(folder: Path, name: str, items: list[dict[str, Any]], **changes: Any) -> Path:
-    """The file of a task: one of theirs over these items."""
+    """The file of one of the harness's tasks, over these items."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     config = {
@@ -212,7 +212,7 @@ def test_loglikelihood(pair, gpt2) -> None:
 
 
 def test_a_context_is_read_once(pair, gpt2) -> None:
-    """For all that is asked about it, in rows that stay as short as a text may be."""
+    """For all its continuations, in rows no longer than the context of the model."""
     model, _ = pair(32)
     lm, shapes = LanguageModel(model, gpt2, wrapped(model)), []
     model.transformer.wte.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -293,7 +293,7 @@ leave(0)
 
 @pytest.mark.slow
 def test_several_processes(tmp_path, pair, gpt2, shared_data) -> None:
-    """All ranks are told what one process finds, and of what cannot be done; scores and texts alike."""
+    """All ranks get the results and errors of a single process, for scores and for generated texts."""
     scored = task(tmp_path, "hellaswag", real(shared_data, "hellaswag_val_head5000.jsonl", 12))
     written = tmp_path / "written.yaml"
     settings = {
@@ -321,7 +321,7 @@ def test_several_processes(tmp_path, pair, gpt2, shared_data) -> None:
     assert first[0] == harness.evaluate(model, gpt2, tasks, wrapped(model))
 
 
-# What cannot be asked
+# Refusals
 
 
 def refused(error: type[Exception], *tasks: str, model: GPT, tokens: Any, words: tuple[str, ...]) -> None:
@@ -369,7 +369,7 @@ def test_what_the_model_cannot_answer(small) -> None:
 
 
 def test_silence(tmp_path, pair, gpt2, capfd) -> None:
-    """Neither bars nor log lines of theirs, whatever is amiss: here texts are cut."""
+    """The harness prints no bars and no log lines, even when texts are cut."""
     path = task(tmp_path, "wikitext", [{"page": "The ferry did not leave " * 20}])
     model, _ = pair(16)
     capfd.readouterr()

@@ -157,7 +157,7 @@ def test_fitted_queries_fit() -> None:
 
 
 def test_a_model_in_training() -> None:
-    """No dropout, no gradients; training goes on as it was."""
+    """No dropout, no gradients; the model is back in training mode afterwards."""
     model = model_of(dropout=0.5)
     runtime = wrapped(model)
     model.train()

@@ -37,14 +37,14 @@ def test_both_attention_paths_agree(masked: bool, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_attention_to_what_is_cached(T: int) -> None:
-    """The last T queries over S keys get what they get when all queries are asked."""
+def test_attention_to_cached_keys(T: int) -> None:
+    """The last T queries over S keys give the same as among all S queries."""
     q, k, v = (torch.randn(2, 3, 7, 4, dtype=torch.float64, generator=rng.generator(s)) for s in "qkv")
     torch.testing.assert_close(attend(q[:, :, -T:], k, v, None, 0.0), attend(q, k, v, None, 0.0)[:, :, -T:])
 
 
 def test_documents_that_do_not_see_each_other() -> None:
-    """A block diagonal mask and positions that begin anew give each document what it has alone."""
+    """With a block-diagonal mask and positions from 0, each document has the states that it has alone."""
     model, lengths = tiny(), (5, 4, 3)
     x = ids(2, 12)
     document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))

@@ -40,7 +40,7 @@ class Options:
     data: str = hellaswag_data_option(of=("hellaswag",))
     tasks: str = option(
         "hellaswag,lambada_openai,arc_easy",
-        "tasks of the harness, or files of your own",
+        "names or files of tasks",
         path=EACH,
         of=("lm_eval",),
     )

@@ -29,7 +29,7 @@ class Options:
     )
     to: str = option(MISSING, "folder to make, an out_dir with one checkpoint", path=ITSELF)
     vocab_size: int | AUTO = option(
-        "auto", "grow the vocabulary to this size, such as the next multiple of 64; auto: keep it", min=1
+        "auto", "size to grow the vocabulary to, such as a multiple of 64; auto: keep it", min=1
     )
 
 

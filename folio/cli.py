@@ -7,6 +7,7 @@ import importlib
 import io
 import keyword
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -92,6 +93,19 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     sys.exit(code)
 
 
+def _requirement(package: str) -> str:
+    """What pip must install for a package: the clone, if it is one of those that Folio always needs."""
+    import tomllib  # in Python 3.11 and later, which _line_about has checked
+
+    clone = Path(__file__).resolve().parent.parent
+    project = clone / "pyproject.toml"
+    if project.is_file():
+        needs = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        if package.replace("_", "-") in (need.partition(">=")[0] for need in needs):
+            return f"-e {shlex.quote(str(clone))}"
+    return package
+
+
 def _line_about(error: Exception) -> tuple[int, str]:
     """The exit code, and one line about the error; about a defect of Folio, its traceback.
 
@@ -101,7 +115,7 @@ def _line_about(error: Exception) -> tuple[int, str]:
         return 2, f"Folio needs Python 3.11 or later, and this is {sys.version.split()[0]}"
     package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if package and package != "folio":
-        code, line = 2, f"the package {package!r} is missing: pip install {package}"
+        code, line = 2, f"the package {package!r} is missing: pip install {_requirement(package)}"
     elif isinstance(error, FloatingPointError):
         code, line = 1, str(error)
     elif isinstance(error, (UserError, OSError)):

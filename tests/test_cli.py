@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_missing_package_is_one_line_with_its_remedy(tmp_path, package, argv) 
     )
     done = python("-m", "folio", *argv, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"folio: the package '{package}' is missing: pip install {package}\n"
+    assert done.stderr == f"folio: the package '{package}' is missing: pip install -e {shlex.quote(str(ROOT))}\n"
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["sitecustomize.py"]
 
 

@@ -1,4 +1,4 @@
-"""argv → config → command: the only reader of sys.argv. Errors become one line here."""
+"""argv → config → command. Only this module reads sys.argv, and turns errors into one line."""
 
 from __future__ import annotations
 

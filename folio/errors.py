@@ -1,11 +1,11 @@
-"""What a user can mend, told apart from a defect of this program."""
+"""The error for a user's mistake; any other exception is a defect of Folio."""
 
 
 class UserError(ValueError):
     """One line that names the file or option, the value and the remedy.
 
-    At the terminal it is that line and exit code 2. Any other error, but for an ``OSError``, is a defect of Folio: a
-    traceback, and exit code 1.
+    The terminal shows that line, and the exit code is 2; an ``OSError`` is treated the same. Any other error shows a
+    traceback, with exit code 1.
     """
 
 

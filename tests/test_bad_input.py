@@ -211,7 +211,7 @@ def test_a_download_that_fails(folio, tmp_path, monkeypatch, source, words) -> N
 # Checkpoints
 
 
-WISHES = {
+REQUESTS = {
     "--checkpoint=999": ["'999'", "best, latest and 5, 10"],
     "--checkpoint=\u00b2": ["'\u00b2'", "best, latest and 5, 10"],
     f"--checkpoint={'9' * 5000}": ["'999", "best, latest and 5, 10"],
@@ -228,13 +228,13 @@ WISHES = {
 }
 
 
-@pytest.mark.parametrize("flag", WISHES)
-def test_a_wish_that_sampling_cannot_grant(folio, finished, tmp_path, monkeypatch, flag) -> None:
+@pytest.mark.parametrize("flag", REQUESTS)
+def test_a_request_that_sampling_refuses(folio, finished, tmp_path, monkeypatch, flag) -> None:
     monkeypatch.chdir(tmp_path)
     Path("binary").write_bytes(b"\xff\xfe")
     before = tree(finished)
     outcome = folio("sample", f"--out_dir={finished}", "--device=cpu", flag)
-    assert_refused(outcome, *WISHES[flag])
+    assert_refused(outcome, *REQUESTS[flag])
     assert outcome.out == ""
     assert tree(finished) == before
 

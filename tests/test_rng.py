@@ -34,7 +34,7 @@ def test_permute_works_on_scattered_indices() -> None:
 
 
 def test_the_choices_are_pinned() -> None:
-    """A checkpoint of an older version goes on with the same data: these values never change."""
+    """A checkpoint of an older version resumes with the same data: these values never change."""
     assert rng.key(1337, "train", 0) == 7332775478000334554
     assert rng.permute(_all(10), 10, 7).tolist() == [6, 1, 5, 4, 9, 2, 0, 7, 8, 3]
     assert rng.permute(_all(5), 1_000_003, rng.key(1337, "train", 0)).tolist() == [

@@ -16,15 +16,15 @@ from folio.config.table import Option, defaults, table
 from folio.config.values import COMMAND_LINE, typed, typed_text
 from folio.errors import UserError
 
-_FILE = "--config file"  # which no option can be called
+_FILE = "--config file"  # no option can have this name
 _BOOLS = {"True", "False", "1", "0"}
 
 
 class Arguments(NamedTuple):
     """What a command line gives, from left to right, in layers: one for each file and each option.
 
-    ``help`` is what ``--help`` asks for: "" or "all", or the name of an option; None where it is not there.
-    ``places`` are the words that are neither options nor files.
+    ``help`` is the topic of ``--help``: "", "all" or the name of an option; None without ``--help``. ``places`` are the
+    positional words: neither options nor files.
     """
 
     layers: list[Layer]
@@ -35,11 +35,11 @@ class Arguments(NamedTuple):
 def read(options: type, argv: Sequence[str], *, files: bool) -> Arguments:
     """The layers of a command line.
 
-    An option may be written ``--a=b``, ``--a b``, with dashes for underscores, and if it is a yes or no ``--a`` or
+    An option is written ``--a=b`` or ``--a b``, with underscores or dashes; one that is True or False also ``--a`` or
     ``--no-a``.
 
     Raises:
-        UserError: an option, a value or a file is not possible; names it.
+        UserError: an option, a value or a file is invalid; names it.
         FileNotFoundError: no such file or preset.
     """
     places: list[str] = []
@@ -74,21 +74,21 @@ def parser(options: type, names: Collection[str], **how: Any) -> argparse.Argume
             title = _title(options, option.group)
             groups[option.group] = parser.add_argument_group(title)
         place = option.metadata.get("positional")
-        kind: dict[str, Any] = {"nargs": _count(option)} if place else {"required": name not in usual, "dest": name}
+        kind: dict[str, Any] = {"nargs": _nargs(option)} if place else {"required": name not in usual, "dest": name}
         spellings = [name] if place else [f"--{name}", *filter(None, [option.metadata.get("short")])]
         action = groups[option.group].add_argument(
             *spellings,
             action=_SetOption,
             default=argparse.SUPPRESS,
             metavar=place or _metavar(option),
-            help=described(name, option, usual).replace("%", "%%"),
+            help=describe(name, option, usual).replace("%", "%%"),
             **kind,
         )
         action.options = options
     return parser
 
 
-def described(name: str, option: Option, usual: dict[str, Any]) -> str:
+def describe(name: str, option: Option, usual: dict[str, Any]) -> str:
     """Unit, help, choices and default of an option, on one line."""
     about = option.metadata
     text = " ".join(filter(None, [about.get("unit"), about["help"]]))
@@ -123,7 +123,7 @@ def _flag(options: type, word: str, waiting: list[str]) -> str:
     if name not in known:
         raise UserError(unknown(name, options))
     if place := known[name].metadata.get("positional"):
-        raise UserError(f"--{name} is no option: write {place} without it")
+        raise UserError(f"--{name} is not an option: write {place} without it")
     if equals:
         return f"--{name}={value}"
     if _is_switch(known[name].type, waiting):
@@ -148,8 +148,8 @@ def _title(options: type, group: str) -> str:
     return f"{group}: {about[:1].lower()}{about[1:]}"
 
 
-def _count(option: Option) -> str | None:
-    """argparse's nargs of an argument that is given by its place."""
+def _nargs(option: Option) -> str | None:
+    """argparse's nargs of a positional argument."""
     if get_origin(option.type) is tuple:
         return "*"
     return None if option.field.default is MISSING else "?"

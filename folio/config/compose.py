@@ -17,13 +17,13 @@ from folio.errors import UserError
 from folio.model.config import GPTConfig
 
 T = TypeVar("T")
-EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # options that say the same
+EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # two ways to set the size of a step
 
 
 class Layer(NamedTuple):
     """Values by flat name, and the file or call that they are from.
 
-    Of two options that say the same, a layer that ``supersedes`` drops the one that an earlier layer gave.
+    A layer that ``supersedes`` and sets one option of ``EITHER`` drops the other, if an earlier layer set that.
     """
 
     source: str
@@ -48,7 +48,7 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
             sources = {name: by for name, by in sources.items() if name not in both | layer.values.keys()}
             sources |= dict.fromkeys(layer.values, layer.source)  # in the order in which they were given
         config = replace(config, sources=sources)  # type: ignore[type-var]
-    config = at_home(config)
+    config = expand_home(config)
     check(config)
     return config
 
@@ -60,7 +60,7 @@ def starting_from(options: type[T], layers: Sequence[Layer]) -> T:
 
 
 def over_files(config: TrainConfig, asked: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
-    """A config with what its checkpoint's run was asked, over files and under the command line.
+    """Applies the options of the checkpoint's run: they win over files, and the command line wins over them.
 
     Returns:
         The config, and a line for each value of a file that differs.
@@ -78,7 +78,7 @@ def over_files(config: TrainConfig, asked: Mapping[str, Any]) -> tuple[TrainConf
 
 
 def check(config: Any) -> None:
-    """Bounds and cross-field rules, before anything is built. Raises UserError, which names the option."""
+    """Checks bounds and cross-field rules. Raises UserError, which names the option."""
     known, values = table(type(config)), flat(config)
     for name, value in values.items():
         check_bounds(name, value, known[name].metadata)
@@ -98,8 +98,8 @@ def check(config: Any) -> None:
         )
     if values.get("check_replicas_every") and values["parallel"] == "fsdp":
         raise UserError(
-            f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp holds each weight once, so there is "
-            "nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
+            f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp keeps one copy of each weight, so "
+            "there is nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
         )
 
 
@@ -166,7 +166,7 @@ def possible(path: Path, name: str, value: Any) -> Any:
     return value
 
 
-def at_home(options: T) -> T:
+def expand_home(options: T) -> T:
     """The same options, with the user's home folder in place of each ``~`` at the start of a path.
 
     Raises:
@@ -174,14 +174,14 @@ def at_home(options: T) -> T:
     """
     values = flat(options)
     places = {name: where for name, k in table(type(options)).items() if (where := k.metadata.get("path"))}
-    return override(options, {name: _expanded(name, values[name], where) for name, where in places.items()})
+    return override(options, {name: _expand(name, values[name], where) for name, where in places.items()})
 
 
-def _expanded(name: str, value: Any, where: str) -> Any:
+def _expand(name: str, value: Any, where: str) -> Any:
     if isinstance(value, tuple):
-        return tuple(_expanded(name, part, where) for part in value)
+        return tuple(_expand(name, part, where) for part in value)
     if where == EACH:
-        return ",".join(_expanded(name, part, ITSELF) for part in value.split(","))
+        return ",".join(_expand(name, part, ITSELF) for part in value.split(","))
     before = where if where == AFTER_FILE else ""
     if not value.removeprefix(before).lstrip(" ").startswith("~") or not value.startswith(before):
         return value

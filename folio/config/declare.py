@@ -13,19 +13,19 @@ ITSELF, EACH, AFTER_FILE = "itself", "each", "FILE:"
 
 
 def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
-    """A field with its help, on one line, and what else is known of it.
+    """A dataclass field with its help, on one line, and other metadata.
 
     Args:
-        default: Its value where nobody gives one; ``dataclasses.MISSING`` where somebody has to.
+        default: Its value if none is given; ``dataclasses.MISSING`` if one is required.
         help: What it is.
         role: ``"call"``: holds for one call, and the run does not keep it. ``"machine"``: how this machine computes;
             a foreign run's value is not read. ``"data"``: where the run's data is.
         more: ``unit``; bounds (``min`` ≤ value ≤ ``max``, value > ``above``, value < ``below``); ``details`` that
             ``--help=NAME`` adds; ``advanced``: listed by ``--help=all`` only; ``nanogpt``: nanoGPT has it, with this
-            name and default; ``public``: an export tells it; ``local``: ranks may differ in it; ``path``: which part
+            name and default; ``public``: exports include it; ``local``: ranks may differ in it; ``path``: which part
             of it is a path (ITSELF, EACH or AFTER_FILE); ``none``: what None stands for, if neither auto nor an empty
-            default; ``positional``: it is given by its place, and shown as this; ``short``: a second spelling, such as
-            ``-o``; ``of``: the values of the command's first argument that it is for; ``listed``: (title,
+            default; ``positional``: it is a positional argument, shown as this; ``short``: a second spelling, such as
+            ``-o``; ``of``: it applies only to these values of the command's first argument; ``listed``: (title,
             lines by name), values that ``--help`` lists in a section of their own.
     """
     return field(default=default, metadata={"help": help, "role": role, **more})

@@ -1,4 +1,4 @@
-"""What ``--help`` shows of a command: the options most used on one screen, all of them, or one at length."""
+"""The text of ``--help``: the options most used on one screen, all options, or one in detail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, get_args
 
 from rich_argparse import RawDescriptionRichHelpFormatter
 
-from folio.config.arguments import described, parser
+from folio.config.arguments import describe, parser
 from folio.config.table import Option, defaults, table
 
 _BOUNDS = {"min": "at least", "max": "at most", "above": "above", "below": "below"}
@@ -38,12 +38,12 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
         about: What it does, in a sentence.
         example: A command line; may be empty.
         topic: "" for the options most used, "all" for all, or the name of one.
-        places: The words besides the options; the first may be one that only some options are for.
+        places: The positional words; some options are for one value of the first only, such as ``hellaswag``.
         files: Whether it reads config files.
     """
     known = table(options)
     if topic in known:
-        return _at_length(topic, known[topic], defaults(options).get(topic), prog)
+        return _in_detail(topic, known[topic], defaults(options).get(topic), prog)
     mine = {name for name, option in known.items() if _is_for(option, known, places)}
     names = {name for name in mine if topic == "all" or not known[name].metadata.get("advanced")}
     words = [o.metadata["positional"] for o in known.values() if o.metadata.get("positional")]
@@ -68,22 +68,22 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
 
 
 def _is_for(option: Option, known: dict[str, Option], places: Sequence[str]) -> bool:
-    """Whether an option is for what the words name: of ``folio eval hellaswag``, for HellaSwag."""
+    """Whether an option applies to the first positional word, such as ``hellaswag`` of ``folio eval hellaswag``."""
     first = {word for o in known.values() if o.metadata.get("positional") for word in get_args(o.type)} & set(
         places[:1]
     )
     return not first or not (of := option.metadata.get("of")) or bool(first & set(of))
 
 
-def _at_length(name: str, option: Option, usual: Any, prog: str) -> str:
-    """All that is known of one option."""
+def _in_detail(name: str, option: Option, usual: Any, prog: str) -> str:
+    """One option in detail."""
     about = option.metadata
-    lines = [f"--{name}: {described(name, option, {name: usual})}", *filter(None, [about.get("details")])]
+    lines = [f"--{name}: {describe(name, option, {name: usual})}", *filter(None, [about.get("details")])]
     bounds = [f"{words} {about[rule]:,}" for rule, words in _BOUNDS.items() if rule in about]
     lines += [f"Its value is {' and '.join(bounds)}."] if bounds else []
     lines += [_ROLES[role]] if (role := about.get("role")) else []
     lines += [f"Only for {prog} {' and '.join(about['of'])}."] if about.get("of") else []
-    lines += ["nanoGPT has it, with this name."] if about.get("nanogpt") else []
+    lines += ["nanoGPT has an option of this name."] if about.get("nanogpt") else []
     return f"{_wrapped(lines)}\n"
 
 

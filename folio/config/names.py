@@ -1,4 +1,4 @@
-"""The option that is meant where its name is unknown: a misspelt one, or another trainer's."""
+"""Suggests an option for an unknown name: a misspelled one, or another trainer's name."""
 
 from __future__ import annotations
 
@@ -72,18 +72,18 @@ FOREIGN = {  # another trainer's name of an option → ours
 
 
 def unknown(name: str, options: type) -> str:
-    """One line about an option that does not exist, with the one that is probably meant."""
+    """One line about an option that does not exist, with a suggestion."""
     return f"unknown option {name!r}: {meant(name, options) or '--help lists them'}"
 
 
 def meant(name: str, options: type) -> str:
-    """A hint at the option that another trainer calls so, or that is spelled nearly so; "" where there is none."""
+    """Suggests the option that has this name in another trainer, or a similar name; "" if there is none."""
     known, plain = table(options), name.lower().replace("-", "_")
     ours, comma, note = FOREIGN.get(plain, "").partition(",")
     return f"did you mean {ours!r}{comma}{note}?" if ours in known else did_you_mean(plain, known)
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The question whether the nearest of the known words is meant; "" where none is near."""
+    """Asks whether the most similar known word is meant; "" if none is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else ""

@@ -111,7 +111,7 @@ class Logging:
         details="True: in build-nanogpt's format; gpt-from-scratch: in GPT-from-scratch's",
         advanced=True,
     )
-    track: str = option("", "send the records to tensorboard, wandb or trackio, or several: a,b", advanced=True)
+    track: str = option("", "trackers: tensorboard, wandb, trackio, or several: a,b", advanced=True)
     wandb_log: bool = option(
         False, "log to Weights & Biases", details="as --track=wandb does", nanogpt=True, advanced=True
     )

@@ -1,4 +1,4 @@
-"""A value as an option's type and bounds have it, from text, a file or a call: the one parser of types."""
+"""Converts a value from the command line, a file or a call to its option's type, and checks its bounds."""
 
 from __future__ import annotations
 

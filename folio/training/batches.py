@@ -17,7 +17,7 @@ from folio.training.run import Run
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward takes: (B, T) each, and the seed of its dropout."""
+    """The input of one forward and backward: tensors (B, T), and the seed of its dropout."""
 
     idx: Tensor
     targets: Tensor
@@ -53,7 +53,7 @@ def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int
 
 @contextmanager
 def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
-    """This rank's micro batches, step after step; a thread reads the next step's during this one."""
+    """This rank's micro batches, step after step; a thread reads those of the next step meanwhile."""
     runtime, state = run.runtime, run.state
     share = micro_batches(run.config.data, runtime.rank, runtime.world)
     restart = run.config.optimizer.restart_interval

@@ -63,7 +63,7 @@ def check_size(shape: GPTConfig) -> None:
     """Raises UserError for weights that this machine cannot hold; else the system might kill the process silently."""
     with shortage.explained("building the model", lambda: _SMALLER):
         if 4 * _count(shape) > probe.memory():
-            raise UserError(f"out of memory while building the model: {least(shape)}")
+            raise UserError(f"out of memory while building the model: {least_memory(shape)}")
 
 
 def _count(shape: GPTConfig) -> int:
@@ -71,7 +71,7 @@ def _count(shape: GPTConfig) -> int:
         return GPT(shape).get_num_params(False)
 
 
-def least(shape: GPTConfig) -> str:
+def least_memory(shape: GPTConfig) -> str:
     """A line: the least memory that a model of this shape takes."""
     count = _count(shape)
     return (

@@ -51,7 +51,7 @@ def check_first_update(made: torch.optim.Optimizer) -> None:
         ]
         if lost:
             raise UserError(
-                f"{type(made).__name__} keeps {lost[0]!r}, which no checkpoint would hold: keep it as a tensor in "
+                f"{type(made).__name__} keeps {lost[0]!r} outside of what checkpoints save: keep it as a tensor in "
                 "state[parameter]"
             )
 

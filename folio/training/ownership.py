@@ -1,4 +1,4 @@
-"""Which files of a folder an earlier run wrote, so that a new run never replaces those of another program."""
+"""Tells the files of an earlier run from those of other programs, which a run never replaces."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
             remedy.
     """
     names = (name for name in _NAMES if not (resuming and name == NANOGPT))
-    said = {path: _is_ours(path) for path in _there(out_dir, names)}
+    said = {path: _is_ours(path) for path in _existing(out_dir, names)}
     ours = any(mine for path, mine in said.items() if path.name != NANOGPT)
     if resuming and any(_has_state(checkpoint_folder(out_dir, step)) for step in steps(out_dir)):
         ours, said = True, {path: mine for path, mine in said.items() if path.name in _OVERWRITTEN}
-    said |= {path: _is_log(path) for path in _there(out_dir, [LOG_TXT] if log_txt else [])}
+    said |= {path: _is_log(path) for path in _existing(out_dir, [LOG_TXT] if log_txt else [])}
     for path, mine in said.items():
         if not (ours if mine is None else mine):
             raise UserError(
@@ -76,7 +76,7 @@ def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
 
 def move_aside(out_dir: Path, log_txt: bool) -> str:
     """Moves all files of an earlier run, or none, to the first free ``previous-N``; returns a line about that."""
-    there = _there(out_dir, [*_NAMES, *[LOG_TXT] * log_txt])
+    there = _existing(out_dir, [*_NAMES, *[LOG_TXT] * log_txt])
     if not there:
         return ""
     moving = out_dir / MOVING
@@ -89,7 +89,7 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
     return f"an earlier run was in {out_dir}: its files were moved to {aside}"
 
 
-def _there(out_dir: Path, names: Iterable[str]) -> list[Path]:
+def _existing(out_dir: Path, names: Iterable[str]) -> list[Path]:
     """The paths that exist, without empty folders."""
     paths = (path for name in names for path in sorted(out_dir.glob(name)))
     return [path for path in paths if not (path.is_dir() and not any(path.iterdir()))]

@@ -1,4 +1,4 @@
-"""How a run finds an earlier one in its folder and resumes it."""
+"""Finds an earlier run in the folder and resumes it."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Work(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What a step computed, perhaps still on its way from the device."""
+    """The results of a step, which may not have been copied from the device yet."""
 
     step: int
     learning_rate: float
@@ -76,7 +76,7 @@ class Clock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """The time inside does not count into the speed."""
+        """The time inside does not count for the speed."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
@@ -130,7 +130,7 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed of training; NaN before it is known."""
+        """The speed of training; NaN before the first measurement."""
         return self.tokens_per_step * self.clock.steps_per_second
 
     @property
@@ -143,7 +143,7 @@ class Run:
 
 
 def finish(run: Run) -> None:
-    """Reports how the run ended and releases what it holds; must be called on every path."""
+    """Reports how the run ended, and releases its files, processes and lock; must be called on every path."""
     try:
         if run.stop:
             run.log.say(_last_line(run))

@@ -1,4 +1,4 @@
-"""A run that shows what the model learns: samples before and after training, and a plot of the losses."""
+"""A run that samples before and after training, and plots the losses."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
 from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
-from folio.training.memory_advice import check_size, least, what_fits
+from folio.training.memory_advice import check_size, least_memory, what_fits
 from folio.training.ownership import unwritable
 from folio.training.resume import Former, find_former, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
@@ -199,7 +199,7 @@ def _make_model(
 ) -> tuple[GPT, list[str]]:
     """A model with the weights of ``source``, or new ones; empty if ``former``'s will be restored. And notes."""
     check_size(shape)
-    with shortage.explained("building the model", partial(least, shape)):
+    with shortage.explained("building the model", partial(least_memory, shape)):
         if not source:
             return GPT.empty(shape) if former else GPT(shape, partial(rng.generator, config.system.seed)), []
         model = source.model(shape.dropout)
@@ -216,7 +216,7 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
 
 
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:
-    """Raises UserError, on every rank, if the ranks were not given the same options, data and checkpoint."""
+    """Raises UserError, on every rank, unless all ranks have the same options, data and checkpoint."""
     runtime.require_equal(
         {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}

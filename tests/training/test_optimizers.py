@@ -156,7 +156,7 @@ def test_an_optimizer_with_tensors_for_each_parameter_is_accepted(kind: type[Any
 def test_an_optimizer_that_keeps_more_than_a_checkpoint_holds_is_refused(keep: Callable[..., None], what: str) -> None:
     """After its first update, so that no resumed run continues without it."""
     model = _model()
-    with pytest.raises(UserError, match=f"^Lion keeps {what}, which no checkpoint would hold"):
+    with pytest.raises(UserError, match=f"^Lion keeps {what} outside of what checkpoints save"):
         _update(Lion(model, keep), model)
 
 

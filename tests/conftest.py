@@ -116,9 +116,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of SMALL on the story, which tests only read: ten steps, checkpoints of steps 5 and 10."""
-    out = tmp_path_factory.mktemp("trained") / "out"
+def finished(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The out_dir of a run of SMALL: ten steps, checkpoints of steps 5 and 10. Tests only read it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
     argv = [*SMALL, "--learning_rate=1e-2", f"--data_dir={story}", f"--out_dir={out}"]
     training.main(cli.parse(training.Options, argv, "folio train", files=True))
     return out

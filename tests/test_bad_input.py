@@ -15,19 +15,8 @@ import torch
 from conftest import SMALL, STORY, assert_refused, tree
 from servers import closed_port, server
 
-from folio import cli
-from folio.commands import train
 from folio.preparation import recipes
 from folio.records.metrics import read_metrics
-
-
-@pytest.fixture(scope="session")
-def finished(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An out_dir after ten steps, with checkpoints of steps 5 and 10."""
-    out_dir = tmp_path_factory.mktemp("finished") / "out"
-    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out_dir}"]
-    train.main(cli.parse(train.Options, argv, "folio train", files=True))
-    return out_dir
 
 
 @pytest.fixture

@@ -35,9 +35,9 @@ def kept(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_the_whole_split(folio: Run, trained: Path, story: Path, tmp_path: Path, split: str) -> None:
+def test_the_whole_split(folio: Run, finished: Path, story: Path, tmp_path: Path, split: str) -> None:
     """Every token except the first counts once, predicted from the tokens before it in its window."""
-    out = shutil.copytree(trained, tmp_path / "out")
+    out = shutil.copytree(finished, tmp_path / "out")
     code, said, _ = folio("eval", f"--out_dir={out}", f"--split={split}", *HERE)
     assert code == 0
     model, block = find.by_name(str(out)).model(), 16
@@ -110,9 +110,9 @@ def test_bits_are_per_byte_of_decoded_documents(
     assert alone < 0.95 * size  # the sum over single ids is wrong
 
 
-def test_the_data_of_the_run_or_other_data(folio: Run, trained: Path, story: Path, tmp_path: Path) -> None:
+def test_the_data_of_the_run_or_other_data(folio: Run, finished: Path, story: Path, tmp_path: Path) -> None:
     """A data set that is named has precedence over the run's."""
-    out, other = shutil.copytree(trained, tmp_path / "out"), shutil.copytree(story, tmp_path / "data" / "other")
+    out, other = shutil.copytree(finished, tmp_path / "out"), shutil.copytree(story, tmp_path / "data" / "other")
     assert folio("eval", f"--out_dir={out}", "--eval_iters=1", *HERE).code == 0
     assert folio("eval", f"--out_dir={out}", "--eval_iters=1", f"--data_dir={other}", *HERE).code == 0
     assert_refused(folio("eval", f"--out_dir={out}", "--dataset=nowhere", *HERE), "data/nowhere")
@@ -121,17 +121,17 @@ def test_the_data_of_the_run_or_other_data(folio: Run, trained: Path, story: Pat
     assert first["loss"] == second["loss"]
 
 
-def test_a_model_of_another_folder_is_only_read(folio: Run, trained: Path, story: Path, items: Path) -> None:
+def test_a_model_of_another_folder_is_only_read(folio: Run, finished: Path, story: Path, items: Path) -> None:
     """Only the run of out_dir gets an evaluations.jsonl."""
-    before = tree(trained)
-    assert folio("eval", f"--init_from={trained}", f"--data_dir={story}", *HERE).code == 0
-    assert folio("eval", "hellaswag", f"--init_from={trained}", f"--data={items}", *HERE).code == 0
-    assert tree(trained) == before
+    before = tree(finished)
+    assert folio("eval", f"--init_from={finished}", f"--data_dir={story}", *HERE).code == 0
+    assert folio("eval", "hellaswag", f"--init_from={finished}", f"--data={items}", *HERE).code == 0
+    assert tree(finished) == before
 
 
 @pytest.mark.parametrize("style", ["completion", "harness"])
-def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style: str) -> None:
-    out = shutil.copytree(trained, tmp_path / "out")
+def test_hellaswag(folio: Run, finished: Path, items: Path, tmp_path: Path, style: str) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
     code, said, _ = folio(
         "eval", "hellaswag", f"--out_dir={out}", f"--style={style}", f"--data={items}", "--limit=8", *HERE
     )
@@ -146,9 +146,9 @@ def test_hellaswag(folio: Run, trained: Path, items: Path, tmp_path: Path, style
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "parallel"), [("loss", "ddp"), ("hellaswag", "fsdp")])
 def test_several_processes_have_the_same_result(
-    folio: Run, spawn: Spawn, trained: Path, items: Path, tmp_path: Path, what: str, parallel: str
+    folio: Run, spawn: Spawn, finished: Path, items: Path, tmp_path: Path, what: str, parallel: str
 ) -> None:
-    out = shutil.copytree(trained, tmp_path / "out")
+    out = shutil.copytree(finished, tmp_path / "out")
     argv = [what, f"--out_dir={out}", *HERE, *([f"--data={items}"] if what == "hellaswag" else [])]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "folio", "eval"]
     to_its_end(spawn(*launcher, *argv, f"--parallel={parallel}", threads=1))
@@ -173,22 +173,22 @@ def test_several_processes_have_the_same_result(
     ],
 )
 def test_invalid_options_are_refused_and_change_nothing(
-    folio: Run, trained: Path, argv: list[str], words: list[str]
+    folio: Run, finished: Path, argv: list[str], words: list[str]
 ) -> None:
-    before = tree(trained)
-    argv = argv if any(word.startswith("--out_dir") for word in argv) else [*argv, f"--out_dir={trained}"]
+    before = tree(finished)
+    argv = argv if any(word.startswith("--out_dir") for word in argv) else [*argv, f"--out_dir={finished}"]
     assert_refused(folio("eval", *argv, *HERE), *words)
-    assert tree(trained) == before
+    assert tree(finished) == before
 
 
-def test_other_token_ids_are_refused(folio: Run, trained: Path, tmp_path: Path) -> None:
+def test_other_token_ids_are_refused(folio: Run, finished: Path, tmp_path: Path) -> None:
     """Characters of another text, or more ids than the model has: a loss would be meaningless."""
     other = tmp_path / "other.txt"
     other.write_text("abcdefgh " * 200)
     folio("prepare", str(other), "--tokenizer=char", f"--data_dir={tmp_path / 'characters'}")
     folio("prepare", str(other), "--tokenizer=bytes", f"--data_dir={tmp_path / 'bytes'}")
     for name in ("characters", "bytes"):
-        outcome = folio("eval", f"--out_dir={trained}", f"--data_dir={tmp_path / name}", *HERE)
+        outcome = folio("eval", f"--out_dir={finished}", f"--data_dir={tmp_path / name}", *HERE)
         assert_refused(outcome, tmp_path / name, "token ids are not those", "--data_dir")
 
 
@@ -202,9 +202,9 @@ def test_a_split_without_text(folio: Run, tmp_path: Path) -> None:
     assert (kept(out)[0]["bytes"], kept(out)[0]["bits_per_byte"]) == (0, None)
 
 
-def test_a_result_that_cannot_be_kept(folio: Run, trained: Path, tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_kept(folio: Run, finished: Path, tmp_path: Path) -> None:
     """It is still printed."""
-    out = shutil.copytree(trained, tmp_path / "out")
+    out = shutil.copytree(finished, tmp_path / "out")
     (out / "evaluations.jsonl").mkdir()
     with pytest.warns(UserWarning, match=r"evaluations.jsonl could not be written \(.*\): the result is not kept"):
         outcome = folio("eval", f"--out_dir={out}", *HERE)
@@ -225,27 +225,27 @@ def test_tokens_that_the_model_lacks(folio: Run, items: Path, tmp_path: Path) ->
     assert_refused(folio("eval", "hellaswag", f"--out_dir={out}", f"--data={items}", *HERE), "nothing says", "256")
 
 
-def test_items_with_characters_outside_the_vocabulary(folio: Run, trained: Path, tmp_path: Path) -> None:
+def test_items_with_characters_outside_the_vocabulary(folio: Run, finished: Path, tmp_path: Path) -> None:
     """The line names the item and the characters."""
     path = tmp_path / "items.jsonl"
     path.write_text(json.dumps({"ctx": "Ça va", "endings": ["a", "b", "c", "d"], "label": 0}), encoding="utf-8")
     assert_refused(
-        folio("eval", "hellaswag", f"--out_dir={trained}", f"--data={path}", *HERE), "item 1", "'Ç'", "bytes or words"
+        folio("eval", "hellaswag", f"--out_dir={finished}", f"--data={path}", *HERE), "item 1", "'Ç'", "bytes or words"
     )
 
 
 @pytest.mark.parametrize("argv", [["eval"], ["eval", "hellaswag"], ["sample"], ["train", "--eval_only"]], ids=" ".join)
 def test_an_interrupt_is_one_line(
-    folio: Run, trained: Path, items: Path, story: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+    folio: Run, finished: Path, items: Path, story: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:
     """Ctrl-C while the model computes."""
-    before, kill = tree(trained), signal.SIGINT
+    before, kill = tree(finished), signal.SIGINT
     monkeypatch.setattr(GPT, "hidden", lambda *_, **__: os.kill(os.getpid(), kill))
     more = {"hellaswag": [f"--data={items}"], "--eval_only": [f"--data_dir={story}", "--init_from=resume"]}
     handler = signal.signal(kill, signal.default_int_handler)
     try:
-        outcome = folio(*argv, *more.get(argv[-1], []), *HERE, f"--out_dir={trained}")
+        outcome = folio(*argv, *more.get(argv[-1], []), *HERE, f"--out_dir={finished}")
     finally:
         signal.signal(kill, handler)
     assert_refused(outcome, "interrupted", code=130)
-    assert tree(trained) == before
+    assert tree(finished) == before

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome, assert_refused
+from conftest import STORY, Outcome, assert_refused
 from torch import Tensor
 
-from folio import cli, rng
-from folio.commands import train
+from folio import rng
 from folio.data.tokenizers import from_json
 from folio.generation.sampling import draws, encode_prompt, generate, pick, stream
 from folio.model.config import GPTConfig
@@ -40,15 +39,6 @@ def model() -> GPT:
         for name, p in model.named_parameters():
             p.normal_(0.0, 0.5, generator=rng.generator(name))
     return model.double().eval()
-
-
-@pytest.fixture(scope="module")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--learning_rate=1e-2"]
-    train.main(cli.parse(train.Options, argv, "folio train", files=True))
-    return out
 
 
 def prompt(B: int, T: int) -> Tensor:
@@ -192,9 +182,9 @@ def sampled(outcome: Outcome) -> list[str]:
     return texts
 
 
-def test_samples_are_set_apart_by_dashes(folio: Callable[..., Outcome], trained: Path) -> None:
+def test_samples_are_set_apart_by_dashes(folio: Callable[..., Outcome], finished: Path) -> None:
     """Each begins with the prompt and has as many tokens more; another seed is another text."""
-    argv = ("sample", f"--out_dir={trained}", "--start=The ", "--num_samples=3", "--max_new_tokens=30", "--device=cpu")
+    argv = ("sample", f"--out_dir={finished}", "--start=The ", "--num_samples=3", "--max_new_tokens=30", "--device=cpu")
     texts = sampled(folio(*argv))
     assert len(texts) == len(set(texts)) == 3
     assert all(text.startswith("The ") and len(text) == 34 for text in texts)
@@ -203,19 +193,19 @@ def test_samples_are_set_apart_by_dashes(folio: Callable[..., Outcome], trained:
     assert sampled(folio(*argv, "--num_samples=2")) == texts[:2]
 
 
-def test_one_sample_streamed_is_the_first_of_a_batch(folio: Callable[..., Outcome], trained: Path) -> None:
+def test_one_sample_streamed_is_the_first_of_a_batch(folio: Callable[..., Outcome], finished: Path) -> None:
     """Character for character, beyond block_size too."""
-    argv = ("sample", f"--out_dir={trained}", "--max_new_tokens=60", "--device=cpu", "--dtype=float32")
+    argv = ("sample", f"--out_dir={finished}", "--max_new_tokens=60", "--device=cpu", "--dtype=float32")
     (alone,) = sampled(folio(*argv, "--num_samples=1"))
     assert sampled(folio(*argv, "--num_samples=4"))[0] == alone
     assert len(alone) == 61
 
 
-def test_a_prompt_from_a_file(folio: Callable[..., Outcome], trained: Path, tmp_path: Path) -> None:
+def test_a_prompt_from_a_file(folio: Callable[..., Outcome], finished: Path, tmp_path: Path) -> None:
     """FILE:name holds it, longer than block_size here."""
     path = tmp_path / "prompt.txt"
     path.write_text("The river was slow that morning", encoding="utf-8")
-    argv = ("sample", f"--out_dir={trained}", f"--start=FILE:{path}", "--num_samples=1", "--max_new_tokens=5")
+    argv = ("sample", f"--out_dir={finished}", f"--start=FILE:{path}", "--num_samples=1", "--max_new_tokens=5")
     (text,) = sampled(folio(*argv, "--temperature=0"))
     assert text.startswith("The river was slow that morning")
     assert len(text) == 31 + 5
@@ -224,7 +214,7 @@ def test_a_prompt_from_a_file(folio: Callable[..., Outcome], trained: Path, tmp_
 
 @pytest.mark.parametrize("end", ["\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "mark"])
-def test_a_prompt_is_read_as_a_text_is_prepared(trained: Path, tmp_path: Path, end: str, mark: str) -> None:
+def test_a_prompt_is_read_as_a_text_is_prepared(finished: Path, tmp_path: Path, end: str, mark: str) -> None:
     """The ids of the same file, whatever its line ends; a byte order mark is no character of either."""
     lines = STORY.read_text(encoding="utf-8").splitlines()[:20]
     path, data = tmp_path / "a.txt", tmp_path / "data"
@@ -238,10 +228,10 @@ def test_a_prompt_is_read_as_a_text_is_prepared(trained: Path, tmp_path: Path, e
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
-def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], trained: Path, tmp_path: Path, kind: str) -> None:
+def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], finished: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "prompt"
     {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
-    assert_refused(folio("sample", f"--out_dir={trained}", f"--start=FILE:{path}"), f"{path} is {kind}, not a file")
+    assert_refused(folio("sample", f"--out_dir={finished}", f"--start=FILE:{path}"), f"{path} is {kind}, not a file")
 
 
 @pytest.mark.parametrize(
@@ -257,8 +247,8 @@ def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], trained: Path, 
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_cannot_be_sampled(folio: Callable[..., Outcome], trained: Path, argv: list[str], message: str) -> None:
+def test_what_cannot_be_sampled(folio: Callable[..., Outcome], finished: Path, argv: list[str], message: str) -> None:
     """One line that names it, and exit code 2."""
-    outcome = folio("sample", f"--out_dir={trained}", *argv)
+    outcome = folio("sample", f"--out_dir={finished}", *argv)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert message in outcome.err

@@ -110,7 +110,7 @@ def test_a_step_that_is_too_large(folio: Folio, story: Path, tmp_path: Path, fla
     ],
     ids=lambda value: " ".join(value) if value[0] in ("sample", "eval") else "",
 )
-def test_commands_that_need_too_much(folio: Folio, trained: Path, argv: list[str], words: list[str]) -> None:
+def test_commands_that_need_too_much(folio: Folio, finished: Path, argv: list[str], words: list[str]) -> None:
     with little_memory(300_000_000):
-        outcome = folio(*argv, f"--out_dir={trained}", "--device=cpu", "--dtype=float32")
+        outcome = folio(*argv, f"--out_dir={finished}", "--device=cpu", "--dtype=float32")
     assert_refused(outcome, "out of memory", *words)

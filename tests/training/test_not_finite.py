@@ -12,8 +12,7 @@ import torch
 from conftest import SMALL, Outcome, assert_refused, tree
 from safetensors.torch import load_file, save_file
 
-from folio import cli, files, rng
-from folio.commands import train
+from folio import files, rng
 from folio.config.options import System
 from folio.generation.sampling import draws, generate, pick
 from folio.machine.choices import resolve
@@ -28,22 +27,13 @@ WEIGHT = "transformer.h.0.attn.c_attn.weight"
 FLAGS = ["--device=cpu", "--dtype=float32"]
 
 
-@pytest.fixture(scope="module")
-def trained(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with checkpoints at steps 5 and 10."""
-    out = tmp_path_factory.mktemp("run") / "out"
-    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--learning_rate=1e-2"]
-    train.main(cli.parse(train.Options, argv, "folio train", files=True))
-    return out
-
-
 @pytest.fixture
-def damaged(trained: Path, tmp_path: Path) -> Callable[..., Path]:
+def damaged(finished: Path, tmp_path: Path) -> Callable[..., Path]:
     """A copy of the run, with one tensor of its newest checkpoint changed, and the checksum made to match."""
 
     def damage(name: str, change: Callable[[torch.Tensor], Any], file: str = run_folder.MODEL) -> Path:
         out = tmp_path / "out"
-        shutil.copytree(trained, out)
+        shutil.copytree(finished, out)
         folder = run_folder.checkpoint_folder(out, 10)
         tensors = load_file(folder / file)
         change(tensors[name])
@@ -236,8 +226,8 @@ def test_generate_refuses_to_draw_from_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--temperature=1e-320", "--temperature=1e308", "--top_p=1e-320", "--top_k=999999999"])
-def test_ends_of_what_can_be_asked_for(folio: Folio, trained: Path, flag: str) -> None:
-    argv = ["sample", f"--out_dir={trained}", *FLAGS, "--num_samples=2", "--max_new_tokens=20", flag]
+def test_ends_of_what_can_be_asked_for(folio: Folio, finished: Path, flag: str) -> None:
+    argv = ["sample", f"--out_dir={finished}", *FLAGS, "--num_samples=2", "--max_new_tokens=20", flag]
     outcome = folio(*argv)
     assert (outcome.code, outcome.err) == (0, "")
     assert all(len(text) == 21 for text in outcome.out.split("\n" + "-" * 15 + "\n")[:2])
@@ -247,6 +237,6 @@ def test_ends_of_what_can_be_asked_for(folio: Folio, trained: Path, flag: str) -
     "flag",
     ["--temperature=nan", "--temperature=inf", "--temperature=-0.5", "--top_p=nan", "--top_p=1.1", "--top_k=-1"],
 )
-def test_what_is_no_temperature(folio: Folio, trained: Path, flag: str) -> None:
+def test_what_is_no_temperature(folio: Folio, finished: Path, flag: str) -> None:
     name, value = flag.removeprefix("--").split("=")
-    assert_refused(folio("sample", f"--out_dir={trained}", *FLAGS, flag), name, value)
+    assert_refused(folio("sample", f"--out_dir={finished}", *FLAGS, flag), name, value)

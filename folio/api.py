@@ -48,8 +48,8 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
-    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end it after the step, with a checkpoint, and then the program;
-    ``init_from="resume"`` continues it, to the same bits.
+    After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its step and saves a checkpoint, and the program exits.
+    ``init_from="resume"`` continues the run, to the same bits.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
@@ -82,8 +82,8 @@ def generate(start: str = "\n", **options: Any) -> list[str]:
 def evaluate(what: str = "loss", **options: Any) -> dict[str, Any]:
     """Measures a model, as ``folio eval`` does: ``what`` is ``"loss"``, ``"hellaswag"`` or ``"lm_eval"``.
 
-    The loss comes as nats per token, perplexity and bits per byte, with the number of tokens and bytes; HellaSwag as
-    ``acc`` and ``acc_norm``; the harness as its metrics by task.
+    The result has, for the loss: nats per token, perplexity, bits per byte, and the number of tokens and bytes; for
+    HellaSwag: ``acc`` and ``acc_norm``; for lm_eval, the lm-evaluation-harness: its metrics by task.
 
     >>> folio.evaluate(out_dir="out", split="val")["loss"]
 
@@ -94,9 +94,9 @@ def evaluate(what: str = "loss", **options: Any) -> dict[str, Any]:
 
 
 def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
-    """Files, then what is given by keyword, with the types and bounds of the command line."""
+    """The options in ``base``, then those of files, then the keywords, typed and checked as on the command line."""
     layers: list[Layer] = []
-    names: dict[str, Any] = {}  # that a .py file finds assigned
+    names: dict[str, Any] = {}  # assigned before a .py file is read
     for item in config:
         if isinstance(item, TrainConfig):
             base, layers, names = _with_sources(item), [], flat(item)  # type: ignore[assignment]
@@ -110,9 +110,9 @@ def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.P
 
 
 def _with_sources(config: TrainConfig) -> TrainConfig:
-    """The config, in which each value that is no default counts as given in this call."""
+    """The config, with each value that differs from its default marked as given in this call."""
     usual = flat(TrainConfig())
     given = dict.fromkeys((name for name, value in flat(config).items() if value != usual[name]), COMMAND_LINE)
     if config.data.total_batch_size:
-        given.pop("gradient_accumulation_steps", None)  # which follows from it
+        given.pop("gradient_accumulation_steps", None)  # it is computed from total_batch_size
     return replace(config, sources=given | config.sources)

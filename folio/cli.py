@@ -1,4 +1,4 @@
-"""argv → config → command. Only this module reads sys.argv, and turns errors into one line."""
+"""argv → config → command. Only this module reads sys.argv and turns errors into one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS = {
     "report": "write a one-page report of a run",
     "plan": "compute what a run would need: memory, time, cost",
     "bench": "measure the speed of a training step",
-    "doctor": "report what this machine has, and what each lack means",
+    "doctor": "report what this machine has, and what each missing part means",
     "demo": "prepare, train, sample and plot on Python's own sources, in two minutes",
 }
 EXAMPLES = {
@@ -53,7 +53,7 @@ EXAMPLES = {
     "sample.py": 'python sample.py --out_dir=out --start="ROMEO:"',
     "bench.py": "python bench.py --batch_size=8",
 }
-_TAKE_FILES = {"train", "sample", "plan", "bench", "demo"}
+_TAKE_FILES = {"train", "sample", "plan", "bench", "demo"}  # commands that read config files and presets
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     """Runs one command and exits: 0; 2 for bad input; 1 for a failed run; 128 + n for a signal.
 
     Args:
-        command: The command of a script at the root; else the first argument names it.
+        command: The command, for a script at the root such as ``train.py``; without it, the first argument names one.
         first: Arguments before those that were typed.
     """
     line = ""
@@ -94,7 +94,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
 
 
 def _requirement(package: str) -> str:
-    """What pip must install for a package: the clone, if it is one of those that Folio always needs."""
+    """The argument of ``pip install`` that provides a package: the whole clone, if Folio always needs the package."""
     import tomllib  # in Python 3.11 and later, which _line_about has checked
 
     clone = Path(__file__).resolve().parent.parent
@@ -142,6 +142,7 @@ def _shortage(error: Exception) -> str:
 
 
 def _main(command: str | None, argv: list[str]) -> int:
+    """Runs one command and returns its exit code; errors are raised."""
     prog = f"{command}.py" if command else ""
     if command is None:
         command, *argv = argv or ["--help"]

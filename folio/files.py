@@ -185,7 +185,7 @@ def appearing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         discard(unfinished)
         if reason := _reason(error):
-            raise UnwrittenError(path, reason, "make room, or choose another") from None
+            raise UnwrittenError(path, reason, "make room, or choose another place") from None
         raise
     sync(path.parent)
 
@@ -265,7 +265,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     import urllib.error
     import urllib.request
 
-    remedy = f"fetch {url} by other means and {remedy}"
+    remedy = f"download {url} by other means and {remedy}"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()

@@ -36,15 +36,15 @@ def mix(x: UInts) -> UInts:
 
 
 def draw(index: UInts, n: int, seed: int) -> UInts:
-    """For each index a number below ``n``, with replacement; ``n`` ≪ 2⁶⁴, so the modulo's bias is nil."""
+    """For each index a number below ``n``, with replacement; ``n`` ≪ 2⁶⁴, so the modulo's bias is negligible."""
     return mix(mix(index + np.uint64(1)) ^ np.uint64(seed)) % np.uint64(n)
 
 
 def permute(index: UInts, n: int, seed: int) -> UInts:
     """Where a permutation of 0 … n − 1, chosen by ``seed``, sends each index; no memory beyond the arrays.
 
-    A Feistel network over the next even power of two, walked until it lands below ``n`` (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network over the next even power of two, applied again until its output is below ``n`` ("cycle walking":
+    Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)

@@ -70,7 +70,7 @@ def test_help_of_an_option(folio) -> None:
     """At length: its unit, default and bounds, what the short help leaves out, and who else has it."""
     code, out, err = folio("train", "--help=eval_iters")
     assert (code, err) == (0, "")
-    for words in ("--eval_iters: batches", "(200)", "All ranks", "at least 0", "nanoGPT"):
+    for words in ("--eval_iters: batches", "(200)", "over all ranks", "at least 0", "nanoGPT"):
         assert words in out
     for argv in (["train", "--help", "eval-iters"], ["help", "train", "eval_iters"], ["train", "--help=eval-iters"]):
         assert folio(*argv) == (code, out, err)

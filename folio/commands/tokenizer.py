@@ -67,9 +67,9 @@ def main(options: Options) -> None:
 
 
 def _texts(source: Files, options: Options) -> Iterator[str]:
-    from folio.preparation.documents import Flaw, Work, documents, refusal
+    from folio.preparation.documents import Flaw, WorkerSettings, documents, refusal
 
-    work = Work({}, "none", options.text_key)
+    work = WorkerSettings({}, "none", options.text_key)
     for block in source.blocks():
         for span in block.spans:
             for i, text in documents(span, work):

@@ -62,7 +62,7 @@ def read(options: type, argv: Sequence[str], *, files: bool) -> Arguments:
 
 
 def parser(options: type, names: Collection[str], **how: Any) -> argparse.ArgumentParser:
-    """An argparse parser of the options with these names, in their groups; ``how`` is argparse's."""
+    """An argparse parser of the options with these names, in their groups; ``how`` goes to ``ArgumentParser``."""
     known, usual = table(options), defaults(options)
     parser = _Parser(allow_abbrev=False, add_help=False, **how)
     parser.add_argument(_FILE, action=_ReadFile, help=argparse.SUPPRESS).options = options  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ def describe(name: str, option: Option, usual: dict[str, Any]) -> str:
 
 
 def _topic(options: type, topic: str, waiting: list[str]) -> str:
-    """What help is asked for: behind ``--help=``, or the next word if that is ``all`` or an option."""
+    """The topic of ``--help``: the text after ``--help=``, or the next word if that is ``all`` or an option."""
     if not topic and waiting and (waiting[0] == "all" or waiting[0].replace("-", "_") in table(options)):
         topic = waiting.pop(0)
     topic = topic.lstrip("-").replace("-", "_")
@@ -123,7 +123,7 @@ def _flag(options: type, word: str, waiting: list[str]) -> str:
     if name not in known:
         raise UserError(unknown(name, options))
     if place := known[name].metadata.get("positional"):
-        raise UserError(f"--{name} is not an option: write {place} without it")
+        raise UserError(f"--{name} is not an option: write {place} without --{name}")
     if equals:
         return f"--{name}={value}"
     if _is_switch(known[name].type, waiting):

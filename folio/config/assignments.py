@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from folio.config.expressions import MODULES, RefusedError, Scope, cut, not_known
+from folio.config.expressions import MODULES, RefusedError, Scope, shortened, unsupported
 from folio.errors import UserError
 
 
@@ -69,8 +69,10 @@ def _run_statement(path: Path, node: ast.stmt, scope: Scope) -> None:
             scope.add({alias.asname or alias.name: MODULES[module][alias.name] for alias in aliases})
         case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
             line = ast.unparse(node).splitlines()[0]
-            warnings.warn(f"{path}:{node.lineno}: {cut(line)} prints nothing: the file is never run", stacklevel=2)
+            warnings.warn(
+                f"{path}:{node.lineno}: {shortened(line)} prints nothing: the file is never run", stacklevel=2
+            )
         case ast.Pass() | ast.Expr(value=ast.Constant()) | ast.ImportFrom(module="__future__"):
             pass
         case _:
-            raise not_known(node)
+            raise unsupported(node)

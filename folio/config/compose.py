@@ -54,20 +54,20 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
 
 
 def starting_from(options: type[T], layers: Sequence[Layer]) -> T:
-    """A command's options at their defaults; what has none is from the layers."""
+    """A command's options at their defaults; the layers give those that have no default."""
     values = {name: value for layer in layers for name, value in layer.values.items()}
     return options(**{name: value for name, value in values.items() if name not in defaults(options)})
 
 
-def over_files(config: TrainConfig, asked: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
-    """Applies the options of the checkpoint's run: they win over files, and the command line wins over them.
+def over_files(config: TrainConfig, stored: Mapping[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """Applies the options ``stored`` in a checkpoint: they win over files, and the command line wins over them.
 
     Returns:
         The config, and a line for each value of a file that differs.
     """
     mine, values, lines = flat(config), {}, []
     own = those(TrainConfig, role="call")
-    for name, value in asked.items():
+    for name, value in stored.items():
         source = config.sources.get(name)
         if name in own or name not in mine or source == COMMAND_LINE:
             continue
@@ -139,8 +139,10 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
         UserError: a field is unknown, or its value is not possible; names the file.
     """
     if odd := values.keys() - {f.name for f in fields(GPTConfig)}:
-        raise UserError(f"{path}: a model of GPT-2's kind has no {min(map(str, odd))!r}")
-    config = GPTConfig(**{f.name: possible(path, f.name, values.get(f.name, f.default)) for f in fields(GPTConfig)})
+        raise UserError(f"{path}: a GPT-2-class model has no option {min(map(str, odd))!r}")
+    config = GPTConfig(
+        **{f.name: checked_value(path, f.name, values.get(f.name, f.default)) for f in fields(GPTConfig)}
+    )
     if config.vocab_size == "auto":
         raise UserError(f"{path}: vocab_size = {values.get('vocab_size', 'auto')!r}: must be a number")
     try:
@@ -150,7 +152,7 @@ def model_config(path: Path, values: Mapping[str, Any]) -> GPTConfig:
     return config
 
 
-def possible(path: Path, name: str, value: Any) -> Any:
+def checked_value(path: Path, name: str, value: Any) -> Any:
     """A value that a file gives for an option of a run, checked for type and bounds; any other is returned unchanged.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 HellaSwagStyle = Literal["completion", "harness"]
 TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
 Role = Literal["call", "machine", "data", ""]
-# which part of a value is a path: all of it, each part between commas, what follows FILE:
+# The part of an option's value that is a path: all of it, each part between commas, or the text after FILE:
 ITSELF, EACH, AFTER_FILE = "itself", "each", "FILE:"
 
 
@@ -17,7 +17,7 @@ def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
 
     Args:
         default: Its value if none is given; ``dataclasses.MISSING`` if one is required.
-        help: What it is.
+        help: What it is; ``--help`` shows it after the unit ("steps" + "between evaluations").
         role: ``"call"``: holds for one call, and the run does not keep it. ``"machine"``: how this machine computes;
             a foreign run's value is not read. ``"data"``: where the run's data is.
         more: ``unit``; bounds (``min`` ≤ value ≤ ``max``, value > ``above``, value < ``below``); ``details`` that
@@ -32,7 +32,7 @@ def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
 
 
 def out_dir_option(**more: Any) -> Any:
-    """The one option that commands share outside a group."""
+    """The run's folder, for the groups and commands that have this option."""
     return option("out", "folder of the run", path=ITSELF, role="call", local=True, nanogpt=True, **more)
 
 

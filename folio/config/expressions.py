@@ -16,7 +16,7 @@ from typing import Any
 
 from folio.errors import UserError
 
-BITS, CHARACTERS, EXPONENT, WIDTH = 1024, 4096, 64, 64  # of one value, at most
+BITS, CHARACTERS, EXPONENT, WIDTH = 1024, 4096, 64, 64  # limits of one value
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -103,14 +103,14 @@ class Scope:
                 for inner, part in zip(targets, value, strict=True):
                     self.assign(inner, part)
             case _:
-                raise not_known(target)
+                raise unsupported(target)
 
     def value(self, node: ast.expr) -> Any:
         """An expression's value. Raises RefusedError if it cannot be evaluated, or its value is too large."""
         try:
             return self._evaluate(node) if isinstance(node, ast.Name) else _bounded(self._evaluate(node))
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            raise RefusedError(node, f"{cut(ast.unparse(node))}: {error}") from None
+            raise RefusedError(node, f"{shortened(ast.unparse(node))}: {error}") from None
 
     def _evaluate(self, node: ast.expr) -> Any:
         match node:
@@ -170,7 +170,7 @@ class Scope:
                     a = b
                 return True
             case _:
-                raise not_known(node)
+                raise unsupported(node)
 
     def _function(self, node: ast.Call) -> Callable[..., Any]:
         match node.func:
@@ -180,7 +180,7 @@ class Scope:
                 found := self.modules.get(module, {}).get(name)
             ):
                 return found
-        raise not_known(node)
+        raise unsupported(node)
 
     def _index(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Slice):
@@ -195,10 +195,11 @@ class Scope:
         return format(_CONVERSIONS[node.conversion](self.value(node.value)), spec)
 
 
-def not_known(node: ast.AST) -> RefusedError:
+def unsupported(node: ast.AST) -> RefusedError:
+    """The error for code that is not supported, with a remedy."""
     if isinstance(node, ast.Name):
         return RefusedError(node, f"the name {node.id!r} is not assigned above: write its value, or assign it first")
-    code = cut(ast.unparse(node).splitlines()[0])
+    code = shortened(ast.unparse(node).splitlines()[0])
     remedy = "write the value itself, or give it on the command line"
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         remedy = "remove it, and write the values that it was for"
@@ -211,7 +212,7 @@ def not_known(node: ast.AST) -> RefusedError:
     )
 
 
-def cut(code: str) -> str:
+def shortened(code: str) -> str:
     return code if len(code) <= 80 else f"{code[:79]}…"
 
 

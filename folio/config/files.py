@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from folio.config import assignments
-from folio.config.names import did_you_mean, meant
+from folio.config.names import did_you_mean, suggestion
 from folio.config.options import TrainConfig
 from folio.config.table import defaults, table
 from folio.config.values import LONGEST, typed
@@ -48,7 +48,7 @@ def read_file(
     return {
         k: typed(f"{path}:{lines[k]}" if k in lines else path, k, v, options)
         for k, v in values.items()
-        if not _passed_over(k, options, ignore)
+        if not _is_skipped(k, options, ignore)
     }
 
 
@@ -80,10 +80,10 @@ def _table(path: Path, text: str, parse: Callable[[str], Any]) -> dict[str, Any]
 
 def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: type | None) -> bool:
     """Whether a name in a .py file is no option; warns if the file does not use it either."""
-    if name in table(options) or _passed_over(name, options, ignore):
+    if name in table(options) or _is_skipped(name, options, ignore):
         return False
     if name not in used and not name.startswith("_"):
-        hint = meant(name, options)
+        hint = suggestion(name, options)
         reason = f" ({hint})" if hint else ""
         warnings.warn(f"{path}: {name} is not an option{reason}, and nothing in the file uses it", stacklevel=2)
     return True
@@ -106,5 +106,6 @@ def find_file(name: str) -> Path:
     raise FileNotFoundError(f"no config file or preset {name!r}: {hint}")
 
 
-def _passed_over(name: str, options: type, ignore: type | None) -> bool:
+def _is_skipped(name: str, options: type, ignore: type | None) -> bool:
+    """Whether a name is an option of ``ignore`` only."""
     return ignore is not None and name not in table(options) and name in table(ignore)

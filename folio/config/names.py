@@ -73,10 +73,10 @@ FOREIGN = {  # another trainer's name of an option → ours
 
 def unknown(name: str, options: type) -> str:
     """One line about an option that does not exist, with a suggestion."""
-    return f"unknown option {name!r}: {meant(name, options) or '--help lists them'}"
+    return f"unknown option {name!r}: {suggestion(name, options) or '--help lists them'}"
 
 
-def meant(name: str, options: type) -> str:
+def suggestion(name: str, options: type) -> str:
     """Suggests the option that has this name in another trainer, or a similar name; "" if there is none."""
     known, plain = table(options), name.lower().replace("-", "_")
     ours, comma, note = FOREIGN.get(plain, "").partition(",")

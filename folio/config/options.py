@@ -49,7 +49,7 @@ class Output:
     keep_checkpoints: int = option(
         2,
         "latest checkpoints to keep",
-        details="Counted are those at multiples of checkpoint_interval; the two newest and the best are kept as well.",
+        details="This counts those at multiples of checkpoint_interval; the two newest and the best are kept as well.",
         min=1,
         advanced=True,
     )
@@ -70,7 +70,7 @@ class Evaluation:
         200,
         "per evaluation; 0: all",
         unit="batches",
-        details="All ranks together evaluate as many. 0: every validation token, and as many windows of train.",
+        details="The number over all ranks together. 0: every validation token, and as many windows of train.",
         min=0,
         nanogpt=True,
     )
@@ -84,7 +84,7 @@ class Evaluation:
         0,
         "of HellaSwag, from the first; 0: all 10,042",
         unit="items",
-        details="Training waits for them.",
+        details="Training waits until they are scored.",
         min=0,
         advanced=True,
     )
@@ -128,7 +128,7 @@ class Logging:
         0,
         "to profile: time and memory; 0: none",
         unit="steps",
-        details="Two steps are made first; evaluations and checkpoints between the steps are profiled as well.",
+        details="Two steps run first; evaluations and checkpoints between the steps are profiled as well.",
         min=0,
         role="call",
         advanced=True,
@@ -334,7 +334,7 @@ class Processes:
         300.0,
         "to wait for another process before all end",
         unit="seconds",
-        details="Half an hour until the first step is done.",
+        details="Until the first step is done, half an hour.",
         min=1,
         max=31_536_000,
         role="machine",

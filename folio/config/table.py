@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 class Option(NamedTuple):
-    """An option of a command: the field of its group in the composed dataclass ("" for none), its own field, its type.
+    """An option of a command: its group (the name of a field of the composed dataclass, or ""), its field and type.
 
-    ``metadata`` is its own, over that of its group's field.
+    ``metadata`` is that of its field, with that of its group's field, which wins.
     """
 
     group: str

@@ -18,7 +18,7 @@ from folio.errors import UserError
 from folio.model.config import AUTO
 
 COMMAND_LINE = "the command line"
-LONGEST = 1 << 16  # characters of a value, or of a config file, at most
+LONGEST = 1 << 16  # characters of a value or a config file, at most
 
 
 def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
@@ -36,8 +36,8 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
     kind, metadata = known[name].type, known[name].metadata
     choices = _choices(kind)
     if value is None:
-        open_to = "auto" if AUTO in choices else "" if known[name].field.default == "" else None
-        value = metadata.get("none", open_to)
+        stands_for = "auto" if AUTO in choices else "" if known[name].field.default == "" else None
+        value = metadata.get("none", stands_for)
     for choice in choices:
         if (found := _as(choice, value)) is not MISSING:
             return found
@@ -83,7 +83,7 @@ def _literal(text: str) -> Any:
     if len(text) > LONGEST:
         return text
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        warnings.simplefilter("ignore")  # a SyntaxWarning about unknown escapes
         for read in (ast.literal_eval, int, float):
             try:
                 return read(text)

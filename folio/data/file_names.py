@@ -22,13 +22,12 @@ _NAMED = {
     split: re.compile(rf"(?<![a-z])(?:{words})(?![a-z])", re.IGNORECASE)
     for split, words in (("train", "train|training"), ("val", "val|valid|validation"))
 }
-_NUMBER = re.compile(
-    r"[-_. ]?(?<![^\W_])(\d+)(?:[-_. ]of[-_. ](\d+))?(?![^\W_])"
-)  # a number of its own, such as 000001 and 3-of-10
+# a number that is not part of a word, such as 000001 and 3-of-10
+_NUMBER = re.compile(r"[-_. ]?(?<![^\W_])(\d+)(?:[-_. ]of[-_. ](\d+))?(?![^\W_])")
 
 
 class _Name(NamedTuple):
-    """The parts of a file's name: its split, the rest, which its data set shares, its number, and the total."""
+    """The parts of a file's name: split, number, total (the 10 of 3-of-10); ``family`` is the rest of the name."""
 
     split: Split | None
     family: str
@@ -92,12 +91,12 @@ def select_by_glob(pattern: Path) -> tuple[list[Path], str]:
     if not named:
         return files, ""
     families = sorted({_name(p).family for p in named})
-    together = f"files of several names are used as one data set: {_some(families)}" if len(families) > 1 else ""
-    return named, one_line(pattern, together, left_alone(files, named))
+    together = f"files of several names are used as one data set: {_first_three(families)}" if len(families) > 1 else ""
+    return named, one_line(pattern, together, note_of_others(files, named))
 
 
 def select(folder: Path) -> tuple[list[Path], str]:
-    """The files of the one data set in a folder, and a note of those left alone or missing from the sequence.
+    """The files of the one data set in a folder, and a note of other files and of shards missing from the sequence.
 
     Raises:
         FileNotFoundError: there are none, or a split is missing. ValueError: there are several data sets.
@@ -125,7 +124,7 @@ def select(folder: Path) -> tuple[list[Path], str]:
             raise _incomplete(folder, named, [*both, *files])
         exact = candidates[0]
         _refuse_twins(exact)
-    return exact, one_line(folder, _missing_numbers(exact), left_alone(files, exact))
+    return exact, one_line(folder, _missing_numbers(exact), note_of_others(files, exact))
 
 
 def _families(files: Sequence[Path]) -> dict[str, list[Path]]:
@@ -145,8 +144,8 @@ def _ambiguous(folder: Path, families: list[list[Path]]) -> UserError:
             example = f", such as --data_dir='{glob.escape(str(folder))}/{pattern}'"
             break
     return UserError(
-        f"{folder} holds several data sets ({_some([family[0].name for family in families])}): name the files of "
-        f"one with a glob{example}, or move the others away"
+        f"{folder} holds several data sets ({_first_three([family[0].name for family in families])}): name the "
+        f"files of one with a glob{example}, or move the others away"
     )
 
 
@@ -186,7 +185,7 @@ def _refuse_twins(family: list[Path]) -> None:
 
 
 def _missing_numbers(files: list[Path]) -> str:
-    """The shards missing from a sequence, which numbers both splits together as build-nanogpt does, or each split."""
+    """A note of the shards missing from a sequence. It runs over both splits, as build-nanogpt's, or over each."""
     names = [name for name in map(_name, files) if name.number is not None]
     sets = [{name.number for name in names if name.split == split} for split in (*SPLITS, None)]
     apart = any(name.of for name in names) or bool(sets[0] & sets[1])
@@ -202,17 +201,20 @@ def _missing_numbers(files: list[Path]) -> str:
             count += max(0, after - before - 1)
             missing += range(before + 1, min(after, before + 4))
     shards = "shard is" if count == 1 else "shards are"
-    return f"{count:,} {shards} missing from the sequence: {_some(list(map(str, missing)), count)}" if count else ""
+    return (
+        f"{count:,} {shards} missing from the sequence: {_first_three(list(map(str, missing)), count)}" if count else ""
+    )
 
 
-def left_alone(files: list[Path], chosen: list[Path]) -> str:
+def note_of_others(files: list[Path], chosen: list[Path]) -> str:
     """A note of the files that are not among the chosen ones, or ""."""
     kept = set(chosen)
     others = [p.name for p in files if p not in kept]
-    return f"not part of the data set, and left alone: {_some(others)}" if others else ""
+    return f"not part of the data set, and left alone: {_first_three(others)}" if others else ""
 
 
-def _some(names: Sequence[str], count: int = 0) -> str:
+def _first_three(names: Sequence[str], count: int = 0) -> str:
+    """The first three names, and how many more there are; ``count``: of all names, if not all are given."""
     more = (count or len(names)) - 3
     return ", ".join(names[:3]) + (f" and {more:,} more" if more > 0 else "")
 

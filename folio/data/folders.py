@@ -17,7 +17,7 @@ import numpy as np
 
 from folio.config.declare import TokenDtype
 from folio.config.options import Data
-from folio.data.file_names import left_alone, missing_split, one_line, select, select_by_glob, split_of, token_files
+from folio.data.file_names import missing_split, note_of_others, one_line, select, select_by_glob, split_of, token_files
 from folio.data.headerless import refuse_other_types
 from folio.data.meta_files import datatrove_tokenizer, read_meta_json, read_meta_pkl
 from folio.data.token_files import (
@@ -36,7 +36,7 @@ from folio.data.token_files import (
 from folio.data.tokenizers import IDS_ONLY, from_json
 from folio.errors import UserError
 
-_ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # other programs' names of a data set
+_ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # the names that other programs give to a data set
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
             data sets. Both name the file and the remedy.
     """
     if path.is_dir() and os.path.lexists(path / META):
-        return _of_stated_type(_own(path), token_dtype)
+        return _of_stated_type(_of_meta_json(path), token_dtype)
     if (path / UNFINISHED).is_dir():
         raise FileNotFoundError(f"{path}: its preparation is not finished: {AGAIN} to continue")
     paths, note = select(path) if path.is_dir() else select_by_glob(path)
     where = path if path.is_dir() else paths[0].parent
-    if os.path.lexists(where / META) and (own := _chosen_of(_own(where), paths)):
+    if os.path.lexists(where / META) and (own := _part_chosen(_of_meta_json(where), paths)):
         return replace(_of_stated_type(own, token_dtype), path=path, note=note)
     vocab_size, tokenizer = read_meta_pkl(pickled) if os.path.lexists(pickled := where / META_PKL) else (None, None)
     files = [open_file(p, token_dtype) for p in paths]
     if token_dtype == "auto":
         refuse_other_types(files, vocab_size)
     _refuse_mixture(files)
-    splits = _divided(path, files)
+    splits = _by_split(path, files)
     if paths[0].suffix == ".ds":
         return _of_datatrove(path, splits, paths, note)
     if vocab_size is None:
@@ -97,7 +97,7 @@ def open_folder(path: Path, token_dtype: TokenDtype = "auto") -> Folder:
 
 
 def _of_stated_type(own: Folder, token_dtype: TokenDtype) -> Folder:
-    """The folder itself. Raises ValueError if ``token_dtype`` asks for another type than its meta file states."""
+    """The folder, unchanged. Raises ValueError if its meta file states another type than ``token_dtype``."""
     meta, dtype = own.path / META, own.meta["dtype"]
     if token_dtype not in ("auto", dtype):
         raise UserError(
@@ -106,7 +106,7 @@ def _of_stated_type(own: Folder, token_dtype: TokenDtype) -> Folder:
     return own
 
 
-def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
+def _part_chosen(own: Folder, paths: list[Path]) -> Folder | None:
     """The part of a data set that a glob finds; None if it finds only other files. Raises ValueError for a mixture."""
     wanted = set(paths)
     splits = {split: tuple(file for file in own.splits[split] if file.path in wanted) for split in SPLITS}
@@ -121,11 +121,11 @@ def _chosen_of(own: Folder, paths: list[Path]) -> Folder | None:
     return replace(own, splits=splits)
 
 
-def _own(path: Path) -> Folder:
+def _of_meta_json(path: Path) -> Folder:
     """A folder with ``meta.json``: the files that it lists; a note names any others."""
     meta = read_meta_json(path)
     listed = [file.path for files in meta.splits.values() for file in files]
-    others = left_alone(token_files(f"{glob.escape(str(path))}/*"), listed)
+    others = note_of_others(token_files(f"{glob.escape(str(path))}/*"), listed)
     return Folder(path, meta.splits, meta.vocab_size, meta.tokenizer, meta.eot, meta.raw, one_line(path, others))
 
 
@@ -134,13 +134,13 @@ def _refuse_mixture(files: list[TokenFile]) -> None:
     one = files[0]
     for other in files[1:]:
         if other.dtype != one.dtype:
-            raise UserError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give those of one type")
+            raise UserError(f"{one.path} holds {one.dtype}, {other.path.name} {other.dtype}: give files of one type")
         if (other.offset > 0) != (one.offset > 0):
             bare, headed = sorted((one, other), key=lambda file: file.offset)
-            raise UserError(f"{bare.path} has no header, {headed.path.name} has one: give those of one format")
+            raise UserError(f"{bare.path} has no header, {headed.path.name} has one: give files of one format")
 
 
-def _divided(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile, ...]]:
+def _by_split(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile, ...]]:
     """The files of each split, by name. Of datatrove's unnamed files, the last documents are for validation."""
     named = {split: tuple(f for f in files if split_of(f.path) == split) for split in SPLITS}
     if not any(named.values()) and files[0].path.suffix == ".ds":
@@ -164,7 +164,7 @@ def _last_documents(file: TokenFile) -> int:
     if (ends[1:] < ends[:-1]).any():
         raise UserError(f"{index}: a document in it ends before the one that it follows: {AGAIN}")
     wanted = file.tokens - min(max(1, file.tokens // 10), 10_000_000)
-    least = max(0, 2 * wanted - file.tokens)  # no more than twice what is wanted
+    least = max(0, 2 * wanted - file.tokens)  # so that validation has at most twice the tokens wanted
     near = ends[np.searchsorted(ends, least) : np.searchsorted(ends, file.tokens)].astype(np.int64)
     return file.tokens - (int(near[np.abs(near - wanted).argmin()]) if len(near) else wanted)
 

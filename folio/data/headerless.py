@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from folio.data.token_files import BARE, GPT2_SIZES, META_PKL, TokenFile
 from folio.errors import UserError
 
-_LOOKS = (2**12, 2**20)  # values of 16 bits that are read, first a few, then more
-_FEWEST = 16  # values of 16 bits from which zeros can show a type
-_FEWEST_BYTES = 2**11  # bytes from which frequencies can show a type
-_OPTIONS = {"|u1": "uint8", "<u4": "uint32", "<i4": "int32", "<i8": "int64"}
+_LOOKS = (2**12, 2**20)  # 16-bit values to read: first a few, then more
+_FEWEST = 16  # 16-bit values; in fewer, zeros do not show a type
+_FEWEST_BYTES = 2**11  # bytes; in fewer, frequencies do not show a type
+_OPTIONS = {"|u1": "uint8", "<u4": "uint32", "<i4": "int32", "<i8": "int64"}  # NumPy's names → --token_dtype's
 
 
 def refuse_other_types(files: list[TokenFile], vocab_size: int | None) -> None:

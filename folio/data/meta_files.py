@@ -51,7 +51,7 @@ def read_meta_json(path: Path) -> Meta:
         dtype, eot = raw["dtype"], raw["eot"]
         if set(raw["splits"]) != set(SPLITS) or dtype not in ("uint16", "uint32"):
             raise UserError("its splits or dtype are unknown")
-        vocab_size = whole(raw["vocab_size"], "vocab_size", 1, np.iinfo(dtype).max + 1)
+        vocab_size = whole_number(raw["vocab_size"], "vocab_size", 1, np.iinfo(dtype).max + 1)
         if eot not in ("before", "after", "none"):
             raise UserError(f"eot={str(eot)[:20]}")
         listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
@@ -62,7 +62,7 @@ def read_meta_json(path: Path) -> Meta:
     except FileNotFoundError:
         raise FileNotFoundError(f"{meta} is a link to a file that is not there: {AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{meta}: not a meta file of this program: {error}; {AGAIN}") from None
+        raise UserError(f"{meta}: not a meta file of Folio: {error}; {AGAIN}") from None
     splits = {
         split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
         for split in SPLITS
@@ -71,16 +71,16 @@ def read_meta_json(path: Path) -> Meta:
 
 
 def _entry(entry: Mapping[str, Any]) -> tuple[str, int, str]:
-    return str(entry["name"]), whole(entry["tokens"], "tokens", 0), str(entry["sha256"])
+    return str(entry["name"]), whole_number(entry["tokens"], "tokens", 0), str(entry["sha256"])
 
 
 def _check_counts(raw: Mapping[str, Any]) -> None:
     """Raises ValueError if a number that is only displayed is not a count."""
-    whole(raw.get("text_bytes") or 0, "text_bytes", 0)
+    whole_number(raw.get("text_bytes") or 0, "text_bytes", 0)
     for reason, count in dict(raw.get("skipped") or {}).items():
-        whole(count, f"skipped {reason}", 0)
+        whole_number(count, f"skipped {reason}", 0)
     for split in SPLITS:
-        whole(raw["splits"][split].get("documents") or 0, "documents", 0)
+        whole_number(raw["splits"][split].get("documents") or 0, "documents", 0)
 
 
 def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> TokenFile:
@@ -110,7 +110,9 @@ def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
     raw = _read_pickle(path)
     try:
         size = raw["vocab_size"]
-        vocab_size = whole(size[0] if isinstance(size, list) and len(size) == 1 else size, "vocab_size", 1, 2**32)
+        vocab_size = whole_number(
+            size[0] if isinstance(size, list) and len(size) == 1 else size, "vocab_size", 1, 2**32
+        )
     except (LookupError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, LookupError) else error
         raise UserError(f"{path}: not nanoGPT's meta.pkl ({reason}): {AGAIN}") from None
@@ -124,7 +126,7 @@ def read_meta_pkl(path: Path) -> tuple[int, dict[str, Any]]:
     return vocab_size, {"kind": "characters", "characters": "".join(characters)}
 
 
-def whole(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
+def whole_number(value: object, name: str, least: int, most: int = 2**63 - 1) -> int:
     """An integer from a file; 3.0 is 3. Raises ValueError for other values, and for integers out of bounds."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

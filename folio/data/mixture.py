@@ -1,4 +1,4 @@
-"""Data sets mixed by weight: row of the mixture → data set and row of it.
+"""Data sets mixed by weight: number of a row in the mixture → its data set, and its number there.
 
 In every 1,024 consecutive rows each data set has its share; a keyed permutation gives the order.
 """

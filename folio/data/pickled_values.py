@@ -71,14 +71,14 @@ def fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
 
 
 def call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | None = None) -> Any:
-    """Calls a function of ours. Raises TypeError for any other object."""
+    """Calls a function of ``PLAIN`` or of the caller of ``load``. Raises TypeError for any other object."""
     if not isinstance(function, FunctionType):
         raise TypeError
     return function(*arguments, **(named or {}))
 
 
 def build(made: Any, state: Any) -> None:
-    """Sets the state of an object of a kind whose content is used."""
+    """Sets the state of a ``Fields``, dtype or array; the state of any other object is ignored."""
     if isinstance(made, Fields):
         if not isinstance(state, dict):
             raise TypeError

@@ -84,7 +84,7 @@ class _Interpreter:
             case "POP":
                 stack.pop()
             case "POP_MARK":
-                self.above()
+                self.pop_mark()
             case "DUP":
                 stack.append(stack[-1])
             case "PUT" | "BINPUT" | "LONG_BINPUT":
@@ -116,24 +116,24 @@ class _Interpreter:
                 count = int(name[-1])
                 stack[-count:] = [tuple(stack[-count:])]
             case "TUPLE":
-                stack.append(tuple(self.above()))
+                stack.append(tuple(self.pop_mark()))
             case "LIST" | "FROZENSET":
-                stack.append(self.above())
+                stack.append(self.pop_mark())
             case "DICT":
-                items = self.above()
+                items = self.pop_mark()
                 stack.append(fill({}, items[::2], items[1::2]))
             case "APPEND":
                 value = stack.pop()
                 _extend(stack[-1], [value])
             case "APPENDS" | "ADDITEMS":
-                items = self.above()
+                items = self.pop_mark()
                 _extend(stack[-1], items)
             case "SETITEM":
                 key, value = stack[-2:]
                 del stack[-2:]
                 fill(stack[-1], [key], [value])
             case "SETITEMS":
-                items = self.above()
+                items = self.pop_mark()
                 fill(stack[-1], items[::2], items[1::2])
             case _:
                 self.run_object(name, argument)
@@ -150,9 +150,9 @@ class _Interpreter:
                 stack.append(self.look_up(module, what))
             case "INST":
                 function = self.look_up(*argument.split(" ", 1))
-                stack.append(self.call(function, self.above()))
+                stack.append(self.call(function, self.pop_mark()))
             case "OBJ":
-                function, *arguments = self.above()
+                function, *arguments = self.pop_mark()
                 stack.append(self.call(function, arguments))
             case "REDUCE" | "NEWOBJ":
                 arguments = stack.pop()
@@ -168,7 +168,7 @@ class _Interpreter:
             case _:
                 raise UserError(f"a pickle with the opcode {name}")
 
-    def above(self) -> list[Any]:
+    def pop_mark(self) -> list[Any]:
         """Removes and returns the values above the last mark, with the mark."""
         mark = self.marks.pop()
         items = self.stack[mark:]

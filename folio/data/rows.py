@@ -45,7 +45,7 @@ class Tokens:
     vocab_size: int | None = None  # ids are checked against it
     documents: Documents | None = None  # set if attention stays within documents
     _splits: dict[Split, list[Shards]] = field(init=False, repr=False)
-    _shares: Rows = field(init=False, repr=False)  # of each data set, of 1,024 rows
+    _shares: Rows = field(init=False, repr=False)  # rows of each data set in every 1,024
 
     def __post_init__(self) -> None:
         maps = Maps()
@@ -147,13 +147,14 @@ class Tokens:
         return self.windows(split, positions)
 
     def _bases(self, split: Split) -> list[int]:
+        """The position of each data set's first token."""
         sizes = [len(shards) for shards in self._splits[split]]
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
     def spread(self, split: Split, count: int) -> Rows:
         """The starts (n) of ``count`` windows spread evenly over a split, by weight over a mixture.
 
-        For 0, or more than there are: those of all windows, shorter ones at the ends of files included.
+        If ``count`` is 0 or more than there are: all windows, with the shorter ones at the ends of files.
         """
         shares = mixture.largest_remainders(self._shares, count) if count else np.zeros_like(self._shares)
         found = [

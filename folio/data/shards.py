@@ -22,7 +22,7 @@ from folio.errors import UserError
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
 
-_MAPPED = 4096  # most files, since the system limits maps as well
+_MAPPED = 4096  # files at once, at most, since the system limits maps as well
 
 
 class Maps:
@@ -94,6 +94,7 @@ class Shards:
             seed = rng.key(self.seed, self.split, int(epoch))
             window = rng.permute(index[here] % np.uint64(per_epoch), per_epoch, seed).astype(np.int64)
             shard = np.searchsorted(self._windows_before, window, side="right") - 1
+            # an epoch's first window in a file begins at one of the first ``slack`` tokens
             slack = np.minimum(T, self.sizes[shard] - self._windows[shard] * T)
             out[here] = self.starts[shard] + seed % slack + (window - self._windows_before[shard]) * T
         return out
@@ -124,7 +125,10 @@ class Shards:
         return out
 
     def spread(self, count: int) -> Rows:
-        """The positions (n) of ``count`` windows spread evenly. 0, or too many: all windows, shorter ones included."""
+        """The positions (n) of ``count`` windows spread evenly.
+
+        If ``count`` is 0 or more than there are: all windows, with the shorter ones at the ends of files.
+        """
         T = self.block_size
         whole = np.maximum(0, -(-(self.sizes - 1) // T))
         if count == 0 or count >= whole.sum():
@@ -139,6 +143,7 @@ class Shards:
         return np.maximum(0, self.sizes - self.block_size)
 
     def _at(self, number: Rows, counts: Rows) -> Rows:
+        """The positions (n) of these numbers (n), if the first ``counts[i]`` tokens of each file are numbered."""
         shard = np.searchsorted(np.cumsum(counts), number, side="right")
         return self.starts[shard] + number - (np.cumsum(counts) - counts)[shard]
 
@@ -174,5 +179,5 @@ class Shards:
 
 
 def rows_per_epoch(tokens: Any, block_size: int) -> Any:
-    """The number of windows that fit at any epoch's offset, the same in every epoch; at least one if one fits."""
+    """The number of windows of each file in an epoch: those that fit at any offset, or one if only one can fit."""
     return np.where(np.asarray(tokens) > block_size, np.maximum(1, (tokens - block_size) // block_size), 0)

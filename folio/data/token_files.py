@@ -24,7 +24,7 @@ Split = Literal["train", "val"]
 Array = NDArray[np.integer[Any]]
 Eot = Literal["before", "after", "none"]
 
-CLONE = Path(__file__).resolve().parents[2]
+CLONE = Path(__file__).resolve().parents[2]  # the folder of train.py
 SPLITS: tuple[Split, ...] = ("train", "val")
 META, META_PKL = "meta.json", "meta.pkl"
 UNFINISHED = ".preparing"  # the folder inside a data set's folder in which the data set is prepared
@@ -44,7 +44,7 @@ _OTHERS = {
     b"\x93NUMPY": "a .npy file",
     b"PK\x03\x04": "a zip file",
     b"\x1f\x8b\x08": "a gzip file",
-    b"LITPKDS": "lit-gpt's",
+    b"LITPKDS": "a packed file of lit-gpt",
 }
 
 
@@ -101,7 +101,7 @@ def _bin(path: Path, bare: np.dtype[Any] = BARE) -> TokenFile:
     magic, version, count = np.frombuffer(head, "<i4").tolist() if len(head) == 12 else (0, 0, 0)
     if magic not in _HEADERS:
         if magic in _DATES:
-            raise UserError(f"{path}: its header, {magic}, is that of another file of llm.c's, without tokens")
+            raise UserError(f"{path}: its header, {magic}, is that of an llm.c file without tokens, such as a model")
         return bare_file(path, bare)
     if path.stat().st_size < _HEADER:
         raise UserError(f"{path}: {path.stat().st_size} bytes are less than a header: it is cut short; {AGAIN}")
@@ -112,14 +112,14 @@ def _bin(path: Path, bare: np.dtype[Any] = BARE) -> TokenFile:
             f"be read: {AGAIN}"
         )
     found = bare_file(path, dtype, _HEADER)
-    _same_count(path, found.tokens, count)
+    _check_count(path, found.tokens, count)
     return found
 
 
-def _same_count(path: Path, tokens: int, said: int) -> None:
-    if tokens != said:
-        why = "is cut short" if tokens < said else "is too long"
-        raise UserError(f"{path}: {tokens:,} tokens, but its header says {said:,}: it {why}; {AGAIN}")
+def _check_count(path: Path, tokens: int, stated: int) -> None:
+    if tokens != stated:
+        why = "is cut short" if tokens < stated else "is too long"
+        raise UserError(f"{path}: {tokens:,} tokens, but its header says {stated:,}: it {why}; {AGAIN}")
 
 
 def npy_file(path: Path) -> TokenFile:
@@ -137,7 +137,7 @@ def npy_file(path: Path) -> TokenFile:
     if len(shape) != 1 or dtype.kind not in "ui":
         raise UserError(f"{path}: an array of {dtype} with {len(shape)} dimensions, not a row of token ids; {AGAIN}")
     found = bare_file(path, dtype, offset)
-    _same_count(path, found.tokens, shape[0])
+    _check_count(path, found.tokens, shape[0])
     return found
 
 

@@ -26,8 +26,8 @@ END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>"
 class Tokenizer(Protocol):
     """Ids are 0 … size − 1. ``eot`` is the end-of-text token that separates documents, if there is one.
 
-    ``special`` are the ids of special tokens, which have no text; ``eot`` is one. ``divisible``: a text that is cut by
-    ``folio.preparation.documents.cut`` has the same ids in parts as in one piece.
+    ``special`` are the ids of special tokens, which have no text; ``eot`` is one. ``divisible``: a text that is cut at
+    places from ``folio.preparation.documents.find_cut`` has the same ids in parts as in one piece.
     """
 
     size: int
@@ -189,9 +189,8 @@ class Tiktoken:
         shown = {token: "".join(characters[b] for b in token) for token in ranks}
         merges = [(shown[a], shown[b]) for a, b in _merges(ranks)]
         pattern = "" if self.name == "gpt2" else self._encoding._pat_str
-        pattern = re.sub(
-            r"(\{\d+,\d+\})\+", r"\1", pattern
-        )  # possessive in tiktoken, a second repetition in the library
+        # a + after {1,3} makes it possessive in tiktoken, but repeats it again in the library
+        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
         special = self._encoding._special_tokens
         fast = _by_bytes({shown[token]: rank for token, rank in ranks.items()} | special, merges, pattern)
         fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
@@ -221,9 +220,8 @@ class TokenizersFile:
         spec = json.loads(text)
         pattern = spec.get("pre_tokenizer") or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        found_anywhere = [
-            t for t in spec.get("added_tokens") or [] if not t["special"]
-        ]  # which match across spaces too
+        # added tokens match across spaces too
+        found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
         self.special: Collection[int] = frozenset(t["id"] for t in spec.get("added_tokens") or [] if t["special"])
         decoder = spec.get("decoder") or {}
@@ -336,6 +334,6 @@ def from_json(spec: dict[str, Any]) -> Tokenizer:
     raise UserError(f"unknown tokenizer {str(spec)[:80]}: characters, bytes, tiktoken and tokenizers are known")
 
 
-def stored(size: int) -> np.dtype[Any]:
+def dtype_for(size: int) -> np.dtype[Any]:
     """The dtype of token files whose ids are below ``size``."""
     return np.dtype(np.uint16 if size <= 2**16 else np.uint32)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Union[Tensor, "BlockMask"]
-_SHORT = 256  # tokens; up to this length attention is written out on a CPU
+_SHORT = 256  # tokens; up to this length, training on a CPU does not use the fused kernel
 
 
 class KVCache:
@@ -43,8 +43,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
 
     With a cache, k and v hold S ≥ T tokens and the queries are the last T of them. ``mask`` is boolean, True
     where a query may attend, and broadcasts to (B, n_head, T, S), or FlexAttention's. On CUDA the flash
-    kernel runs. On a CPU the fused kernel's backward is slow for short contexts, so attention that will be
-    differentiated is written out there (benchmarks/attention.py).
+    kernel runs. On a CPU the fused kernel's backward is slow for short contexts, so attention that needs gradients is
+    computed there from matmuls and a softmax (benchmarks/attention.py).
     """
     T, S = q.size(2), k.size(2)
     if mask is not None and not isinstance(mask, Tensor):

@@ -101,7 +101,7 @@ class Transformer(nn.Module):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Without torch's initial weights, since ``GPT`` draws its own."""
+    """An embedding with uninitialized weights, since ``GPT`` draws its own."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-untyped-call]
 
 
@@ -142,7 +142,7 @@ class GPT(nn.Module):
     def _init_weights(self, generator: Callable[[str], torch.Generator | None]) -> None:
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # residual projections start smaller, by the root of their number (GPT-2 paper, section 2.3)
+                # residual projections start smaller, by 1/√(their number) (GPT-2 paper, section 2.3)
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 p.normal_(0.0, std, generator=generator(name))
             elif name.endswith(".bias"):

@@ -1,4 +1,4 @@
-"""Compressed JSON lines: unpacked in this process, since they cannot be read from the middle, for the workers."""
+"""Compressed JSON lines. They cannot be read from the middle, so this process unpacks them for the workers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _unpack(path: Path, packed: BinaryIO) -> BinaryIO:
 
 
 class _Frames(io.RawIOBase):
-    """Unpacks Zstandard frames. Raises EOFError if a frame is cut, which the library's own reader does not notice."""
+    """Unpacks Zstandard frames. Raises EOFError if a frame is cut short; the library's own reader does not notice."""
 
     def __init__(self, packed: BinaryIO) -> None:
         import zstandard
@@ -69,9 +69,8 @@ class _Frames(io.RawIOBase):
     def readinto(self, into: Any) -> int:
         while not self._ready:
             over = self._frame is None or self._frame.eof
-            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(
-                2**10
-            )  # which can hold 32 MiB
+            # only 2**10 bytes, since they can unpack to 32 MiB
+            raw = (over and self._frame and self._frame.unused_data) or self._packed.read(2**10)
             if not raw and over:
                 return 0
             if not raw:

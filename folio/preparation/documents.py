@@ -51,8 +51,8 @@ class Flaw(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
-    """The settings of every worker."""
+class WorkerSettings:
+    """The settings of a preparation that its workers need."""
 
     tokenizer: dict[str, Any]  # the argument of from_json
     eot: Literal["before", "after", "none"]
@@ -64,10 +64,10 @@ class Work:
 Numbered = Iterator[tuple[int, str | Flaw]]  # with the number of the line or document
 
 
-def documents(span: Span, work: Work) -> Numbered:
+def documents(span: Span, settings: WorkerSettings) -> Numbered:
     """The documents of a span, in order, each as its text or its flaw."""
-    for i, text in _READERS[span.kind](span, work.text_key):
-        yield i, Flaw("an empty document") if text == "" and not work.keep_empty else text
+    for i, text in _READERS[span.kind](span, settings.text_key):
+        yield i, Flaw("an empty document") if text == "" and not settings.keep_empty else text
 
 
 def _text(span: Span, key: str) -> Numbered:
@@ -167,7 +167,7 @@ _READERS: dict[str, Callable[[Span, str], Numbered]] = {
 }
 
 
-def cut(file: BinaryIO, at: int, size: int) -> int:
+def find_cut(file: BinaryIO, at: int, size: int) -> int:
     """The first byte from ``at`` on where a text can be cut without changing its tokens; ``size`` if none."""
     if at <= 0 or at >= size:
         return min(max(at, 0), size)

@@ -66,7 +66,9 @@ class Hub:
     def _stream(self, data: Any, position: Any, part: tuple[int, int]) -> Iterator[Block]:
         if part[1] > 1:
             if data.num_shards < part[1]:
-                raise UserError(f"{self._label} has {data.num_shards} files: --shard_of takes as many parts at most")
+                raise UserError(
+                    f"{self._label} has {data.num_shards} files: --shard_of=I/N needs an N of at most {data.num_shards}"
+                )
             data = data.shard(num_shards=part[1], index=part[0], contiguous=True)
         number = 0
         if position:
@@ -102,5 +104,7 @@ class Hub:
             raise UserError(f"hf:{self.name} cannot be loaded ({type(error).__name__}: {reason})") from None
         names = data.column_names
         if names and self.text_key not in names:
-            raise UserError(f"hf:{self.name} has no column {self.text_key!r} but {', '.join(names)}: --text_key=…")
+            raise UserError(
+                f"hf:{self.name} has no column {self.text_key!r} but {', '.join(names)}: --text_key names another"
+            )
         return data.select_columns(self.text_key)

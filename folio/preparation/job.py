@@ -22,11 +22,11 @@ from typing import Any
 
 from folio import files
 from folio.data.token_files import SPLITS, UNFINISHED
-from folio.data.tokenizers import Characters, Tokenizer, stored
+from folio.data.tokenizers import Characters, Tokenizer, dtype_for
 from folio.errors import UserError
 from folio.locks import InUseError, Lock
 from folio.preparation import sources
-from folio.preparation.documents import Work
+from folio.preparation.documents import WorkerSettings
 from folio.preparation.finished import is_finished, refuse_difference
 from folio.preparation.parts import Parts, PartWriter
 from folio.preparation.progress import progress
@@ -64,33 +64,33 @@ def prepare(
     described = recipe.describe()
     work = folder / UNFINISHED
     if is_finished(folder, recipe, described, overwrite):
-        if "meta" in read_state(work):  # its process was killed after it had moved all files
+        if "meta" in read_state(work):  # the process that moved all files was killed before it removed this folder
             with contextlib.suppress(InUseError), _lock(work):
                 _remove(work)
         return
     job = _Job(recipe, described, workers, skip, overwrite)
     if part[1] == 1:
-        job.whole(folder, work)
+        job.prepare_all(folder, work)
         return
-    job.part(work / f"part-{part[0]}-of-{part[1]}", part)
+    job.prepare_part(work / f"part-{part[0]}-of-{part[1]}", part)
     parts = [work / f"part-{i}-of-{part[1]}" for i in range(part[1])]
     if missing := [i for i, path in enumerate(parts) if not _complete(path, described)]:
         few = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
         say(f"part {part[0]} of {part[1]} is complete; not yet: {few}")
         return
     try:
-        job.whole(folder, work, parts)
+        job.prepare_all(folder, work, parts)
     except InUseError:
-        say(f"part {part[0]} of {part[1]} is complete; another process puts all parts together")
+        say(f"part {part[0]} of {part[1]} is complete; another process joins the parts")
 
 
 def _complete(part: Path, described: dict[str, Any]) -> bool:
     state = read_state(part)
-    return "complete" in state and _same(state, described)
+    return "complete" in state and _has_settings(state, described)
 
 
-def _same(state: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether a state is of a recipe with these settings, and of blocks of the same size."""
+def _has_settings(state: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a state was saved with these settings and the same size of blocks."""
     return state.get("made") == described and state.get("block") == sources.BLOCK
 
 
@@ -127,7 +127,7 @@ class _Job:
     skip: bool
     overwrite: bool
 
-    def whole(self, folder: Path, work: Path, parts: list[Path] | None = None) -> None:
+    def prepare_all(self, folder: Path, work: Path, parts: list[Path] | None = None) -> None:
         """Prepares everything, from the source or from complete parts of it."""
         with _lock(work):
             state = self._state(work)
@@ -135,15 +135,14 @@ class _Job:
             if "meta" not in state and (gone or is_finished(folder, self.recipe, self.described, self.overwrite)):
                 return  # another process finished it in the meantime
             if "meta" not in state:
-                if (
-                    state.setdefault("parts", shared := len(parts or [])) != shared
-                ):  # its positions are those of other parts
+                # a position in N parts means nothing in another number of parts
+                if state.setdefault("parts", shared := len(parts or [])) != shared:
                     state = {"made": self.described, "block": sources.BLOCK, "parts": shared}
                 if parts:
                     save_state(work, state)  # without it, a failure would remove the folder and all parts
                 tokenizer = self._tokenizer(work, state)
-                writer = Writer(work, self.recipe.layout, stored(tokenizer.size), self.recipe.given_splits, state)
-                tokenized = Parts(parts, stored(tokenizer.size)).results if parts else self._tokenized(tokenizer)
+                writer = Writer(work, self.recipe.layout, dtype_for(tokenizer.size), self.recipe.given_splits, state)
+                tokenized = Parts(parts, dtype_for(tokenizer.size)).results if parts else self._tokenized(tokenizer)
                 with contextlib.closing(writer):
                     self._write(writer, tokenized)
                     try:
@@ -163,7 +162,7 @@ class _Job:
             say(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
         say(f"wrote {folder}{_count(meta['skipped'])}")
 
-    def part(self, work: Path, part: tuple[int, int]) -> None:
+    def prepare_part(self, work: Path, part: tuple[int, int]) -> None:
         """Prepares one part, unless it is complete."""
         with _lock(work):
             state = self._state(work)
@@ -178,7 +177,7 @@ class _Job:
         state = read_state(work)
         if state and not self.overwrite:
             refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
-        if not _same(state, self.described):
+        if not _has_settings(state, self.described):
             files.remove(work / STATE)
             state = {"made": self.described, "block": sources.BLOCK}
         return state
@@ -188,10 +187,10 @@ class _Job:
         if tokenizer := self.recipe.fixed_tokenizer:
             return tokenizer
         if "alphabet" not in state:
-            reading = Work({}, "none", self.recipe.text_key)
+            settings = WorkerSettings({}, "none", self.recipe.text_key)
             source = self.recipe.source
             found: set[str] = set()
-            alphabets = results(Alphabet, reading, source.blocks(), source.size, self.workers)
+            alphabets = results(Alphabet, settings, source.blocks(), source.size, self.workers)
             with contextlib.closing(alphabets):
                 for _, characters in alphabets:
                     found.update(characters)
@@ -202,11 +201,11 @@ class _Job:
     def _tokenized(self, tokenizer: Tokenizer, part: tuple[int, int] = (0, 1)) -> Results:
         recipe = self.recipe
         eot = recipe.layout.eot if tokenizer.eot is not None else "none"
-        work = Work(tokenizer.to_json(), eot, recipe.text_key, self.skip, recipe.keep_empty)
+        settings = WorkerSettings(tokenizer.to_json(), eot, recipe.text_key, self.skip, recipe.keep_empty)
 
         def from_position(position: Any) -> Generator[tuple[Block, Tokenized]]:
             blocks = recipe.source.blocks(position, part)
-            return results(Tokenize, work, blocks, recipe.source.size, self.workers)
+            return results(Tokenize, settings, blocks, recipe.source.size, self.workers)
 
         return from_position
 

@@ -66,7 +66,7 @@ def shakespeare_char(folder: Path, source: str) -> Recipe:
     say(f"length of dataset in characters: {len(text):,}")
     say(f"all the unique characters: {characters}")
     say(f"vocab size: {len(characters):,}")
-    return _cut(folder, "shakespeare_char", text, Characters(characters))
+    return _split_text(folder, "shakespeare_char", text, Characters(characters))
 
 
 @data_set
@@ -75,7 +75,7 @@ def shakespeare(folder: Path, source: str) -> Recipe:
 
     ``source`` may be any UTF-8 text.
     """
-    return _cut(folder, "shakespeare", _shakespeare(folder, source), "gpt2")
+    return _split_text(folder, "shakespeare", _shakespeare(folder, source), "gpt2")
 
 
 @data_set
@@ -86,7 +86,7 @@ def stdlib(folder: Path, source: str) -> Recipe:
     for validation.
     """
     root = Path(source or sysconfig.get_path("stdlib"))
-    files = list(_sources(root))
+    files = list(_python_sources(root))
     if not files:
         raise UserError(f"{root} holds no Python sources: give a folder with some as --source")
     say(f"{len(files):,} files of {root}, {sum(map(len, files)):,} characters")
@@ -131,7 +131,7 @@ def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recip
         raise UserError(f"no data set, file or folder {name!r} to prepare: {hint}")
     open_to_choice = list(inspect.signature(KNOWN[name]).parameters)[2:]
     if fixed := [option for option in chosen if option not in open_to_choice]:
-        raise UserError(f"--{fixed[0]} is fixed in the recipe of {name}: name its files to prepare them otherwise")
+        raise UserError(f"--{fixed[0]} is fixed in the recipe of {name}: leave it out, or give files instead of {name}")
     return KNOWN[name](folder, source, **chosen)
 
 
@@ -182,7 +182,8 @@ def named_by_user(
     return Recipe(source, tokens or "char", layout, text_key, given_splits=single, small_fraction=fraction)
 
 
-def _cut(folder: Path, name: str, text: str, tokenizer: str | Tokenizer) -> Recipe:
+def _split_text(folder: Path, name: str, text: str, tokenizer: str | Tokenizer) -> Recipe:
+    """The recipe of one text: its first nine tenths are for training, as in nanoGPT."""
     cut = int(len(text) * 0.9)
     return _of_texts(folder, {"dataset": name}, text[:cut], text[cut:], tokenizer)
 
@@ -195,7 +196,7 @@ def _of_texts(folder: Path, made: dict[str, Any], train: str, val: str, tokenize
     return Recipe(texts, tokenizer, Layout(eot="none"), given_splits=True, made=made)
 
 
-def _sources(root: Path) -> Iterator[str]:
+def _python_sources(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         if _NOT_SOURCES.isdisjoint(path.relative_to(root).parts) and path.is_file():
             try:

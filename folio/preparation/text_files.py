@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from folio.files import other_encoding
 from folio.preparation import sources
 from folio.preparation.compressed import packed_lines
-from folio.preparation.documents import Span, cut
+from folio.preparation.documents import Span, find_cut
 from folio.preparation.finding import kind_of
 from folio.preparation.sources import Block, Piece
 
@@ -89,7 +89,7 @@ class Files:
                     if (number == first and i < done) or _part(before + piece.at, total, part[1]) != part[0]:
                         continue
                     full = sum(p.size for p in held) + piece.size > sources.BLOCK
-                    # The rest of a document begins a new block
+                    # a piece that continues a document begins a new block
                     if held and (full or held[0].split != piece.split or piece.span.continues):
                         yield block([number, i])
                     held.append(piece)
@@ -99,6 +99,7 @@ class Files:
 
 
 def _part(at: int, total: int, parts: int) -> int:
+    """The part to which byte ``at`` of ``total`` belongs."""
     return min(at * parts // max(total, 1), parts - 1)
 
 
@@ -108,14 +109,14 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
     if size <= sources.BLOCK and not source.single:
         yield Piece(Span(name, "text", 0, size), 0, size)
         return
-    if wrong := _invalid(path):
+    if wrong := _first_invalid_line(path):
         line, what = wrong
         yield Piece(Span(f"{name}:{line}", "flaw", held=what), 0, size)
         return
     with path.open("rb") as file:
-        val = _divided(file, int(size * (1 - source.val_fraction)), size) if source.single else size
-        ends = _ends(file, size) if source.divisible else []
-    marks = sorted({0, val, size, *ends})
+        val = _validation_start(file, int(size * (1 - source.val_fraction)), size) if source.single else size
+        cuts = _cuts(file, size) if source.divisible else []
+    marks = sorted({0, val, size, *cuts})
     for start, stop in pairwise(marks):
         begins, ends_here = start in (0, val), stop in (val, size)
         span = Span(name, "text", start, stop, continues=not begins, more=not ends_here)
@@ -123,17 +124,17 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         yield Piece(span, start, stop - start, split)
 
 
-def _ends(file: BinaryIO, size: int) -> list[int]:
+def _cuts(file: BinaryIO, size: int) -> list[int]:
     """The first places after each block at which a text can be cut."""
-    ends, block = [0], sources.BLOCK
-    while (at := (ends[-1] // block + 1) * block) < size:  # no part is searched twice
-        ends.append(cut(file, at, size))
-    return ends
+    cuts, block = [0], sources.BLOCK
+    while (at := (cuts[-1] // block + 1) * block) < size:  # no part is searched twice
+        cuts.append(find_cut(file, at, size))
+    return cuts
 
 
-def _divided(file: BinaryIO, at: int, size: int) -> int:
-    """Where a text is cut for validation: between tokens, or if there is no such place, between characters."""
-    if (place := cut(file, at, size)) < size:
+def _validation_start(file: BinaryIO, at: int, size: int) -> int:
+    """The first byte for validation, at ``at`` or later: between tokens, if possible, else between characters."""
+    if (place := find_cut(file, at, size)) < size:
         return place
     file.seek(max(at - 1, 0))
     before, raw = (file.read(1) if at else b""), file.read(4)
@@ -142,7 +143,7 @@ def _divided(file: BinaryIO, at: int, size: int) -> int:
     return at + next((i for i, byte in enumerate(raw) if byte & 0xC0 != 0x80), 0)
 
 
-def _invalid(path: Path) -> tuple[int, str] | None:
+def _first_invalid_line(path: Path) -> tuple[int, str] | None:
     """The first line that is not UTF-8, and the reason to report."""
     line = 1
     with path.open("rb") as file:

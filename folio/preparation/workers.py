@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from folio.data.tokenizers import Ids, Tokenizer, from_json, stored
+from folio.data.tokenizers import Ids, Tokenizer, dtype_for, from_json
 from folio.errors import UserError
 from folio.machine.probe import cores
 from folio.preparation import sources
-from folio.preparation.documents import Flaw, Spans, Work, documents, refusal
+from folio.preparation.documents import Flaw, Spans, WorkerSettings, documents, refusal
 from folio.preparation.sources import Block
 
 
@@ -35,19 +35,19 @@ class Tokenized(NamedTuple):
 class Tokenize:
     """Spans → ``Tokenized``. Raises ValueError for a flaw, with file and line, unless flaws are skipped."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.tokenizer: Tokenizer = from_json(work.tokenizer)
-        self.dtype = stored(self.tokenizer.size)
-        self.eot = np.array([self.tokenizer.eot] if work.eot != "none" else [], dtype=self.dtype)
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.tokenizer: Tokenizer = from_json(settings.tokenizer)
+        self.dtype = dtype_for(self.tokenizer.size)
+        self.eot = np.array([self.tokenizer.eot] if settings.eot != "none" else [], dtype=self.dtype)
 
     def __call__(self, spans: Spans) -> Tokenized:
         none = self.eot[:0]
         pieces, lengths, size, skipped = [none], [], 0, Counter[str]()
         for span in spans:
-            before = none if span.continues or self.work.eot == "after" else self.eot
-            after = none if span.more or self.work.eot == "before" else self.eot
-            for i, text in documents(span, self.work):
+            before = none if span.continues or self.settings.eot == "after" else self.eot
+            after = none if span.more or self.settings.eot == "before" else self.eot
+            for i, text in documents(span, self.settings):
                 if isinstance(text, str):
                     try:
                         size += len(text.encode())
@@ -55,7 +55,7 @@ class Tokenize:
                     except UnicodeEncodeError:
                         text = Flaw("half of a surrogate pair")
                 if isinstance(text, Flaw):
-                    if not self.work.skip:
+                    if not self.settings.skip:
                         raise refusal(span, i, text)
                     skipped[text.what] += 1
                     continue
@@ -68,19 +68,19 @@ class Tokenize:
 class Alphabet:
     """Spans → the distinct characters of their documents, sorted."""
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
 
     def __call__(self, spans: Spans) -> str:
-        texts = (text for span in spans for _, text in documents(span, self.work) if isinstance(text, str))
+        texts = (text for span in spans for _, text in documents(span, self.settings) if isinstance(text, str))
         return "".join(sorted(set().union(*texts) - {chr(c) for c in range(0xD800, 0xE000)}))
 
 
-Job = Callable[[Work], Callable[[Spans], Any]]
+Job = Callable[[WorkerSettings], Callable[[Spans], Any]]  # Tokenize or Alphabet
 
 
 def results(
-    job: Job, work: Work, blocks: Iterator[Block], size: int | None, workers: int
+    job: Job, settings: WorkerSettings, blocks: Iterator[Block], size: int | None, workers: int
 ) -> Generator[tuple[Block, Any]]:
     """Each block with the job's result, in order. If the source is small, this process does the work.
 
@@ -91,10 +91,10 @@ def results(
     """
     workers = workers or cores()
     if workers == 1 or (size is not None and size <= 2 * sources.BLOCK):
-        run = job(work)
+        run = job(settings)
         yield from ((block, run(block.spans)) for block in blocks)
         return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (job, work))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (job, settings))
     waiting: deque[tuple[Block, Future[Any]]] = deque()
     try:
         for block in blocks:
@@ -106,7 +106,9 @@ def results(
             done, future = waiting.popleft()
             yield done, future.result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps for memory: run it again to continue") from None
+        raise UserError(
+            "a worker process was killed, perhaps because memory ran out: run it again to continue"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -114,11 +116,11 @@ def results(
 _job: Callable[[Spans], Any]
 
 
-def _begin(job: Job, work: Work) -> None:
+def _begin(job: Job, settings: WorkerSettings) -> None:
     """Makes this process a worker for one job. It exits when its parent process does."""
     global _job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
-    _job = job(work)
+    _job = job(settings)
     parent = parent_process()
     if parent is not None:
 

@@ -228,7 +228,7 @@ class Writer(Counted):
             if not stream.total:
                 raise UserError(
                     f"no document is left for {split}, of {self.documents} in all: give more documents, or another "
-                    "--val_fraction or --val_documents (one text alone is divided if it is a .txt file)"
+                    "--val_fraction or --val_documents (a single .txt file is divided within its text)"
                 )
         return {split: self.streams[split].done for split in SPLITS}
 

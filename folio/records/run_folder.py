@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from folio import __version__, files
-from folio.config.compose import possible
+from folio.config.compose import checked_value
 from folio.config.options import TrainConfig
 from folio.config.table import those
 from folio.errors import UserError
@@ -138,7 +138,9 @@ def asked(out_dir: Path) -> Asked:
             raise UserError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
         if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
             raise UserError(f"{path}: its run is not text, or its asked is not an object")
-        return Asked(raw["run"], {name: possible(path, name, value) for name, value in raw["asked"].items()}, sealed)
+        return Asked(
+            raw["run"], {name: checked_value(path, name, value) for name, value in raw["asked"].items()}, sealed
+        )
     except FileNotFoundError:
         raise
     except OSError as error:

@@ -21,7 +21,7 @@ from folio.data.tokenizers import (
 )
 from folio.files import decode_text
 from folio.preparation import sources
-from folio.preparation.documents import cut
+from folio.preparation.documents import find_cut
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -52,7 +52,7 @@ TEXTS |= {
 def cuts(text: str) -> list[int]:
     """All places at which a text may be cut. Each is at or after the requested place."""
     raw = text.encode()
-    found = {at: cut(io.BytesIO(raw), at, len(raw)) for at in range(len(raw) + 1)}
+    found = {at: find_cut(io.BytesIO(raw), at, len(raw)) for at in range(len(raw) + 1)}
     assert all(at <= place for at, place in found.items())
     return sorted(set(found.values()) - {0, len(raw)})
 
@@ -108,7 +108,7 @@ def test_a_real_corpus_in_pieces(gpt2, shared_data) -> None:
     records = (shared_data / "wikitext2_valid.jsonl").read_text(encoding="utf-8").splitlines()
     for text in ((shared_data / "tinyshakespeare.txt").read_text(), "\n".join(json.loads(r)["text"] for r in records)):
         raw = text.encode()
-        places = [cut(io.BytesIO(raw), at, len(raw)) for at in range(0, len(raw), 313)]
+        places = [find_cut(io.BytesIO(raw), at, len(raw)) for at in range(0, len(raw), 313)]
         pieces = [raw[a:b].decode() for a, b in itertools.pairwise([*places, len(raw)])]
         assert len(pieces) > 3000
         assert np.array_equal(np.concatenate([gpt2.encode(piece) for piece in pieces]), gpt2.encode(text))

@@ -75,9 +75,9 @@ BINS: dict[str, tuple[bytes, str]] = {
     "a larger count": (llmc(20240520, 1, 101), "its header says 101: it is cut short"),
     "a smaller count": (llmc(20240520, 1, 99), "its header says 99: it is too long"),
     "a negative count": (llmc(20240520, 1, -1), "its header says -1"),
-    "a model of llm.c's": (llmc(20240326, 3, 100), "another file of llm.c's"),
-    "HellaSwag of llm.c's": (llmc(20240522, 1, 100), "another file of llm.c's"),
-    "lit-gpt's": (b"LITPKDS" + bytes(1000), "is lit-gpt's"),
+    "a model of llm.c's": (llmc(20240326, 3, 100), "an llm.c file without tokens"),
+    "HellaSwag of llm.c's": (llmc(20240522, 1, 100), "an llm.c file without tokens"),
+    "lit-gpt's": (b"LITPKDS" + bytes(1000), "is a packed file of lit-gpt"),
     "zip": (b"PK\x03\x04" + bytes(1000), "is a zip file"),
     "npy": (b"\x93NUMPY\x01\x00" + bytes(1000), "is a .npy file"),
 }

@@ -118,7 +118,7 @@ OWN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["000003.npy: 100 tokens, but its meta.json says 5,000"],
     ),
 }
-REMEDY = re.compile("prepare|--data_dir=|rename|give those of one|name a file|save_index=True")
+REMEDY = re.compile("prepare|--data_dir=|rename|give files of one|name a file|save_index=True")
 
 
 def damaged(case: str, folder: Path, shards: Path) -> list[str]:

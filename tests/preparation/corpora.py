@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import STORY
 
-from folio.preparation.documents import Work
+from folio.preparation.documents import WorkerSettings
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -31,7 +31,7 @@ DOCS = [
     "\n",
     "no line end, and\u2028others",
 ]
-WORK = Work({"kind": "bytes"}, "none")
+WORK = WorkerSettings({"kind": "bytes"}, "none")
 
 
 def lines(texts: Iterable[str], key: str = "text", end: str = "\n", ascii: bool = True) -> bytes:

@@ -65,7 +65,7 @@ class Options:
     warmup_iters: int = option(715, "steps of linear warm-up", min=0)
     max_iters: int = option(19073, "steps (updates) of an epoch", min=1)
     total_batch_size: int = option(2**19, "tokens a step, over all processes together", min=1)
-    metrics: Literal["Hellaswag", "none"] = option("Hellaswag", "HellaSwag every 250 steps, or not at all")
+    metrics: Literal["Hellaswag", "none"] = option("Hellaswag", "every 250 steps, or never")
     max_lr: float = option(6e-4, "highest learning rate", min=0)
     min_lr: float = option(6e-5, "lowest learning rate", min=0)
 

@@ -19,7 +19,7 @@ from folio.config.values import COMMAND_LINE, typed
 from folio.training.loop import fit
 from folio.training.run import Run
 from folio.training.start import running
-from folio.training.stopping import EXIT
+from folio.training.stopping import EXIT_CODES
 
 T = TypeVar("T")
 
@@ -59,8 +59,8 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
         fit(run)
     if run.stop == "SIGINT":
         raise KeyboardInterrupt
-    if run.stop in EXIT:
-        raise SystemExit(EXIT[run.stop])
+    if run.stop in EXIT_CODES:
+        raise SystemExit(EXIT_CODES[run.stop])
     return run
 
 

@@ -89,7 +89,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         console.flush()
     if launch := sys.modules.get("folio.machine.launch"):
-        launch.leave(code)
+        launch.exit_process(code)
     sys.exit(code)
 
 

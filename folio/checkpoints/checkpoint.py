@@ -23,7 +23,7 @@ from folio.config.compose import model_config
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
 from folio.errors import UserError
-from folio.machine.shares import is_finite, laid_out_as
+from folio.machine.shares import is_finite, shard_like
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
@@ -256,7 +256,7 @@ def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
                 raise UserError(f"the weights do not fit the model: {name} is there, {_NO_SUCH}")
             if p.shape != weight.shape:
                 raise UserError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
-            p.copy_(laid_out_as(p, weight))
+            p.copy_(shard_like(p, weight))
     if wanted:
         raise UserError(f"the weights do not fit the model: they lack {min(wanted)}")
 
@@ -271,7 +271,7 @@ def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tup
     packed = optimizer.state_dict()
     order: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
     packed["state"] = {
-        i: {slot: laid_out_as(p, value) for slot, value in by_name[names[p]].items()}
+        i: {slot: shard_like(p, value) for slot, value in by_name[names[p]].items()}
         for i, p in enumerate(order)
         if names[p] in by_name
     }

@@ -31,7 +31,7 @@ def _data_set(place: Path) -> Finding | None:
     option = "" if place == Path("data", place.name) else f" --data_dir={shlex.quote(str(place))}"
     prepare = python_command(f"-m folio prepare {place.name}{option}") if place.name in KNOWN else ""
     if not holds_tokens(place):
-        unfinished = f"{place} is not finished: the same folio prepare continues it"
+        unfinished = f"{place} is not finished: run the same folio prepare again to continue"
         return Finding("note", "data", unfinished, prepare) if (place / UNFINISHED).is_dir() else None
     try:
         folder = open_folder(place)

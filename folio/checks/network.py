@@ -78,7 +78,7 @@ class Sites:
         if folder and all(Path(folder, name).is_file() for name in names):
             yield Finding("ok", "GPT-2 tokenizer", f"in {folder}: no network is needed")
             return
-        effect = "text cannot be prepared with GPT-2's tokenizer, or generated"
+        effect = "text cannot be prepared or generated with GPT-2's tokenizer"
         download = python_command("""-c 'import tiktoken; tiktoken.get_encoding("gpt2")'""")
         folder = folder or "a cache"
         yield _not_cached("GPT-2 tokenizer", folder, self.tables, effect, download, "TIKTOKEN_CACHE_DIR")

@@ -21,10 +21,10 @@ from folio.data.token_files import CLONE
 
 # What does not work without an extra. The project's metadata lists the packages
 CONSEQUENCES = {
-    "data": "parquet and zstd files, Hugging Face's data sets and tokenizers cannot all be read",
+    "data": "some of parquet files, zstd files, Hugging Face's data sets and its tokenizers cannot be read",
     "hf": "models cannot be downloaded from the Hugging Face hub, or exported",
     "eval": "folio eval cannot run the tasks of the lm-evaluation-harness",
-    "log": "--track cannot send a run there",
+    "log": "--track cannot use these trackers",
     "plot": "folio plot or folio report cannot draw",
 }
 
@@ -61,7 +61,7 @@ def requirements() -> dict[str, list[str]]:
     a clone, from the metadata.
 
     Raises:
-        PackageNotFoundError, an ImportError: there is neither.
+        PackageNotFoundError, an ImportError: Folio is neither in a clone nor installed.
     """
     if project := _project():
         found = {"": project["dependencies"], **project["optional-dependencies"]}

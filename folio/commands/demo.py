@@ -19,13 +19,13 @@ def main(options: Options) -> int:
     from folio.preparation.job import prepare
     from folio.preparation.recipes import known
     from folio.training.showcase import show
-    from folio.training.stopping import EXIT
+    from folio.training.stopping import EXIT_CODES
 
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
     if not (folder / META).exists():
         prepare(known(options.data.dataset, folder, "", {}), folder)
     run = show(options, Sampling(start="def ", num_samples=1, max_new_tokens=300))
-    if stop := EXIT.get(run.stop):
+    if stop := EXIT_CODES.get(run.stop):
         return stop
     say("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))

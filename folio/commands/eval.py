@@ -80,7 +80,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
             runtime.broadcast(lambda: append(Path(o.source.out_dir), record))
         return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
     except FloatingPointError as error:
-        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.overflow_remedy()}") from None
     finally:
         runtime.close()
 

@@ -60,7 +60,7 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
                 model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
             yield model, vocabulary
     except FloatingPointError as error:
-        raise FloatingPointError(f"{chosen.path}: {error}{runtime.remedy()}") from None
+        raise FloatingPointError(f"{chosen.path}: {error}{runtime.overflow_remedy()}") from None
     finally:
         runtime.close()
 

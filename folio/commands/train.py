@@ -17,10 +17,10 @@ _FINEWEB = "train_gpt2_124m_fineweb"
 def main(options: Options) -> int:
     from folio.training.loop import fit
     from folio.training.start import running
-    from folio.training.stopping import EXIT
+    from folio.training.stopping import EXIT_CODES
 
     with running(_beside_fineweb(options)) as run:
-        return EXIT.get(fit(run), 0)
+        return EXIT_CODES.get(fit(run), 0)
 
 
 def _beside_fineweb(options: Options) -> Options:

@@ -86,7 +86,7 @@ def configured(options: Options) -> TrainConfig:
 def main(options: Options) -> int:
     from folio.data.folders import find
     from folio.training.showcase import show
-    from folio.training.stopping import EXIT
+    from folio.training.stopping import EXIT_CODES
 
     config = configured(options)
     try:
@@ -97,7 +97,7 @@ def main(options: Options) -> int:
             "python scripts/tokenize_documents_parallel.py makes them in data/edu_fineweb10B"
         ) from None
     try:
-        return EXIT.get(show(config, BEFORE_AND_AFTER).stop, 0)
+        return EXIT_CODES.get(show(config, BEFORE_AND_AFTER).stop, 0)
     except FloatingPointError as error:
         raise FloatingPointError(_in_flags(str(error))) from None
     except (UserError, OSError) as error:

@@ -35,14 +35,15 @@ def evaluate(
     The harness runs on rank 0 alone, so data is fetched and random numbers are drawn once; every rank runs the model.
 
     Raises:
-        ValueError: there is no such task, its data cannot be fetched, or the model cannot compute what it asks for.
+        ValueError: there is no such task, its data cannot be fetched, or it needs what this model cannot compute.
         FileNotFoundError: no such task file. ModuleNotFoundError: lm_eval, or what a task needs, is not installed.
     """
     with _quiet():
         from folio.evaluation.language_model import LanguageModel
 
     lm = LanguageModel(model, tokens, runtime)
-    while isinstance(sent := runtime.broadcast(lambda: _run(lm, tasks, limit)), tuple):  # by ``on_every_rank``
+    # until ``_run`` ends, rank 0 sends the calls of ``on_every_rank`` as tuples
+    while isinstance(sent := runtime.broadcast(lambda: _run(lm, tasks, limit)), tuple):
         method, *arguments = sent
         getattr(lm, method)(*arguments)
     return sent
@@ -53,7 +54,7 @@ def _quiet() -> Iterator[None]:
     """Drops the output and warnings of lm_eval and its libraries; exceptions are raised."""
     nowhere = io.StringIO()
     with (
-        silent_stderr(),  # git's, which it asks for its own version
+        silent_stderr(),  # of git, which lm_eval runs to find its own version
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
         warnings.catch_warnings(),
@@ -89,10 +90,10 @@ def _load(manager: TaskManager, name: str) -> list[Any]:
         raise UserError(f"no task {name!r} in the lm-evaluation-harness: {hint}")
     try:
         found = manager.load(name)
-    except Exception as error:  # the hub's, its client's and the network's, or of a task file whatever it is
+    except Exception as error:  # of the hub, its client or the network; a task file may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise
-        remedy = "; its data comes from the Hugging Face hub, once" if isinstance(error, OSError) else ""
+        remedy = "; its data is downloaded once, from the Hugging Face hub" if isinstance(error, OSError) else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"task {name} could not be loaded: {reason}{remedy}") from None
     groups = found["groups"]

@@ -1,6 +1,6 @@
 """HellaSwag: choose the best of four endings of a context.
 
-Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019. Both ways of scoring for which GPT-2's
+Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", 2019. Scored in both ways for which GPT-2's
 results are published.
 """
 
@@ -20,7 +20,7 @@ from folio.config.declare import HellaSwagStyle
 from folio.data.token_files import CLONE
 from folio.data.tokenizers import MissingCharactersError, Tokenizer
 from folio.errors import UserError
-from folio.evaluation.scoring import Query, fitted, score
+from folio.evaluation.scoring import Query, cut_to_context, score
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -101,7 +101,7 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path}:{number}: not a HellaSwag item: {error}") from None
     if not items:
-        raise UserError(f"{path}: it holds no items: name a file of HellaSwag's, such as hellaswag_val.jsonl")
+        raise UserError(f"{path}: it holds no items: name a HellaSwag file, such as hellaswag_val.jsonl")
     return items
 
 
@@ -124,7 +124,7 @@ def _item(raw: Any, style: HellaSwagStyle) -> Item:
     activity, start, end = parts
     endings = [_clean(e) for e in endings]
     if not all(endings):
-        raise UserError("an ending is empty but for WikiHow's marks")
+        raise UserError("an ending has nothing but WikiHow's marks")
     whole = _clean(f"{activity}: {start} {end.capitalize()}")
     context = whole.rstrip()
     return Item(context, [f"{whole[len(context) :]} {e}" for e in endings], [len(e) for e in endings], int(label))
@@ -166,15 +166,15 @@ def encode(items: list[Item], style: HellaSwagStyle, tokenizer: Tokenizer, shape
         try:
             contexts, endings = zip(*pairs(item), strict=True)
             if not all(endings):
-                raise UserError("the tokenizer merges an ending into its context: use the other style")
+                raise UserError("the tokenizer merges an ending into its context: use the style completion")
             if isinstance(shape.vocab_size, int) and max(map(max, (contexts[0], *endings))) >= shape.vocab_size:
-                raise UserError(f"its tokens are not all among the model's {shape.vocab_size}")
+                raise UserError(f"some of its token ids are not among the model's {shape.vocab_size}")
         except MissingCharactersError as error:
             remedy = "HellaSwag needs a tokenizer of bytes or words"
             raise UserError(f"HellaSwag item {number}: {error.lack}: {remedy}") from None
         except ValueError as error:
             raise UserError(f"HellaSwag item {number}: {error}") from None
-        parts = fitted(Query(contexts[0], list(endings)), shape.block_size)
+        parts = cut_to_context(Query(contexts[0], list(endings)), shape.block_size)
         queries += parts
         cut += len(parts) > 1
         lengths.append(item.lengths or [len(c) for part in parts for c in part.continuations])

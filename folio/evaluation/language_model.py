@@ -15,7 +15,7 @@ from folio import rng
 from folio.data import decoding
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
-from folio.evaluation.scoring import Query, Scores, fitted, score
+from folio.evaluation.scoring import Query, Scores, cut_to_context, score
 from folio.generation import sampling
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
@@ -24,7 +24,7 @@ Answer = tuple[float, bool]  # log-likelihood, and whether each token is the lik
 
 
 class LanguageModel(TemplateLM):  # type: ignore[misc]
-    """A wrapped model that encodes, cuts and stops as the harness's own HFLM does.
+    """A wrapped model for the harness. It encodes and cuts text, and stops, as the harness's own HFLM does.
 
     The harness calls its methods on rank 0; ``on_every_rank`` sends the model's work to the others, which
     ``harness.evaluate`` makes wait for it.
@@ -38,7 +38,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
     @property
     def eot_token_id(self) -> int:
         if self.tokens.eot is None:
-            raise UserError("a task asks about text without context: that needs a tokenizer with an end of text")
+            raise UserError("a task scores text without a context, which needs a tokenizer with an end-of-text token")
         return self.tokens.eot
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -55,13 +55,13 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         for i in order:
             texts, context, continuation = requests[i]
             if not continuation:
-                raise UserError(f"a task asks about no token: {texts}")
+                raise UserError(f"a task scores a continuation without tokens: {texts}")
             last = queries[-1] if queries else None
             if last and last.context == context and last.length + len(continuation) - 1 <= self.block_size:
                 last.continuations.append(continuation)
             else:
                 queries.append(Query(context, [continuation]))
-        rows = [part for query in queries for part in fitted(query, self.block_size)]
+        rows = [part for query in queries for part in cut_to_context(query, self.block_size)]
         scores = self.on_every_rank("score", rows)
         answers = zip((-scores.nats).tolist(), scores.likeliest.tolist(), strict=True)
         return [answer for _, answer in sorted(zip(order, answers, strict=True))]
@@ -86,9 +86,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         how = normalize_gen_kwargs(asked)
         new, until = how["max_gen_toks"], [stop for stop in how["until"] if stop]
         if (room := self.block_size - new) < 1:
-            raise UserError(
-                f"a task asks for {new} new tokens, which a model with block_size={self.block_size} has no room for"
-            )
+            raise UserError(f"a task asks for {new} new tokens, too many for a model with block_size={self.block_size}")
         ids = self.tok_encode(context)[-room:] or [self.prefix_token_id]
         uniform = torch.rand(1, new, dtype=torch.float64, generator=rng.generator("harness", number))
         settings = how.get("temperature", 0.0), how.get("top_k"), how.get("top_p"), uniform, self.tokens.size

@@ -66,12 +66,12 @@ def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] |
 
     ``spec`` is the tokenizer as JSON; without one, or with one that only datatrove can make, the bytes are 0.
     """
-    spoken = tokenizers.from_json(spec) if spec and spec["kind"] != "datatrove" else None
+    tokenizer = tokenizers.from_json(spec) if spec and spec["kind"] != "datatrove" else None
     counted = size = 0
     starts = tokens.spread(split, windows)
     for first in range(0, len(starts), _WINDOWS):
         for row in tokens.windows(split, starts[first : first + _WINDOWS]):
             ids = row[row >= 0]
             counted += len(ids) - 1
-            size += decoding.text_size(spoken, ids) - decoding.text_size(spoken, ids[:1]) if spoken else 0
+            size += decoding.text_size(tokenizer, ids) - decoding.text_size(tokenizer, ids[:1]) if tokenizer else 0
     return counted, size

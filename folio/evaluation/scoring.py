@@ -14,11 +14,9 @@ from torch.nn import functional as F
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
 
-_TOKENS, _MOST_TOKENS = (
-    {"cpu": 2048},
-    16384,
-)  # in a batch, padding included; the second is for GPUs, which need larger batches
-_ROWS, _MOST_ROWS = {"cpu": 16}, 1024  # of logits at a time, so that they stay in the cache of a CPU
+# by device type, and for all others: GPUs need larger batches
+_TOKENS, _MOST_TOKENS = {"cpu": 2048}, 16384  # in a batch, padding included
+_ROWS, _MOST_ROWS = {"cpu": 16}, 1024  # of logits at a time: few enough to stay in the cache of a CPU
 
 
 class Query(NamedTuple):
@@ -40,7 +38,7 @@ class Scores(NamedTuple):
     likeliest: NDArray[np.bool_]  # whether greedy decoding would give this continuation
 
 
-def fitted(query: Query, block_size: int) -> list[Query]:
+def cut_to_context(query: Query, block_size: int) -> list[Query]:
     """Cuts the query to the model's context: if context and continuation are too long, their beginning is dropped.
 
     As in the lm-evaluation-harness, each continuation is cut no more than necessary, so a long query becomes one query

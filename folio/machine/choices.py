@@ -1,4 +1,4 @@
-"""What every ``auto`` becomes, from the options and the machine. Nothing is built, and torch's state stays as it is."""
+"""Resolves every ``auto`` from the options and the machine. Builds nothing, and changes no setting of torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Choices:
     processor: str
     rank: int
     world: int
-    grouped: bool  # whether a launcher started this process, which then joins a group, even of one
+    grouped: bool  # whether a launcher started this process, which then joins a process group, even alone
     parallel: str  # ddp, fsdp or hsdp
     shards: int  # processes that share one copy of the model
     backend: str  # of the group: nccl or gloo
@@ -57,7 +57,7 @@ class Choices:
         return {name: getattr(self, name) for name in _RECORDED} | {"device": self.kind}
 
     def differences(self, before: dict[str, Any]) -> list[str]:
-        """Why a run that was resolved as ``before`` continues exact to rounding only; empty: in the same bits."""
+        """Why a run with the resolved choices ``before`` resumes exact to rounding only; empty: with the same bits."""
         found = [
             f"{name} was {before[name]} and is {value}"
             for name, value in self.resolved.items()
@@ -70,7 +70,7 @@ class Choices:
 
 def resolve(
     system: System,
-    several: Processes | None = None,
+    processes: Processes | None = None,
     machine: Machine | None = None,
     *,
     flops: float = 0.0,
@@ -86,15 +86,17 @@ def resolve(
     """
     from folio.machine import launch  # imports torch
 
-    several, machine, before = several or Processes(), machine or Machine(), before or {}
+    processes, machine, before = processes or Processes(), machine or Machine(), before or {}
     rank, world, local_rank = launch.read_ranks()
     grouped = "RANK" in os.environ
-    parallel = several.parallel if grouped else "ddp"
+    parallel = processes.parallel if grouped else "ddp"
     device = _device(machine, system.device, before.get("device"), local_rank, world)
     kind = device.partition(":")[0]
     dtype = _dtype(machine, device, system.dtype, before.get("dtype"))
     if parallel != "ddp" and dtype == "float16":
-        raise UserError(f"dtype=float16 does not go with parallel={parallel}: use --dtype=bfloat16 or --dtype=float32")
+        raise UserError(
+            f"dtype=float16 does not work with parallel={parallel}: use --dtype=bfloat16 or --dtype=float32"
+        )
     compiled = _asked_or_before(system.compile, before.get("compile"))
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
@@ -111,9 +113,9 @@ def resolve(
         grouped=grouped,
         parallel=parallel,
         shards=_shards(parallel, world),
-        backend="nccl" if kind == "cuda" and several.backend != "gloo" else "gloo",  # nccl is nanoGPT's default
-        timeout=several.timeout,
-        recompute=several.activation_checkpointing == "block",
+        backend="nccl" if kind == "cuda" and processes.backend != "gloo" else "gloo",  # nccl is nanoGPT's default
+        timeout=processes.timeout,
+        recompute=processes.activation_checkpointing == "block",
     )
 
 
@@ -122,7 +124,7 @@ def _asked_or_before(asked: T, before: T | None) -> T:
 
 
 def _threads(machine: Machine, kind: str, world: int) -> int:
-    """Of torch: the processes on a machine divide its cores, unless OMP_NUM_THREADS is set or they compute on GPUs."""
+    """Torch's threads: processes of a machine divide its cores, unless OMP_NUM_THREADS is set or they use GPUs."""
     from folio.machine import launch
 
     if kind != "cpu" or world == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -138,7 +140,8 @@ def _shards(parallel: str, world: int) -> int:
     if not local.isdecimal() or not 1 < int(local) < world or world % int(local):
         raise UserError(
             f"parallel=hsdp divides the model among the processes of a machine, but WORLD_SIZE={world} and "
-            f"LOCAL_WORLD_SIZE={local or 'not set'}: it needs several machines with equally many processes; use fsdp"
+            f"LOCAL_WORLD_SIZE={local or 'not set'}: it needs several machines with equally many processes; "
+            "use --parallel=fsdp"
         )
     return int(local)
 
@@ -158,10 +161,12 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
     if device.type != "cuda":
         return device.type
     index = local_rank if world > 1 else (device.index or 0)
-    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # so that every rank raises the error
+    # the largest index on this machine, so that every rank raises the error
+    last = max(index, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     if last >= (count := machine.gpus()):
         raise UserError(
-            f"device={asked}: there is no cuda:{last}, this machine has {count} GPUs: start as many processes"
+            f"device={asked}: there is no cuda:{last}, this machine has {count} GPUs: start one process per GPU, or "
+            "use a lower number"
         )
     return f"cuda:{index}"
 

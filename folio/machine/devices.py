@@ -1,4 +1,4 @@
-"""Devices by name, for a plan: their memory, their peak, and the dtype in which they compute."""
+"""Devices by name, for ``folio plan``: their memory, their peak, and the dtype in which they compute."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def find_device(name: str, count: int, system: System) -> Device:
         with probe.matmul_precision(choices.matmul_precision):
             peak = flops.peak(torch.device("cpu"), dtype)
         return Device("CPU", dtype, probe.memory() / count, peak and peak / count)
-    names = {plain(known): known for known in flops.GPUS}
-    if plain(name) not in names:
+    names = {normalize(known): known for known in flops.GPUS}
+    if normalize(name) not in names:
         hint = did_you_mean(name.upper(), flops.GPUS) or f"choose {', '.join(flops.GPUS)} or cpu"
-        raise UserError(f"gpu={name}: unknown: {hint}")
-    name = names[plain(name)]
+        raise UserError(f"gpu={name} is unknown: {hint}")
+    name = names[normalize(name)]
     gpu = flops.GPUS[name]
     if system.dtype == "bfloat16" and not gpu.bfloat16:
-        raise UserError(f"dtype=bfloat16: {name} cannot compute in it: use --dtype=float16 or --dtype=float32")
+        raise UserError(f"dtype=bfloat16: {name} does not support it: use --dtype=float16 or --dtype=float32")
     fast = "bfloat16" if gpu.bfloat16 else "float16"
     dtype = getattr(torch, fast if system.dtype == "auto" else system.dtype)
     return Device(name, dtype, gpu.memory * 1e9, gpu.peak(dtype))
 
 
-def plain(name: str) -> str:
+def normalize(name: str) -> str:
     """A device's name in lower case, without spaces and punctuation."""
     return "".join(c for c in name.lower() if c.isalnum())

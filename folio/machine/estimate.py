@@ -9,13 +9,16 @@ import torch
 from folio.config.options import Data
 from folio.machine.devices import Device
 from folio.machine.flops import flops_per_token
-from folio.machine.memory import Memory, Step, needed, sent
+from folio.machine.memory import Memory, Step, bytes_sent, needed
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 
 
 class Estimate(NamedTuple):
-    """``memory`` and ``sent`` are bytes of each device; ``tokens`` and ``flops`` are of a step on all devices."""
+    """``memory`` and ``sent`` are bytes of each device; ``tokens`` and ``flops`` are of a step on all devices.
+
+    ``without_positions`` counts the parameters without the position embeddings.
+    """
 
     parameters: int
     without_positions: int
@@ -39,7 +42,7 @@ def estimate(shape: GPTConfig, data: Data, step: Step) -> Estimate:
         model.get_num_params(False),
         model.get_num_params(),
         needed(shape, step),
-        sent(shape, step),
+        bytes_sent(shape, step),
         tokens,
         float(flops_per_token(model, context)) * tokens,
     )

@@ -21,7 +21,8 @@ class Verdict(NamedTuple):
     silent: list[str]
 
 
-_LAST: list[tuple[BaseException, Verdict]] = []  # the last error, since the store is asked once for each
+# the last error and its verdict, since the store is asked only once per error
+_LAST: list[tuple[BaseException, Verdict]] = []
 
 
 def first_error(line: str, error: BaseException) -> str:
@@ -57,8 +58,9 @@ def _is_lost(error: BaseException) -> bool:
 def _ask_store(error: BaseException) -> Verdict:
     """Reports this error to the store of the job, and reads there which processes have reported one.
 
-    A rank above 0 waits a second first, so that rank 0 reports an error that all have. A rank that only lost another
-    waits two, so that the other can report its own error. Without a store, each process counts as the first.
+    A rank above 0 waits a second first, so that rank 0 reports an error that all have. A rank that failed only because
+    another is gone waits two, so that the other can report its own error. Without a store, each process counts as the
+    first.
     """
     rank = os.environ["RANK"]
     found: list[Verdict] = []

@@ -1,4 +1,4 @@
-"""How the processes of a job meet: the launcher's variables, and the store of keys that they share.
+"""How the processes of a job meet: the launcher's variables, and the key-value store that they share.
 
 A launcher such as torchrun sets variables with the rank of each process, and keeps a store that outlives the processes.
 """
@@ -27,7 +27,8 @@ class Job:
     """The job that this process belongs to, for as long as the process lives."""
 
     groups: list[dist.ProcessGroup] = field(default_factory=list)  # all that it joined, also those it has left
-    stores: dict[str, Any] = field(default_factory=dict)  # of the "job", which may be restarted, and of this "start"
+    # "job": keys that survive a restart by the launcher; "start": keys of this start only
+    stores: dict[str, Any] = field(default_factory=dict)
     runs: int = 0  # that this process has begun
     threads: int = field(default_factory=torch.get_num_threads)  # before the processes of a machine divide the cores
 
@@ -44,7 +45,7 @@ def read_ranks() -> tuple[int, int, int]:
     if "RANK" not in os.environ and "LOCAL_RANK" not in os.environ:
         return 0, 1, 0
     if missing := [name for name in _VARIABLES if name not in os.environ]:
-        raise UserError(f"{missing[0]} is not set, but {', '.join(_VARIABLES)} go together: use torchrun")
+        raise UserError(f"{missing[0]} is not set, but a launcher sets all of {', '.join(_VARIABLES)}: use torchrun")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         if not (value := os.environ.get(name, "1")).isdecimal() or (name.endswith("SIZE") and int(value) == 0):
             raise UserError(f"{name}={value}: must be a whole number, as torchrun sets it")
@@ -58,7 +59,7 @@ def meet(rank: int, world: int, timeout: timedelta) -> Any:
     """Waits for the other processes of this start of the job; returns the store with which they form groups.
 
     Raises:
-        DistError: not all came in time, or the port is taken.
+        DistError: not all processes joined in time, or the port is taken.
     """
     store, *_ = next(rendezvous("env://", timeout=timeout))
     job = JOB.stores["job"] = _under("folio", store)
@@ -70,10 +71,11 @@ def _name_this_start(job: Any, rank: int, world: int, timeout: timedelta) -> str
     """A name that all processes of this start of the job share, and that no other start has.
 
     A launcher keeps its store when it restarts a job, and the launchers of several machines count restarts differently.
-    So each process publishes a name of its own, and rank 0 answers it with the name of the start, until all have it.
+    So each other process publishes a random key, and rank 0 stores the name of the start under it, until all have read
+    the name.
 
     Raises:
-        DistStoreError: not all came in time.
+        DistStoreError: not all processes joined in time.
     """
     mine = secrets.token_hex(8)
     if rank:
@@ -86,7 +88,9 @@ def _name_this_start(job: Any, rank: int, world: int, timeout: timedelta) -> str
     here, end = [f"here/{r}" for r in range(1, world)], time.monotonic() + timeout.total_seconds()
     while (met := job.add(f"{mine}/met", 0)) < world - 1:
         if time.monotonic() > end:
-            raise dist.DistStoreError(f"{met + 1} of {world} processes came in {timeout.total_seconds():.0f} s")
+            raise dist.DistStoreError(
+                f"only {met + 1} of {world} processes joined within {timeout.total_seconds():.0f} s"
+            )
         for other in set(job.multi_get(here)) - answered if job.check(here) else ():
             job.set(f"start/{other.decode()}", mine)
             answered.add(other)
@@ -95,9 +99,10 @@ def _name_this_start(job: Any, rank: int, world: int, timeout: timedelta) -> str
 
 
 def begin_run() -> str | None:
-    """Counts a run that this process begins; returns the id that this run had before the launcher restarted the job.
+    """Counts a run that this process begins; returns its id if it began before the launcher restarted the job.
 
-    None if it had not begun then. "" if no launcher keeps the store: its count of restarts shows that there was a run.
+    None: it had not begun. "": the launcher counts a restart, so it may have begun, but rank 0 kept the store and the
+    id is lost.
     """
     JOB.runs += 1
     if not store_outlives_processes():
@@ -119,7 +124,7 @@ def store_outlives_processes() -> bool:
 
 
 def start_store() -> Any:
-    """The keys of this start; before the processes have met, those under a name made of the launcher's variables.
+    """The store of this start; before the processes have met, one whose name is made of the launcher's variables.
 
     Raises:
         LookupError: the processes have not met, and no launcher keeps the store.
@@ -129,7 +134,7 @@ def start_store() -> Any:
 
 
 def _job_store() -> Any:
-    """The keys of the job; raises LookupError before the processes have met, if no launcher keeps the store."""
+    """The store of the job; raises LookupError before the processes have met, if no launcher keeps the store."""
     if "job" not in JOB.stores and store_outlives_processes():
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
@@ -141,7 +146,7 @@ def _under(name: str, store: Any) -> Any:
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process with this code; at once if it joined a group, without destructors (see ``Ranks.close``)."""
     if JOB.groups:
         sys.stdout.flush()

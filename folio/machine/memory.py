@@ -35,7 +35,7 @@ class Step:
     """One device's part of a step: ``micro_steps`` of at most ``rows`` rows, in ``dtype``.
 
     Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
-    A row has ``context`` tokens; None: block_size.
+    A row has ``context`` tokens; None: block_size. ``documents``: attention stays within documents.
     """
 
     rows: int
@@ -85,7 +85,7 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
     return Memory(share, 2 * share, gradients, copies, most["activations"], most["logits"])
 
 
-def sent(shape: GPTConfig, step: Step) -> int:
+def bytes_sent(shape: GPTConfig, step: Step) -> int:
     """Bytes that a device sends in a step, by the ring algorithms.
 
     DDP sums the gradients once. FSDP gathers the blocks' matrices for the forward and the backward of each micro
@@ -103,7 +103,7 @@ def sent(shape: GPTConfig, step: Step) -> int:
 def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) -> str:
     """Options that make a step fit and keep its number of rows; "" if there are none.
 
-    Each change that suffices alone, else the first combination. ``sharded``: several devices may share the model.
+    Each change that suffices alone; if none does, the first combination. ``sharded``: devices may share the model.
     """
     size, steps = data.batch_size, data.gradient_accumulation_steps
     batches = [
@@ -125,7 +125,7 @@ def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) 
 
 
 def _counts(shape: GPTConfig) -> tuple[int, int]:
-    """Parameters of the model, and of a block's matrices."""
+    """The numbers of parameters of the model, and of a block's matrices."""
     with torch.device("meta"):
         model = GPT(shape)
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _matrices(model)) // shape.n_layer
@@ -148,7 +148,7 @@ def _micro_step(
     again: bool,
     sharded: bool,
 ) -> Counter[str]:
-    """Bytes by kind, without the weights, at the peak of a micro step.
+    """Bytes of tensors by kind, without the weights, at the peak of a micro step.
 
     ``again``: the gradients of an earlier micro step exist. ``sharded``: the blocks' matrices arrive in
     ``dtype``, and their gradients are freed when they are complete.
@@ -162,8 +162,8 @@ def _micro_step(
             recompute_blocks(model)
         live = _Live(model)
 
-        def done(p: Tensor) -> None:
-            live.gradient(p)
+        def count_gradient(p: Tensor) -> None:
+            live.count_gradient(p)
             if p in gathered:
                 p.grad = None
 
@@ -171,15 +171,15 @@ def _micro_step(
             _set_gpu_kernels(model)
         with live:
             for p in model.parameters():
-                p.register_post_accumulate_grad_hook(done)  # type: ignore[no-untyped-call]
+                p.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
                 if again and p not in gathered:
                     p.grad = torch.empty_like(p)
-                    live.gradient(p)
-            row = torch.zeros(rows, context + 1, dtype=torch.long)
+                    live.count_gradient(p)
+            tokens = torch.zeros(rows, context + 1, dtype=torch.long)
             # a GPU uses FlexAttention, which keeps the same tensors as attention without a mask
-            apart = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
+            numbers = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
             objective = Objective(model, model.loss, torch.device("cpu"), dtype)
-            objective(row[:, :-1], row[:, 1:], apart)[0].backward()
+            objective(tokens[:, :-1], tokens[:, 1:], numbers)[0].backward()
         return live.most
 
 
@@ -205,8 +205,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.most = self.now.copy()
         return out
 
-    def gradient(self, p: Tensor) -> None:
-        """Counts a weight's gradient, which is complete."""
+    def count_gradient(self, p: Tensor) -> None:
+        """Counts a weight's complete gradient, and no longer counts it as an activation."""
         assert p.grad is not None
         self._free(id(p.grad.untyped_storage()))
         self._count(p.grad, "gradients")

@@ -1,4 +1,4 @@
-"""The cores, memory, devices, compilers and speeds of this machine. Torch's state stays as it is."""
+"""The cores, memory, devices, compilers and speeds of this machine. No setting of torch changes."""
 
 from __future__ import annotations
 

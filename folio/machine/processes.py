@@ -44,7 +44,7 @@ class Ranks:
         store = launch.meet(self.rank, self.world, timeout)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
         groups.append(dist.group.WORLD)  # type: ignore[arg-type]
-        # waits longer: work of rank 0 alone, such as writing a checkpoint, may take longer than a step
+        # this group always waits longer: work of rank 0 alone, such as writing a checkpoint, may exceed a step's time
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         groups.append(self._control)
         self._hosts = dist.group.WORLD  # for numbers on the CPU
@@ -54,7 +54,7 @@ class Ranks:
         dist.barrier(self._control)  # after it no rank needs the store, which may end with rank 0
 
     def extend_timeout(self) -> None:
-        """Lets groups that were formed after this object wait ``START_TIMEOUT`` for the first step too."""
+        """Gives groups that were formed later, such as FSDP's, ``START_TIMEOUT`` until the first step too."""
         self._set_timeout(max(self._timeout, START_TIMEOUT))
 
     def first_step_done(self) -> None:
@@ -108,9 +108,9 @@ class Ranks:
         self.broadcast(wait)
 
     def write(self, make: Callable[[], None], wait: bool) -> None:
-        """Calls ``make`` on rank 0: in the main thread while the others ``wait``, else in a thread.
+        """Calls ``make`` on rank 0: with ``wait`` in the main thread, while the other ranks wait; else in a thread.
 
-        Without ``wait``, ``wait_for_write`` must be called before.
+        Without ``wait``, call ``wait_for_write`` first.
         """
         if wait:
             self.broadcast(make)

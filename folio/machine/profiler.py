@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from folio import files
-from folio.machine.shares import here
+from folio.machine.shares import local_part
 from folio.records.console import silent_stderr
 from folio.records.run_folder import MEMORY, OPERATIONS, TRACE
 
@@ -46,8 +46,9 @@ class Profiler:
     - ``memory.json``: bytes by kind at the peak, the largest sum of the allocator's events in the trace. Weights
       and optimizer are sums over the tensors, or shards, of this process. Gradients are those that were allocated
       at the peak: all of them from the second micro step on, fewer in the first, where they replace activations.
-      Activations are the rest. On a CPU events count from ``start``, so other tensors that are older are left out.
-      Devices other than CPUs and CUDA's have no events, and the file is not written.
+      Activations are the rest. On a CPU the events count from ``start``, so tensors that are older, and neither
+      weights, optimizer state nor gradients, are left out. On other devices than CPUs and CUDA there are no events,
+      and the file is not written.
 
     A step ends with an update of ``optimizer``. Profiling does not change the results, to the bit.
     """
@@ -76,7 +77,7 @@ class Profiler:
             del earlier
 
     def _note_gradients(self, *_: Any) -> None:
-        gradients = [here(p.grad) for p in self._parameters if p.grad is not None]
+        gradients = [local_part(p.grad) for p in self._parameters if p.grad is not None]
         self._updates.append([(g.untyped_storage().data_ptr(), g.nbytes) for g in gradients])
 
     def finish(self) -> str:
@@ -137,9 +138,9 @@ class Profiler:
         update, noted = next((u for u in both if u[0][1] > moment), ((moment, moment), []))
         allocated = {args["Addr"]: at for at, args in found if args["Bytes"] > 0 and at < update[0]}
         gradients = sum(size for address, size in noted if allocated.get(address, 0) <= moment)
-        weights = sum(here(p).nbytes for p in self._parameters)
+        weights = sum(local_part(p).nbytes for p in self._parameters)
         states = self._optimizer.state.values()
-        slots = sum(here(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        slots = sum(local_part(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
         if self._device.type == "cpu":  # where events count from the start, or from an earlier profile's
             first = found[0][1]
             older = sum(size for address, size in noted if address not in allocated)

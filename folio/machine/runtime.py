@@ -84,17 +84,17 @@ class Runtime(Ranks):
             torch.mps.manual_seed(key)
 
     def sync(self, loss: Loss, last: bool) -> AbstractContextManager[None]:
-        """For a forward and backward inside: the ranks exchange gradients only in the ``last`` micro step of a step."""
+        """A context for a forward and backward: ranks exchange gradients only in the ``last`` micro step of a step."""
         return exchange(loss, last)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Scales the gradients down to ``max_norm``, 0: not at all, and returns the global norm that they had."""
+        """Scales the gradients down to the global norm ``max_norm`` (0: no limit); returns the norm before."""
         self.scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = shares.whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        norm = shares.full_tensor(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
         nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
         return norm
 
@@ -112,14 +112,14 @@ class Runtime(Ranks):
         optimizer.zero_grad(set_to_none=True)
         self.first_step_done()
 
-    def not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
+    def find_not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
         """The first weight, or moment of AdamW as ``<parameter>/<slot>``, with NaN or infinity on any rank, or ""."""
         self._reshard()
         tensors = dict(model.named_parameters()) | shares.slots(model, optimizer, scalars=False)
-        marks = self.reduce(torch.stack([(~shares.finite(shares.here(t))).float() for t in tensors.values()]))
+        marks = self.reduce(torch.stack([(~shares.all_finite(shares.local_part(t))).float() for t in tensors.values()]))
         return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
 
-    def remedy(self) -> str:
+    def overflow_remedy(self) -> str:
         """The end of a message about values that are not finite: an option that may avoid them; empty in float32."""
         return "" if self.dtype == torch.float32 else f": {self.resolved['dtype']} may overflow, try --dtype=float32"
 
@@ -143,7 +143,7 @@ class Runtime(Ranks):
             names = [name for name, _ in model.named_parameters()]
             raise FloatingPointError(
                 f"the weights of rank {', '.join(map(str, ranks))} differ from those of the other processes, first "
-                f"{names[first]}: a device or the network makes errors; resume from an earlier checkpoint"
+                f"{names[first]}: a device or the network corrupts values; resume from an earlier checkpoint"
             )
 
     def pin(self, array: NDArray[Any]) -> Tensor:
@@ -178,4 +178,4 @@ class Runtime(Ranks):
         The other ranks get empty dictionaries. Without ``copy``, tensors on a CPU may be the model's own.
         """
         self._reshard()
-        return shares.gathered(model, optimizer, self.rank == 0, copy)
+        return shares.gather_state(model, optimizer, self.rank == 0, copy)

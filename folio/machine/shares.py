@@ -1,4 +1,4 @@
-"""Tensors of which FSDP gives this process only a shard, and their values."""
+"""Gathers, checks and hashes tensors of which this process may hold only a shard, with FSDP."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-def here(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor. Every process that has a shard of it must call this."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def laid_out_as(p: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor laid out like the parameter: this process's shard of it if the parameter is sharded."""
+def shard_like(p: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor as the parameter is stored: this process's shard of it if the parameter is sharded."""
     if not _is_sharded(p) or p.shape != tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -31,11 +31,11 @@ def _is_sharded(tensor: Tensor) -> bool:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity in a tensor of floats."""
-    return bool(finite(tensor))
+    return bool(all_finite(tensor))
 
 
-def finite(tensor: Tensor) -> Tensor:
-    """The same as a boolean scalar on the tensor's device."""
+def all_finite(tensor: Tensor) -> Tensor:
+    """``is_finite`` as a boolean scalar on the tensor's device."""
     if not tensor.numel():  # such as a process's shard of a short parameter
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     low, high = tensor.aminmax()
@@ -44,7 +44,7 @@ def finite(tensor: Tensor) -> Tensor:
 
 def hashes(tensors: list[Tensor]) -> Tensor:
     """A hash of the bits of each tensor's part here, (tensors,) of int64; 0 for an empty part."""
-    return torch.stack([_hash(here(t)) for t in tensors])
+    return torch.stack([_hash(local_part(t)) for t in tensors])
 
 
 def _hash(tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = Tr
     }
 
 
-def gathered(
+def gather_state(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, keep: bool, copy: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All weights by name and all optimizer tensors as ``<parameter>/<slot>``, whole and contiguous on the CPU.
@@ -85,7 +85,7 @@ def gathered(
     def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = {}
         for name, tensor in tensors.items():
-            full = whole(tensor.detach())
+            full = full_tensor(tensor.detach())
             if keep:
                 kept[name] = full.to("cpu", copy=copy).contiguous()
         return kept

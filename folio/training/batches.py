@@ -28,11 +28,11 @@ class MicroBatch(NamedTuple):
 def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int]]:
     """This rank's share of a step's rows: (first row, rows, global micro step) of each micro step.
 
-    If the world divides the accumulation, the ranks take the micro steps of one process in turn. Else each rank takes
-    an equal share of the rows, in micro batches of at most ``batch_size``.
+    If the world size divides ``gradient_accumulation_steps``, the ranks take the micro steps of one process in turn.
+    Else each rank takes an equal share of the rows, in micro batches of at most ``batch_size``.
 
     Raises:
-        UserError: the world does not divide the rows; names the nearest numbers that fit.
+        UserError: the world size does not divide the rows; names the nearest numbers that fit.
     """
     steps, size = data.gradient_accumulation_steps, data.batch_size
     rows = steps * size

@@ -16,7 +16,7 @@ from folio.training.batches import MicroBatch, batches
 from folio.training.memory_advice import what_fits
 from folio.training.run import Figures, Run
 from folio.training.schedule import learning_rate
-from folio.training.stopping import as_numbers, finished, not_finite, requested, signals, stop_request
+from folio.training.stopping import as_numbers, finished, not_finite_error, requested, signals, stop_request
 from folio.training.work import measure_once, run_scheduled_work
 
 
@@ -97,7 +97,7 @@ def log_step(run: Run) -> None:
     # float16 overflows now and then, which its scaler handles
     if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
         what = "loss" if not math.isfinite(loss) else "gradient"
-        raise not_finite(run, f"the {what} of step {step} is not finite", step)
+        raise not_finite_error(run, f"the {what} of step {step} is not finite", step)
     run.stop = requested(requests)
     if step % run.config.logging.log_interval == 0:
         run.clock.end_lap(step + 1, at)

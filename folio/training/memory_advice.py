@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def step_of_a_device(
-    data: Data, several: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
+    data: Data, processes: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
 ) -> memory.Step:
     """What the first device does in a step. Raises UserError if the devices do not divide the rows."""
     from folio.machine.memory import Step
 
     share = micro_batches(data, 0, world)
-    recompute = several.activation_checkpointing == "block"
+    recompute = processes.activation_checkpointing == "block"
     most = max(rows for _, rows, _ in share)
     return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context)
 
@@ -40,10 +40,10 @@ def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
 
     def total(way: dict[str, Any]) -> int:
         changed = override(config, way)
-        data, several = changed.data, changed.processes
-        shards = runtime.world if several.parallel == "fsdp" else runtime.shards
+        data, processes = changed.data, changed.processes
+        shards = runtime.world if processes.parallel == "fsdp" else runtime.shards
         gpu, context = runtime.device.type != "cpu", data.row(shape.block_size)
-        step = step_of_a_device(data, several, context, runtime.dtype, gpu, runtime.world, shards)
+        step = step_of_a_device(data, processes, context, runtime.dtype, gpu, runtime.world, shards)
         return memory.needed(shape, step).total
 
     need, room = total({}), shortage.room(runtime.device)
@@ -54,8 +54,8 @@ def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
         f"{'what fits:' if need > room else 'to need less:'} {ways}" if ways else f"{memory.NOTHING_FITS}: {_SMALLER}"
     )
     return (
-        f"by folio plan's count a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
-        f"without what torch itself takes; {remedy}"
+        f"as folio plan computes it, a step needs {need / 1e9:,.2f} of the {room / 1e9:,.2f} GB on {runtime.device}, "
+        f"besides the memory of torch itself; {remedy}"
     )
 
 

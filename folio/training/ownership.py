@@ -1,4 +1,4 @@
-"""Tells the files of an earlier run from those of other programs, which a run never replaces."""
+"""Distinguishes the files of an earlier run from those of other programs, which a run never replaces."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
             remedy.
     """
     names = (name for name in _NAMES if not (resuming and name == NANOGPT))
-    said = {path: _is_ours(path) for path in _existing(out_dir, names)}
-    ours = any(mine for path, mine in said.items() if path.name != NANOGPT)
+    owned = {path: _is_ours(path) for path in _existing(out_dir, names)}
+    ours = any(mine for path, mine in owned.items() if path.name != NANOGPT)
     if resuming and any(_has_state(checkpoint_folder(out_dir, step)) for step in steps(out_dir)):
-        ours, said = True, {path: mine for path, mine in said.items() if path.name in _OVERWRITTEN}
-    said |= {path: _is_log(path) for path in _existing(out_dir, [LOG_TXT] if log_txt else [])}
-    for path, mine in said.items():
+        ours, owned = True, {path: mine for path, mine in owned.items() if path.name in _OVERWRITTEN}
+    owned |= {path: _is_log(path) for path in _existing(out_dir, [LOG_TXT] if log_txt else [])}
+    for path, mine in owned.items():
         if not (ours if mine is None else mine):
             raise UserError(
                 f"{path} was not written by a run of Folio, and this run would replace it: choose another --out_dir, "
@@ -75,7 +75,7 @@ def refuse_foreign(out_dir: Path, log_txt: bool, resuming: bool) -> None:
 
 
 def move_aside(out_dir: Path, log_txt: bool) -> str:
-    """Moves all files of an earlier run, or none, to the first free ``previous-N``; returns a line about that."""
+    """Moves the files of an earlier run, all or none, to the first free ``previous-N``; returns a note, or ""."""
     there = _existing(out_dir, [*_NAMES, *[LOG_TXT] * log_txt])
     if not there:
         return ""

@@ -28,15 +28,15 @@ from folio.training.run import Run
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 
 
-_PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # of a state.json
+_PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # the keys of every state.json
 
 
-class Former(NamedTuple):
+class FormerRun(NamedTuple):
     """An earlier run: its id, and its newest checkpoint with a readable state."""
 
     id: str
     found: checkpoint.Checkpoint
-    notes: tuple[str, ...] = ()  # for the reader
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def has_run(out_dir: Path) -> bool:
@@ -44,21 +44,21 @@ def has_run(out_dir: Path) -> bool:
     return bool(run_folder.steps(out_dir)) or (out_dir / NANOGPT).is_file()
 
 
-def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
-    """The run that ``begin`` (``init_from``) resumes; only the run with the ``known`` id, if one is given.
+def find_former_run(out_dir: Path, init_from: str, known: str = "") -> FormerRun | None:
+    """The run that ``init_from`` resumes; only the run with the ``known`` id, if one is given.
 
     Raises:
-        FileNotFoundError: there is none, and ``begin`` is ``resume``.
+        FileNotFoundError: there is none, and ``init_from`` is ``resume``.
         UserError: every checkpoint is damaged.
     """
-    if begin not in ("resume", "auto"):
+    if init_from not in ("resume", "auto"):
         return None
     have = run_folder.steps(out_dir)
     if not have and (out_dir / NANOGPT).exists():
         nanogpt = pt_files.read(out_dir / NANOGPT)
-        return Former(nanogpt.state["run"], nanogpt)
+        return FormerRun(nanogpt.state["run"], nanogpt)
     if not have:
-        if begin == "auto":
+        if init_from == "auto":
             return None
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
     path = out_dir / run_folder.CONFIG
@@ -67,7 +67,7 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
         notes = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
     except FileNotFoundError:
         run_id, asked = "", {}
-        notes = (f"{path} is missing: options that are not given now have their defaults",)
+        notes = (f"{path} is missing: options that are not given now take their defaults",)
     for step in reversed(have):
         path = run_folder.existing_folder(out_dir, step)
         try:
@@ -75,13 +75,13 @@ def find_former(out_dir: Path, begin: str, known: str = "") -> Former | None:
         except ValueError:
             continue
         if state.keys() >= _PARTS:
-            found = Former(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), notes)
+            found = FormerRun(run_id or state["run"], checkpoint.Checkpoint(path, state, asked), notes)
             return None if known and found.id != known else found
     raise UserError(f"every checkpoint in {out_dir} is damaged: start afresh with --init_from=scratch")
 
 
-def overlay(config: TrainConfig, former: Former) -> tuple[TrainConfig, list[str]]:
-    """defaults < files < the options of the former run < command line; and notes about it and its options."""
+def overlay(config: TrainConfig, former: FormerRun) -> tuple[TrainConfig, list[str]]:
+    """The config, by defaults < files < the former run's options < command line; and notes about that run."""
     asked, notes = former.found.asked, list(former.notes)
     merged, overridden = over_files(config, asked)
     notes += overridden
@@ -95,11 +95,11 @@ def overlay(config: TrainConfig, former: Former) -> tuple[TrainConfig, list[str]
     return merged, notes
 
 
-def shape_of(given: GPTConfig, config: TrainConfig, former: Former | None) -> tuple[GPTConfig, list[str]]:
-    """The given model's shape with this run's dropout, with fewer positions or more token ids if asked for; and notes.
+def shape_of(given: GPTConfig, config: TrainConfig, former: FormerRun | None) -> tuple[GPTConfig, list[str]]:
+    """The given model's shape with this run's dropout and, if asked for, fewer positions or more token ids; and notes.
 
     Raises:
-        UserError: any other number of the shape was typed and differs.
+        UserError: the command line changes the shape in any other way.
     """
     notes = []
     chosen: dict[str, Any] = {"dropout": config.model.dropout}
@@ -121,7 +121,7 @@ def shape_of(given: GPTConfig, config: TrainConfig, former: Former | None) -> tu
     return replace(given, **chosen), notes
 
 
-def restore(run: Run, former: Former) -> list[str]:
+def restore(run: Run, former: FormerRun) -> list[str]:
     """Loads weights, optimizer and position of the newest checkpoint that verifies; returns notes.
 
     Raises:
@@ -140,7 +140,7 @@ def restore(run: Run, former: Former) -> list[str]:
         checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
     else:
         notes.append(f"the checkpoint's optimizer is {theirs}, that of this run {mine}: its state starts from zero")
-    if name := run.runtime.not_finite(run.model, run.optimizer):
+    if name := run.runtime.find_not_finite(run.model, run.optimizer):
         raise found.not_finite(name)
     if state["scaler"]:  # empty unless that run was in float16
         run.runtime.scaler.load_state_dict(state["scaler"])
@@ -156,7 +156,7 @@ def restore(run: Run, former: Former) -> list[str]:
     return notes + _compare(run, found)
 
 
-def _whole_checkpoint(run: Run, former: Former) -> tuple[checkpoint.Checkpoint, list[str]]:
+def _whole_checkpoint(run: Run, former: FormerRun) -> tuple[checkpoint.Checkpoint, list[str]]:
     """The checkpoint to restore, and notes about damaged ones, which are set aside unless the run is read-only."""
     if isinstance(former.found, PtFile):
         return former.found, []
@@ -173,7 +173,8 @@ def _compare(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     state, notes, row = found.state, [], run.tokens.block_size
     if (before := state.get("row", found.config().block_size)) != row:
         notes.append(
-            f"a row had {before} tokens: the data continues at the same token, and the best evaluation is reset"
+            f"a row had {before} tokens and has {row}: the data continues at the same token, "
+            "and the best evaluation is reset"
         )
         run.state.rows = run.state.rows * before // row
         run.state.best, run.state.evaluations_without_improvement = None, 0
@@ -187,7 +188,7 @@ def _compare(run: Run, found: checkpoint.Checkpoint) -> list[str]:
     return notes
 
 
-def take_folder(run: Run, former: Former | None) -> list[str]:
+def take_folder(run: Run, former: FormerRun | None) -> list[str]:
     """Makes the run's folder its own: a new run moves an earlier one aside, a resumed one rewinds its metrics.
 
     Returns notes. Raises OSError if the folder cannot be written.

@@ -39,7 +39,7 @@ class Figures(NamedTuple):
 
     step: int
     learning_rate: float
-    requested_at: float  # by the clock of time.perf_counter
+    requested_at: float  # time.perf_counter when the step had been sent to the device
     read: Callable[[], list[float]]  # [nats, tokens, one number per stop request, gradient norm]
 
 
@@ -47,11 +47,12 @@ class Figures(NamedTuple):
 class Clock:
     """The wall time of a run, its limit, and the speed of its updates without the work between them; in seconds."""
 
-    started: float = field(default_factory=time.perf_counter)  # when this process began, less the seconds before it
+    # when this process began, less the seconds of earlier processes
+    started: float = field(default_factory=time.perf_counter)
     deadline: float = math.inf
     steps_per_second: float = math.nan  # of the last lap
     _lap: tuple[int, float] = field(default=(0, 0.0), init=False)  # step and time at which this lap began
-    _paused: float = field(default=0.0, init=False)  # seconds of this lap
+    _paused: float = field(default=0.0, init=False)  # seconds of this lap inside ``pause``
 
     def seconds(self, at: float | None = None) -> float:
         """Since the run began, those of earlier processes included; now or ``at`` a time of ``time.perf_counter``."""
@@ -101,8 +102,8 @@ class Run:
     work: list[Work] = field(default_factory=list)  # between updates
     clock: Clock = field(default_factory=Clock)
     begun: int = 0  # the step this process began at
-    stop: str = ""  # why the loop ends: one of stopping.ENDS or stopping.EXIT
-    signal: str = ""  # that this rank received
+    stop: str = ""  # why the loop ends: one of stopping.ENDS or stopping.EXIT_CODES
+    signal: str = ""  # the name of the one that this rank received
     owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted
     caught_up: bool = False  # this process made a measurement that an earlier one owed
     pending: Figures | None = None  # of the last step, read one step late
@@ -111,11 +112,11 @@ class Run:
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
 
-    def vocabulary(self) -> Tokenizer:
+    def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the data. Raises UserError if the meaning of the token ids is unknown."""
         if self.tokenizer is None:
             raise UserError(
-                f"nothing says what the token ids of {self.tokens.name} mean, so no text can be made of them: "
+                f"nothing says what the token ids of {self.tokens.name} mean, so they cannot be decoded to text: "
                 "put a meta.json or meta.pkl beside the token files"
             )
         return from_json(self.tokenizer)

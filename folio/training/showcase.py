@@ -10,14 +10,14 @@ from folio.records.run_folder import PICTURE
 from folio.training.loop import fit
 from folio.training.run import Run
 from folio.training.start import running
-from folio.training.stopping import EXIT
+from folio.training.stopping import EXIT_CODES
 
 
 def show(config: TrainConfig, how: Sampling) -> Run:
     """Trains, and samples before and after; at the end draws the losses into the run's folder."""
     with running(config) as run:
         _show_samples(run, how)
-        if fit(run) in EXIT:
+        if fit(run) in EXIT_CODES:
             return run
         _show_samples(run, how)
     if run.log.main and not run.read_only:
@@ -31,8 +31,8 @@ def show(config: TrainConfig, how: Sampling) -> Run:
 
 
 def _show_samples(run: Run, how: Sampling) -> None:
-    vocabulary, seed = run.vocabulary(), run.config.system.seed
-    texts = run.runtime.infer(lambda: continuations(run.model, vocabulary, how, seed))
+    tokenizer, seed = run.make_tokenizer(), run.config.system.seed
+    texts = run.runtime.infer(lambda: continuations(run.model, tokenizer, how, seed))
     who = f"The model after {run.state.step:,} steps" if run.state.step else "The untrained model"
     for text in texts:
         run.log.say(f"\n{who} writes:\n\n{text}\n{LINE}\n")

@@ -38,7 +38,7 @@ from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
 from folio.training.memory_advice import check_size, least_memory, what_fits
 from folio.training.ownership import unwritable
-from folio.training.resume import Former, find_former, overlay, restore, shape_of, take_folder
+from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
 from folio.training.work import save_checkpoint, scheduled_work
 
@@ -144,7 +144,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         notes += more
         if not read_only:
             notes += _begin_files(run, former)
-        _introduce(run, notes)
+        _report_start(run, notes)
     except BaseException:
         runtime.close()
         with shortage.explained("building the run", partial(what_fits, config, shape, runtime)):
@@ -152,8 +152,8 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     return run
 
 
-def _former_run(config: TrainConfig, lock: Lock | None) -> Former | None:
-    """The run in the folder that this one resumes; checks that the folder's files may be replaced.
+def _former_run(config: TrainConfig, lock: Lock | None) -> FormerRun | None:
+    """The run in the folder that this run resumes; checks that the folder's files may be replaced.
 
     A job that its launcher restarted resumes the run that it had begun, whatever ``init_from`` says.
     """
@@ -162,17 +162,17 @@ def _former_run(config: TrainConfig, lock: Lock | None) -> Former | None:
     if lock:
         resuming = known is not None or begin in ("resume", "auto")
         ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), resuming)
-    former = find_former(out_dir, "auto", known) if known is not None else None
-    return former or find_former(out_dir, begin)
+    former = find_former_run(out_dir, "auto", known) if known is not None else None
+    return former or find_former_run(out_dir, begin)
 
 
 def _fit_to_data(
-    shape: GPTConfig, config: TrainConfig, tokens: Tokens, given: checkpoint.Checkpoint | None, former: Former | None
+    shape: GPTConfig, config: TrainConfig, tokens: Tokens, given: checkpoint.Checkpoint | None, former: FormerRun | None
 ) -> tuple[GPTConfig, Tokens, dict[str, Any] | None, list[str]]:
     """The shape and the data with the vocabulary's size, the tokenizer as JSON, and notes about the data.
 
     Raises:
-        UserError: the data has token ids that the model does not, or other ones.
+        UserError: the data has token ids that the model lacks, or whose meaning differs.
     """
     notes = [folder.note for folder in tokens.folders if folder.note]
     vocab_size = shape.vocab_size
@@ -187,7 +187,7 @@ def _fit_to_data(
         remedy = (
             "give --data_dir the data that the run was trained on" if former else "set --vocab_size to that or more"
         )
-        raise UserError(f"vocab_size={vocab_size} is below the {known} of {tokens.name}: {remedy}")
+        raise UserError(f"vocab_size={vocab_size} is below the {known} token ids of {tokens.name}: {remedy}")
     if config.data.document_mask:
         tokens, separated = tokens.with_documents(config.data.eot)
         notes.append(f"attention stays within documents: {separated}")
@@ -195,9 +195,9 @@ def _fit_to_data(
 
 
 def _make_model(
-    shape: GPTConfig, config: TrainConfig, source: checkpoint.Checkpoint | None, former: Former | None
+    shape: GPTConfig, config: TrainConfig, source: checkpoint.Checkpoint | None, former: FormerRun | None
 ) -> tuple[GPT, list[str]]:
-    """A model with the weights of ``source``, or new ones; empty if ``former``'s will be restored. And notes."""
+    """A model with the weights of ``source``, new ones, or empty ones if ``former``'s will be restored; and notes."""
     check_size(shape)
     with shortage.explained("building the model", partial(least_memory, shape)):
         if not source:
@@ -208,14 +208,14 @@ def _make_model(
         return model, [f"weights of {source.path}" + (f", step {source.step}" if source.step else "")]
 
 
-def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Former | None) -> Runtime:
+def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: FormerRun | None) -> Runtime:
     tokens_per_step = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
     return Runtime(resolve(config.system, config.processes, flops=flops, before=resolved))
 
 
-def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: Former | None) -> None:
+def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:
     """Raises UserError, on every rank, unless all ranks have the same options, data and checkpoint."""
     runtime.require_equal(
         {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
@@ -236,7 +236,7 @@ def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> 
     return runtime.wrap(model, (largest, tokens.block_size)), notes
 
 
-def _begin_files(run: Run, former: Former | None) -> list[str]:
+def _begin_files(run: Run, former: FormerRun | None) -> list[str]:
     """Prepares the folder and opens its records; from here on the run may write. Returns notes."""
     o = run.config.optimizer
     notes = run.runtime.broadcast(lambda: take_folder(run, former))
@@ -267,7 +267,7 @@ def _tokenizer_of(
     spec, why = tokens.tokenizer_for(model.tokenizer_spec if model else None)
     if model and model.tokenizer_spec is None and not resumed:
         notes.append(
-            f"nothing says what the token ids of {model.path} mean: make sure that {tokens.name} has the same ones"
+            f"nothing says what the token ids of {model.path} mean: make sure that {tokens.name} has the same tokenizer"
         )
     if why and model:
         line = f"the token ids of {tokens.name} mean something else to the model of {model.path}: they are {why}"
@@ -277,22 +277,22 @@ def _tokenizer_of(
                 "--init_from=scratch"
             )
         notes.append(
-            f"warning: {line}. The embeddings it learned do not fit them; to keep these, prepare the data with "
-            f"the model's tokenizer, which folio export writes as tokenizer.json"
+            f"warning: {line}. The learned embeddings do not fit them; to use these, prepare the data "
+            "with the model's tokenizer, which folio export writes as tokenizer.json"
         )
     return spec, notes
 
 
-def _introduce(run: Run, notes: list[str]) -> None:
-    """Reports the choices and notes to the reader, then records them and starts the trackers."""
+def _report_start(run: Run, notes: list[str]) -> None:
+    """Shows the user the notes and choices, then records the choices and starts the trackers."""
     say, config, resolved = run.log.say, run.config, run.runtime.resolved
     say(f"tokens per iteration will be: {run.tokens_per_step:,}")
     for note in notes:
         say(note)
     say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
     say(
-        f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, float32 products "
-        f"{resolved['matmul_precision']}, {counted(resolved['threads'], 'thread')}, "
+        f"device {run.runtime.device}, dtype {resolved['dtype']}, compile {resolved['compile']}, "
+        f"float32 matmul precision {resolved['matmul_precision']}, {counted(resolved['threads'], 'thread')}, "
         f"{counted(resolved['world'], 'process')}{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
     )
     if not run.read_only:

@@ -14,8 +14,9 @@ from torch import Tensor
 from folio.records import run_folder
 from folio.training.run import Run
 
-_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]  # those of this system
-EXIT = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
+# those that this system has
+_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
+EXIT_CODES = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
 ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons after which everything is measured once more
 # reasons that one rank may have alone, the most urgent first; each has a number in the small reduction of a step
 STOP_REQUESTS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "max_minutes")
@@ -51,13 +52,15 @@ def most_urgent(requests: Iterable[str]) -> str:
     return min(filter(None, requests), key=STOP_REQUESTS.index, default="")
 
 
-def not_finite(run: Run, what: str, updates: int) -> FloatingPointError:
-    """The error for ``what`` was found after so many ``updates``, with a remedy.
+def not_finite_error(run: Run, what: str, updates: int) -> FloatingPointError:
+    """The error that reports ``what``, found after so many ``updates``, with a remedy.
 
-    Before the first update of this process the weights that it began with are the cause, not the learning rate.
+    Before the first update of this process, the cause is the weights that it began with, not the learning rate.
     """
     kept = run_folder.steps(run.out_dir)
-    remedy = "lower --learning_rate, " + (f"or resume from step {kept[-1]}" if kept else "there is no checkpoint yet")
+    remedy = "lower --learning_rate" + (
+        f", or resume from step {kept[-1]}" if kept else "; there is no checkpoint yet to resume from"
+    )
     if updates == run.begun:
         earlier = [step for step in kept if step < updates]
         remedy = "the weights that the run began with are the cause: " + (
@@ -65,7 +68,7 @@ def not_finite(run: Run, what: str, updates: int) -> FloatingPointError:
             if earlier
             else "begin with other weights, or with another --dtype"
         )
-    return FloatingPointError(f"{what}, training stopped there: {remedy}")
+    return FloatingPointError(f"{what}, so training stopped: {remedy}")
 
 
 @contextmanager
@@ -80,14 +83,14 @@ def signals(run: Run) -> Iterator[None]:
         if run.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         run.signal = signal.Signals(number).name
-        with suppress(RuntimeError):  # in the middle of another line
-            run.log.say(f"{run.signal}: finishing the step and saving; Ctrl-C to leave at once")
+        with suppress(RuntimeError):  # the signal came while another line was being written
+            run.log.say(f"{run.signal}: finishing the step and saving; press Ctrl-C to exit at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, receive) for s in heard}
+    handled = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, receive) for s in handled}
     try:
         yield
     finally:

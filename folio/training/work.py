@@ -22,7 +22,7 @@ from folio.records import run_folder
 from folio.records.record import Record
 from folio.training.run import Run, Work
 from folio.training.schedule import learning_rate
-from folio.training.stopping import ENDS, EXIT, finished, most_urgent, not_finite
+from folio.training.stopping import ENDS, EXIT_CODES, finished, most_urgent, not_finite_error
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def run_scheduled_work(run: Run) -> None:
 
 
 def measure_once(run: Run) -> None:
-    """Does all work at once, whatever the step."""
+    """Does each kind of work once, whatever the step."""
     for work in run.work:
         for record in work.do(run):
             run.log.write(record)
@@ -89,14 +89,14 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
     def do(run: Run) -> list[Record]:
         owed = kind in run.owed
         run.owed.add(kind)
-        if run.stop in EXIT:
+        if run.stop in EXIT_CODES:
             return []
         try:
             records = measure(run)
         except _AbandonedError:
             return []
         except FloatingPointError as error:
-            raise not_finite(run, f"{error} at step {run.state.step}", run.state.step) from None
+            raise not_finite_error(run, f"{error} at step {run.state.step}", run.state.step) from None
         run.owed.discard(kind)
         run.caught_up |= owed
         return records
@@ -108,12 +108,12 @@ def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
     """HellaSwag and samples, which need the tokenizer; and notes about them.
 
     Raises:
-        UserError: an option of theirs does not fit the model or the data.
+        UserError: one of their options does not fit the model or the data.
     """
     o, shape = run.config.evaluation, run.model.config
     if not (o.hellaswag_interval or o.sample_interval):
         return [], []
-    tokenizer = run.vocabulary()
+    tokenizer = run.make_tokenizer()
     work: list[Work] = []
     notes: list[str] = []
     if o.hellaswag_interval:
@@ -127,7 +127,7 @@ def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
         room = o.sample_tokens - len(prompt)
         if room < 1:
             raise UserError(
-                f"sample_tokens={o.sample_tokens}: sample_prompt takes {len(prompt)} of them and leaves none"
+                f"sample_tokens={o.sample_tokens}: sample_prompt has {len(prompt)}: raise --sample_tokens above that"
             )
         how = Sampling(o.sample_prompt, o.sample_count, room, temperature=1.0, top_k=o.sample_top_k)
         work.append(measurement("sample", o.sample_interval, partial(sample, tokenizer=tokenizer, how=how), first=1))
@@ -156,7 +156,7 @@ def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
 
 
 def evaluate_loss(run: Run) -> list[Record]:
-    """Measures the loss over both splits, as many windows of each; keeps the best validation loss."""
+    """Measures the loss over the same number of windows of each split; keeps the best validation loss."""
     state, size = run.state, run.config.data.batch_size
     windows = run.config.evaluation.eval_iters * size
 
@@ -234,8 +234,8 @@ def save_checkpoint(run: Run) -> tuple[()]:
         FloatingPointError: a weight or moment is not finite; nothing is saved.
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
-    if name := runtime.not_finite(run.model, run.optimizer):
-        raise not_finite(run, f"{name} is not finite after {step} steps", step)
+    if name := runtime.find_not_finite(run.model, run.optimizer):
+        raise not_finite_error(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()
     runtime.wait_for_write()
     meanwhile = output.async_checkpoint
@@ -292,7 +292,9 @@ def profiling(run: Run) -> tuple[Work, Work]:
         elif run.state.step > first:
             return end(run)
         else:
-            run.log.say(f"nothing was profiled: that begins at step {first}, and the run ended at {run.state.step}")
+            run.log.say(
+                f"nothing was profiled: profiling begins at step {first}, and the run ended at {run.state.step}"
+            )
         return []
 
     def begins(run: Run) -> bool:

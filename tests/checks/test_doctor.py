@@ -100,8 +100,8 @@ def test_a_check_that_fails_is_a_note(look, monkeypatch) -> None:
         Finding(
             "note",
             "device",
-            "this check failed: LOCAL_RANK is not set, but RANK, LOCAL_RANK, WORLD_SIZE, "
-            "MASTER_ADDR, MASTER_PORT go together: use torchrun",
+            "this check failed: LOCAL_RANK is not set, but a launcher sets all of RANK, LOCAL_RANK, "
+            "WORLD_SIZE, MASTER_ADDR, MASTER_PORT: use torchrun",
         )
     ]
     assert "dtype" not in found

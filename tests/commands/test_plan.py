@@ -14,9 +14,9 @@ from conftest import ROOT, assert_refused, python
 
 from folio import cli
 from folio.commands import plan
-from folio.machine.devices import plain
+from folio.machine.devices import normalize
 from folio.machine.flops import GPUS
-from folio.machine.memory import Memory, Step, needed, sent
+from folio.machine.memory import Memory, Step, bytes_sent, needed
 from folio.model.config import GPTConfig
 
 TINY = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=32, bias=False)
@@ -48,7 +48,7 @@ from folio.config.options import Processes, System
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.machine.choices import resolve
-from folio.machine.launch import leave
+from folio.machine.launch import exit_process
 from folio.machine.runtime import Runtime
 
 parallel, micro_steps, node, trace = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -69,7 +69,7 @@ with torch.profiler.profile(record_shapes=True) as profiler:
 if runtime.rank == 0:
     profiler.export_chrome_trace(trace)
 runtime.close()
-leave(0)
+exit_process(0)
 """
 
 
@@ -175,7 +175,7 @@ def test_a_step_sends_the_bytes_that_were_planned(tmp_path, parallel, world, nod
     assert done.returncode == 0, done.stderr
     shards = {"ddp": 1, "fsdp": world, "hsdp": node}[parallel]
     step = Step(2, micro_steps, torch.bfloat16, gpu=False, world=world, shards=shards)
-    assert sent(TINY, step) == pytest.approx(_sent(trace, shards, world // shards), abs=8)
+    assert bytes_sent(TINY, step) == pytest.approx(_sent(trace, shards, world // shards), abs=8)
 
 
 def _sent(trace: Path, shards: int, replicas: int) -> float:
@@ -276,7 +276,7 @@ def test_a_device_by_its_name(name) -> None:
 
 
 def test_the_plain_names_of_devices_are_unique() -> None:
-    assert len({plain(name) for name in GPUS} | {"cpu"}) == len(GPUS) + 1
+    assert len({normalize(name) for name in GPUS} | {"cpu"}) == len(GPUS) + 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conftest import python
 
 from folio.config.options import System
 from folio.evaluation import scoring
-from folio.evaluation.scoring import Query, Scores, fitted, score
+from folio.evaluation.scoring import Query, Scores, cut_to_context, score
 from folio.generation.sampling import generate
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
@@ -139,7 +139,7 @@ def test_fitted() -> None:
         sizes = rng.integers(1, 40, size=rng.integers(1, 5)).tolist()
         query = Query(context, [list(range(100 * i, 100 * i + size)) for i, size in enumerate(sizes, 1)])
         block_size = int(rng.integers(1, 40))
-        parts = fitted(query, block_size)
+        parts = cut_to_context(query, block_size)
         if len(context) + max(sizes) <= block_size + 1:
             assert parts == [query]
             continue
@@ -152,7 +152,7 @@ def test_fitted() -> None:
 def test_fitted_queries_fit() -> None:
     model = model_of()
     long = [Query(list(range(30)), [[1, 2, 3], list(range(40))]), Query([1], [list(range(BLOCK + 9))])]
-    parts = [part for query in long for part in fitted(query, BLOCK)]
+    parts = [part for query in long for part in cut_to_context(query, BLOCK)]
     assert_close(score(model, parts, wrapped(model)), one_at_a_time(model, parts), 1e-4)
 
 
@@ -207,7 +207,7 @@ from test_scoring import model_of, queries
 from folio.evaluation import scoring
 from folio.config.options import Processes, System
 from folio.machine.choices import resolve
-from folio.machine.launch import leave
+from folio.machine.launch import exit_process
 from folio.machine.runtime import Runtime
 
 out, parallel = sys.argv[1:]
@@ -221,7 +221,7 @@ few = scoring.score(model, queries()[:1], runtime)
 told = [found.nats.tolist(), found.likeliest.tolist(), few.nats.tolist()]
 print(json.dumps(told), file=open(f"{out}-{runtime.rank}.json", "w"))
 runtime.close()
-leave(0)
+exit_process(0)
 """
 
 

@@ -33,7 +33,7 @@ import torch
 from torch.profiler import profile
 from folio import cli
 from folio.config.options import TrainConfig
-from folio.machine.launch import leave
+from folio.machine.launch import exit_process
 from folio.training import loop, start
 from folio.training.run import finish
 
@@ -59,7 +59,7 @@ for change in (False, True):
         seen["replicas"].append(str(error))
 Path(folder, f"{runtime.rank}.json").write_text(json.dumps(seen))
 finish(run)
-leave(0)
+exit_process(0)
 """
 
 # Prints the threads that torch uses alone, and those of a process of a group
@@ -68,12 +68,12 @@ import torch
 alone = torch.get_num_threads()
 from folio.config.options import System
 from folio.machine.choices import resolve
-from folio.machine.launch import leave
+from folio.machine.launch import exit_process
 from folio.machine.runtime import Runtime
 runtime = Runtime(resolve(System(device="cpu")))
 print(alone, runtime.resolved["threads"], torch.get_num_threads())
 runtime.close()
-leave(0)
+exit_process(0)
 """
 
 

@@ -118,7 +118,7 @@ def test_a_run_that_ends_early_writes_a_shorter_profile(train, tmp_path: Path) -
 def test_a_run_of_two_steps_has_nothing_to_profile(train, tmp_path: Path) -> None:
     done = train("--profile=3", "--max_iters=2")
     assert (done.code, done.err) == (0, "")
-    assert "nothing was profiled: that begins at step 2, and the run ended at 2\n" in done.out
+    assert "nothing was profiled: profiling begins at step 2, and the run ended at 2\n" in done.out
     assert not (tmp_path / "out" / "profile").exists()
 
 

@@ -33,7 +33,7 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
 from folio.machine.choices import resolve
-from folio.machine.launch import leave
+from folio.machine.launch import exit_process
 from folio.machine.runtime import Runtime
 
 runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
@@ -79,7 +79,7 @@ seen["mine"], seen["gathered"] = (
 )
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(seen))
 runtime.close()
-leave(0)
+exit_process(0)
 """
 
 

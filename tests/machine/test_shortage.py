@@ -93,7 +93,9 @@ def test_a_step_that_is_too_large(folio: Folio, story: Path, tmp_path: Path, fla
     argv += [] if flags else ["--gradient_accumulation_steps=1"]
     with little_memory(700_000_000):
         outcome = folio(*argv, "--batch_size=40000", f"--out_dir={tmp_path / 'out'}")
-        assert_refused(outcome, "out of memory while training", "by folio plan's count a step needs", "--batch_size=")
+        assert_refused(
+            outcome, "out of memory while training", "as folio plan computes it, a step needs", "--batch_size="
+        )
         remedy = re.split("what fits: |to need less: ", outcome.err.rstrip())[1].split(", or ")[0]
         assert "gradient_accumulation_steps" not in remedy or not flags
     assert remedy

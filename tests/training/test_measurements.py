@@ -309,7 +309,10 @@ def test_max_minutes_of_several_processes(spawn: Spawn, argv: list[str], tmp_pat
         (["--hellaswag_interval=5", "--hellaswag_data=nowhere.jsonl"], ["nowhere.jsonl", "HellaSwag"]),
         (["--sample_interval=5", "--sample_prompt=caf\u00e9"], ["sample_prompt", "'\u00e9'"]),
         (["--sample_interval=5", "--sample_prompt="], ["sample_prompt is empty"]),
-        (["--sample_interval=5", "--sample_prompt=The ferry", "--sample_tokens=9"], ["sample_tokens=9", "leaves none"]),
+        (
+            ["--sample_interval=5", "--sample_prompt=The ferry", "--sample_tokens=9"],
+            ["sample_tokens=9", "raise --sample_tokens"],
+        ),
         (["--sample_interval=5", "--sample_prompt=FILE:none.txt"], ["sample_prompt=FILE:none.txt", "none.txt"]),
         (["--track=tensorbord"], ["track", "tensorbord", "tensorboard"]),
         (["--patience=-1"], ["patience=-1", "at least 0"]),

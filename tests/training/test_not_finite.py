@@ -183,14 +183,14 @@ def test_every_tensor_is_looked_at() -> None:
     optimizer.step()
     runtime = Runtime(resolve(System(device="cpu")))
     try:
-        assert runtime.not_finite(model, optimizer) == ""
+        assert runtime.find_not_finite(model, optimizer) == ""
         for name, p in model.named_parameters():
             for of, tensor in ((name, p.data), (f"{name}/exp_avg", optimizer.state[p]["exp_avg"])):
                 last = tensor.view(-1)[-1:]
                 before = last.clone()
                 for value in (torch.nan, torch.inf, -torch.inf):
                     last.fill_(value)
-                    assert runtime.not_finite(model, optimizer) == of
+                    assert runtime.find_not_finite(model, optimizer) == of
                 last.copy_(before)
     finally:
         runtime.close()

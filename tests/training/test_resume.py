@@ -155,7 +155,7 @@ def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: 
     child = spawn(*alone(out, story), *large, "--eval_iters=1")
     child.wait_until(lambda: "step 0: train loss" in child.output())
     child.kill([child.process.pid], signal.SIGINT)
-    child.wait_until(lambda: "SIGINT: finishing the step and saving; Ctrl-C to leave at once" in child.output())
+    child.wait_until(lambda: "SIGINT: finishing the step and saving; press Ctrl-C to exit at once" in child.output())
     time.sleep(0.2)
     assert child.process.poll() is None  # the step continues
     child.kill([child.process.pid], signal.SIGINT)

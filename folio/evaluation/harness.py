@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: GPT, tokens: Tokenizer, tasks: list[str], runtime: Runtime, limit: int = 0
+    model: GPT, tokenizer: Tokenizer, tasks: list[str], runtime: Runtime, limit: int = 0
 ) -> dict[str, dict[str, float]]:
     """Task → metric, such as ``acc``, ``acc_norm`` or ``acc_stderr`` → value; the same on every rank.
 
@@ -41,7 +41,7 @@ def evaluate(
     with _quiet():
         from folio.evaluation.language_model import LanguageModel
 
-    lm = LanguageModel(model, tokens, runtime)
+    lm = LanguageModel(model, tokenizer, runtime)
     # until ``_run`` ends, rank 0 sends the calls of ``on_every_rank`` as tuples
     while isinstance(sent := runtime.broadcast(lambda: _run(lm, tasks, limit)), tuple):
         method, *arguments = sent

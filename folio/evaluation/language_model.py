@@ -30,9 +30,9 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
     ``harness.evaluate`` makes wait for it.
     """
 
-    def __init__(self, model: GPT, tokens: Tokenizer, runtime: Runtime) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, runtime: Runtime) -> None:
         super().__init__()
-        self.model, self.tokens, self.runtime = model, tokens, runtime
+        self.model, self.tokens, self.runtime = model, tokenizer, runtime
         self.block_size = model.config.block_size
 
     @property

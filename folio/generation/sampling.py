@@ -107,34 +107,34 @@ def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tenso
     return torch.stack(rows)
 
 
-def samples(model: GPT, tokens: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
+def samples(model: GPT, tokenizer: Tokenizer, o: Sampling, seed: int) -> Iterator[str]:
     """Yields the text of all samples, each followed by a line of dashes; a single sample is yielded token by token."""
     if o.num_samples > 1:
-        yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokens, o, seed))
+        yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokenizer, o, seed))
         return
-    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
+    prompt, ids = encode_prompt("start", o.start, tokenizer, model.config)
     yield prompt
-    yield from decoding.stream(tokens, map(int, _drawn(model, tokens, ids, o, seed)), ids)
+    yield from decoding.stream(tokenizer, map(int, _drawn(model, tokenizer, ids, o, seed)), ids)
     yield f"\n{LINE}\n"
 
 
 def continuations(
     model: GPT,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     o: Sampling,
     seed: int,
     first: int = 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[str]:
     """The text of each sample, from number ``first`` on, with its prompt; ``track`` as in ``stream``."""
-    prompt, ids = encode_prompt("start", o.start, tokens, model.config)
-    rows = torch.cat(list(_drawn(model, tokens, ids, o, seed, first, track)), dim=1).tolist()
-    return [prompt + "".join(decoding.stream(tokens, row, ids)) for row in rows]
+    prompt, ids = encode_prompt("start", o.start, tokenizer, model.config)
+    rows = torch.cat(list(_drawn(model, tokenizer, ids, o, seed, first, track)), dim=1).tolist()
+    return [prompt + "".join(decoding.stream(tokenizer, row, ids)) for row in rows]
 
 
 def _drawn(
     model: GPT,
-    tokens: Tokenizer,
+    tokenizer: Tokenizer,
     ids: list[int],
     o: Sampling,
     seed: int,
@@ -149,12 +149,12 @@ def _drawn(
         o.top_k or None,
         o.top_p,
         draws(seed, o.num_samples, o.max_new_tokens, first),
-        tokens.size,
+        tokenizer.size,
         track,
     )
 
 
-def encode_prompt(name: str, start: str, tokens: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
+def encode_prompt(name: str, start: str, tokenizer: Tokenizer, shape: GPTConfig) -> tuple[str, list[int]]:
     """The prompt ``start``, or the text of FILE:path, and its token ids; special tokens are encoded by name.
 
     Raises:
@@ -163,7 +163,7 @@ def encode_prompt(name: str, start: str, tokens: Tokenizer, shape: GPTConfig) ->
     """
     prompt = _prompt(name, start)
     try:
-        ids: list[int] = tokens.encode(prompt, special=True).tolist()
+        ids: list[int] = tokenizer.encode(prompt, special=True).tolist()
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     if not ids:

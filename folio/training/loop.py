@@ -13,7 +13,7 @@ from folio.machine import shortage
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
 from folio.training.batches import MicroBatch, batches
-from folio.training.memory_advice import what_fits
+from folio.training.memory_advice import advise_on_memory
 from folio.training.run import Figures, Run
 from folio.training.schedule import learning_rate
 from folio.training.stopping import as_numbers, finished, not_finite_error, requested, signals, stop_request
@@ -32,7 +32,7 @@ def fit(run: Run) -> str:
         measure_once(run)
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
-    advice = partial(what_fits, run.config, run.model.config, runtime)
+    advice = partial(advise_on_memory, run.config, run.model.config, runtime)
     with shortage.explained("training", advice), signals(run), batches(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
         run.clock.begin_lap(state.step)

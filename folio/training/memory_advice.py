@@ -34,7 +34,7 @@ def step_of_a_device(
 _SMALLER = "lower --block_size, --n_layer or --n_embd"
 
 
-def what_fits(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
+def advise_on_memory(config: TrainConfig, shape: GPTConfig, runtime: Runtime) -> str:
     """A line: the memory that a step needs, computed as ``folio plan`` does, and options that need less."""
     from folio.machine import memory
 

@@ -36,7 +36,7 @@ from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
 from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
-from folio.training.memory_advice import check_size, least_memory, what_fits
+from folio.training.memory_advice import advise_on_memory, check_size, least_memory
 from folio.training.ownership import unwritable
 from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
@@ -147,7 +147,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         _report_start(run, notes)
     except BaseException:
         runtime.close()
-        with shortage.explained("building the run", partial(what_fits, config, shape, runtime)):
+        with shortage.explained("building the run", partial(advise_on_memory, config, shape, runtime)):
             raise
     return run
 

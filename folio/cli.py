@@ -161,9 +161,10 @@ def _main(command: str | None, argv: list[str]) -> int:
 
             raise UserError(f"no command {command!r}: {did_you_mean(command, COMMANDS) or 'folio --help lists them'}")
     module = module_of(command)
-    argv = [*getattr(module, "FIRST", []), *argv]
+    preset, ignored = getattr(module, "PRESET", None), getattr(module, "IGNORED", None)
+    files = command in _TAKE_FILES
     try:
-        options = parse(module.Options, argv, prog or f"folio {command}", files=command in _TAKE_FILES)
+        options = parse(module.Options, argv, prog or f"folio {command}", files=files, preset=preset, ignored=ignored)
     except SystemExit:  # after --help
         return 0
     return int(module.main(options) or 0)
@@ -175,8 +176,18 @@ def module_of(command: str) -> ModuleType:
     return importlib.import_module(f"folio.{room}.{command}{'_' * keyword.iskeyword(command)}")
 
 
-def parse(options: type[T], argv: Sequence[str], prog: str, *, files: bool) -> T:
+def parse(
+    options: type[T],
+    argv: Sequence[str],
+    prog: str,
+    *,
+    files: bool,
+    preset: str | None = None,
+    ignored: type | None = None,
+) -> T:
     """Parses files and options, from left to right, into the options of a command.
+
+    A ``preset`` is read before them. Options that only ``ignored`` has are dropped.
 
     Raises:
         UserError, FileNotFoundError: one line about the mistake.
@@ -185,15 +196,18 @@ def parse(options: type[T], argv: Sequence[str], prog: str, *, files: bool) -> T
     from folio.config import arguments
     from folio.config.compose import compose, starting_from
 
-    given = arguments.read(options, argv, files=files)
+    first = [preset] if preset else []
+    given = arguments.read(options, [*first, *argv], files=files, ignored=ignored)
     if given.help is None:
         return compose(starting_from(options, given.layers), given.layers)
+    from folio.config.files import read_file
     from folio.config.help import page
 
     command = prog.removeprefix("folio ")
     about, example = COMMANDS.get(command, ""), EXAMPLES.get(command, "")
     about = f"{about[:1].upper()}{about[1:]}." if about else " ".join(str(options.__doc__).split())
-    console.show_styled(page(options, prog, about, example, given.help, given.places, files=files))
+    values = read_file(preset, options) if preset else {}
+    console.show_styled(page(options, prog, about, example, given.help, given.places, files=files, preset=values))
     raise SystemExit(0)
 
 

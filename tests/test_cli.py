@@ -77,6 +77,25 @@ def test_help_of_an_option(folio) -> None:
     assert folio("train", "--help=lr") == (2, "", "folio: unknown option 'lr': did you mean 'learning_rate'?\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("demo", "--dataset PATH  a data set's name or folder (stdlib)"),
+        ("demo", "--n_layer N  blocks (4)"),
+        ("eval", "--dataset PATH  a data set's name or folder (the run's, else openwebtext)"),
+        ("eval", "--data_dir PATH  token files instead: a folder or glob (the run's)"),
+        ("bench", "--gradient_accumulation_steps N  accepted, but not used by this command"),
+    ],
+)
+def test_help_shows_the_values_that_the_command_uses(folio, monkeypatch, command, line) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    option, _, text = line.partition("  ")
+    shown_lines = [" ".join(found.split()) for found in folio(command, "--help").out.splitlines()]
+    assert f"{option} {text}" in shown_lines
+    name = option.split()[0]
+    assert folio(command, f"--help={name[2:]}").out.startswith(f"{name}: {text}")
+
+
 def test_help_of_a_command_by_its_name(folio) -> None:
     assert folio("help", "train") == folio("train", "--help") == folio("train", "shakespeare_char", "-h")
     assert folio("help", "train", "all") == folio("train", "--help=all")

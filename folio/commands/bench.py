@@ -16,8 +16,9 @@ from folio.records.console import show
 if TYPE_CHECKING:
     from torch import Tensor
 
-BURN_IN, STEPS, PROFILED = 10, 20, 3  # nanoGPT's numbers of steps, and those of a profile
-SECONDS = 60.0  # after which no further step is timed
+BURN_IN, STEPS, PROFILED = 10, 20, 3  # steps: before the timing, as in nanoGPT; timed, as in nanoGPT; profiled
+SECONDS = 60.0  # no step starts later than this
+_UNUSED = ("gradient_accumulation_steps", "total_batch_size", "document_mask", "eot")  # a step is one micro step
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Options:
         "profile 3 steps into bench_log/ instead",
         details="It writes a trace, the most expensive operations, and memory by kind.",
     )
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=Data, metadata={"unused": _UNUSED})
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
@@ -47,8 +48,9 @@ def main(options: Options) -> None:
     from folio.training.batches import MicroBatch
     from folio.training.loop import micro_step
 
-    seed, rows = options.system.seed, _rows(options)
-    model = GPT(options.model, lambda name: rng.generator(seed, name))
+    seed = options.system.seed
+    rows, vocab_size = _rows(options)
+    model = GPT(replace(options.model, vocab_size=vocab_size), lambda name: rng.generator(seed, name))
     size, context = rows.size(0), rows.size(1) - 1
     tokens_per_step = size * context
     flops = flops_per_token(model, context) * float(tokens_per_step)
@@ -85,25 +87,31 @@ def main(options: Options) -> None:
     )
 
 
-def _rows(options: Options) -> Tensor:
-    """A batch of (batch_size, context + 1) token ids: the first of the data set, or random ones."""
+def _rows(options: Options) -> tuple[Tensor, int]:
+    """A batch of (batch_size, context + 1) token ids, the first of the data set or random ones; the vocabulary size."""
     import torch
 
     from folio import rng
     from folio.data.rows import Tokens
+    from folio.training.start import vocab_size_of
 
     shape, size, seed = options.model, options.data.batch_size, options.system.seed
-    if shape.vocab_size == "auto":
-        raise UserError("vocab_size=auto: a benchmark needs a number, such as --vocab_size=50304")
     if options.real_data:
-        tokens = replace(Tokens.open(options.data, shape.block_size, seed), vocab_size=shape.vocab_size)
-        return torch.from_numpy(tokens.rows("train", 0, size))
+        tokens = Tokens.open(options.data, shape.block_size, seed)
+        vocab_size = vocab_size_of(tokens)[0] if shape.vocab_size == "auto" else shape.vocab_size
+        return torch.from_numpy(replace(tokens, vocab_size=vocab_size).rows("train", 0, size)), vocab_size
+    if shape.vocab_size == "auto":
+        raise UserError(
+            "vocab_size=auto is the data set's size, but real_data=False reads no data set: "
+            "give a number, such as --vocab_size=50304"
+        )
     context = options.data.row(shape.block_size)
-    return torch.randint(shape.vocab_size, (size, context + 1), generator=rng.generator(seed))
+    ids = torch.randint(shape.vocab_size, (size, context + 1), generator=rng.generator(seed))
+    return ids, shape.vocab_size
 
 
 def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyped-def]
-    """Seconds of each of ``count`` steps, fewer if they take more than a minute together."""
+    """Runs ``count`` steps and returns the seconds of each; stops early after a minute."""
     times: list[float] = []
     while len(times) < count and sum(times) < SECONDS:
         start = time.perf_counter()

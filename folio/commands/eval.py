@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from folio.machine.runtime import Runtime
 
 
+_UNUSED = ("gradient_accumulation_steps", "total_batch_size")
+
+
 @dataclass(frozen=True)
 class Options:
     """Measure a model: folio eval [loss | hellaswag | lm_eval] [--option=value …]."""
@@ -46,7 +49,7 @@ class Options:
     )
     limit: int = option(0, "to measure, from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
     source: Source = field(default_factory=Source)
-    tokens: Data = field(default_factory=Data, metadata={"of": ("loss",)})
+    tokens: Data = field(default_factory=Data, metadata={"of": ("loss",), "inherited": "the run's", "unused": _UNUSED})
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
     sources: dict[str, str] = field(default_factory=dict)  # option → what set it

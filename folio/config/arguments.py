@@ -32,11 +32,11 @@ class Arguments(NamedTuple):
     places: list[str]
 
 
-def read(options: type, argv: Sequence[str], *, files: bool) -> Arguments:
+def read(options: type, argv: Sequence[str], *, files: bool, ignored: type | None = None) -> Arguments:
     """The layers of a command line.
 
     An option is written ``--a=b`` or ``--a b``, with underscores or dashes; one that is True or False also ``--a`` or
-    ``--no-a``.
+    ``--no-a``. Options that only ``ignored`` has are checked for their type and dropped.
 
     Raises:
         UserError: an option, a value or a file is invalid; names it.
@@ -50,7 +50,10 @@ def read(options: type, argv: Sequence[str], *, files: bool) -> Arguments:
         if word in ("-h", "--help") or word.startswith("--help="):
             topic = _topic(options, word.partition("=")[2], waiting)
             return Arguments([], topic, [*places, *waiting])
-        if word.startswith("--"):
+        if word.startswith("--") and ignored and not _has(options, word) and _has(ignored, word):
+            name, _, value = _flag(ignored, word, waiting)[2:].partition("=")
+            typed_text(name, value, ignored)
+        elif word.startswith("--"):
             flags.append(_flag(options, word, waiting))
         elif files and not word.startswith("-"):
             flags.append(f"{_FILE}={word}")
@@ -61,9 +64,14 @@ def read(options: type, argv: Sequence[str], *, files: bool) -> Arguments:
     return Arguments(found.layers, None, places)
 
 
-def parser(options: type, names: Collection[str], **how: Any) -> argparse.ArgumentParser:
-    """An argparse parser of the options with these names, in their groups; ``how`` goes to ``ArgumentParser``."""
-    known, usual = table(options), defaults(options)
+def parser(
+    options: type, names: Collection[str], usual: dict[str, Any] | None = None, **how: Any
+) -> argparse.ArgumentParser:
+    """An argparse parser of the options with these names, in their groups; ``how`` goes to ``ArgumentParser``.
+
+    Its help shows the values in ``usual``, by default those of the class.
+    """
+    known, usual = table(options), defaults(options) if usual is None else usual
     parser = _Parser(allow_abbrev=False, add_help=False, **how)
     parser.add_argument(_FILE, action=_ReadFile, help=argparse.SUPPRESS).options = options  # type: ignore[attr-defined]
     groups: dict[str, Any] = {}
@@ -91,13 +99,16 @@ def parser(options: type, names: Collection[str], **how: Any) -> argparse.Argume
 def describe(name: str, option: Option, usual: dict[str, Any]) -> str:
     """Unit, help, choices and default of an option, on one line."""
     about = option.metadata
+    if name in about.get("unused", ()):
+        return "accepted, but not used by this command"
     text = " ".join(filter(None, [about.get("unit"), about["help"]]))
     choices = [str(word) for kind in (option.type, *get_args(option.type)) for word in get_args(kind)]
     if get_origin(option.type) is Literal and 1 < len(choices) < 6 and not all(word in text for word in choices):
         text = f"{' | '.join(choices)}; {text}"
+    inherited = about.get("inherited", "")
     if usual.get(name, "") in ("", ()):
-        return text if name in usual else f"{text} (required)"
-    value = usual[name]
+        return f"{text} ({inherited})" if inherited else text if name in usual else f"{text} (required)"
+    value = f"{inherited}, else {usual[name]}" if inherited else usual[name]
     shown = " ".join(value) if isinstance(value, tuple) else repr(value) if str(value).isspace() else value
     return f"{text} ({shown})"
 
@@ -110,6 +121,12 @@ def _topic(options: type, topic: str, waiting: list[str]) -> str:
     if topic not in ("", "all", *table(options)):
         raise UserError(unknown(topic, options))
     return topic
+
+
+def _has(options: type, word: str) -> bool:
+    """Whether a word such as ``--eval-iters=20`` or ``--no-compile`` sets one of the options."""
+    name = word[2:].partition("=")[0].replace("-", "_")
+    return not table(options).keys().isdisjoint({name, name.removeprefix("no_")})
 
 
 def _flag(options: type, word: str, waiting: list[str]) -> str:

@@ -26,7 +26,8 @@ def option(default: Any, help: str, *, role: Role = "", **more: Any) -> Any:
             of it is a path (ITSELF, EACH or AFTER_FILE); ``none``: what None stands for, if neither auto nor an empty
             default; ``positional``: it is a positional argument, shown as this; ``short``: a second spelling, such as
             ``-o``; ``of``: it applies only to these values of the command's first argument; ``listed``: (title,
-            lines by name), values that ``--help`` lists in a section of their own.
+            lines by name), values that ``--help`` lists in a section of their own; ``inherited``: a source whose value
+            replaces the default, such as "the run's"; ``unused``: names of options in a group that the command ignores.
     """
     return field(default=default, metadata={"help": help, "role": role, **more})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from rich_argparse import RawDescriptionRichHelpFormatter
@@ -29,7 +29,17 @@ class _Formatter(RawDescriptionRichHelpFormatter):
         super().__init__(prog, max_help_position=38, **more)
 
 
-def page(options: type, prog: str, about: str, example: str, topic: str, places: Sequence[str], *, files: bool) -> str:
+def page(
+    options: type,
+    prog: str,
+    about: str,
+    example: str,
+    topic: str,
+    places: Sequence[str],
+    *,
+    files: bool,
+    preset: Mapping[str, Any],
+) -> str:
     """The text of ``--help``.
 
     Args:
@@ -40,10 +50,11 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
         topic: "" for the options most used, "all" for all, or the name of one.
         places: The positional words; some options are for one value of the first only, such as ``hellaswag``.
         files: Whether it reads config files.
+        preset: Values of a preset that the command always reads; they are shown in place of the defaults.
     """
-    known = table(options)
+    known, usual = table(options), {**defaults(options), **preset}
     if topic in known:
-        return _in_detail(topic, known[topic], defaults(options).get(topic), prog)
+        return _in_detail(topic, known[topic], usual, prog)
     mine = {name for name, option in known.items() if _is_for(option, known, places)}
     names = {name for name in mine if topic == "all" or not known[name].metadata.get("advanced")}
     words = [o.metadata["positional"] for o in known.values() if o.metadata.get("positional")]
@@ -54,6 +65,7 @@ def page(options: type, prog: str, about: str, example: str, topic: str, places:
     shown = parser(
         options,
         names,
+        usual,
         prog=prog,
         usage=usage.replace("%", "%%"),
         description=_wrapped([about, *[f"Example: {example}"] * bool(example)]),
@@ -75,10 +87,10 @@ def _is_for(option: Option, known: dict[str, Option], places: Sequence[str]) -> 
     return not first or not (of := option.metadata.get("of")) or bool(first & set(of))
 
 
-def _in_detail(name: str, option: Option, usual: Any, prog: str) -> str:
+def _in_detail(name: str, option: Option, usual: dict[str, Any], prog: str) -> str:
     """One option in detail."""
     about = option.metadata
-    lines = [f"--{name}: {describe(name, option, {name: usual})}", *filter(None, [about.get("details")])]
+    lines = [f"--{name}: {describe(name, option, usual)}", *filter(None, [about.get("details")])]
     bounds = [f"{words} {about[rule]:,}" for rule, words in _BOUNDS.items() if rule in about]
     lines += [f"Its value is {' and '.join(bounds)}."] if bounds else []
     lines += [_ROLES[role]] if (role := about.get("role")) else []

@@ -272,6 +272,20 @@ def test_a_full_disk_is_an_error_and_leaves_no_files(tmp_path: Path) -> None:
 # folio bench --profile
 
 
+@pytest.mark.parametrize("real_data", [True, False])
+def test_bench_takes_the_vocabulary_size_of_the_data_set(folio, story, monkeypatch, tmp_path, real_data) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [*SMALL[:9], f"--data_dir={story}", "--vocab_size=auto", "--profile=True", f"--real_data={real_data}"]
+    done = folio("bench", *argv)
+    if real_data:
+        size = json.loads((story / "meta.json").read_text())["vocab_size"]
+        again = folio("bench", *argv, f"--vocab_size={size}")
+        assert done.code == again.code == 0
+        assert done.out.splitlines()[:7] == again.out.splitlines()[:7]  # the losses; times follow
+    else:
+        assert_refused(done, "vocab_size=auto", "real_data=False", "--vocab_size=50304")
+
+
 def test_bench_profiles_three_steps(folio, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = folio("bench", *BENCH)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from folio.config.compose import accumulated
 from folio.config.declare import option
-from folio.config.options import Data, Optimizer, Processes, System
+from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
 from folio.model.config import PADDED_GPT2, GPTConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from folio.machine.estimate import Estimate
     from folio.machine.memory import Memory, Step
 
+IGNORED = TrainConfig  # options that only folio train has: they do not change a plan
 _KINDS = {
     "weights": "weights",
     "optimizer": "optimizer",
@@ -29,6 +30,9 @@ _KINDS = {
     "logits": "logits and their gradient",
     "total": "total",
 }
+_BYTES = {"GB": 1e9, "MB": 1e6}
+_FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
+_TIMES = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,9 @@ def _model(options: Options, device: Device, step: Step, found: Estimate) -> Ite
 
 def _memory(memory: Memory) -> Iterator[tuple[str, str]]:
     yield "memory", "of each device, at the peak of a step"
+    unit, word = _unit(memory.total, _BYTES)
     for kind, words in _KINDS.items():
-        yield "", f"{_gigabytes(getattr(memory, kind)):>9} GB  {words}"
+        yield "", f"{getattr(memory, kind) / unit:>9,.2f} {word}  {words}"
         if kind == "gradients" and memory.gradients < memory.weights:
             yield "", f"{'':>9}     (activations are freed while the other gradients are computed)"
 
@@ -145,8 +150,8 @@ def _memory(memory: Memory) -> Iterator[tuple[str, str]]:
 def _work(options: Options, device: Device, found: Estimate, data: Tokens | str) -> Iterator[tuple[str, str]]:
     steps, gpus = options.optimizer.max_iters, options.gpus
     tokens = found.tokens * steps
-    sends = f"; each device sends {_gigabytes(found.sent)} GB" if gpus > 1 else ""
-    yield "step", f"{found.tokens:,} tokens, {found.flops / 1e12:,.2f} TFLOP{sends}"
+    sends = f"; each device sends {_in_unit(found.sent, _BYTES)}" if gpus > 1 else ""
+    yield "step", f"{found.tokens:,} tokens, {_in_unit(found.flops, _FLOPS)}{sends}"
     yield "run", f"{steps:,} steps, {_count(tokens)} tokens, {found.flops * steps:.3g} FLOP"
     if isinstance(data, str):
         yield "data", data
@@ -158,7 +163,8 @@ def _work(options: Options, device: Device, found: Estimate, data: Tokens | str)
     if hours is None or device.peak is None:
         yield "time", f"unknown, since the peak of a {device.name} in {device.dtype} is unknown"
         return
-    yield "time", f"{hours:,.1f} hours at an MFU of {options.mfu:g} and a peak of {device.peak / 1e12:,.2f} TFLOP/s"
+    spent = _in_unit(hours * 3600, _TIMES, digits=1)
+    yield "time", f"{spent} at an MFU of {options.mfu:g} and a peak of {device.peak / 1e12:,.2f} TFLOP/s"
     if options.price:
         yield "cost", f"{hours * gpus * options.price:,.2f} at {options.price:g} per device and hour"
 
@@ -171,8 +177,16 @@ def _count(n: int) -> str:
     return f"{n / size:,.2f}{letter}" if letter else f"{n:,}"
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f}"
+def _unit(value: float, units: dict[str, float], digits: int = 2) -> tuple[float, str]:
+    """The size and the name of the largest unit that shows two significant digits, else of the smallest unit."""
+    shown = [(size, word) for word, size in units.items() if value >= size * 10 ** (1 - digits)]
+    return shown[0] if shown else (min(units.values()), min(units, key=units.__getitem__))
+
+
+def _in_unit(value: float, units: dict[str, float], digits: int = 2) -> str:
+    """1234567 → "1.23 MB"."""
+    size, word = _unit(value, units, digits)
+    return f"{value / size:,.{digits}f} {word}"
 
 
 def _verdict(options: Options, device: Device, total: int) -> str:
@@ -181,7 +195,7 @@ def _verdict(options: Options, device: Device, total: int) -> str:
 
     from folio.machine.memory import NOTHING_FITS, needed, remedies
 
-    of = f"{_gigabytes(total)} of {_gigabytes(device.memory)} GB"
+    of = f"{_in_unit(total, _BYTES).removesuffix(' GB')} of {_in_unit(device.memory, _BYTES)}"
     if total <= device.memory:
         return f"fits: {of}"
 

@@ -252,6 +252,42 @@ def test_the_remedies_fit(folio, argv) -> None:
         assert "983,040 tokens" in remedied
 
 
+def test_the_options_of_a_train_command_are_accepted(folio) -> None:
+    """Users paste the command of a run; options that change no plan are checked for their type and ignored."""
+    argv = ["train_shakespeare_char", "--max_iters=100", "--vocab_size=65", "--gpu=cpu", "--dtype=float32"]
+    pasted = [
+        "--eval_iters=20",
+        "--log_interval",
+        "1",
+        "--wandb_log",
+        "--no-always_save_checkpoint",
+        "--out_dir=x",
+        "--profile",
+        "3",
+    ]
+    assert folio("plan", *argv, *pasted) == folio("plan", *argv)
+    assert_refused(folio("plan", *argv, "--eval_iters=many"), "eval_iters", "many")
+    assert_refused(folio("plan", *argv, "--eval_itres=20"), "eval_itres")
+    assert_refused(folio("plan", *argv, "--eval_iters"), "eval_iters", "needs a value")
+
+
+def test_a_tiny_model_is_planned_in_small_units(folio) -> None:
+    shape = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --vocab_size=65 --batch_size=4"
+    argv = f"{shape} --gradient_accumulation_steps=1 --max_iters=100 --gpu=cpu --dtype=float32"
+    out = folio("plan", *argv.split()).out
+    assert " MB  total\n" in out
+    assert " MFLOP\n" in out
+    assert " seconds at an MFU of 0.4" in out
+    assert " GB  " not in out
+    assert out.splitlines()[-1].startswith("fits: ")
+    assert " MB of " in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(7200, "2.0 hours"), (90, "1.5 minutes"), (0.25, "0.2 seconds")])
+def test_a_time_in_its_unit(seconds, text) -> None:
+    assert plan._in_unit(seconds, plan._TIMES, digits=1) == text
+
+
 def test_a_model_without_remedies(folio) -> None:
     argv = "--gpu=t4 --batch_size=1 --n_layer=48 --n_head=25 --n_embd=1600"
     last = folio("plan", *argv.split()).out.splitlines()[-1]

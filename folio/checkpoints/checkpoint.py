@@ -126,13 +126,18 @@ class Checkpoint:
         """Raises ValueError if its vocabulary is unknown."""
         if self.tokenizer_spec is None:
             raise UserError(
-                f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: put nanoGPT's meta.pkl "
-                "or a tokenizer.json beside it"
+                f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: "
+                f"{self._tokenizer_remedy()}"
             )
         try:
             return from_json(self.state["tokenizer"])
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from None
+
+    def _tokenizer_remedy(self) -> str:
+        return (
+            "put a meta.json, or a meta.pkl with its characters, beside the token files of its run, and resume the run"
+        )
 
 
 def _floating(path: Path, tensors: Tensors) -> Tensors:

@@ -100,13 +100,8 @@ class HuggingFace(Checkpoint):
     def slots(self) -> Tensors:
         yield from ()
 
-    def tokenizer(self) -> Tokenizer:
-        if self.state["tokenizer"] is None:
-            raise UserError(
-                f"{self.path}: nothing says what its {self.config().vocab_size} token ids mean: "
-                f"{tokenizer_folder.lack(self.path)}"
-            )
-        return super().tokenizer()
+    def _tokenizer_remedy(self) -> str:
+        return tokenizer_folder.lack(self.path)
 
 
 def _our_name(name: str) -> str:

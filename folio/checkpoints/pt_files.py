@@ -90,6 +90,9 @@ class PtFile(Checkpoint):
         stored = {name: v for name, v in found.items() if isinstance(v, StoredTensor)}
         yield from ((name, tensor.float()) for name, tensor in _loaded(self.path, stored))
 
+    def _tokenizer_remedy(self) -> str:
+        return "put nanoGPT's meta.pkl, or the meta.json of its data set, beside the file"
+
 
 def read(path: Path) -> PtFile:
     """The checkpoint in a ``.pt`` file; no code in it is run.

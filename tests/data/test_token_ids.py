@@ -213,6 +213,20 @@ def test_ids_of_an_unknown_tokenizer(story: Path, tmp_path: Path, folio: Folio) 
     assert f"nothing says what the token ids of {run_folder.checkpoint_folder(out, 1)} mean" in tuned.out
 
 
+def test_the_remedy_for_an_unknown_tokenizer_helps(story: Path, tmp_path: Path, folio: Folio) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    bare.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(story / f"{split}.bin", bare)
+    argv = [*SMALL, "--vocab_size=300", f"--data_dir={bare}", f"--out_dir={out}"]
+    assert folio("train", *argv, "--max_iters=1").code == 0
+    sampling = ["sample", f"--out_dir={out}", "--checkpoint=latest", "--num_samples=1", "--max_new_tokens=5"]
+    assert_refused(folio(*sampling), "put a meta.json", "beside the token files of its run, and resume the run")
+    shutil.copy(story / "meta.json", bare)
+    assert folio("train", "--init_from=resume", f"--out_dir={out}", "--max_iters=2").code == 0
+    assert folio(*sampling).code == 0
+
+
 def test_a_mixture_of_the_same_ids(tmp_path: Path, gpt2: Tiktoken, folio: Folio) -> None:
     """GPT-2's from two programs can be mixed, other tokenizers cannot."""
     (tmp_path / "gpt2.json").write_text(gpt2.fast().to_str(), encoding="utf-8")

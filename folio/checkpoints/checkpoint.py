@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import files
-from folio.checkpoints.safetensors_files import Opened, Tensors, read
+from folio.checkpoints.safetensors_files import OpenFile, Tensors, read
 from folio.checkpoints.state import State
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.compose import model_config
@@ -35,7 +35,7 @@ Shaped = TypeVar("Shaped", Tensor, StoredTensor)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk, its ``state.json``, and the options of its run.
+    """A model on disk, its ``state.json``, and the options of its run (``asked``).
 
     Tensors are read one at a time, on demand. Subclasses read other programs' files
     (``folio.checkpoints.hugging_face``, ``folio.checkpoints.pt_files``).
@@ -44,7 +44,7 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
     asked: dict[str, Any] = field(default_factory=dict)
-    opened: Mapping[str, Opened] = field(default_factory=dict, repr=False, kw_only=True)  # its files, by name
+    opened: Mapping[str, OpenFile] = field(default_factory=dict, repr=False, kw_only=True)  # its files, by name
 
     @property
     def step(self) -> int:
@@ -81,8 +81,8 @@ class Checkpoint:
         """The error for a checkpoint with NaN or infinity in one of its tensors."""
         mine = self.path.parent.name == CHECKPOINTS
         earlier = [step for step in run_folder.steps(self.path.parent.parent) if step < self.step] if mine else []
-        remedy = f": use --checkpoint={earlier[-1]}; to resume there, move this folder away" if earlier else ""
-        return UserError(f"{self.path}: {name} is not finite, so nothing can be computed with it{remedy}")
+        remedy = f": use --checkpoint={earlier[-1]}; to resume from that, move this folder away" if earlier else ""
+        return UserError(f"{self.path}: {name} is not finite, so the model cannot be used{remedy}")
 
     def _stored(self) -> Tensors:
         return read(self.path / MODEL, opened=self.opened.get(MODEL))
@@ -154,7 +154,7 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
 
     A checkpoint of the same step is replaced: if it has the same tensors, only its ``state.json``; otherwise it is
     moved aside first, so a whole checkpoint of this step is on the disk at any moment. After a kill between the
-    renames, readers find it there (``run_folder.existing_folder``), and the next run moves it back (``hold``).
+    renames, readers find the old one aside (``run_folder.existing_folder``), and the next run moves it back (``hold``).
 
     Raises:
         OSError: the disk is full or the folder is not writable; nothing is left of the attempt.
@@ -212,11 +212,11 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
             raise UserError(f"its sha256 names {', '.join(map(str, state['sha256'])) or 'nothing'}")
         own = run_folder.checkpoint_folder, run_folder.replaced_folder
         if path.name not in [folder(path.parent, state["step"]).name for folder in own]:
-            raise UserError(f"it says step {state['step']}")
+            raise UserError(f"its state.json is of step {state['step']}")
         if not sealed:
             known = State.of(state)
             if known.rows * int(state.get("row", 0)) > known.tokens:
-                raise UserError(f"its {known.rows} rows are more than its {known.tokens} tokens make")
+                raise UserError(f"its {known.rows} rows need more than its {known.tokens} tokens")
             model_config(path, state["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
@@ -230,7 +230,7 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
         ValueError: a file is missing, changed, or of another run.
     """
     try:
-        opened = {name: Opened(path / name) for name in (MODEL, OPTIMIZER)}
+        opened = {name: OpenFile(path / name) for name in (MODEL, OPTIMIZER)}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     state, _ = state_of(path)
@@ -246,10 +246,10 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
 
 
 def unsealed(found: Checkpoint) -> str:
-    """A line about a checkpoint that an older version wrote, else ""."""
+    """A warning if an older version wrote the checkpoint, without a checksum of ``state.json``; else ""."""
     if STATE in found.state["sha256"]:
         return ""
-    return f"{found.path / STATE} has no checksum, as older versions wrote it: it is used as it is"
+    return f"{found.path / STATE} has no checksum, since an older version wrote it: it is used without a check"
 
 
 def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -258,7 +258,7 @@ def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
     with torch.no_grad():
         for name, weight in weights:
             if (p := wanted.pop(name, None)) is None:
-                raise UserError(f"the weights do not fit the model: {name} is there, {_NO_SUCH}")
+                raise UserError(f"the weights do not fit the model: they have {name}, {_NO_SUCH}")
             if p.shape != weight.shape:
                 raise UserError(f"{name} has shape {tuple(weight.shape)}, the model {tuple(p.shape)}")
             p.copy_(shard_like(p, weight))

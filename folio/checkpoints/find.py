@@ -127,7 +127,7 @@ def best_step(out_dir: Path) -> int | None:
 
 
 def choose(out_dir: Path, which: str = "best") -> Checkpoint:
-    """The checkpoint ``best``, ``latest`` or of a step; if it is removed or replaced before it is read, chosen again.
+    """Finds the checkpoint ``best``, ``latest`` or of a step. If it is removed before it is read, chooses again.
 
     Raises:
         FileNotFoundError: there is no such checkpoint; lists those that exist.
@@ -146,7 +146,7 @@ def choose(out_dir: Path, which: str = "best") -> Checkpoint:
                 raise UserError(f"{error}{remedy}") from None
     options: dict[str, Any] = {}
     try:
-        options = run_folder.asked(out_dir).options
+        options = run_folder.read_config(out_dir).options
     except FileNotFoundError:
         pass
     except ValueError as error:  # the model is usable without the run's options

@@ -23,10 +23,10 @@ _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)
 
 
 def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
-    """Writes a file that llama.cpp runs, in one dtype, except that it needs vectors and positions in float32.
+    """Writes a file that llama.cpp runs. Matrices are in ``dtype``; it needs vectors and positions in float32.
 
     Biases that the model lacks are written as zeros; token ids beyond the tokenizer's are cut off. llama.cpp needs
-    a token to stop at: a vocabulary of characters gets an end-of-text after its last.
+    a token to stop at: a tokenizer without an end-of-text gets one, as its last id.
 
     Raises:
         FileExistsError: the file exists. ValueError: the tokenizer is unknown, or not of byte pairs like GPT-2's; the
@@ -37,7 +37,10 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
 
     tokenizer = fitting_tokenizer(found)
     if tokenizer is None:
-        raise UserError(f"{found.path}: nothing says what its token ids mean, as a GGUF file must: export a folder")
+        raise UserError(
+            f"{found.path}: nothing says what its token ids mean, and a GGUF file needs the tokenizer: "
+            "export a folder, --to=FOLDER"
+        )
     config = require_gpt2(found)
     tensors = dict(_tensors(found, tokenizer, dtype))
     if config.activation == "gelu":
@@ -75,7 +78,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
 
 
 class _Checked(np.ndarray[Any, Any]):
-    """An array whose ``tofile`` fails where the disk is full; NumPy's loses what C's stdio still buffers."""
+    """An array whose ``tofile`` raises if the disk is full. NumPy's does not: C's stdio buffers the last bytes."""
 
     def tofile(self, file: Any, sep: str = "", format: str = "%s") -> None:
         file.write(self.data)
@@ -113,7 +116,7 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[int], list[str]]:
         if spec["model"]["type"] != "BPE" or spec["normalizer"] or not gpt2.items() <= words.items():
             raise UserError(
                 "the tokenizer splits text in another way than GPT-2's, which a GGUF file of GPT-2 cannot express: "
-                "export a folder"
+                "export a folder, --to=FOLDER"
             )
         added = {t["id"]: t for t in spec["added_tokens"]}
         by_id = {i: token for token, i in spec["model"]["vocab"].items()} | {i: t["content"] for i, t in added.items()}

@@ -21,7 +21,7 @@ _FIELDS = (  # of GPTConfig: those that the exporters can express
     *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
     *("bias", "qkv_bias", "activation", "tie_weights"),
 )
-_LONGEST, _HEADS, _HEAD = 2048, 2, 8  # at most so many tokens, heads, and channels of a head are compared with GPT-2
+_LONGEST, _HEADS, _HEAD = 2048, 2, 8  # of the model that is compared with GPT-2: most tokens, heads, channels of a head
 _TOLERANCE = 1e-6  # of the largest logit, in float64
 
 
@@ -161,6 +161,6 @@ def fitting_tokenizer(found: Checkpoint) -> Tokenizer | None:
     if tokenizer.size > size:
         raise UserError(
             f"{found.path}: its tokenizer has {tokenizer.size} token ids, but its model {size}: "
-            "they are of different runs"
+            "they are of different runs, so it cannot be exported"
         )
     return tokenizer

@@ -34,7 +34,7 @@ from folio.model.config import GPTConfig
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-_FIXED = {  # GPT-2's values of options that this model does not have
+_FIXED = {  # GPT-2's values of settings that Folio's model does not have
     "model_type": "gpt2",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -48,7 +48,7 @@ _OF_OTHERS = re.compile(  # keys of other architectures, and of quantized or pru
     r"rope|rotary|alibi|rms_?norm|norm_type|qk_norm|sliding|window|key_value_heads|multi_query|kv_heads|expert|softcap"
     r"|parallel_residual|attention_types|quantization|pruned_heads|sparsity"
 )
-_IN_ITS_FILE = {"kind": "tokenizers"}  # tokenizer.json
+_IN_ITS_FILE = {"kind": "tokenizers"}  # in place of a tokenizer that is in tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PUBLIC = those(TrainConfig, public=True)
 
@@ -95,7 +95,7 @@ class HuggingFace(Checkpoint):
         for file in weight_files(self.path):
             read = safetensors_files.read if file.suffix == ".safetensors" else pt_files.tensors
             for name, tensor in read(file, wanted):
-                yield _our_name(name), _turned(_our_name(name), tensor)
+                yield _our_name(name), _transposed(_our_name(name), tensor)
 
     def slots(self) -> Tensors:
         yield from ()
@@ -133,7 +133,9 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
         public = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
         asked = {name: typed(path, name, value, TrainConfig) for name, value in public.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}: 'folio': {type(error).__name__} {error}: remove that part") from None
+        raise UserError(
+            f"{path}: its entry 'folio' is damaged ({type(error).__name__} {error}): remove that entry"
+        ) from None
     shape = replace(shape, dropout=was.dropout)
     found = HuggingFace(folder, {**foreign_state(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
@@ -177,7 +179,9 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
     """The tokenizer that an export kept, else the one in the folder's files."""
     if kept and (spec := kept.get("tokenizer")) != _IN_ITS_FILE:
         if spec is not None and not (isinstance(spec, dict) and isinstance(spec.get("kind"), str)):
-            raise UserError(f"{folder / 'config.json'}: 'folio': its tokenizer is not valid: remove that part")
+            raise UserError(
+                f"{folder / 'config.json'}: the tokenizer in its entry 'folio' is not valid: remove that entry"
+            )
         return spec
     return tokenizer_folder.read(folder)
 
@@ -203,7 +207,7 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
     asked = _public(found.asked)
     configs = _configs(found, size, tokenizer, dtype, asked)
     weights = {
-        name: _turned(name, cast(found, name, weight, dtype)).contiguous()
+        name: _transposed(name, cast(found, name, weight, dtype)).contiguous()
         for name, weight in complete_weights(found, size)
     }
     with files.appearing(folder) as unfinished:
@@ -258,8 +262,8 @@ def _configs(found: Checkpoint, size: int, tokenizer: Tokenizer | None, dtype: s
     return made
 
 
-def _turned(name: str, weight: Tensor) -> Tensor:
-    """Converts our layout to Hugging Face's, and back."""
+def _transposed(name: str, weight: Tensor) -> Tensor:
+    """The weight in Hugging Face's layout, given ours; in ours, given Hugging Face's."""
     return weight.t() if name.endswith(_TRANSPOSED) else weight
 
 

@@ -39,7 +39,7 @@ def facts(found: Checkpoint) -> dict[str, str]:
 
 
 def checked(facts: Any) -> dict[str, str]:
-    """Facts from an untrusted file. Raises ValueError if they are not short lines of text."""
+    """Returns facts from an untrusted file. Raises ValueError if they are not short lines of text."""
     if not isinstance(facts, dict):
         raise UserError("its facts are not an object")
     for what, value in facts.items():
@@ -86,7 +86,7 @@ def _machine(resolved: dict[str, Any]) -> str:
 
 
 def card(found: Checkpoint, name: str, vocab_size: int, tokenizer: Tokenizer | None, asked: dict[str, Any]) -> str:
-    """The text of ``README.md``; ``asked`` are the settings that the card may list."""
+    """The text of ``README.md``; ``asked`` has the options of the run that may be published."""
     config, state, known = replace(found.config(), vocab_size=vocab_size), found.state, facts(found)
     parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
     activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"

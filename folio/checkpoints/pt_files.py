@@ -154,7 +154,7 @@ def tensors(path: Path, wanted: Callable[[str], bool]) -> Tensors:
 
 def _loaded(path: Path, stored: Mapping[str, StoredTensor]) -> Tensors:
     """Reads one tensor at a time, in the order that needs the least memory and time."""
-    for name, tensor in sorted(stored.items(), key=lambda item: item[1].place()):
+    for name, tensor in sorted(stored.items(), key=lambda item: item[1].sort_key()):
         try:
             whole = tensor.load()
         except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:  # it was changed after it was verified
@@ -221,7 +221,7 @@ def _tensors(path: Path, raw: dict[Any, Any], config: GPTConfig) -> dict[str, St
 
 
 def _asked(path: Path, config: Any) -> dict[str, Any]:
-    """nanoGPT's options that describe the run, not its machine."""
+    """nanoGPT's options of the run, without those about its machine or about one call."""
     if not isinstance(config, dict):
         return {}
     passed_over = those(TrainConfig, role="machine") | those(TrainConfig, role="call")

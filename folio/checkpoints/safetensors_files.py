@@ -13,11 +13,11 @@ from torch import Tensor
 from folio import files
 from folio.errors import UserError
 
-_HEADER = 16 * 2**20  # bytes of a file's list of tensors
+_HEADER = 16 * 2**20  # bytes, at most, of the list of tensors that a file begins with
 Tensors = Iterator[tuple[str, Tensor]]
 
 
-class Opened:
+class OpenFile:
     """A file that can be read at ``path`` while this object lives, even if the file is removed."""
 
     def __init__(self, name: Path) -> None:
@@ -29,11 +29,11 @@ class Opened:
         if hasattr(self, "_handle"):
             os.close(self._handle)
 
-    def __reduce__(self) -> tuple[type[Opened], tuple[Path]]:
-        return Opened, (self.name,)  # another process opens the file again
+    def __reduce__(self) -> tuple[type[OpenFile], tuple[Path]]:
+        return OpenFile, (self.name,)  # another process opens the file again
 
 
-def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: Opened | None = None) -> Tensors:
+def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: OpenFile | None = None) -> Tensors:
     """Yields the ``wanted`` tensors of a file, the largest first; each is mapped only while it is in use.
 
     Copying them into a model therefore needs little more memory than the model. ``opened`` is the file, already open.

@@ -1,4 +1,4 @@
-"""The position of a run, as a checkpoint's ``state.json`` has it."""
+"""The progress of a run, as a checkpoint's ``state.json`` has it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from folio.model.config import GPTConfig
 
 @dataclass
 class State:
-    """The position of a run. With the weights and the optimizer's tensors it is all that a run needs to resume."""
+    """The progress of a run. A run resumes from this, the weights and the optimizer's tensors alone."""
 
     step: int = 0  # updates done
-    rows: int = 0  # rows of the order that they consumed
-    tokens: int = 0  # targets in those
+    rows: int = 0  # rows that they consumed, in the order of the run
+    tokens: int = 0  # targets in those rows
     seconds: float = 0.0  # wall time
     train_loss: float | None = None  # of the last evaluation
     val_loss: float | None = None
@@ -33,7 +33,7 @@ class State:
             best = (state.best["step"], state.best["loss"]) if state.best else ()
             counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
             if not all(type(n) is int and n >= 0 for n in counts):
-                raise UserError("its counts are not whole numbers from 0 on")
+                raise UserError("its counts are not all whole numbers of at least 0")
             losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
             if not all(map(math.isfinite, (state.seconds, *losses, *best))):
                 raise UserError("its losses or seconds are not finite")

@@ -28,9 +28,9 @@ from folio.files import require_file
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a legacy file
 _PIECE = 2**20  # bytes read at once
-_DENSE = 16  # an archive beyond a gigabyte may expand to this many times its size: more is a zip bomb
+_DENSE = 16  # an archive may expand to a gigabyte and this many times its size: more is a zip bomb
 _MOST_AT_ONCE = 16 * 2**20  # bytes: an archive's list of records is the longest thing read at once
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ZIP_ERRORS = (struct.error, zlib.error, zipfile.BadZipFile)
 _STORAGES = {
     "Float": torch.float32,
@@ -63,7 +63,7 @@ class _File:
     _last: tuple[str, Tensor] | None = None
 
     def read(self, key: str) -> Tensor:
-        """The bytes of a storage (n), kept until another is read. Raises ValueError where it is damaged."""
+        """The bytes of a storage (n), kept until another is read. Raises ValueError if it is damaged."""
         if self._last is None or self._last[0] != key:
             self._last = None
             size, open_record = self.records[key]
@@ -109,11 +109,11 @@ class StoredTensor:
         numbers = raw[: len(raw) // size * size].view(self.dtype)
         tensor = numbers.as_strided(self.shape, self.strides, self.offset).clone(memory_format=torch.contiguous_format)
         if self.storage.file.swapped and size > 1:
-            tensor.view(_WHOLE[size]).numpy().byteswap(inplace=True)
+            tensor.view(_INTEGERS[size]).numpy().byteswap(inplace=True)
         return tensor
 
-    def place(self) -> tuple[int, str]:
-        """A sort key: the largest storages first, and tensors of one storage together."""
+    def sort_key(self) -> tuple[int, str]:
+        """Orders tensors so that the largest storages are first, and tensors of one storage together."""
         return (-self.storage.count * self.storage.dtype.itemsize, self.storage.key) if self.storage else (0, "")
 
 
@@ -178,7 +178,7 @@ def _archive(path: Path, known: Mapping[str, Any]) -> Any:
         if record.flag_bits & 1:
             raise UserError(f"its record {name} is encrypted")
         if record.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"its record {name} is compressed in a way that torch does not know")
+            raise UserError(f"its record {name} has a compression that torch does not use")
     whole = sum(record.file_size for record in records.values())
     if whole > 2**30 + _DENSE * path.stat().st_size:
         raise UserError(f"its {path.stat().st_size:,} bytes would become {whole:,}: it is a zip bomb")
@@ -222,7 +222,7 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     made = pickles.load(stream, known, storage)
     keys, at, end = pickles.load(stream), stream.tell(), path.stat().st_size
     if not isinstance(keys, list) or not used.keys() <= set(map(str, keys)):
-        raise UserError("it lacks some of its numbers")
+        raise UserError("it lacks some of its storages")
     with path.open("rb") as raw:
         for key in map(str, keys):
             raw.seek(at)
@@ -273,9 +273,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
     dtype = next((value for value in more if isinstance(value, torch.dtype)), storage.dtype)
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     if 0 not in shape and end * dtype.itemsize > storage.count * storage.dtype.itemsize:
-        return StoredTensor(torch.Size(shape), problem="larger than what is stored of it")
+        return StoredTensor(torch.Size(shape), problem="larger than its storage")
     if len(more) > 2 and isinstance(more[-1], dict) and more[-1]:
-        return StoredTensor(torch.Size(shape), problem="stored with a negation or a conjugation to be done")
+        return StoredTensor(torch.Size(shape), problem="stored with a lazy negation or conjugation")
     return StoredTensor(torch.Size(shape), dtype, "", tuple(strides), offset + storage.first, storage)
 
 
@@ -307,7 +307,7 @@ _UTILS = {
     "_rebuild_sparse_tensor": _unusable("sparse"),
     "_rebuild_nested_tensor": _unusable("nested"),
     "_rebuild_meta_tensor_no_storage": _unusable("without numbers, on the meta device"),
-    "_rebuild_wrapper_subclass": _unusable("of a class that wraps others"),
+    "_rebuild_wrapper_subclass": _unusable("of a subclass that wraps other tensors"),
 }
 _REBUILT = tuple(_UTILS.values())
 _KNOWN: dict[str, Any] = {

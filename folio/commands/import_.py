@@ -45,15 +45,15 @@ def main(options: Options) -> None:
         state |= {"best": None, "train_loss": None, "val_loss": None}  # these were measured without the new ids
     with files.appearing(Path(options.to)) as out_dir:
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        slots = {name: _as_long(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
+        slots = {name: _with_new_rows(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
         checkpoint.save(out_dir, found.step, weights, slots, state)
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
-        run_folder.keep_asked(out_dir, state["run"], asked)
+        run_folder.write_config(out_dir, state["run"], asked)
         if state["best"]:
             files.write_sealed(out_dir / run_folder.BEST, state["best"])
     if state["tokenizer"] is None:
         say(
-            f"nothing says what its {model.config.vocab_size} token ids mean: it can train on token files, but "
+            f"nothing says what the model's {model.config.vocab_size} token ids mean: it can train on token files, but "
             "cannot generate text"
         )
     say(
@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     )
 
 
-def _as_long(slot: Tensor, weight: Tensor) -> Tensor:
+def _with_new_rows(slot: Tensor, weight: Tensor) -> Tensor:
     """An optimizer's tensor, with zeros for the new rows of its weight."""
     from torch.nn import functional
 

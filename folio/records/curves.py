@@ -86,7 +86,7 @@ def _draw(figure: Any, row: int, drawn: list[Curve]) -> None:
 
 
 def _add_references(figure: Any, row: int, title: str, h: History) -> None:
-    """GPT-2's own values across a panel."""
+    """Draws GPT-2's own values across a panel."""
     gpt2 = {}
     if title == LOSS and h.fineweb:
         gpt2 = {"loss": GPT2_LOSS}
@@ -94,7 +94,7 @@ def _add_references(figure: Any, row: int, title: str, h: History) -> None:
         gpt2 = {style: GPT2_HELLASWAG[style] for style in h.hellaswag if style in GPT2_HELLASWAG}
     for name, value in gpt2.items():
         label = {"text": f"GPT-2 124M, {name} {value}", "font": {"size": 11}}
-        side = "bottom left" if title == LOSS else "top left"  # where no curve comes
+        side = "bottom left" if title == LOSS else "top left"  # away from the curves
         dash = {"dash": "dash", "width": 1, "color": GRAY}
         figure.add_hline(value, row=row, col=1, line=dash, annotation=label, annotation_position=side)
 

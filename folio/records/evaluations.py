@@ -12,7 +12,7 @@ from folio.records.run_folder import EVALUATIONS
 
 
 def append(out_dir: Path, record: Record) -> None:
-    """Adds a line to the file, after its last whole line; warns if that is not possible."""
+    """Adds a line to the file, after its last whole line; warns if the file cannot be written."""
     path = out_dir / EVALUATIONS
     try:
         before = path.read_bytes() if path.exists() else b""

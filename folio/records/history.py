@@ -24,14 +24,14 @@ GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation
 GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # its acc_norm: build-nanogpt, lm-evaluation-harness
 UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
 
-_MOST = 32  # figures of other kinds
+_MOST = 32  # measurements, besides Folio's own, that are drawn
 
 Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; an empty list for a kind without records
 Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
 
 
 class History(NamedTuple):
-    """The measurements of a run, without null, which stands for NaN and infinity."""
+    """The measurements of a run. Values that were NaN or infinite, null in the file, are left out."""
 
     name: str
     train: Points
@@ -42,7 +42,7 @@ class History(NamedTuple):
     fineweb: bool  # the data is FineWeb-Edu, by its name
 
     def along(self, steps: NDArray[np.float64], unit: float | None) -> NDArray[np.float64]:
-        """The positions of steps (N,) on the x axis: of steps, or of tokens in this unit.
+        """Where steps (N,) are on the x axis: the steps themselves, or the tokens trained on until then, in ``unit``.
 
         NaN if the run recorded no tokens.
         """
@@ -77,10 +77,10 @@ def read(out_dir: Path) -> Records:
     return records
 
 
-def asked(out_dir: Path) -> dict[str, Any]:
+def options_of(out_dir: Path) -> dict[str, Any]:
     """The options of a run; empty if its ``config.json`` cannot be read."""
     with suppress(ValueError, OSError):
-        return run_folder.asked(out_dir).options
+        return run_folder.read_config(out_dir).options
     return {}
 
 
@@ -166,7 +166,7 @@ def span(histories: Sequence[History]) -> tuple[float, float]:
     """The lowest and highest loss to show.
 
     Losses of the first twentieth of a run are cut off at the top if they would take more than two thirds of the height.
-    So is one train loss in a hundred.
+    The highest hundredth of the later train losses may be cut off too.
     """
     shown, highest = [GPT2_LOSS] * any(h.fineweb for h in histories), -math.inf
     for h in histories:
@@ -183,7 +183,7 @@ def span(histories: Sequence[History]) -> tuple[float, float]:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as make them differ, in printable characters."""
+    """A name for each folder: the last parts of its path, as few as make the names differ, in printable characters."""
     depths = range(1, max(len(path.parts) for path in folders) + 1)
     ends = ([Path(*path.parts[-depth:]).as_posix() for path in folders] for depth in depths)
     apart = next(end for end in ends if len(set(end)) == len(folders))
@@ -195,6 +195,6 @@ def _printable(name: str) -> str:
 
 
 def unit_of(histories: Sequence[History]) -> tuple[float, str]:
-    """The unit for their tokens, and its name, "" for 1."""
+    """The unit in which to count the tokens of the runs, and its name; (1, "") for fewer than a thousand."""
     most = max((h.tokens[1].max() for h in histories if h.tokens.size), default=0.0)
     return next(((unit, word) for unit, word in UNITS.items() if most >= unit), (1.0, ""))

@@ -30,7 +30,7 @@ from folio.records.trackers import Identity, Trackers
 
 
 class Log:
-    """Writes the records of a run to the console, files and trackers; only rank 0 (``main``) does.
+    """Writes the records of a run to the console, files and trackers; does nothing on ranks other than 0 (``main``).
 
     A terminal shows a progress bar below the lines; other outputs get nanoGPT's lines. Without ``monitor``, records go
     only to files and trackers.

@@ -16,7 +16,7 @@ from folio import files
 from folio.records.record import Record
 
 REWRITTEN = ("train", "start")  # kinds of records that a resumed run writes again for its first step
-_BEGINNING = b'{"kind": '  # of a record; never inside one, where quotes are escaped
+_BEGINNING = b'{"kind": '  # how a record begins; it cannot occur inside one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
 
 
@@ -58,12 +58,12 @@ def holds_records(path: Path) -> bool | None:
 
 
 def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1) -> list[str]:
-    """Removes the lines that a run resumed at ``step`` writes again, and returns a note about each loss.
+    """Removes the lines that a run resumed at ``step`` writes again, and returns notes about lines that are lost.
 
-    These are the lines of later steps, ``train`` and ``start`` of this step, measurements of this step that the
-    checkpoint lists as ``owed``, and an unfinished last line. Damaged lines are removed too, and the original file is
-    kept beside it. The notes are about damaged lines, and about missing ones of a run that wrote a train line every
-    ``interval`` steps (0: none).
+    Written again are the lines of later steps, ``train`` and ``start`` of this step, and the kinds of measurements of
+    this step that were not finished when its checkpoint was written (``owed``). An unfinished last line and damaged
+    lines are removed too; if there are damaged lines, a copy of the original file is kept beside it. Lines are missing
+    if the last one is older than a run that writes a train line every ``interval`` steps (0: none) would have it.
     """
     if not path.exists():
         return [f"{path} is missing: all measurements before step {step} are lost"] if step and interval else []

@@ -19,9 +19,9 @@ from folio.records.history import (
     GPT2_HELLASWAG,
     GPT2_LOSS,
     History,
-    asked,
     history,
     names,
+    options_of,
     read,
     smooth,
     span,
@@ -40,14 +40,14 @@ SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "folio",  # the same bytes again
 }
-EACH: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.22, "zorder": 1}
+EVERY_STEP: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.22, "zorder": 1}
 SMOOTHED: dict[str, Any] = {"linewidth": 1.3, "alpha": 0.55, "marker": "", "zorder": 1.5}
 
 
 def draw(out_dirs: Sequence[Path], picture: Path) -> None:
     """Draws the losses of runs, their HellaSwag accuracies and other measurements; the suffix says the format.
 
-    The axes are linear: half of the width is half of the work, and the effect of the last learning rates is visible.
+    The axes are linear: a logarithmic x axis would hide how the loss falls at the end, where the learning rate decays.
     The axis at the top counts tokens. If the runs differ in tokens per step, a second column of panels is drawn over
     tokens. Runs differ in line, marker and lightness, so also in grayscale.
 
@@ -63,7 +63,7 @@ def draw(out_dirs: Sequence[Path], picture: Path) -> None:
 
     folders = {path.resolve(): path for path in out_dirs}
     named = zip(names(list(folders)), folders.values(), strict=True)
-    histories = [history(name, read(path), asked(path)) for name, path in named]
+    histories = [history(name, read(path), options_of(path)) for name, path in named]
     for h, path in zip(histories, folders.values(), strict=True):
         if not (h.train.size or h.validation.size or any(p.size for p in h.hellaswag.values()) or h.others):
             raise UserError(f"{path / METRICS} holds nothing to draw yet: let the run get to its first loss")
@@ -153,7 +153,7 @@ def line_styles(count: int) -> list[dict[str, Any]]:
 
 def _draw_losses(ax: Any, h: History, unit: float | None, look: dict[str, Any]) -> None:
     steps, losses = thin(h.train)
-    ax.plot(h.along(steps, unit), losses, color=look["color"], **EACH)
+    ax.plot(h.along(steps, unit), losses, color=look["color"], **EVERY_STEP)
     steps, losses = thin(np.stack([h.train[0], smooth(h.train[1])]))
     ax.plot(h.along(steps, unit), losses, **{**look, **SMOOTHED})
     steps, losses = h.validation
@@ -174,11 +174,11 @@ def _draw_other(name: str, ax: Any, h: History, unit: float | None, look: dict[s
 
 
 def _add_legend(fig: Any, ax: Any, histories: list[History], lines: list[dict[str, Any]]) -> None:
-    """Adds the legend. It names the best validation of several runs; that of a single run stands at its point."""
+    """Adds the legend. It gives the best validation loss of each of several runs; that of one run is at its point."""
     from matplotlib.lines import Line2D
 
     keys = [
-        Line2D([], [], color="black", label="train, each step that was logged", **EACH),
+        Line2D([], [], color="black", label="train, each step that was logged", **EVERY_STEP),
         Line2D([], [], color="black", label="train, smoothed", **SMOOTHED),
     ] * any(h.train.size for h in histories)
     for h, look in zip(histories, lines, strict=True):
@@ -196,7 +196,7 @@ def _add_legend(fig: Any, ax: Any, histories: list[History], lines: list[dict[st
 
 
 def _add_references(axes: Any, label: str, histories: list[History]) -> None:
-    """GPT-2's own values across a row of panels."""
+    """Draws GPT-2's own values across a row of panels."""
     if label == LOSS and any(h.fineweb for h in histories):
         _reference(axes, GPT2_LOSS, "", "center")
     if label == HELLASWAG:

@@ -18,9 +18,9 @@ from folio.records.curves import curves
 from folio.records.history import (
     History,
     Records,
-    asked,
     history,
     names,
+    options_of,
     points,
     read,
     unit_of,
@@ -39,7 +39,7 @@ def report(out_dir: Path, page: Path) -> None:
         ValueError: the run has not begun.
         OSError: the page cannot be written.
     """
-    records, options = read(out_dir), asked(out_dir)
+    records, options = read(out_dir), options_of(out_dir)
     evaluated = out_dir / EVALUATIONS
     h = history(names([out_dir.resolve()])[0], records, options)
     sections = {

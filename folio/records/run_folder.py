@@ -27,8 +27,8 @@ TENSORBOARD = "tensorboard"
 PROFILE = "profile"
 TRACE, OPERATIONS, MEMORY = "trace.json", "operations.txt", "memory.json"  # in the folder PROFILE
 NANOGPT = "ckpt.pt"  # nanoGPT's checkpoint
-MOVING = ".previous.unfinished"
-REPLACED = ".replaced"  # suffix of a checkpoint that another of its step replaces
+MOVING = ".previous.unfinished"  # holds the files of an earlier run while they are moved to previous-N
+REPLACED = ".replaced"  # suffix of a checkpoint while a new one of the same step replaces it
 _LOCK = ".folio.lock"
 
 
@@ -45,7 +45,7 @@ def steps(out_dir: Path) -> list[int]:
     """The steps that have a checkpoint, under its own name or moved aside, in order. They are not verified."""
     pattern = re.compile(rf"\.?step-([0-9]{{8,18}})(?:{re.escape(REPLACED)})?")
     try:
-        with os.scandir(out_dir / CHECKPOINTS) as entries:  # one look: a run may remove them meanwhile
+        with os.scandir(out_dir / CHECKPOINTS) as entries:  # read once: a run may remove checkpoints meanwhile
             names = [entry.name for entry in entries if entry.is_dir()]
     except OSError:
         return []
@@ -72,7 +72,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def hold(out_dir: Path) -> Lock:
-    """Locks the folder for one run until the lock is released. Moves files back that a killed run had moved aside.
+    """Locks the folder for one run until the lock is released. Undoes moves that a killed run did not finish.
 
     Raises:
         InUseError: another run has the lock; names it. OSError: the folder cannot be written.
@@ -88,7 +88,7 @@ def hold(out_dir: Path) -> Lock:
 
 
 def _put_back_files(out_dir: Path) -> None:
-    """Undoes an unfinished move to ``previous-N``; a file that exists again is moved there."""
+    """Undoes an unfinished move to ``previous-N``. Files whose names are taken again are moved to ``previous-N``."""
     moving = out_dir / MOVING
     if not moving.is_dir():
         return
@@ -116,7 +116,7 @@ def next_previous(out_dir: Path) -> Path:
     return next(p for n in itertools.count(1) if not os.path.lexists(p := out_dir / f"previous-{n}"))
 
 
-class Asked(NamedTuple):
+class RunConfig(NamedTuple):
     """The content of ``config.json``."""
 
     run: str  # its id
@@ -124,8 +124,8 @@ class Asked(NamedTuple):
     sealed: bool  # the file has a checksum of itself; older files have none
 
 
-def asked(out_dir: Path) -> Asked:
-    """The options of a run, checked against their types and bounds. Options that no longer exist are kept unchecked.
+def read_config(out_dir: Path) -> RunConfig:
+    """Reads ``config.json``; checks the options' types and bounds. Options that no longer exist are kept unchecked.
 
     Raises:
         FileNotFoundError: there is no ``config.json``.
@@ -135,12 +135,11 @@ def asked(out_dir: Path) -> Asked:
     try:
         raw, sealed = files.read_sealed(path)
         if not sealed and raw.keys() != {"run", "folio", "asked"}:
-            raise UserError(f"{path}: it holds {', '.join(raw) or 'nothing'}")
+            raise UserError(f"{path}: its keys are {', '.join(raw) or 'none'}, not run, folio and asked")
         if not isinstance(raw["run"], str) or not isinstance(raw["asked"], dict):
-            raise UserError(f"{path}: its run is not text, or its asked is not an object")
-        return Asked(
-            raw["run"], {name: checked_value(path, name, value) for name, value in raw["asked"].items()}, sealed
-        )
+            raise UserError(f"{path}: its 'run' is not text, or its 'asked' is not an object")
+        options = {name: checked_value(path, name, value) for name, value in raw["asked"].items()}
+        return RunConfig(raw["run"], options, sealed)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -155,8 +154,8 @@ def asked(out_dir: Path) -> Asked:
     )
 
 
-def keep_asked(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
+def write_config(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
     """Writes ``config.json``, without the options that apply to one call only."""
-    passed_over = those(TrainConfig, role="call")
-    kept = {name: value for name, value in options.items() if name not in passed_over}
+    of_this_call = those(TrainConfig, role="call")
+    kept = {name: value for name, value in options.items() if name not in of_this_call}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

@@ -36,7 +36,7 @@ _NANOGPT = {"step": "iter", "lr": "lr", "mfu": "mfu"}  # nanoGPT sends these to 
 class Identity(NamedTuple):
     """The run that is tracked. A tracker that knows ``run_id`` continues that run from ``step``.
 
-    ``measured`` has the existing records of that step; they are not measured again.
+    ``measured`` has the records of that step from before the run was resumed; they are not measured again.
     """
 
     out_dir: Path

@@ -63,8 +63,10 @@ def find_former_run(out_dir: Path, init_from: str, known: str = "") -> FormerRun
         raise FileNotFoundError(f"nothing to resume in {out_dir}: no checkpoint is there; use --init_from=scratch")
     path = out_dir / run_folder.CONFIG
     try:
-        run_id, asked, sealed = run_folder.asked(out_dir)
-        notes = () if sealed else (f"{path} has no checksum, as older versions wrote it: it is used as it is",)
+        run_id, asked, sealed = run_folder.read_config(out_dir)
+        notes = (
+            () if sealed else (f"{path} has no checksum, since an older version wrote it: it is used without a check",)
+        )
     except FileNotFoundError:
         run_id, asked = "", {}
         notes = (f"{path} is missing: options that are not given now take their defaults",)
@@ -203,7 +205,7 @@ def take_folder(run: Run, former: FormerRun | None) -> list[str]:
             notes = rewind(out_dir / METRICS, run.begun, run.owed, interval)
         else:
             notes = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
-        run_folder.keep_asked(out_dir, run.id, flat(run.config))
+        run_folder.write_config(out_dir, run.id, flat(run.config))
         launch.remember_run(run.id)
     except OSError as error:
         raise unwritable(out_dir, error) from None

@@ -226,7 +226,7 @@ def test_ids_of_which_nothing_is_known(folio, story, tmp_path, size) -> None:
     said = folio(*SAMPLE, f"--init_from={tmp_path / 'hf'}")
     assert_refused(said, tmp_path / "hf", f"nothing says what its {size} token ids mean", "neither a tokenizer.json")
     code, said, _ = folio("import", tmp_path / "hf", "--to", tmp_path / "out")
-    assert (code, f"nothing says what its {size} token ids mean" in said) == (0, True)
+    assert (code, f"nothing says what the model's {size} token ids mean" in said) == (0, True)
     assert folio("export", f"--out_dir={tmp_path / 'out'}", "--to", tmp_path / "back").code == 0
     assert not list((tmp_path / "back").glob("*token*"))
     argv = (*TRAIN, f"--data_dir={story}", f"--out_dir={tmp_path / 'new'}", f"--init_from={tmp_path / 'hf'}")

@@ -42,7 +42,7 @@ def full(tmp_path: Path) -> Path:
     more = {"model": asdict(SHAPE), "tokenizer": {"kind": "characters", "characters": "aé\n"}, "data": "0f", "row": 8}
     state = {"run": "a1", **known, **more, "scaler": {}, "resolved": {"device": "cpu", "threads": 1}}
     checkpoint.save(tmp_path, 60, *tensors(model, optimizer), state)
-    run_folder.keep_asked(tmp_path, "a1", flat(TrainConfig()))
+    run_folder.write_config(tmp_path, "a1", flat(TrainConfig()))
     files.write_sealed(tmp_path / "best.json", {"step": 60, "loss": 2.3})
     return tmp_path
 
@@ -63,9 +63,9 @@ def test_no_bit_of_a_config_can_change(full: Path) -> None:
     for other in flips(content):
         (full / "config.json").write_bytes(other)
         with pytest.raises(ValueError, match=r"config\.json.*: restore a copy of that file"):
-            run_folder.asked(full)
+            run_folder.read_config(full)
     (full / "config.json").write_bytes(content)
-    assert run_folder.asked(full).run == "a1"
+    assert run_folder.read_config(full).run == "a1"
 
 
 def test_no_bit_of_the_best_can_change(full: Path) -> None:
@@ -81,7 +81,7 @@ def test_white_space_is_no_damage(full: Path) -> None:
     for path in (run_folder.checkpoint_folder(full, 60) / "state.json", full / "config.json"):
         path.write_text(json.dumps(json.loads(path.read_text())) + "\n\n")
     assert checkpoint.verify(run_folder.checkpoint_folder(full, 60)).step == 60
-    assert run_folder.asked(full).sealed
+    assert run_folder.read_config(full).sealed
 
 
 def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
@@ -90,8 +90,10 @@ def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
     older(full / "best.json")
     found, lines = find.latest(full, "a1")
     assert found is not None
-    assert lines == [f"{found.path / 'state.json'} has no checksum, as older versions wrote it: it is used as it is"]
-    assert not run_folder.asked(full).sealed
+    assert lines == [
+        f"{found.path / 'state.json'} has no checksum, since an older version wrote it: it is used without a check"
+    ]
+    assert not run_folder.read_config(full).sealed
     with pytest.warns(UserWarning, match="has no checksum"):
         assert find.choose(full).step == 60
 
@@ -99,13 +101,13 @@ def test_what_older_versions_wrote_is_taken_with_a_line(full: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"step": 70}, "it says step 70"),
+        ({"step": 70}, "its state.json is of step 70"),
         ({"step": "60"}, "format code"),
-        ({"rows": 340}, "its 340 rows are more than its 1920 tokens make"),
-        ({"tokens": 1919}, "its 240 rows are more"),
-        ({"tokens": -1}, "whole numbers from 0 on"),
-        ({"rows": 240.0}, "whole numbers from 0 on"),
-        ({"evaluations_without_improvement": True}, "whole numbers from 0 on"),
+        ({"rows": 340}, "its 340 rows need more than its 1920 tokens"),
+        ({"tokens": 1919}, "its 240 rows need more"),
+        ({"tokens": -1}, "not all whole numbers"),
+        ({"rows": 240.0}, "not all whole numbers"),
+        ({"evaluations_without_improvement": True}, "not all whole numbers"),
         ({"sha256": {"model.safetensors": "0", "state.json": ""}}, "its sha256 names model.safetensors"),
         ({"sha256": {"model.safetensors": "0", "optimizer.safetensors": "0", "other": "", "state.json": ""}}, "other"),
         ({"model": {**asdict(SHAPE), "n_head": 0}}, "n_head"),
@@ -138,7 +140,7 @@ def test_what_was_asked_must_be_possible(full: Path, name: str, value: Any, word
     values = flat(TrainConfig()) | {name: value}
     (full / "config.json").write_text(json.dumps({"run": "a1", "folio": "0", "asked": values}))
     with pytest.raises(ValueError, match=rf"config\.json: {words}.*: restore a copy.*--init_from={full}"):
-        run_folder.asked(full)
+        run_folder.read_config(full)
     with pytest.warns(UserWarning, match="config.json: .*: restore a copy"):
         assert find.choose(full).asked == {}
 
@@ -149,4 +151,4 @@ def test_a_checkpoint_under_another_steps_name(full: Path) -> None:
     found, lines = find.latest(full, "a1")
     assert found is not None
     assert found.step == 60
-    assert "step-00000070 is damaged: it says step 60; set aside" in lines[0]
+    assert "step-00000070 is damaged: its state.json is of step 60; set aside" in lines[0]

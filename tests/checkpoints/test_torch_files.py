@@ -188,7 +188,7 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "meta": (lambda: torch.empty(3, device="meta"), "without numbers, on the meta device"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "sparse"),
     "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), "sparse"),
-    "negated": (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, "a negation or a conjugation"),
+    "negated": (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, "a lazy negation or conjugation"),
 }
 
 
@@ -231,7 +231,7 @@ SHAPES: dict[str, tuple[Any, ...]] = {
 def test_a_tensor_beyond_what_is_stored(tmp_path: Path, shape: tuple[Any, ...]) -> None:
     made = Rebuilt(torch._utils._rebuild_tensor_v2, STORAGE, *shape, False, OrderedDict())
     found = torch_files.load(saved({"it": made}, tmp_path / "it.pt"))
-    assert unfit(found["it"]) in ("larger than what is stored of it", "of an impossible shape")
+    assert unfit(found["it"]) in ("larger than its storage", "of an impossible shape")
     with pytest.raises(ValueError, match="it is "):
         found["it"].load()
 
@@ -297,7 +297,7 @@ DAMAGES = {
     no_pickle: "holds no data.pkl",
     twice: "two records of one name",
     encrypted: "is encrypted",
-    by_bzip2: "in a way that torch does not know",
+    by_bzip2: "a compression that torch does not use",
     bomb: "zip bomb",
     pickle_bomb: "data.pkl has",
     long_directory: "damaged",

@@ -28,7 +28,7 @@ def test_import(out_dir: Path, tmp_path: Path, shakespeare: Path, folio: Folio, 
     assert "step 200" in outcome.out
     assert f"--init_from=resume --out_dir={to}" in outcome.out
     one, two = find.by_name(str(out_dir)), find.by_name(str(to))
-    checkpoint.verify(two.path, run_folder.asked(to)[0])
+    checkpoint.verify(two.path, run_folder.read_config(to)[0])
     for mine, others in ((one.weights(), two.weights()), (one.slots(), two.slots())):
         assert_equal(dict(mine), dict(others))
     assert (two.step, two.asked) == (200, one.asked)

@@ -306,7 +306,7 @@ def test_the_remedy_for_a_damaged_config_is_true(train: Train, out: Path, tmp_pa
     assert f"{out / 'config.json'} is missing: options that are not given now" in train("out", *options).out
     train("whole", *options)
     assert timeless(out) == timeless(whole)
-    assert run_folder.asked(out) == run_folder.asked(whole)
+    assert run_folder.read_config(out) == run_folder.read_config(whole)
     models = [dict(find.choose(o, "latest").weights()) for o in (out, whole)]
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
 
@@ -330,7 +330,7 @@ def test_an_older_run_resumes_with_a_note(train: Train, out: Path) -> None:
         del value["sha256"][path.name]
         path.write_text(json.dumps({k: v for k, v in value.items() if v != {} or k != "sha256"}))
     said = train("out", "--init_from=resume", "--max_iters=10").out
-    assert said.count("has no checksum, as older versions wrote it") == 2
+    assert said.count("has no checksum, since an older version wrote it") == 2
     assert run_folder.steps(out) == [5, 10]
 
 

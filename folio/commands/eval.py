@@ -60,7 +60,7 @@ def main(options: Options) -> None:
 
 
 def run(options: Options) -> tuple[dict[str, Any], str]:
-    """The result, and a text that says it. The result of a run is also added to its ``evaluations.jsonl``."""
+    """The result, and the lines that report it. The result of a run is also added to its ``evaluations.jsonl``."""
     from folio.checkpoints import find
     from folio.machine import shortage
     from folio.machine.choices import resolve
@@ -75,7 +75,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
     chosen = find.from_source(o.source)
     runtime = Runtime(resolve(o.system, o.processes))
     try:
-        with shortage.explained("measuring", lambda: _needs(o, chosen, runtime)):
+        with shortage.explained("measuring", lambda: _memory_advice(o, chosen, runtime)):
             found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
@@ -88,7 +88,7 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
         runtime.close()
 
 
-def _needs(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
+def _memory_advice(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
     from folio.machine import shortage
 
     weights = 4 * sum(shape.numel() for shape in chosen.parameters().values())
@@ -139,7 +139,7 @@ def _tokens(
 
     named, places = set(o.sources), those(Options, role="data")
     if places & named:
-        named |= places | {"token_dtype"}  # the run's type is that of the run's data only
+        named |= places | {"token_dtype"}  # the run's token_dtype holds for the run's own data only
     kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}
     data = replace(o.tokens, **kept)
     tokens = replace(Tokens.open(data, block_size, o.system.seed), vocab_size=vocab_size)

@@ -47,7 +47,9 @@ class Options:
     mfu: float = option(0.4, "share of the devices' peak that training reaches", above=0, max=1)
     price: float = option(0.0, "price of a device for an hour; 0: compute no cost", min=0)
     init_from: str = option(
-        "scratch", "scratch | resume | auto", details="The shape of another model is not looked up."
+        "scratch",
+        "scratch | resume | auto",
+        details="Other models are not read: give their shape by --n_layer, --n_head and --n_embd.",
     )
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
@@ -86,7 +88,7 @@ def device_of(options: Options) -> Device:
     gpus, node, parallel = options.gpus, options.gpus_per_node, options.processes.parallel
     if options.init_from not in ("scratch", "resume", "auto"):
         raise UserError(
-            f"init_from={options.init_from}: the shape of that model is not looked up here: set --init_from=scratch, "
+            f"init_from={options.init_from}: folio plan does not read that model: set --init_from=scratch, "
             "and the model's --n_layer, --n_head and --n_embd"
         )
     if parallel == "hsdp" and (not 1 < node < gpus or gpus % node):

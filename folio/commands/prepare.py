@@ -47,7 +47,7 @@ class Options:
     on_error: Literal["stop", "skip"] = option("stop", "skip: count unreadable documents and continue")
     overwrite: bool = option(False, "replace a data set that was made with other settings")
     workers: int = option(0, "processes that tokenize; 0: one for each core", min=0)
-    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the last joins them")
+    shard_of: str = option("", "I/N: prepare part I (from 0) of N; the part that ends last joins them")
     config: str = option("", "hf: configuration of the data set")
     split: str = option("", "hf: split of the data set; default: train")
     streaming: bool = option(False, "hf: read the data set as a stream, without a copy in the cache")
@@ -60,7 +60,7 @@ def main(options: Options) -> None:
 def run(options: Options) -> Path:
     """Prepares, and returns the folder."""
     if not any(options.text):
-        raise UserError(f"nothing to prepare: there are {', '.join(KNOWN)}, your files and folders, or hf:NAME")
+        raise UserError(f"nothing to prepare: name a data set ({', '.join(KNOWN)}), your files or folders, or hf:NAME")
     from folio.preparation.job import prepare
 
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
@@ -68,12 +68,12 @@ def run(options: Options) -> Path:
         raise UserError("--val_fraction and --val_documents exclude each other: give one")
     first = options.text[0]
     by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
-    name = options.name or (first if by_name else _name(first))
+    name = options.name or (first if by_name else _name_of(first))
     folder = Path(options.data_dir or Path("data") / name)
     if by_name:
         recipe = known(first, folder, options.source, chosen)
     elif options.source:
-        raise UserError("--source is for a known data set: name files themselves")
+        raise UserError("--source gives the text of a known data set only: name your files without --source")
     else:
         recipe = named_by_user(options.text, name, **chosen)
     prepare(
@@ -92,7 +92,7 @@ def _names_text(source: str) -> bool:
     return source.startswith("hf:") or Path(source).exists() or not source.isidentifier()
 
 
-def _name(source: str) -> str:
+def _name_of(source: str) -> str:
     from folio.preparation.finding import kind_of
 
     path = Path(source.removeprefix("hf:"))

@@ -54,7 +54,7 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
     vocabulary = chosen.tokenizer()
     runtime = Runtime(resolve(options.system))
     try:
-        with shortage.explained("sampling", lambda: _needs(chosen.config(), options.sampling, runtime)):
+        with shortage.explained("sampling", lambda: _memory_advice(chosen.config(), options.sampling, runtime)):
             model = chosen.model().to(runtime.device, runtime.dtype).eval()
             if runtime.compile:
                 model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
@@ -65,7 +65,7 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
         runtime.close()
 
 
-def _needs(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
+def _memory_advice(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
     from folio.machine import shortage
 
     cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * runtime.dtype.itemsize

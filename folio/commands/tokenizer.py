@@ -60,7 +60,7 @@ def main(options: Options) -> None:
     )
     fast.train_from_iterator(_texts(source, options), trainer)
     if (size := fast.get_vocab_size()) < options.vocab_size:
-        say(f"the text yields only {size:,} tokens")
+        say(f"the text yields only {size:,} tokens, not {options.vocab_size:,}")
     out = Path(options.out)
     write(out, fast.to_str(pretty=True).encode())  # fast.save raises no OSError
     say(f"wrote {out}: {size:,} tokens")

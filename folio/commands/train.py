@@ -19,14 +19,14 @@ def main(options: Options) -> int:
     from folio.training.start import running
     from folio.training.stopping import EXIT_CODES
 
-    with running(_beside_fineweb(options)) as run:
+    with running(_with_fineweb_preset(options)) as run:
         return EXIT_CODES.get(fit(run), 0)
 
 
-def _beside_fineweb(options: Options) -> Options:
-    """Build-nanogpt's preset, if no file and no data is named and FineWeb-Edu is there; else the options as they are.
+def _with_fineweb_preset(options: Options) -> Options:
+    """Applies build-nanogpt's preset if OpenWebText, the default data set, is missing and FineWeb-Edu is there.
 
-    OpenWebText, nanoGPT's default, has precedence, and so has the data of a run that is resumed.
+    If a config file or data is named, or the run is resumed or starts from another model, the options stay as they are.
     """
     from folio.data.folders import find
     from folio.training.resume import has_run

@@ -25,7 +25,7 @@ NAMES = {  # flag → option of folio train with another name
     "log_dir": "out_dir",
     "max_lr": "learning_rate",
 }
-ALWAYS = {  # constants of its code
+ALWAYS = {  # constants in the code of that script
     "bias": True,  # except where qkv_bias applies
     "activation": "gelu_tanh",
     "tie_weights": False,

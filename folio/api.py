@@ -15,7 +15,7 @@ from folio.config.compose import Layer, compose
 from folio.config.files import read_file
 from folio.config.options import TrainConfig
 from folio.config.table import flat
-from folio.config.values import COMMAND_LINE, typed
+from folio.config.values import COMMAND_LINE, convert
 from folio.training.loop import fit
 from folio.training.run import Run
 from folio.training.start import running
@@ -105,7 +105,7 @@ def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.P
             names |= values
             layers.append(Layer(os.fspath(item), values, supersedes=True))
     plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    keywords = {name: typed(caller, name, value, type(base)) for name, value in plain.items()}
+    keywords = {name: convert(caller, name, value, type(base)) for name, value in plain.items()}
     return compose(base, [*layers, Layer(COMMAND_LINE, keywords, supersedes=True)])
 
 

@@ -166,7 +166,7 @@ def _finite(digits: str) -> float:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path) -> Iterator[Path]:
     """Yields a path to write a file or folder to. It is renamed to ``path`` at the end, or removed after an error.
 
     Raises:

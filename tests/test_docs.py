@@ -286,7 +286,7 @@ def test_hours_and_costs_are_those_of_folio_plan(folio: Callable[..., Outcome]) 
         argv = ["plan", "train_gpt2_124m_fineweb", f"--gpu={gpu}", f"--batch_size={size}", f"--price={price}"]
         argv += ["--dtype=float16"] * (not GPUS[gpu].bfloat16)
         output = folio(*argv, "--gpus=8").out
-        assert f" {on_eight} hours at an MFU of 0.4, the peak being {peak}.00 TFLOP/s" in output, (gpu, output)
+        assert f" {on_eight} hours at an MFU of 0.4 and a peak of {peak}.00 TFLOP/s" in output, (gpu, output)
         assert f" {cost} at {price} " in output, (gpu, output)
         assert "\nfits" in output, (gpu, output)
         assert float(cost) / float(price) == pytest.approx(float(on_one), abs=0.06), gpu

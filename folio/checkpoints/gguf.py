@@ -49,7 +49,7 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
             stacklevel=2,
         )
     tokens, types, merges = _vocabulary(tokenizer)
-    with files.appearing(path) as unfinished:
+    with files.written_atomically(path) as unfinished:
         writer = gguf.GGUFWriter(unfinished, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
         writer.add_name(path.stem)
         writer.add_block_count(config.n_layer)

@@ -23,8 +23,8 @@ from folio.checkpoints.safetensors_files import Tensors
 from folio.checkpoints.state import State, foreign_state
 from folio.config.compose import model_config
 from folio.config.options import TrainConfig
-from folio.config.table import those
-from folio.config.values import typed
+from folio.config.table import options_with
+from folio.config.values import convert
 from folio.data import tokenizer_folder
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
@@ -50,7 +50,7 @@ _OF_OTHERS = re.compile(  # keys of other architectures, and of quantized or pru
 )
 _IN_ITS_FILE = {"kind": "tokenizers"}  # in place of a tokenizer that is in tokenizer.json
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_PUBLIC = those(TrainConfig, public=True)
+_PUBLIC = options_with(TrainConfig, public=True)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -131,7 +131,7 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
         was, state = model_config(path, kept["model"]), State.of(kept["state"])
         known = model_card.checked(kept.get("facts", {}))
         public = {name: value for name, value in kept["asked"].items() if name in _PUBLIC}
-        asked = {name: typed(path, name, value, TrainConfig) for name, value in public.items()}
+        asked = {name: convert(path, name, value, TrainConfig) for name, value in public.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
             f"{path}: its entry 'folio' is damaged ({type(error).__name__} {error}): remove that entry"
@@ -210,7 +210,7 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
         name: _transposed(name, cast(found, name, weight, dtype)).contiguous()
         for name, weight in complete_weights(found, size)
     }
-    with files.appearing(folder) as unfinished:
+    with files.written_atomically(folder) as unfinished:
         unfinished.mkdir()
         save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
         for config in configs:

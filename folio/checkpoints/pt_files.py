@@ -25,8 +25,8 @@ from folio.checkpoints.state import State, foreign_state
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
 from folio.config.compose import model_config
 from folio.config.options import TrainConfig
-from folio.config.table import table, those
-from folio.config.values import typed
+from folio.config.table import options_with, table
+from folio.config.values import convert
 from folio.data.folders import open_folder
 from folio.data.meta_files import read_meta_pkl
 from folio.data.pickled_values import Fields, fields_of
@@ -224,7 +224,7 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
     """nanoGPT's options of the run, without those about its machine or about one call."""
     if not isinstance(config, dict):
         return {}
-    passed_over = those(TrainConfig, role="machine") | those(TrainConfig, role="call")
+    passed_over = options_with(TrainConfig, role="machine") | options_with(TrainConfig, role="call")
     kept = {}
     for name in table(TrainConfig):
         if name in config and name not in passed_over:
@@ -232,7 +232,7 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)  # max_iters = 6e5
             with contextlib.suppress(ValueError):  # nanoGPT checks no types
-                kept[name] = typed(path, name, value, TrainConfig)
+                kept[name] = convert(path, name, value, TrainConfig)
     return {**kept, "warmup": "nanogpt"}
 
 

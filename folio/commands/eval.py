@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from folio.config.declare import EACH, HellaSwagStyle, hellaswag_data_option, hellaswag_style_option, option
 from folio.config.options import Data, Processes, Source, System
-from folio.config.table import table, those
+from folio.config.table import options_with, table
 from folio.data.token_files import Split
 from folio.errors import UserError
 from folio.records.console import best_effort, show
@@ -137,7 +137,7 @@ def _tokens(
     """
     from folio.data.rows import Tokens
 
-    named, places = set(o.sources), those(Options, role="data")
+    named, places = set(o.sources), options_with(Options, role="data")
     if places & named:
         named |= places | {"token_dtype"}  # the run's token_dtype holds for the run's own data only
     kept = {f.name: chosen.asked[f.name] for f in fields(Data) if f.name in chosen.asked and f.name not in named}

@@ -43,7 +43,7 @@ def main(options: Options) -> None:
     state = {**found.state, "model": asdict(model.config)}
     if model.config != found.config():
         state |= {"best": None, "train_loss": None, "val_loss": None}  # these were measured without the new ids
-    with files.appearing(Path(options.to)) as out_dir:
+    with files.written_atomically(Path(options.to)) as out_dir:
         weights = {name: p.detach() for name, p in model.named_parameters()}
         slots = {name: _with_new_rows(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
         checkpoint.save(out_dir, found.step, weights, slots, state)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
-from folio.config.table import override, those
+from folio.config.table import options_with, override
 from folio.config.values import COMMAND_LINE
 from folio.records.console import say
 
@@ -32,7 +32,7 @@ def _with_fineweb_preset(options: Options) -> Options:
     from folio.training.resume import has_run
 
     typed, begin = options.sources, options.output.init_from
-    if typed.keys() & those(Options, role="data") or set(typed.values()) - {COMMAND_LINE}:
+    if typed.keys() & options_with(Options, role="data") or set(typed.values()) - {COMMAND_LINE}:
         return options
     if begin not in ("scratch", "auto", "resume") or (begin != "scratch" and has_run(Path(options.output.out_dir))):
         return options

@@ -13,7 +13,7 @@ from folio.config.files import read_file
 from folio.config.names import unknown
 from folio.config.options import TrainConfig
 from folio.config.table import Option, defaults, table
-from folio.config.values import COMMAND_LINE, typed, typed_text
+from folio.config.values import COMMAND_LINE, convert, parse_text
 from folio.errors import UserError
 
 _FILE = "--config file"  # no option can have this name
@@ -52,7 +52,7 @@ def read(options: type, argv: Sequence[str], *, files: bool, ignored: type | Non
             return Arguments([], topic, [*places, *waiting])
         if word.startswith("--") and ignored and not _has(options, word) and _has(ignored, word):
             name, _, value = _flag(ignored, word, waiting)[2:].partition("=")
-            typed_text(name, value, ignored)
+            parse_text(name, value, ignored)
         elif word.startswith("--"):
             flags.append(_flag(options, word, waiting))
         elif files and not word.startswith("-"):
@@ -192,9 +192,9 @@ class _SetOption(argparse.Action):
         if isinstance(value, list):
             value = tuple(value)
         elif not self.option_strings:
-            value = typed(COMMAND_LINE, self.dest, value, self.options)
+            value = convert(COMMAND_LINE, self.dest, value, self.options)
         else:
-            value = typed_text(self.dest, value, self.options)
+            value = parse_text(self.dest, value, self.options)
         namespace.names[self.dest] = value
         namespace.layers.append(Layer(COMMAND_LINE, {self.dest: value}))
 

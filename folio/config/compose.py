@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from folio.config.declare import AFTER_FILE, EACH, ITSELF
 from folio.config.options import MICRO_STEPS, Data, TrainConfig
-from folio.config.table import defaults, flat, override, table, those
-from folio.config.values import COMMAND_LINE, check_bounds, typed
+from folio.config.table import defaults, flat, options_with, override, table
+from folio.config.values import COMMAND_LINE, check_bounds, convert
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 
@@ -66,7 +66,7 @@ def over_files(config: TrainConfig, stored: Mapping[str, Any]) -> tuple[TrainCon
         The config, and a line for each value of a file that differs.
     """
     mine, values, lines = flat(config), {}, []
-    own = those(TrainConfig, role="call")
+    own = options_with(TrainConfig, role="call")
     for name, value in stored.items():
         source = config.sources.get(name)
         if name in own or name not in mine or source == COMMAND_LINE:
@@ -160,7 +160,7 @@ def checked_value(path: Path, name: str, value: Any) -> Any:
     """
     if (found := table(TrainConfig).get(name)) is None:
         return value
-    value = typed(path, name, value, TrainConfig)
+    value = convert(path, name, value, TrainConfig)
     try:
         check_bounds(name, value, found.metadata)
     except ValueError as error:

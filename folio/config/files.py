@@ -12,7 +12,7 @@ from folio.config import assignments
 from folio.config.names import did_you_mean, suggestion
 from folio.config.options import TrainConfig
 from folio.config.table import defaults, table
-from folio.config.values import LONGEST, typed
+from folio.config.values import LONGEST, convert
 from folio.errors import UserError
 from folio.files import parse_json, require_file
 
@@ -46,7 +46,7 @@ def read_file(
             names |= values
         values = {k: v for k, v in values.items() if not _is_helper(path, k, used, options, ignore)}
     return {
-        k: typed(f"{path}:{lines[k]}" if k in lines else path, k, v, options)
+        k: convert(f"{path}:{lines[k]}" if k in lines else path, k, v, options)
         for k, v in values.items()
         if not _is_skipped(k, options, ignore)
     }

@@ -48,8 +48,8 @@ def _table(options: type[Any]) -> dict[str, Option]:
     return found
 
 
-def those(options: type[Any], **metadata: Any) -> set[str]:
-    """The names of the options with this metadata: ``those(TrainConfig, role="data")``."""
+def options_with(options: type[Any], **metadata: Any) -> set[str]:
+    """The names of the options with this metadata: ``options_with(TrainConfig, role="data")``."""
     return {
         name
         for name, option in table(options).items()

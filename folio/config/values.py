@@ -21,7 +21,7 @@ COMMAND_LINE = "the command line"
 LONGEST = 1 << 16  # characters of a value or a config file, at most
 
 
-def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
+def convert(path: Path | str, name: str, value: Any, options: type) -> Any:
     """A value converted to the option's type, as nanoGPT converts it.
 
     A whole float becomes an int, an int a float, 0 and 1 become False and True; None becomes auto or empty, if the
@@ -47,17 +47,19 @@ def typed(path: Path | str, name: str, value: Any, options: type) -> Any:
     raise UserError(f"{given}: must be {_wanted(kind)}")
 
 
-def typed_text(name: str, text: str, options: type) -> Any:
+def parse_text(name: str, text: str, options: type) -> Any:
     """The value of an option from text, as nanoGPT reads it: a Python literal, else the text itself.
 
     Raises:
-        UserError: as ``typed``.
+        UserError: as ``convert``.
     """
     kind = table(options)[name].type
     if get_origin(kind) is tuple:
         return text
     value = _literal(text)
-    return typed(COMMAND_LINE, name, text if all(_as(c, value) is MISSING for c in _choices(kind)) else value, options)
+    return convert(
+        COMMAND_LINE, name, text if all(_as(c, value) is MISSING for c in _choices(kind)) else value, options
+    )
 
 
 def check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:

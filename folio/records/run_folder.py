@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from folio import __version__, files
 from folio.config.compose import checked_value
 from folio.config.options import TrainConfig
-from folio.config.table import those
+from folio.config.table import options_with
 from folio.errors import UserError
 from folio.locks import Lock
 
@@ -156,6 +156,6 @@ def read_config(out_dir: Path) -> RunConfig:
 
 def write_config(out_dir: Path, run_id: str, options: dict[str, Any]) -> None:
     """Writes ``config.json``, without the options that apply to one call only."""
-    of_this_call = those(TrainConfig, role="call")
+    of_this_call = options_with(TrainConfig, role="call")
     kept = {name: value for name, value in options.items() if name not in of_this_call}
     files.write_sealed(out_dir / CONFIG, {"run": run_id, "folio": __version__, "asked": kept})

@@ -19,7 +19,7 @@ from folio.checkpoints.pt_files import PtFile
 from folio.checkpoints.state import State
 from folio.config.compose import accumulated, check
 from folio.config.options import TrainConfig
-from folio.config.table import flat, those
+from folio.config.table import flat, options_with
 from folio.config.values import COMMAND_LINE
 from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
@@ -218,7 +218,7 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:
     """Raises UserError, on every rank, unless all ranks have the same options, data and checkpoint."""
     runtime.require_equal(
-        {name: value for name, value in flat(config).items() if name not in those(TrainConfig, local=True)}
+        {name: value for name, value in flat(config).items() if name not in options_with(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
         | {"the newest checkpoint": former.found.step if former else None}
         | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}

@@ -179,7 +179,7 @@ def test_appearing_in_an_empty_folder_and_after_a_kill(tmp_path) -> None:
     (tmp_path / "hf").mkdir()
     rest.mkdir()
     (rest / "half").write_text("half")
-    with files.appearing(tmp_path / "hf") as unfinished:
+    with files.written_atomically(tmp_path / "hf") as unfinished:
         assert unfinished == rest
         unfinished.mkdir()
         (unfinished / "whole").write_text("whole")
@@ -189,7 +189,7 @@ def test_appearing_in_an_empty_folder_and_after_a_kill(tmp_path) -> None:
 
 def test_appearing_is_undone_by_any_error(tmp_path) -> None:
     def attempt() -> None:
-        with files.appearing(tmp_path / "new" / "hf") as unfinished:
+        with files.written_atomically(tmp_path / "new" / "hf") as unfinished:
             unfinished.mkdir()
             (unfinished / "half").write_text("half")
             raise KeyboardInterrupt

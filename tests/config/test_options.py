@@ -14,7 +14,7 @@ from folio.config import files
 from folio.config.compose import check
 from folio.config.declare import EACH, ITSELF, option
 from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
-from folio.config.table import flat, override, table, those
+from folio.config.table import flat, options_with, override, table
 
 # nanoGPT's train.py; of device, dtype, compile and backend Folio's defaults are auto
 NANOGPT_DEFAULTS = {
@@ -124,13 +124,13 @@ def test_the_defaults_are_nanogpts() -> None:
 
 def test_roles_stand_in_the_options() -> None:
     """What a run keeps, what a foreign checkpoint says of it, and what its ranks agree on, follows from them."""
-    assert those(TrainConfig, nanogpt=True) == NANOGPT_DEFAULTS.keys()
-    assert those(TrainConfig, role="call") == {"out_dir", "init_from", "eval_only", "max_minutes", "profile"}
-    assert those(TrainConfig, role="data") == {"dataset", "data_dir", "data_mixture"}
-    assert those(TrainConfig, role="machine") == {*table(System), *table(Processes)}
-    assert those(TrainConfig, public=True) >= {*table(Optimizer), "batch_size", "dataset"}
+    assert options_with(TrainConfig, nanogpt=True) == NANOGPT_DEFAULTS.keys()
+    assert options_with(TrainConfig, role="call") == {"out_dir", "init_from", "eval_only", "max_minutes", "profile"}
+    assert options_with(TrainConfig, role="data") == {"dataset", "data_dir", "data_mixture"}
+    assert options_with(TrainConfig, role="machine") == {*table(System), *table(Processes)}
+    assert options_with(TrainConfig, public=True) >= {*table(Optimizer), "batch_size", "dataset"}
     paths = {name for name, option in table(TrainConfig).items() if option.metadata.get("path") in (ITSELF, EACH)}
-    assert those(TrainConfig, local=True) == paths | {"wandb_run_name"}
+    assert options_with(TrainConfig, local=True) == paths | {"wandb_run_name"}
 
 
 @pytest.mark.parametrize("name", NANOGPT_PRESETS)

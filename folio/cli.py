@@ -203,7 +203,7 @@ def parse(
     from folio.config.files import read_file
     from folio.config.help import page
 
-    command = prog.removeprefix("folio ")
+    command = prog.removeprefix("folio ").removesuffix(".py")  # nanoGPT's scripts have the names of commands
     about, example = COMMANDS.get(command, ""), EXAMPLES.get(command, "")
     about = f"{about[:1].upper()}{about[1:]}." if about else " ".join(str(options.__doc__).split())
     values = read_file(preset, options) if preset else {}

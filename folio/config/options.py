@@ -352,7 +352,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All options of a training run, in groups; ``sources`` says which file or call set an option."""
+    """All options of a training run, in groups."""
 
     output: Output = field(default_factory=Output)
     data: Data = field(default_factory=Data)
@@ -362,4 +362,4 @@ class TrainConfig:
     logging: Logging = field(default_factory=Logging)
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
-    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
+    sources: dict[str, str] = field(default_factory=dict)  # option → the file or call that set it

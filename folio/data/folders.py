@@ -198,12 +198,12 @@ def find(config: Data, name: str = "") -> Folder:
         raise FileNotFoundError(f"{places[0]} is not finished: run the same folio prepare again to continue")
     if not config.data_dir:
         raise FileNotFoundError(
-            f"{missing} is missing: python -m folio prepare {dataset} makes a known data set, "
-            f"python -m folio prepare FILE_OR_FOLDER --name {dataset} one of your text"
+            f"{missing} is missing: run python -m folio prepare {dataset} for a known data set, "
+            f"or python -m folio prepare FILE_OR_FOLDER --name {dataset} for your own text"
         )
     raise FileNotFoundError(
-        f"{missing} is missing, and no other token file is there: python -m folio prepare FILE_OR_FOLDER "
-        f"--data_dir {places[0]} makes them of your text, python -m folio prepare shakespeare_char of a known one"
+        f"{missing} is missing, and no other token file is there: run python -m folio prepare FILE_OR_FOLDER "
+        f"--data_dir {places[0]} to make them from your own text"
     )
 
 

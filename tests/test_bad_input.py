@@ -172,7 +172,9 @@ def test_a_source_that_never_ends(folio, tmp_path, kind) -> None:
         assert_refused(folio("prepare", "shakespeare_char", how), f"{path} is {kind}, not a file")
 
 
-@pytest.mark.parametrize(("name", "hint"), [("shakespear_char", "did you mean"), ("", "there are"), ("xyz", "stdlib")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("shakespear_char", "did you mean"), ("", "nothing to prepare"), ("xyz", "stdlib")]
+)
 def test_a_data_set_that_nobody_knows(folio, tmp_path, monkeypatch, name, hint) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(folio("prepare", name), name, hint)

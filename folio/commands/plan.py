@@ -30,9 +30,8 @@ _KINDS = {
     "logits": "logits and their gradient",
     "total": "total",
 }
-_BYTES = {"GB": 1e9, "MB": 1e6}
+_BYTES = {"GB": 1e9, "MB": 1e6}  # from the largest unit to the smallest
 _FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
-_TIMES = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
 @dataclass(frozen=True)
@@ -165,8 +164,7 @@ def _work(options: Options, device: Device, found: Estimate, data: Tokens | str)
     if hours is None or device.peak is None:
         yield "time", f"unknown, since the peak of a {device.name} in {device.dtype} is unknown"
         return
-    spent = _in_unit(hours * 3600, _TIMES, digits=1)
-    yield "time", f"{spent} at an MFU of {options.mfu:g} and a peak of {device.peak / 1e12:,.2f} TFLOP/s"
+    yield "time", f"{_time(hours)} at an MFU of {options.mfu:g} and a peak of {device.peak / 1e12:,.2f} TFLOP/s"
     if options.price:
         yield "cost", f"{hours * gpus * options.price:,.2f} at {options.price:g} per device and hour"
 
@@ -179,16 +177,23 @@ def _count(n: int) -> str:
     return f"{n / size:,.2f}{letter}" if letter else f"{n:,}"
 
 
-def _unit(value: float, units: dict[str, float], digits: int = 2) -> tuple[float, str]:
-    """The size and the name of the largest unit that shows two significant digits, else of the smallest unit."""
-    shown = [(size, word) for word, size in units.items() if value >= size * 10 ** (1 - digits)]
-    return shown[0] if shown else (min(units.values()), min(units, key=units.__getitem__))
+def _unit(value: float, units: dict[str, float]) -> tuple[float, str]:
+    """The size and the name of the largest unit of which the value is at least a tenth, else of the smallest unit."""
+    sizes = [(size, word) for word, size in units.items()]
+    return next((unit for unit in sizes if value >= unit[0] / 10), sizes[-1])
 
 
-def _in_unit(value: float, units: dict[str, float], digits: int = 2) -> str:
+def _in_unit(value: float, units: dict[str, float]) -> str:
     """1234567 → "1.23 MB"."""
-    size, word = _unit(value, units, digits)
-    return f"{value / size:,.{digits}f} {word}"
+    size, word = _unit(value, units)
+    return f"{value / size:,.2f} {word}"
+
+
+def _time(hours: float) -> str:
+    """0.05 → "3.0 minutes"."""
+    if hours >= 0.1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if 60 * hours >= 1 else f"{3600 * hours:.1f} seconds"
 
 
 def _verdict(options: Options, device: Device, total: int) -> str:

@@ -283,9 +283,11 @@ def test_a_tiny_model_is_planned_in_small_units(folio) -> None:
     assert " MB of " in out.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(7200, "2.0 hours"), (90, "1.5 minutes"), (0.25, "0.2 seconds")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7200, "2.0 hours"), (2700, "0.8 hours"), (90, "1.5 minutes"), (12, "12.0 seconds")]
+)
 def test_a_time_in_its_unit(seconds, text) -> None:
-    assert plan._in_unit(seconds, plan._TIMES, digits=1) == text
+    assert plan._time(seconds / 3600) == text
 
 
 def test_a_model_without_remedies(folio) -> None:

@@ -304,7 +304,7 @@ def test_another_file_is_refused(empty_folder, monkeypatch) -> None:
     """The line names the address and the way round; nothing is left for the next attempt to trust."""
     with server(STORY.read_bytes()) as url:
         monkeypatch.setattr(hellaswag, "URL", url)
-        reason = rf"SHA-256 \w+, not {hellaswag.SHA256}: fetch {url} .*--hellaswag_data=FILE "
+        reason = rf"SHA-256 \w+, not {hellaswag.SHA256}: download {url} .*--hellaswag_data=FILE "
         with pytest.raises(ValueError, match=f"^the download has {reason}"):
             hellaswag.locate("")
     assert tree(empty_folder) == {}

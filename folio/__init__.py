@@ -11,6 +11,7 @@ or ``FileNotFoundError`` with one line. ``GPT`` is the model, a ``torch.nn.Modul
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from folio.config.options import TrainConfig as TrainConfig
     from folio.model.config import GPTConfig as GPTConfig
     from folio.model.gpt import GPT as GPT
+
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    # torch's threads wait for work in a loop. On a machine with other work they take each other's cores then, so the
+    # loop gets an end. OpenMP reads this when torch is imported.
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 __version__ = "0.1.0"
 

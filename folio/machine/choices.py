@@ -11,11 +11,14 @@ from folio.errors import UserError
 from folio.machine.probe import Machine
 
 T = TypeVar("T")
+ATTENTION_BLOCK = 128  # queries, on a CPU (benchmarks/attention.py)
 _RECORDED = (  # in state.json: the choices on which the bits of a run depend
     "device",
     "dtype",
     "compile",
     "matmul_precision",
+    "weight_copy",
+    "attention_block",
     "deterministic",
     "world",
     "parallel",
@@ -33,6 +36,8 @@ class Choices:
     dtype: str  # of the arithmetic: float32, bfloat16 or float16
     compile: bool
     matmul_precision: str  # of float32 products: highest, high or medium
+    weight_copy: bool  # whether the model computes in a 16-bit copy of its weights, instead of autocast
+    attention_block: int  # queries in a block of kernels.BlockedAttention; 0: attention.attend
     deterministic: bool
     threads: int
     torch: str  # its version
@@ -98,12 +103,18 @@ def resolve(
             f"dtype=float16 does not work with parallel={parallel}: use --dtype=bfloat16 or --dtype=float32"
         )
     compiled = _asked_or_before(system.compile, before.get("compile"))
+    if compiled == "auto":
+        compiled = _compile_pays(machine, device, dtype, flops)
+    recompute = processes.activation_checkpointing == "block"
+    plain = kind != "cpu" or bool(compiled) or parallel != "ddp"  # no fast paths of an eager model on a CPU
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
         device=device,
         dtype=dtype,
-        compile=_compile_pays(machine, device, dtype, flops) if compiled == "auto" else bool(compiled),
+        compile=bool(compiled),
         matmul_precision=machine.fast_precision(device) if precision == "auto" else precision,
+        weight_copy=not plain and dtype == "bfloat16" and not recompute and before.get("weight_copy", not before),
+        attention_block=0 if plain else before.get("attention_block", 0 if before else ATTENTION_BLOCK),
         deterministic=system.deterministic,
         threads=_threads(machine, kind, world),
         torch=machine.torch_version(),
@@ -115,7 +126,7 @@ def resolve(
         shards=_shards(parallel, world),
         backend="nccl" if kind == "cuda" and processes.backend != "gloo" else "gloo",  # nccl is nanoGPT's default
         timeout=processes.timeout,
-        recompute=processes.activation_checkpointing == "block",
+        recompute=recompute,
     )
 
 

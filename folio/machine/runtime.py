@@ -109,6 +109,8 @@ class Runtime(Ranks):
             optimizer.found_inf = self._stuck  # type: ignore[attr-defined]
         self.scaler.step(optimizer)
         self.scaler.update()
+        if self._objective:
+            self._objective.update_copy()
         optimizer.zero_grad(set_to_none=True)
         self.first_step_done()
 

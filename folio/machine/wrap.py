@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import within_documents
-from folio.model.gpt import GPT
+from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
+from folio.model.kernels import BlockedAttention
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
@@ -44,27 +45,91 @@ def compiled(function: Callable[..., T], **how: Any) -> Callable[..., T]:
     return call
 
 
-class Objective(nn.Module):
-    """``model.loss`` under autocast as a module's forward, so that DDP can wrap it.
+class _FromCopy(torch.autograd.Function):
+    """A weight's copy in the forward; in the backward its gradient, in the weight's own dtype."""
 
-    ``documents`` (B, T): the number of each token's document; attention stays within a document.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
+class WeightCopy:
+    """A copy of the weights in 16 bits, in which the model computes; the gradients arrive at the weights in float32.
+
+    Autocast converts each weight in every micro step, and each activation between operations. Here the weights are
+    converted when they have changed, once a step, and the activations stay in 16 bits. The LayerNorms' weights stay in
+    float32. Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
     """
 
-    def __init__(self, model: GPT, loss: Loss, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        places: dict[nn.Parameter, list[tuple[dict[str, Any], str]]] = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and not isinstance(module, LayerNorm):
+                    places.setdefault(p, []).append((module._parameters, name))
+        self._places = list(places.values())
+        self._weights: list[Tensor] = list(places)
+        self._copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self._weights]
+        self._versions: list[int] = []
+        self.changed = True
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """The model's modules have the copies inside."""
+        if self.changed or self._versions != [p._version for p in self._weights]:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._weights)
+            self._versions, self.changed = [p._version for p in self._weights], False
+        for p, copy, places in zip(self._weights, self._copies, self._places, strict=True):
+            here: Any = _FromCopy.apply(p, copy) if torch.is_grad_enabled() else copy  # type: ignore[no-untyped-call]
+            for parameters, name in places:
+                parameters[name] = here
+        try:
+            yield
+        finally:
+            for p, places in zip(self._weights, self._places, strict=True):
+                for parameters, name in places:
+                    parameters[name] = p
+
+
+class Objective(nn.Module):
+    """``model.loss`` in the arithmetic of ``dtype`` as a module's forward, so that DDP can wrap it.
+
+    The 16 bits come by autocast, or with ``copy`` by a ``WeightCopy``. ``documents`` (B, T), the number of each
+    token's document, keeps attention within it.
+    """
+
+    def __init__(self, model: GPT, loss: Loss, device: torch.device, dtype: torch.dtype, copy: bool = False) -> None:
         super().__init__()
         self.model = model
         self.loss, self.device, self.dtype = loss, device, dtype
+        self._copy = WeightCopy(model, dtype) if copy else None
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        if self._copy:
+            return self._copy.used()
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def forward(self, idx: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with self._arithmetic():
             if documents is None:
                 return self.loss(idx, targets)
             dropout = self.model.training and self.model.config.dropout > 0
             return self.loss(idx, targets, *within_documents(documents, dropout))
 
+    def update_copy(self) -> None:
+        """The optimizer has changed the weights; its fused kernels leave no trace of that in the tensors."""
+        if self._copy:
+            self._copy.changed = True
+
     def infer(self, function: Callable[[], T]) -> T:
-        """Calls a function that runs parts of the model, under the same autocast."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        """Calls a function that runs parts of the model, in the same arithmetic."""
+        with self._arithmetic():
             return function()
 
 
@@ -86,7 +151,13 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
     if choices.parallel != "ddp":
         return _shard(model, choices, device, dtype)
     model.to(device)
-    objective = Objective(model, compiled(model.loss) if choices.compile else model.loss, device, dtype)
+    if choices.attention_block:
+        for module in model.modules():
+            if isinstance(module, CausalSelfAttention):
+                module.attend = BlockedAttention(choices.attention_block)
+    objective = Objective(
+        model, compiled(model.loss) if choices.compile else model.loss, device, dtype, choices.weight_copy
+    )
     return objective if choices.world == 1 or batch is None else _replicate(model, objective, device, batch)
 
 

@@ -77,6 +77,8 @@ def test_the_choices_on_a_gpu() -> None:
         "dtype": "bfloat16",
         "compile": True,
         "matmul_precision": "high",
+        "weight_copy": False,
+        "attention_block": 0,
         "deterministic": False,
         "world": 1,
         "parallel": "ddp",

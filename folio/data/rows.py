@@ -135,7 +135,11 @@ class Tokens:
 
     def rows(self, split: Split, first: int, count: int) -> Rows:
         """Rows ``first`` … ``first + count − 1`` of the endless order, (count, block_size + 1)."""
-        index = np.arange(first, first + count, dtype=np.uint64)
+        return self.numbered(split, np.arange(first, first + count))
+
+    def numbered(self, split: Split, numbers: Rows) -> Rows:
+        """The rows of these numbers (n) in the endless order, (n, block_size + 1)."""
+        index, count = numbers.astype(np.uint64), len(numbers)
         sources = self._splits[split]
         if len(sources) == 1:
             return self.windows(split, sources[0].positions(index, self.batch_size, self.world))

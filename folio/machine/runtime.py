@@ -94,8 +94,15 @@ class Runtime(Ranks):
         """Scales the gradients down to the global norm ``max_norm`` (0: no limit); returns the norm before."""
         self.scaler.unscale_(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = shares.full_tensor(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
-        nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
+        grads = [p.grad for p in params if p.grad is not None]
+        if self.parallel != "ddp":
+            norm = shares.full_tensor(nn.utils.get_total_norm(grads))
+            nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
+            return norm
+        # the same without torch's search for devices and dtypes, which takes as long as the arithmetic of a small model
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if max_norm:
+            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from folio import rng
@@ -14,6 +17,8 @@ from folio.config.options import Data
 from folio.errors import UserError
 from folio.records.log import counted
 from folio.training.run import Run
+
+_STEPS, _TOKENS = 64, 1 << 16  # that are read at once, at most, but at least one step
 
 
 class MicroBatch(NamedTuple):
@@ -53,32 +58,42 @@ def micro_batches(data: Data, rank: int, world: int) -> list[tuple[int, int, int
 
 @contextmanager
 def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
-    """This rank's micro batches, step after step; a thread reads those of the next step meanwhile."""
-    runtime, state = run.runtime, run.state
+    """This rank's micro batches, step after step; a thread reads those of later steps meanwhile.
+
+    It reads many short steps at once, since reading one and handing it over takes longer than training on it may.
+    """
+    runtime, optimizer, seed = run.runtime, run.config.optimizer, run.config.system.seed
     share = micro_batches(run.config.data, runtime.rank, runtime.world)
-    restart = run.config.optimizer.restart_interval
+    mine = np.concatenate([np.arange(first, first + count) for first, count, _ in share])  # of a step's rows
+    at_once = max(1, min(_STEPS, _TOKENS // (len(mine) * run.tokens.block_size)))
 
-    def read(step: int, row: int) -> list[tuple[Tensor, Tensor | None, int]]:
-        found = []
-        if restart:
-            row = step % restart * run.rows_per_step
-        for first, count, micro in share:
-            rows = run.tokens.rows("train", row + first, count)
-            documents = runtime.pin(run.tokens.documents(rows)) if run.tokens.documents else None
-            found.append((runtime.pin(rows), documents, rng.key(run.config.system.seed, "dropout", step, micro)))
-        return found
-
-    def move(rows: Tensor, documents: Tensor | None, seed: int) -> MicroBatch:
-        here = runtime.move(rows)
-        return MicroBatch(here[:, :-1], here[:, 1:], None if documents is None else runtime.move(documents), seed)
+    def read(step: int, row: int) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Of the steps from this one on: rows (n, T + 1), the documents in them (n, T), and each micro step's seed."""
+        steps = np.arange(step, step + max(1, min(at_once, optimizer.max_iters - step)))
+        done = steps % optimizer.restart_interval if optimizer.restart_interval else steps - step
+        first = 0 if optimizer.restart_interval else row
+        numbers = first + done[:, None] * run.rows_per_step + mine
+        rows = run.tokens.numbered("train", numbers.ravel())
+        documents = runtime.pin(run.tokens.documents(rows)) if run.tokens.documents else None
+        seeds = [rng.key(seed, "dropout", s, micro) for s in steps.tolist() for _, _, micro in share]
+        return runtime.pin(rows), documents, seeds
 
     with ThreadPoolExecutor(1, "batches") as pool:
 
-        def forever() -> Iterator[list[MicroBatch]]:
-            ahead = pool.submit(read, state.step, state.rows)
+        def forever(step: int, row: int) -> Iterator[list[MicroBatch]]:
+            ahead = pool.submit(read, step, row)
             while True:
-                here = ahead.result()
-                ahead = pool.submit(read, state.step + 1, state.rows + run.rows_per_step)
-                yield [move(*parts) for parts in here]
+                rows, documents, seeds = ahead.result()
+                count = len(seeds) // len(share)
+                step, row = step + count, row + count * run.rows_per_step
+                ahead = pool.submit(read, step, row)
+                sizes = [size for _, size, _ in share] * count
+                here = runtime.move(rows)
+                masks = [None] * len(sizes) if documents is None else torch.split(runtime.move(documents), sizes)
+                parts = zip(
+                    torch.split(here[:, :-1], sizes), torch.split(here[:, 1:], sizes), masks, seeds, strict=True
+                )
+                for _ in range(count):
+                    yield [MicroBatch(*part) for part in itertools.islice(parts, len(share))]
 
-        yield forever()
+        yield forever(run.state.step, run.state.rows)

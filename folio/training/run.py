@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 import time
@@ -137,10 +138,13 @@ class Run:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilization: share of the devices' peak in use; NaN if unknown."""
+        return self.tokens_per_second * self._mfu_per_token
+
+    @functools.cached_property
+    def _mfu_per_token(self) -> float:
+        """The share that one token a second uses."""
         runtime = self.runtime
-        return mfu(
-            self.model, self.tokens_per_second, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size
-        )
+        return mfu(self.model, 1.0, runtime.device, runtime.dtype, runtime.world, self.tokens.block_size)
 
 
 def finish(run: Run) -> None:

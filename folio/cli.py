@@ -31,7 +31,7 @@ COMMANDS = {
     "plot": "draw the losses and HellaSwag accuracies of runs",
     "report": "write a one-page report of a run",
     "plan": "compute what a run would need: memory, time, cost",
-    "bench": "measure the speed of a training step",
+    "bench": "measure the speed of training",
     "doctor": "report what this machine has, and what each missing part means",
     "demo": "prepare, train, sample and plot on Python's own sources, in two minutes",
 }

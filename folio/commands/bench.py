@@ -1,35 +1,40 @@
-"""folio bench: the time of a training step, as nanoGPT's bench.py measures it."""
+"""folio bench: the speed of training, where a step's time and memory go, and nanoGPT's speed in turn."""
 
 from __future__ import annotations
 
-import time
+import statistics
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from folio.config.declare import option
-from folio.config.options import Data, Optimizer, Processes, System
+from folio.config.declare import ITSELF, option
+from folio.config.options import Data, Logging, Optimizer, Output, Processes, System, TrainConfig
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.records.console import show
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from folio.training.run import Run
 
-BURN_IN, STEPS, PROFILED = 10, 20, 3  # steps: before the timing, as in nanoGPT; timed, as in nanoGPT; profiled
-SECONDS = 60.0  # no step starts later than this
+ROUNDS, TIMED, PROFILED = 9, 10, 3  # rounds of steps; steps whose parts are timed; steps that --profile profiles
+_STEPS = 1000  # of a run for which compiling must pay
+_TOKENS = 1 << 20  # random ones
 _UNUSED = ("gradient_accumulation_steps", "total_batch_size", "document_mask", "eot")  # a step is one micro step
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time training steps of a model: folio bench [PRESET or FILE …] [--option=value …]."""
+    """Measure the speed of training: folio bench [PRESET or FILE …] [--option=value …]."""
 
     real_data: bool = option(True, "False: random tokens, without a data set")
     profile: bool = option(
         False,
         "profile 3 steps into bench_log/ instead",
         details="It writes a trace, the most expensive operations, and memory by kind.",
+    )
+    peer: str = option(
+        "", "a checkout of nanoGPT, to train with in turn", details="This runs its model.py.", path=ITSELF
     )
     data: Data = field(default_factory=Data, metadata={"unused": _UNUSED})
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
@@ -38,84 +43,89 @@ class Options:
 
 
 def main(options: Options) -> None:
-    from folio import rng
-    from folio.machine.choices import resolve
-    from folio.machine.flops import flops_per_token, mfu
-    from folio.machine.profiler import WARM_UP, Profiler
-    from folio.machine.runtime import Runtime
-    from folio.model.gpt import GPT
-    from folio.training import optimizers
-    from folio.training.batches import MicroBatch
-    from folio.training.loop import micro_step
+    from folio.training.start import running
+    from folio.training.timing import profile
 
-    seed = options.system.seed
-    rows, vocab_size = _rows(options)
-    model = GPT(replace(options.model, vocab_size=vocab_size), lambda name: rng.generator(seed, name))
-    size, context = rows.size(0), rows.size(1) - 1
-    tokens_per_step = size * context
-    flops = flops_per_token(model, context) * float(tokens_per_step)
-    runtime = Runtime(resolve(options.system, options.processes, flops=flops * 1000))
-    try:
-        loss = runtime.wrap(model, (size, context))
-        optimizer = optimizers.optimizer(Optimizer(learning_rate=1e-4, weight_decay=1e-2), model)
-        rows = runtime.move(rows)
-        batch = MicroBatch(rows[:, :-1], rows[:, 1:], None, seed)
-
-        def step() -> float:
-            nats, counted = micro_step(runtime, loss, batch, runtime.world * tokens_per_step)
-            runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
-            return nats.item() / counted.item()  # waits for the device
-
-        show(f"{model.get_num_params() / 1e6:.2f}M parameters, {size} × {context} tokens a step")
-        show(", ".join(f"{k} {runtime.resolved[k]}" for k in ("device", "dtype", "compile", "threads")))
+    with tempfile.TemporaryDirectory(prefix="folio-bench-") as folder, running(_config(options, Path(folder))) as run:
         if options.profile:
-            _steps(step, WARM_UP, "burn-in")
-            profiler = Profiler(optimizer, runtime.device, Path("bench_log"))
-            runtime.broadcast(profiler.start)
-            _steps(step, PROFILED, "step")
-            show(runtime.broadcast(profiler.finish))
-            return
-        _steps(step, BURN_IN, "burn-in")
-        times = _steps(step, STEPS, "step")
-    finally:
-        runtime.close()
-    each = sum(times) / len(times)
-    share = mfu(model, tokens_per_step / each, runtime.device, runtime.dtype, context=context)
-    show(
-        f"time per iteration: {each * 1000:.2f}ms (fastest {min(times) * 1000:.2f}ms of {len(times)}), "
-        f"{tokens_per_step / each:,.0f} tokens/s, {flops / each / 1e12:.2f} TFLOP/s, MFU: {share * 100:.2f}%"
+            lines = profile(run, PROFILED, Path("bench_log"))[0].splitlines()
+        else:
+            lines = _measured(run, options.peer, Path(folder))
+        for line in lines if run.log.main else ():
+            show(line)
+
+
+def _config(options: Options, folder: Path) -> TrainConfig:
+    """The options of a training run in this folder, one micro step a step on each process."""
+    from folio.machine.launch import read_ranks
+
+    data = replace(
+        options.data, gradient_accumulation_steps=read_ranks()[1], total_batch_size=0, document_mask=False, eot="auto"
+    )
+    if not options.real_data:
+        data = replace(data, data_dir=str(folder), data_mixture="")
+        _write_random_tokens(folder, options.model, options.system.seed)
+    return TrainConfig(
+        output=Output(out_dir=str(folder / "out")),
+        data=data,
+        model=options.model,
+        optimizer=Optimizer(max_iters=_STEPS),
+        logging=Logging(monitor=False),
+        system=options.system,
+        processes=options.processes,
     )
 
 
-def _rows(options: Options) -> tuple[Tensor, int]:
-    """A batch of (batch_size, context + 1) token ids, the first of the data set or random ones; the vocabulary size."""
-    import torch
+def _write_random_tokens(folder: Path, shape: GPTConfig, seed: int) -> None:
+    import numpy as np
 
-    from folio import rng
-    from folio.data.rows import Tokens
-    from folio.training.start import vocab_size_of
-
-    shape, size, seed = options.model, options.data.batch_size, options.system.seed
-    if options.real_data:
-        tokens = Tokens.open(options.data, shape.block_size, seed)
-        vocab_size = vocab_size_of(tokens)[0] if shape.vocab_size == "auto" else shape.vocab_size
-        return torch.from_numpy(replace(tokens, vocab_size=vocab_size).rows("train", 0, size)), vocab_size
     if shape.vocab_size == "auto":
         raise UserError(
             "vocab_size=auto is the data set's size, but real_data=False reads no data set: "
             "give a number, such as --vocab_size=50304"
         )
-    context = options.data.row(shape.block_size)
-    ids = torch.randint(shape.vocab_size, (size, context + 1), generator=rng.generator(seed))
-    return ids, shape.vocab_size
+    count = max(_TOKENS, 2 * shape.block_size)
+    ids = np.random.default_rng(seed).integers(0, min(shape.vocab_size, 1 << 16), count, dtype=np.uint16)
+    for split in ("train", "val"):
+        ids.tofile(folder / f"{split}.bin")
 
 
-def _steps(step, count: int, name: str) -> list[float]:  # type: ignore[no-untyped-def]
-    """Runs ``count`` steps and returns the seconds of each; stops early after a minute."""
-    times: list[float] = []
-    while len(times) < count and sum(times) < SECONDS:
-        start = time.perf_counter()
-        value = step()
-        times.append(time.perf_counter() - start)
-        show(f"{name} {len(times)}/{count} loss: {value:.4f}")
-    return times
+def _measured(run: Run, checkout: str, folder: Path) -> list[str]:
+    """Lines about speed, time and memory."""
+    from folio.machine.flops import mfu, peak
+    from folio.machine.profiler import peak_table
+    from folio.training import nanogpt
+    from folio.training.timing import OURS, in_turn, parts, profile
+
+    runtime, context = run.runtime, run.tokens.block_size
+    others = {}
+    if checkout:
+        if runtime.world > 1:
+            raise UserError(
+                f"peer={checkout}: nanoGPT is measured with one process: start folio bench without torchrun"
+            )
+        shape = replace(run.model.config, block_size=context)
+        ids = run.tokens.folders[0].splits["train"][0].map()
+        others["nanoGPT"] = nanogpt.load(Path(checkout), shape, run.config.data.batch_size, ids, runtime.device).step
+    times = in_turn(run, others, ROUNDS)
+    each = statistics.median(times[OURS])
+    speed, limit = run.tokens_per_step / each, peak(runtime.device, runtime.dtype)
+    share = mfu(run.model, speed, runtime.device, runtime.dtype, runtime.world, context)
+    lines = [
+        f"time per iteration: {each * 1000:.2f}ms ({min(times[OURS]) * 1000:.2f} … {max(times[OURS]) * 1000:.2f} in "
+        f"{len(times[OURS])} rounds), {speed:,.0f} tokens/s, MFU: {share * 100:.2f}%"
+        + (f" of {limit * runtime.world / 1e12:,.2f} TFLOP/s" if limit else ""),
+    ]
+    for name, theirs in times.items():
+        if name != OURS:
+            ratios = [b / a for a, b in zip(times[OURS], theirs, strict=True)]
+            lines.append(
+                f"{name}: {statistics.median(theirs) * 1000:.2f}ms; {OURS} is "
+                f"{statistics.median(ratios):.2f} × as fast ({min(ratios):.2f} … {max(ratios):.2f})"
+            )
+    found = parts(run, max(1, min(TIMED, int(30 / each))))
+    lines.append("where a step's time goes")
+    lines += [f"{1000 * t:>12,.2f} ms  {t / sum(found.values()):>6.1%}  {part}" for part, t in found.items()]
+    if peaked := profile(run, 1, folder / "profile")[1]:
+        lines += peak_table(peaked).splitlines()
+    return lines

@@ -57,6 +57,7 @@ class Profiler:
         self._optimizer, self._device, self._folder = optimizer, device, folder
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._updates: list[list[tuple[int, int]]] = []  # for each update, (address of storage, bytes) of the gradients
+        self.peak: Peak | None = None
 
     def start(self) -> None:
         """Raises OSError if the folder cannot be written."""
@@ -93,9 +94,10 @@ class Profiler:
                 raise OSError(f"{self._folder} could not be written: make room there, or write elsewhere") from None
             text = self._operations()
             trace.with_name(OPERATIONS).write_text(text, encoding="utf-8")
-            if peak := self._peak(events):
+            self.peak = peak = self._find_peak(events)
+            if peak:
                 files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})
-                text += _peak_table(peak)
+                text += peak_table(peak)
             for path in trace.parent.iterdir():
                 files.rename(path, self._folder / path.name)
         return f"{text}wrote {self._folder / TRACE}: open it in chrome://tracing or ui.perfetto.dev"
@@ -120,7 +122,7 @@ class Profiler:
         ]
         return "\n".join([*lines, ""])
 
-    def _peak(self, events: Events) -> Peak | None:
+    def _find_peak(self, events: Events) -> Peak | None:
         """Bytes by kind at the largest sum of the allocator's events; None if there are no events."""
         kind = _WITH_EVENTS.get(self._device.type)
         found = [(e["ts"], e["args"]) for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == kind]
@@ -148,7 +150,8 @@ class Profiler:
         return Peak(weights, slots, gradients, total - weights - slots - gradients)
 
 
-def _peak_table(peak: Peak) -> str:
+def peak_table(peak: Peak) -> str:
+    """Lines with the memory by kind."""
     words = ("weights", "optimizer", "gradients", "activations and the rest", "total")
     lines = [f"{size / 1e6:>12,.1f} MB  {kind}" for kind, size in zip(words, (*peak, peak.total), strict=True)]
     return "\n".join(["memory at its peak", *lines, ""])

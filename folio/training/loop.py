@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -20,7 +22,7 @@ from folio.training.stopping import as_numbers, finished, not_finite_error, requ
 from folio.training.work import measure_once, run_scheduled_work
 
 
-def fit(run: Run) -> str:
+def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[MicroBatch]]]] = batches) -> str:
     """Trains until there is a ``stop_reason``, and returns it; a read-only run measures the loss once instead.
 
     Step N means N updates done: work scheduled at N sees the weights after N updates.
@@ -33,7 +35,7 @@ def fit(run: Run) -> str:
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
     advice = partial(advise_on_memory, run.config, run.model.config, runtime)
-    with shortage.explained("training", advice), signals(run), batches(run) as steps:
+    with shortage.explained("training", advice), signals(run), read(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
         run.clock.begin_lap(state.step)
         while True:

@@ -79,7 +79,7 @@ PLACES = {
     "plot": {"out_dirs", "output"},
     "report": {"out_dir", "output"},
     "plan": {"data_dir", "dataset", "data_mixture"},
-    "bench": {"data_dir", "dataset", "data_mixture"},
+    "bench": {"data_dir", "dataset", "data_mixture", "peer"},
     "train_gpt": {"data_root", "log_dir"},
     "tokenize_documents_parallel": {"local_dir", "dataset_path"},
 }

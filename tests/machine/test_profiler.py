@@ -279,9 +279,8 @@ def test_bench_takes_the_vocabulary_size_of_the_data_set(folio, story, monkeypat
     done = folio("bench", *argv)
     if real_data:
         size = json.loads((story / "meta.json").read_text())["vocab_size"]
-        again = folio("bench", *argv, f"--vocab_size={size}")
-        assert done.code == again.code == 0
-        assert done.out.splitlines()[:7] == again.out.splitlines()[:7]  # the losses; times follow
+        assert done.code == 0
+        assert f"found vocab_size = {size} " in done.out
     else:
         assert_refused(done, "vocab_size=auto", "real_data=False", "--vocab_size=50304")
 

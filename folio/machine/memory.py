@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from folio.config.options import Data
-from folio.machine.wrap import Objective, recompute_blocks
+from folio.machine.choices import ATTENTION_BLOCK
+from folio.machine.wrap import Objective, attend_in_blocks, recompute_blocks
 from folio.model.attention import Mask
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention
 
 NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default}  # of a weight, in another dtype
 FLOAT32 = 4  # bytes of a weight, a gradient and each of AdamW's two moments
 
 
@@ -169,6 +171,8 @@ def _micro_step(
 
         if gpu:
             _set_gpu_kernels(model)
+        elif not sharded:
+            attend_in_blocks(model, ATTENTION_BLOCK)
         with live:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]
@@ -178,7 +182,8 @@ def _micro_step(
             tokens = torch.zeros(rows, context + 1, dtype=torch.long)
             # a GPU uses FlexAttention, which keeps the same tensors as attention without a mask
             numbers = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
-            objective = Objective(model, model.loss, torch.device("cpu"), dtype)
+            weight_copy = dtype == torch.bfloat16 and not (gpu or sharded or recompute)
+            objective = Objective(model, model.loss, torch.device("cpu"), dtype, weight_copy)
             objective(tokens[:, :-1], tokens[:, 1:], numbers)[0].backward()
         return live.most
 
@@ -198,7 +203,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and not self._is_weight(t) and id(t.untyped_storage()) not in self._alive:
-                copy = func is torch.ops.aten._to_copy.default and self._is_weight(args[0])
+                copy = func in _COPIES and self._is_weight(args[0])
                 logits = t.dim() > 1 and t.size(-1) == self._vocab_size
                 self._count(t, "copies" if copy else "logits" if logits else "activations")
         if self.now.total() > self.most.total():

@@ -133,6 +133,13 @@ class Objective(nn.Module):
             return function()
 
 
+def attend_in_blocks(model: GPT, block: int) -> None:
+    """From here on attention that will be differentiated is computed for ``block`` queries at a time."""
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.attend = BlockedAttention(block)
+
+
 def recompute_blocks(model: GPT) -> None:
     """Makes each block keep only its input; its backward computes the rest again, with the same dropout.
 
@@ -152,9 +159,7 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
         return _shard(model, choices, device, dtype)
     model.to(device)
     if choices.attention_block:
-        for module in model.modules():
-            if isinstance(module, CausalSelfAttention):
-                module.attend = BlockedAttention(choices.attention_block)
+        attend_in_blocks(model, choices.attention_block)
     objective = Objective(
         model, compiled(model.loss) if choices.compile else model.loss, device, dtype, choices.weight_copy
     )

@@ -25,36 +25,29 @@ class BlockedAttention:
 
     def __init__(self, block: int) -> None:
         self.block = block
-        self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
         if mask is not None or dropout or not q.requires_grad or q.size(2) != k.size(2):
             return attend(q, k, v, mask, dropout)
         B, H, T, D = q.shape
-        biases = {size: self._bias(size, q.dtype) for size in {min(self.block, T), (T - 1) % self.block + 1}}
-        y: Tensor = _Blocked.apply(*(t.reshape(B * H, T, D) for t in (q, k, v)), self.block, biases)  # type: ignore[no-untyped-call]
+        y: Tensor = _Blocked.apply(*(t.reshape(B * H, T, D) for t in (q, k, v)), self.block)  # type: ignore[no-untyped-call]
         return y.view(B, H, T, D)
-
-    def _bias(self, size: int, dtype: torch.dtype) -> Tensor:
-        """(size, size): −∞ above the diagonal, where a query must not attend, and 0 elsewhere."""
-        key = size, dtype
-        if key not in self._biases:
-            self._biases[key] = torch.full((size, size), -math.inf, dtype=dtype).triu(1)
-        return self._biases[key]
 
 
 class _Blocked(torch.autograd.Function):
     """Causal attention, (N, T, D) each, where N is batch × heads."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int, biases: dict[int, Tensor]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, block: int) -> Tensor:
         T = q.size(1)
+        size = min(block, T)
+        after = torch.full((size, size), -math.inf, dtype=q.dtype).triu_(1)  # keys that a query must not attend to
         q = q * (1.0 / math.sqrt(q.size(-1)))
         y, probabilities = torch.empty_like(q), []
         for start in range(0, T, block):
             end = min(start + block, T)
             scores = q[:, start:end] @ k[:, :end].transpose(1, 2)  # (N, block, end)
-            scores[:, :, start:] += biases[end - start]
+            scores[:, :, start:] += after[: end - start, : end - start]
             probabilities.append(scores.softmax(-1))
             y[:, start:end] = probabilities[-1] @ v[:, :end]
         ctx.save_for_backward(q, k, v, *probabilities)
@@ -74,4 +67,4 @@ class _Blocked(torch.autograd.Function):
             dq[:, start:end] = ds @ k[:, :end]
             dk[:, :end] += ds.transpose(1, 2) @ q[:, start:end]
             dv[:, :end] += p.transpose(1, 2) @ dy[:, start:end]
-        return dq.mul_(1.0 / math.sqrt(q.size(-1))), dk, dv, None, None
+        return dq.mul_(1.0 / math.sqrt(q.size(-1))), dk, dv, None

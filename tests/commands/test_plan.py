@@ -148,7 +148,8 @@ def test_a_gpu_keeps_no_attention_scores_and_one_byte_per_dropped_element() -> N
     step = Step(8, 1, torch.bfloat16, gpu=True)
     kept = needed(shape, step).activations
     scores = 12 * 6 * 256**2 * 8
-    assert needed(shape, replace(step, gpu=False)).activations > kept + 1.5 * scores
+    on_gpu, on_cpu = (needed(shape, replace(step, dtype=torch.float32, gpu=gpu)).activations for gpu in (True, False))
+    assert on_cpu - on_gpu > 3 / 4 * 4 * scores * 0.9  # a CPU keeps those of a block of queries up to its last key
     dropped = needed(replace(shape, dropout=0.2), step).activations - kept
     assert dropped == pytest.approx(25 * 8 * 256 * 384, rel=0.2)  # after the embedding, and twice in a block
 

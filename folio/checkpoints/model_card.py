@@ -12,8 +12,8 @@ from folio.checkpoints.checkpoint import Checkpoint
 from folio.data.decoding import decode
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
-from folio.records.log import hellaswag_scores
 from folio.records.metrics import read_metrics
+from folio.records.record import hellaswag_scores
 from folio.records.run_folder import EVALUATIONS, METRICS
 
 UNKNOWN = "not known"

@@ -24,7 +24,7 @@ from folio import files
 from folio.records.console import best_effort, printable, say
 from folio.records.log_txt import build_nanogpt, gpt_from_scratch
 from folio.records.metrics import REWRITTEN, read_metrics, to_json
-from folio.records.record import Record, measured
+from folio.records.record import Record, hellaswag_scores, measured
 from folio.records.run_folder import LOG_TXT, METRICS
 from folio.records.trackers import Identity, Trackers
 
@@ -166,13 +166,6 @@ def counted(count: int, thing: str) -> str:
 def hellaswag_line(record: Record) -> str:
     """A line about an evaluation of HellaSwag."""
     return f"HellaSwag {hellaswag_scores(record)}"
-
-
-def hellaswag_scores(record: Record) -> str:
-    """The scores of an evaluation of HellaSwag, and its style."""
-    acc_norm, total = record["acc_norm"], record["total"]
-    share = f"{acc_norm:.4f} ({round(acc_norm * total)}/{total})"
-    return f"acc_norm {share}, acc {record['acc']:.4f}, {record['style']}"
 
 
 class _File:

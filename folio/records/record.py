@@ -23,3 +23,10 @@ def measured(record: Record) -> dict[str, float]:
         return {}
     values = {f"{kind}/{field}": number(value) for field, value in record.items() if field not in ("kind", "step")}
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def hellaswag_scores(record: Record) -> str:
+    """The scores of an evaluation of HellaSwag, and its style."""
+    acc_norm, total = record["acc_norm"], record["total"]
+    share = f"{acc_norm:.4f} ({round(acc_norm * total)}/{total})"
+    return f"acc_norm {share}, acc {record['acc']:.4f}, {record['style']}"

@@ -44,21 +44,21 @@ def texts(options: Options) -> list[str]:
 
 @contextmanager
 def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
+    import torch
+
     from folio.checkpoints import find
     from folio.machine import shortage
     from folio.machine.choices import resolve
     from folio.machine.runtime import Runtime
-    from folio.machine.wrap import compiled
 
     chosen = find.from_source(options.source)
     vocabulary = chosen.tokenizer()
     runtime = Runtime(resolve(options.system))
     try:
         with shortage.explained("sampling", lambda: _memory_advice(chosen.config(), options.sampling, runtime)):
-            model = chosen.model().to(runtime.device, runtime.dtype).eval()
-            if runtime.compile:
-                model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
-            yield model, vocabulary
+            model = runtime.for_sampling(chosen.model())
+            with torch.inference_mode():
+                yield model, vocabulary
     except FloatingPointError as error:
         raise FloatingPointError(f"{chosen.path}: {error}{runtime.overflow_remedy()}") from None
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,16 +58,23 @@ def stream(
     uniform = uniform.to(idx.device, torch.float32 if idx.device.type == "mps" else torch.float64)
     block_size = model.config.block_size
     cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
-    fresh = idx
+    window, fresh = idx[:, -block_size:], idx
     for i in track(range(max_new_tokens)):
-        cached = idx.size(1) <= block_size
-        x = model.hidden(fresh, cache=cache) if cached else model.hidden(idx[:, -block_size:])
+        cached = idx.size(1) + i <= block_size
+        x = model.hidden(fresh, cache=cache) if cached else model.hidden(window)
         logits = model.lm_head(x[:, -1])[:, :vocab_size]
-        if not logits.isfinite().all():
+        if not _finite(logits):
             raise FloatingPointError("the model's logits are not finite")
         fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)
-        idx = torch.cat([idx, fresh], dim=1)
+        window = torch.cat([window, fresh], dim=1)[:, -block_size:]
         yield fresh
+
+
+def _finite(logits: Tensor) -> bool:
+    """Whether all are finite; NaN and infinity survive the sum, and finite numbers of 32 bits do not overflow it."""
+    if logits.device.type == "mps":  # which has no float64
+        return bool(logits.isfinite().all())
+    return math.isfinite(logits.sum(dtype=torch.float64).item())
 
 
 def pick(
@@ -79,23 +87,38 @@ def pick(
     """
     if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or too small to divide by
         return logits.argmax(-1, keepdim=True)
-    device = logits.device
+    device, ids = logits.device, None
     if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumulative sum
         logits, uniform = logits.cpu(), uniform.cpu()
+    if top_k is not None and top_k < logits.size(-1):
+        logits, ids = _likeliest(logits, top_k)
     logits = logits.to(uniform.dtype)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0 if the others overflow
-    if top_k is not None and top_k < logits.size(-1):
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
+        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probs = probs.masked_fill(torch.empty_like(before).scatter_(1, order, before) >= top_p, 0.0)
     total = probs.cumsum(-1)
     last = total[:, -1:]
     below = torch.minimum(uniform * last, last.nextafter(torch.zeros_like(last)))
-    return torch.searchsorted(total, below, right=True).to(device)
+    found = torch.searchsorted(total, below, right=True)
+    return (found if ids is None else ids.gather(1, found)).to(device)
+
+
+def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and all that equal the k-th, in the order of their ids, and their ids; others are −∞.
+
+    In 16 bits many logits are equal, so a few more than k are selected at once.
+    """
+    n = k + 64
+    values, ids = logits.topk(min(n, logits.size(-1)))
+    while n < logits.size(-1) and (values[:, -1] == values[:, k - 1]).any():
+        n *= 2
+        values, ids = logits.topk(min(n, logits.size(-1)))
+    values = values.masked_fill(values < values[:, k - 1 : k], -math.inf)
+    ids, order = ids.sort()
+    return values.gather(1, order), ids
 
 
 def draws(seed: int, samples: int, max_new_tokens: int, first: int = 0) -> Tensor:

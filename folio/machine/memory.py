@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from folio.config.options import Data
 from folio.machine.choices import ATTENTION_BLOCK
-from folio.machine.wrap import Objective, attend_in_blocks, recompute_blocks
+from folio.machine.wrap import Objective, recompute_blocks, set_attention
 from folio.model.attention import Mask
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention
+from folio.model.kernels import BlockedAttention
 
 NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default}  # of a weight, in another dtype
@@ -172,7 +173,7 @@ def _micro_step(
         if gpu:
             _set_gpu_kernels(model)
         elif not sharded:
-            attend_in_blocks(model, ATTENTION_BLOCK)
+            set_attention(model, BlockedAttention(ATTENTION_BLOCK))
         with live:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]

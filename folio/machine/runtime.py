@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from folio.machine import shares
 from folio.machine.choices import Choices
 from folio.machine.processes import Ranks
-from folio.machine.wrap import Loss, exchange, objective_of, wrap
+from folio.machine.wrap import Loss, exchange, for_sampling, objective_of, wrap
 from folio.model.gpt import GPT
 
 T = TypeVar("T")
@@ -42,7 +42,8 @@ class Runtime(Ranks):
         torch.set_float32_matmul_precision(choices.matmul_precision)
         if choices.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(choices.deterministic)
+        if choices.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
+            torch.use_deterministic_algorithms(choices.deterministic)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._stuck = torch.zeros((), device=self.device)
         self._objective: Any = None
@@ -59,6 +60,10 @@ class Runtime(Ranks):
         if self.parallel != "ddp":
             self.extend_timeout()
         return loss
+
+    def for_sampling(self, model: GPT) -> GPT:
+        """The model ready to generate text on this device."""
+        return for_sampling(model, self.choices)
 
     @torch.no_grad()
     def infer(self, function: Callable[[], T]) -> T:

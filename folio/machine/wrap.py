@@ -17,7 +17,7 @@ from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
-from folio.model.kernels import BlockedAttention
+from folio.model.kernels import BlockedAttention, attend_one, has_fbgemm, pack
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
@@ -133,13 +133,6 @@ class Objective(nn.Module):
             return function()
 
 
-def attend_in_blocks(model: GPT, block: int) -> None:
-    """From here on attention that will be differentiated is computed for ``block`` queries at a time."""
-    for module in model.modules():
-        if isinstance(module, CausalSelfAttention):
-            module.attend = BlockedAttention(block)
-
-
 def recompute_blocks(model: GPT) -> None:
     """Makes each block keep only its input; its backward computes the rest again, with the same dropout.
 
@@ -159,11 +152,31 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
         return _shard(model, choices, device, dtype)
     model.to(device)
     if choices.attention_block:
-        attend_in_blocks(model, choices.attention_block)
+        set_attention(model, BlockedAttention(choices.attention_block))
     objective = Objective(
         model, compiled(model.loss) if choices.compile else model.loss, device, dtype, choices.weight_copy
     )
     return objective if choices.world == 1 or batch is None else _replicate(model, objective, device, batch)
+
+
+def set_attention(model: GPT, attention: Callable[..., Tensor]) -> None:
+    """From here on the model attends by this function; see ``attend``."""
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention):
+            module.attend = attention
+
+
+def for_sampling(model: GPT, choices: Choices) -> GPT:
+    """The model ready to generate text on its device, in the arithmetic of the choices; its training is over."""
+    device, dtype = torch.device(choices.device), getattr(torch, choices.dtype)
+    if choices.kind == "cpu" and dtype == torch.bfloat16 and not choices.compile and has_fbgemm():
+        pack(model.to(torch.float32))
+        set_attention(model, attend_one)
+    else:
+        model.to(device, dtype)
+    if choices.compile:
+        model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
+    return model.eval()
 
 
 def _replicate(model: GPT, objective: Objective, device: torch.device, batch: tuple[int, int]) -> Loss:

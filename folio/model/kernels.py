@@ -1,5 +1,9 @@
 """Fast paths of the model on a CPU; ``machine.wrap`` sets them. The plain functions are their oracles, by test.
 
+Text is generated with the weights in 16 bits and all else in float32 (``pack``). For one token
+the time goes into reading the weights, and torch's kernels for 16-bit activations are the slower ones: attention of
+one query to 200 keys takes three times as long in bfloat16 as in float32 (benchmarks/sampling.py).
+
 Causal attention in blocks of queries: a block attends to the keys up to its end only, so nearly half of the products
 and of the softmax is never computed, as in FlashAttention (Dao, "FlashAttention-2", 2023). The probabilities are kept
 for the backward, which is faster on a CPU than computing them again. torch's fused kernel
@@ -12,9 +16,22 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from folio.model.attention import Mask, attend
+
+_FEW = 32  # rows, up to which a packed float16 product is faster than one in bfloat16
+_SHORT = 256  # keys, up to which elementwise products are faster for one query
+_LARGEST = 60000.0  # a little less than float16 holds
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    """``attend``, with elementwise products for one query in a short context, where each call of a GEMM costs more."""
+    if mask is not None or dropout or q.size(2) > 1 or k.size(2) > _SHORT:
+        return attend(q, k, v, mask, dropout)
+    scores = (k * (q * (1.0 / math.sqrt(q.size(-1))))).sum(-1, keepdim=True)  # (B, n_head, S, 1)
+    return (scores.softmax(2) * v).sum(2, keepdim=True)
 
 
 class BlockedAttention:
@@ -68,3 +85,48 @@ class _Blocked(torch.autograd.Function):
             dk[:, :end] += ds.transpose(1, 2) @ q[:, start:end]
             dv[:, :end] += p.transpose(1, 2) @ dy[:, start:end]
         return dq.mul_(1.0 / math.sqrt(q.size(-1))), dk, dv, None
+
+
+class PackedLinear:
+    """A Linear's product with float32 inputs and a weight that is rounded to bfloat16: set it as its ``forward``.
+
+    Up to ``_FEW`` rows are multiplied in float32 with the weight as FBGEMM packs it, in float16, which holds the
+    rounded numbers exactly unless they are below 1e-5, and then nearly so. More rows are rounded to bfloat16 too.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.weight, self.bias = linear.weight.detach().bfloat16(), linear.bias
+        self._packed = torch.ops.quantized.linear_prepack_fp16(self.weight.float(), self.bias)
+        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() <= _FEW * x.size(-1):
+            return self._multiply(x, self._packed)
+        y = F.linear(x.bfloat16(), self.weight).float()
+        return y if self.bias is None else y + self.bias
+
+
+def pack(model: nn.Module) -> None:
+    """Makes a float32 model on a CPU generate text fast: packed Linears, and no calls of dropout.
+
+    Linears whose weights float16 cannot hold stay as they are, and all do where torch lacks FBGEMM.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, nn.Dropout):
+            module.forward = _same  # type: ignore[method-assign, assignment]
+        elif isinstance(module, nn.Linear) and _packable(module):
+            module.forward = PackedLinear(module)  # type: ignore[method-assign, assignment]
+
+
+def has_fbgemm() -> bool:
+    """Whether torch was built with FBGEMM: on x86, not on Arm."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _packable(linear: nn.Linear) -> bool:
+    low, high = linear.weight.aminmax()
+    return bool(torch.maximum(-low, high) < _LARGEST)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

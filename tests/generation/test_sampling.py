@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import STORY, Outcome, assert_refused
+from conftest import ROOT, STORY, Outcome, assert_refused
 from torch import Tensor
 
 from folio import rng
@@ -128,6 +130,14 @@ def test_top_k() -> None:
     assert by_hand([0.05, 0.95], top_k=100) == [0, 3]
 
 
+def test_top_k_keeps_all_that_are_equal() -> None:
+    """However many; ids are in their order."""
+    logits = torch.zeros(2, 1000, dtype=torch.bfloat16)
+    logits[:, 500:] = -1.0
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    assert pick(logits, ends, 1.0, top_k=3)[:, 0].tolist() == [0, 499]
+
+
 def test_top_p() -> None:
     """The fewest that reach p: 0.4 alone, then with 0.3, then with 0.2."""
     assert by_hand([0.0, 0.999], top_p=0.35) == [1, 1]
@@ -199,6 +209,15 @@ def test_one_sample_streamed_is_the_first_of_a_batch(folio: Callable[..., Outcom
     (alone,) = sampled(folio(*argv, "--num_samples=1"))
     assert sampled(folio(*argv, "--num_samples=4"))[0] == alone
     assert len(alone) == 61
+
+
+def test_the_command_imports_little(finished: Path) -> None:
+    """Neither torch's compiler nor what draws progress bars: they take longer than the text."""
+    argv = [sys.executable, "-X", "importtime", "-m", "folio", "sample", f"--out_dir={finished}", "--device=cpu"]
+    done = subprocess.run([*argv, "--max_new_tokens=3"], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in modules
+    assert not modules & {"torch._dynamo", "torch._inductor", "sympy", "rich"}
 
 
 def test_a_prompt_from_a_file(folio: Callable[..., Outcome], finished: Path, tmp_path: Path) -> None:

@@ -1,50 +1,58 @@
-"""Fast paths against the plain functions."""
+"""The fast paths on a CPU compute what the plain ones do."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
 
+from folio import rng
+from folio.generation.sampling import draws, generate
 from folio.model.attention import attend
-from folio.model.kernels import BlockedAttention
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
+from folio.model.kernels import attend_one, has_fbgemm, pack
 
 
-def with_gradients(attention, dtype: torch.dtype, T: int) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    """The output, and the gradients of q, k and v."""
-    generator = torch.Generator().manual_seed(T)
-    q, k, v, dy = (torch.randn(2, 3, T, 16, generator=generator, dtype=dtype) for _ in range(4))
-    inputs = [t.requires_grad_() for t in (q, k, v)]
-    y = attention(*inputs, None, 0.0)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+@pytest.fixture
+def model() -> GPT:
+    config = GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    return GPT(config, lambda name: rng.generator(1, name)).eval()
 
 
-@pytest.mark.parametrize("T", [1, 7, 64, 100, 256])
-@pytest.mark.parametrize("block", [32, 64, 256])
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 5e-2)])
-def test_blocked_attention_equals_attention(block: int, T: int, dtype: torch.dtype, within: float) -> None:
-    for fast, plain in zip(
-        with_gradients(BlockedAttention(block), dtype, T), with_gradients(attend, dtype, T), strict=True
-    ):
-        torch.testing.assert_close(fast, plain, rtol=within, atol=within)
+@pytest.mark.parametrize("S", [1, 7, 256, 300])
+def test_one_query(S: int) -> None:
+    q, k, v = (torch.randn(3, 2, T, 16, generator=rng.generator("qkv", T)) for T in (1, S, S))
+    torch.testing.assert_close(attend_one(q, k, v, None, 0.0), attend(q, k, v, None, 0.0))
 
 
-def test_blocked_attention_is_causal() -> None:
-    q, k, v = (torch.randn(1, 1, 50, 8, requires_grad=True) for _ in range(3))
-    y = BlockedAttention(16)(q, k, v, None, 0.0)
-    for t in range(50):
-        for gradient in torch.autograd.grad(y[:, :, t].sum(), (k, v), retain_graph=True):
-            assert not gradient[:, :, t + 1 :].any()
+@pytest.mark.skipif(not has_fbgemm(), reason="torch without FBGEMM")
+@pytest.mark.parametrize("T", [1, 8, 64])
+def test_packed_weights(model: GPT, T: int) -> None:
+    """As near to float32 as bfloat16 is, with few rows and many; the weights in the state stay the same."""
+    idx = torch.randint(65, (1, T), generator=rng.generator("idx"))
+    packed, half = copy.deepcopy(model), copy.deepcopy(model).bfloat16()
+    pack(packed)
+    with torch.inference_mode():
+        wanted, found, rounded = (m.lm_head(m.hidden(idx)).float() for m in (model, packed, half))
+    assert (found - wanted).abs().max() <= (rounded - wanted).abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), packed.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("case", ["mask", "dropout", "cache", "no gradient"])
-def test_blocked_attention_leaves_other_cases_to_attention(case: str) -> None:
-    """The same bits, so the same draws for dropout."""
-    q, k, v = (torch.randn(1, 2, 40, 8, requires_grad=case != "no gradient") for _ in range(3))
-    q = q[:, :, -1:] if case == "cache" else q
-    mask = torch.ones(40, 40, dtype=torch.bool).tril() if case == "mask" else None
-    found = []
-    for attention in (BlockedAttention(16), attend):
-        torch.manual_seed(0)
-        found.append(attention(q, k, v, mask, 0.5 if case == "dropout" else 0.0))
-    assert found[0].equal(found[1])
+def test_weights_that_float16_cannot_hold(model: GPT) -> None:
+    """They stay in float32."""
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = 1e6
+    pack(model)
+    x = torch.randn(1, 32)
+    assert torch.equal(model.lm_head(x), torch.nn.functional.linear(x, model.lm_head.weight))
+
+
+def test_float32_cached_is_uncached(model: GPT) -> None:
+    """In float32, a cache changes no token."""
+    idx, uniform = torch.zeros(1, 1, dtype=torch.long), draws(1, 1, 60)
+    tokens = idx
+    for i in range(60):
+        tokens = torch.cat([tokens, generate(model, tokens, 1, uniform=uniform[:, i : i + 1])[:, -1:]], dim=1)
+    assert torch.equal(generate(model, idx, 60, uniform=uniform), tokens)

@@ -14,7 +14,6 @@ import sys
 
 sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
+from folio.training.nanogpt import load_model
 
 SHAPES = {"M": GPTConfig(block_size=256, vocab_size=65, n_layer=6, n_head=6, n_embd=384, bias=False), "L": GPTConfig()}
 HOW: dict[str, Any] = {"temperature": 0.8, "top_k": 200}
@@ -51,14 +51,7 @@ class Options:
 
 def nanogpt(options: Options, shape: GPTConfig, weights: dict[str, torch.Tensor], every: int) -> Callable[[], float]:
     """Seconds of nanoGPT's ``generate``."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(options.peer) / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    theirs: Any = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = theirs
-    spec.loader.exec_module(theirs)
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    model = theirs.GPT(theirs.GPTConfig(**{name: getattr(shape, name) for name in names})).eval()
+    model = load_model(Path(options.peer), shape).eval()
     model.load_state_dict(weights)
     idx = torch.zeros(options.batch, options.new_tokens, dtype=torch.long)
 

@@ -68,7 +68,8 @@ def _opened(options: Options) -> Iterator[tuple[GPT, Tokenizer]]:
 def _memory_advice(shape: GPTConfig, how: Sampling, runtime: Runtime) -> str:
     from folio.machine import shortage
 
-    cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * runtime.dtype.itemsize
+    size = 4 if runtime.device.type == "cpu" else runtime.dtype.itemsize  # a CPU's cache may be in float32
+    cached = 2 * how.num_samples * shape.n_layer * shape.n_embd * size
     return (
         f"{how.num_samples} samples keep up to {cached * shape.block_size / 1e9:,.2f} GB of keys and values, of the "
         f"{shortage.room(runtime.device) / 1e9:,.2f} GB on {runtime.device}: lower --num_samples or --max_new_tokens"

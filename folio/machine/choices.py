@@ -107,13 +107,14 @@ def resolve(
         compiled = _compile_pays(machine, device, dtype, flops)
     recompute = processes.activation_checkpointing == "block"
     plain = kind != "cpu" or bool(compiled) or parallel != "ddp"  # no fast paths of an eager model on a CPU
+    copies = dtype == "bfloat16" and not (plain or recompute or world > 1)  # DDP computes as FSDP does, by autocast
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
         device=device,
         dtype=dtype,
         compile=bool(compiled),
         matmul_precision=machine.fast_precision(device) if precision == "auto" else precision,
-        weight_copy=not plain and dtype == "bfloat16" and not recompute and before.get("weight_copy", not before),
+        weight_copy=copies and before.get("weight_copy", not before),
         attention_block=0 if plain else before.get("attention_block", 0 if before else ATTENTION_BLOCK),
         deterministic=system.deterministic,
         threads=_threads(machine, kind, world),

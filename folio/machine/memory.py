@@ -78,7 +78,10 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
     # DDP's buckets hold all gradients from the beginning, and so does a second micro step
     again = step.micro_steps > 1 or (step.world > 1 and step.shards == 1)
     rows, context, sharded = step.rows, step.context or shape.block_size, step.shards > 1
-    most = _micro_step(shape, rows, context, step.dtype, step.gpu, step.recompute, step.documents, again, sharded)
+    copied = step.dtype == torch.bfloat16 and not (step.gpu or step.recompute or step.world > 1)
+    most = _micro_step(
+        shape, rows, context, step.dtype, step.gpu, step.recompute, step.documents, again, sharded, copied
+    )
     gradients, copies = most["gradients"], most["copies"]
     if sharded:
         blocks = block * shape.n_layer
@@ -150,6 +153,7 @@ def _micro_step(
     documents: bool,
     again: bool,
     sharded: bool,
+    copied: bool,
 ) -> Counter[str]:
     """Bytes of tensors by kind, without the weights, at the peak of a micro step.
 
@@ -183,8 +187,7 @@ def _micro_step(
             tokens = torch.zeros(rows, context + 1, dtype=torch.long)
             # a GPU uses FlexAttention, which keeps the same tensors as attention without a mask
             numbers = torch.zeros(rows, context, dtype=torch.int32) if documents and not gpu else None
-            weight_copy = dtype == torch.bfloat16 and not (gpu or sharded or recompute)
-            objective = Objective(model, model.loss, torch.device("cpu"), dtype, weight_copy)
+            objective = Objective(model, model.loss, torch.device("cpu"), dtype, copied)
             objective(tokens[:, :-1], tokens[:, 1:], numbers)[0].backward()
         return live.most
 

@@ -197,7 +197,7 @@ def _shard(model: GPT, choices: Choices, device: torch.device, dtype: torch.dtyp
 
     The matrices are sent in the dtype of the arithmetic, to which autocast would round them anyway, and their gradients
     in float32. Embeddings and LayerNorms are gathered in float32 from the forward to the backward. So the arithmetic is
-    the same as with DDP under autocast. Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
+    the same as with DDP. Zhao et al., "PyTorch FSDP", 2023; torch.distributed.fsdp.fully_shard.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method

@@ -1,8 +1,7 @@
 """Fast paths of the model on a CPU; ``machine.wrap`` sets them. The plain functions are their oracles, by test.
 
-Text is generated with the weights in 16 bits and all else in float32 (``pack``). For one token
-the time goes into reading the weights, and torch's kernels for 16-bit activations are the slower ones: attention of
-one query to 200 keys takes three times as long in bfloat16 as in float32 (benchmarks/sampling.py).
+Text is generated with the weights in 16 bits and all else in float32 (``pack``), since for one token the time goes
+into reading the weights.
 
 Causal attention in blocks of queries: a block attends to the keys up to its end only, so nearly half of the products
 and of the softmax is never computed, as in FlashAttention (Dao, "FlashAttention-2", 2023). The probabilities are kept

@@ -67,13 +67,21 @@ def batches(run: Run) -> Iterator[Iterator[list[MicroBatch]]]:
     mine = np.concatenate([np.arange(first, first + count) for first, count, _ in share])  # of a step's rows
     at_once = max(1, min(_STEPS, _TOKENS // (len(mine) * run.tokens.block_size)))
 
-    def read(step: int, row: int) -> tuple[Tensor, Tensor | None, list[int]]:
-        """Of the steps from this one on: rows (n, T + 1), the documents in them (n, T), and each micro step's seed."""
-        steps = np.arange(step, step + max(1, min(at_once, optimizer.max_iters - step)))
+    def read(step: int, row: int, most: int = at_once) -> tuple[Tensor, Tensor | None, list[int]]:
+        """Of the steps from this one on: rows (n, T + 1), the documents in them (n, T), and each micro step's seed.
+
+        A step whose data is refused is read alone, after those before it.
+        """
+        steps = np.arange(step, step + max(1, min(most, optimizer.max_iters - step)))
         done = steps % optimizer.restart_interval if optimizer.restart_interval else steps - step
         first = 0 if optimizer.restart_interval else row
         numbers = first + done[:, None] * run.rows_per_step + mine
-        rows = run.tokens.numbered("train", numbers.ravel())
+        try:
+            rows = run.tokens.numbered("train", numbers.ravel())
+        except UserError:
+            if len(steps) == 1:
+                raise
+            return read(step, row, len(steps) // 2)
         documents = runtime.pin(run.tokens.documents(rows)) if run.tokens.documents else None
         seeds = [rng.key(seed, "dropout", s, micro) for s in steps.tolist() for _, _, micro in share]
         return runtime.pin(rows), documents, seeds

@@ -37,10 +37,8 @@ def load(checkout: Path, shape: GPTConfig, size: int, ids: NDArray[Any], device:
     Raises:
         UserError: there is no such file.
     """
-    theirs = _module(checkout / "model.py")
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with redirect_stdout(None):  # it prints its number of parameters
-        model = theirs.GPT(theirs.GPTConfig(**{name: getattr(shape, name) for name in names})).to(device)
+    model = load_model(checkout, shape).to(device)
+    with redirect_stdout(None):  # it prints how many parameters decay
         optimizer = model.configure_optimizers(1e-1, 1e-3, (0.9, 0.95), device.type)
     gpu = device.type == "cuda"
     arithmetic = torch.autocast("cuda", dtype=torch.bfloat16) if gpu else nullcontext()
@@ -86,7 +84,13 @@ def load(checkout: Path, shape: GPTConfig, size: int, ids: NDArray[Any], device:
     return Peer(step, operations)
 
 
-def _module(path: Path) -> Any:
+def load_model(checkout: Path, shape: GPTConfig) -> Any:
+    """nanoGPT's model of this shape, on the CPU. Runs the checkout's ``model.py``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = checkout / "model.py"
     if not path.is_file():
         raise UserError(f"peer={path.parent}: there is no {path.name}, so this is not a checkout of nanoGPT")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
@@ -95,4 +99,6 @@ def _module(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass needs it
     spec.loader.exec_module(module)
-    return module
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    with redirect_stdout(None):  # it prints its number of parameters
+        return module.GPT(module.GPTConfig(**{name: getattr(shape, name) for name in names}))

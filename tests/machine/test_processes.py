@@ -60,9 +60,7 @@ def test_a_rank_that_reads_an_invalid_token(spawn: Spawn, story: Path, tmp_path:
     said = said_at_its_end(child)
     assert len(said) == 1, said
     assert said[0].startswith(f"train.py: rank 2: {data / 'train.bin'}: token id 777 is outside the vocabulary of")
-    steps = [r["step"] for r in timeless(out) if r["kind"] == "train"]
-    assert steps == list(range(len(steps)))
-    assert len(steps) <= 10  # rows are read some steps ahead
+    assert [r["step"] for r in timeless(out) if r["kind"] == "train"] in (list(range(9)), list(range(10)))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ _RECORDED = (  # in state.json: the choices on which the bits of a run depend
     "matmul_precision",
     "weight_copy",
     "attention_block",
+    "graphs",
     "deterministic",
     "world",
     "parallel",
@@ -38,6 +39,7 @@ class Choices:
     matmul_precision: str  # of float32 products: highest, high or medium
     weight_copy: bool  # whether the model computes in a 16-bit copy of its weights, instead of autocast
     attention_block: int  # queries in a block of kernels.BlockedAttention; 0: attention.attend
+    graphs: bool  # whether micro steps and updates run as CUDA graphs
     deterministic: bool
     threads: int
     torch: str  # its version
@@ -79,12 +81,14 @@ def resolve(
     machine: Machine | None = None,
     *,
     flops: float = 0.0,
+    documents: bool = False,
     before: dict[str, Any] | None = None,
 ) -> Choices:
     """The choices of this process, from the options, this machine and the launcher's variables.
 
-    ``flops``: the work of the whole run, which decides ``compile=auto``. ``before``: the ``Choices.resolved`` of the
-    run that is resumed; every ``auto`` becomes what it was there, if this machine allows it.
+    ``flops``: the work of the whole run, which decides ``compile=auto``. ``documents``: attention stays within
+    documents. ``before``: the ``Choices.resolved`` of the run that is resumed; every ``auto`` becomes what it was
+    there, if this machine allows it.
 
     Raises:
         UserError: the device is not on this machine, or a variable of the launcher is missing.
@@ -108,6 +112,7 @@ def resolve(
     recompute = processes.activation_checkpointing == "block"
     plain = kind != "cpu" or bool(compiled) or parallel != "ddp"  # no fast paths of an eager model on a CPU
     copies = dtype == "bfloat16" and not (plain or recompute or world > 1)  # DDP computes as FSDP does, by autocast
+    fixed = kind == "cuda" and not (world > 1 or dtype == "float16" or documents or recompute)  # a step's kernels
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
         device=device,
@@ -116,6 +121,7 @@ def resolve(
         matmul_precision=machine.fast_precision(device) if precision == "auto" else precision,
         weight_copy=copies and before.get("weight_copy", not before),
         attention_block=0 if plain else before.get("attention_block", 0 if before else ATTENTION_BLOCK),
+        graphs=fixed and before.get("graphs", not before),
         deterministic=system.deterministic,
         threads=_threads(machine, kind, world),
         torch=machine.torch_version(),
@@ -192,10 +198,11 @@ def _dtype(machine: Machine, device: str, asked: str, before: str | None) -> str
 
 
 def _compile_pays(machine: Machine, device: str, dtype: str, flops: float) -> bool:
-    """Whether a run on a GPU takes more than a minute at a tenth of the peak.
+    """Whether a run on a GPU takes more than half a minute at a tenth of the peak, which small models do not reach.
 
-    On a CPU compiling gains a few percent and costs half a minute, so auto never compiles there.
+    Compiling takes about that long, and less when PyTorch's cache has the kernels of an earlier run. On a CPU compiling
+    gains a few percent and costs half a minute, so auto never compiles there.
     """
     if not device.startswith("cuda") or not machine.can_compile():
         return False
-    return flops > 60 * 0.1 * (machine.peak(device, dtype) or 1e14)
+    return flops > 30 * 0.1 * (machine.peak(device, dtype) or 1e14)

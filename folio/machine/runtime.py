@@ -13,18 +13,19 @@ from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from folio.machine import shares
 from folio.machine.choices import Choices
 from folio.machine.processes import Ranks
+from folio.machine.updates import Updates
 from folio.machine.wrap import Loss, exchange, for_sampling, objective_of, wrap
 from folio.model.gpt import GPT
 
 T = TypeVar("T")
 
 
-class Runtime(Ranks):
+class Runtime(Ranks, Updates):
     """One process of a run, set up by ``choices``: ``rank`` of ``world``; ``device``; ``dtype`` of the arithmetic.
 
     A checkpoint records the choices as ``resolved``.
@@ -33,10 +34,9 @@ class Runtime(Ranks):
     def __init__(self, choices: Choices) -> None:
         self.choices, self.resolved = choices, choices.resolved
         self.parallel, self.shards, self.compile = choices.parallel, choices.shards, choices.compile
-        self.device = torch.device(choices.device)
-        self.dtype: torch.dtype = getattr(torch, choices.dtype)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        device, dtype = torch.device(choices.device), getattr(torch, choices.dtype)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         if choices.threads != torch.get_num_threads():
             torch.set_num_threads(choices.threads)
         torch.set_float32_matmul_precision(choices.matmul_precision)
@@ -44,10 +44,9 @@ class Runtime(Ranks):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if choices.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
             torch.use_deterministic_algorithms(choices.deterministic)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self._stuck = torch.zeros((), device=self.device)
         self._objective: Any = None
-        super().__init__(choices.rank, choices.world, choices.backend if choices.grouped else None, choices.timeout)
+        Updates.__init__(self, device, dtype, choices.graphs)
+        Ranks.__init__(self, choices.rank, choices.world, choices.backend if choices.grouped else None, choices.timeout)
 
     def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
         """``model.loss`` on this device, under autocast, compiled or not, with gradients averaged over the ranks.
@@ -92,39 +91,12 @@ class Runtime(Ranks):
         """A context for a forward and backward: ranks exchange gradients only in the ``last`` micro step of a step."""
         return exchange(loss, last)
 
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-
-    def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Scales the gradients down to the global norm ``max_norm`` (0: no limit); returns the norm before."""
-        self.scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params if p.grad is not None]
-        if self.parallel != "ddp":
-            norm = shares.full_tensor(nn.utils.get_total_norm(grads))
-            nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
-            return norm
-        # the same without torch's search for devices and dtypes, which takes as long as the arithmetic of a small model
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-        if max_norm:
-            torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """One step of the optimizer. After a loss or gradient that is not finite, no later call updates anything.
-
-        The check stays on the device: the fused kernels skip their update if ``found_inf`` is set. In float16 the
-        scaler skips single steps instead, since overflowing gradients are normal there.
-        """
-        if optimizer.defaults.get("fused") and not self.scaler.is_enabled():
-            self._stuck = torch.maximum(self._stuck, (~torch.isfinite(loss + norm)).float())
-            optimizer.found_inf = self._stuck  # type: ignore[attr-defined]
-        self.scaler.step(optimizer)
-        self.scaler.update()
+    def step(self, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, loss: Tensor) -> Tensor:
+        norm = super().step(optimizer, rate, max_norm, loss)
         if self._objective:
             self._objective.update_copy()
-        optimizer.zero_grad(set_to_none=True)
         self.first_step_done()
+        return norm
 
     def find_not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
         """The first weight, or moment of AdamW as ``<parameter>/<slot>``, with NaN or infinity on any rank, or ""."""

@@ -8,24 +8,25 @@ from torch import Tensor, nn
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor. Every process that has a shard of it must call this."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(p: Tensor, tensor: Tensor) -> Tensor:
     """A whole tensor as the parameter is stored: this process's shard of it if the parameter is sharded."""
-    if not _is_sharded(p) or p.shape != tensor.shape:
+    if not is_sharded(p) or p.shape != tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a process holds only a part of it."""
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes half a second to import
 
 

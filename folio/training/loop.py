@@ -44,17 +44,14 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             if run.stop:
                 return run.stop
 
-            rate = learning_rate(state.step, config)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
             sums = torch.zeros(2, device=runtime.device)
             micro_batches = next(steps)
             for batch in micro_batches:
                 last = batch is micro_batches[-1]
                 sums += micro_step(runtime, run.loss, batch, run.tokens_per_step, last)
             sums = runtime.reduce(torch.cat([sums, as_numbers(stop_request(run), runtime.device)]))
-            norm = runtime.clip(run.optimizer, config.grad_clip)
-            runtime.update(run.optimizer, sums[0], norm)
+            rate = learning_rate(state.step, config)
+            norm = runtime.step(run.optimizer, rate, config.grad_clip, sums[0])
 
             log_step(run)  # the step before; on a GPU this one still runs
             figures = runtime.read_later(torch.cat([sums, norm[None]]))
@@ -67,14 +64,12 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
 def micro_step(runtime: Runtime, loss: Loss, batch: MicroBatch, tokens_per_step: int, last: bool = True) -> Tensor:
     """One forward and backward: adds to the gradients, and returns [nats, tokens counted], (2,), on the device.
 
-    Over all micro steps and ranks the gradients are those of the mean over ``tokens_per_step``. The ranks exchange
-    them in the ``last`` micro step of a step.
+    The next micro step may overwrite the result. Over all micro steps and ranks the gradients are those of the mean
+    over ``tokens_per_step``. The ranks exchange them in the ``last`` micro step of a step.
     """
     runtime.seed(batch.seed)
     with runtime.sync(loss, last):
-        nats, counted = loss(batch.idx, batch.targets, batch.documents)
-        runtime.backward(nats * (runtime.world / tokens_per_step))
-    return torch.stack([nats.detach(), counted])
+        return runtime.differentiate(loss, *batch[:3], scale=runtime.world / tokens_per_step)
 
 
 def stop_reason(run: Run) -> str:

@@ -132,6 +132,8 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         loss, more = _wrap(config, model, tokens, runtime)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model)
+        if not config.logging.profile:  # which shows single operations
+            runtime.use_graphs(optimizer)
         optimizers.check_first_update(optimizer)
         log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
         run_id = former.id if former else secrets.token_hex(6)
@@ -212,7 +214,8 @@ def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: Forme
     tokens_per_step = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
-    return Runtime(resolve(config.system, config.processes, flops=flops, before=resolved))
+    documents = config.data.document_mask
+    return Runtime(resolve(config.system, config.processes, flops=flops, documents=documents, before=resolved))
 
 
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:

@@ -78,8 +78,7 @@ def parts(run: Run, steps: int) -> dict[str, float]:
     with (
         watch.timing(run.loss, "forward", "forward"),
         watch.timing(runtime, "backward", "backward"),
-        watch.timing(runtime, "clip", "update"),
-        watch.timing(runtime, "update", "update"),
+        watch.timing(runtime, "step", "update"),
     ):
         _train(run, between, watch.batches)
     (first, first_cpu), (last, last_cpu) = marks

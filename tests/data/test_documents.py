@@ -294,6 +294,7 @@ def test_two_ranks_under_the_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch 2.11's compiler
 def test_flex_attention_trains_on_a_gpu() -> None:
     """Loss and gradients of FlexAttention's blocks on CUDA are those of the dense mask on the CPU."""
     idx, targets, documents = batch(256, first=True)

@@ -35,12 +35,13 @@ from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 
 def after_step(step, do):
-    update, steps = Runtime.update, count()
+    update, steps = Runtime.step, count()
     def wrapped(self, optimizer, *args):
-        update(self, optimizer, *args)
+        norm = update(self, optimizer, *args)
         if next(steps) == step:
             do(optimizer)
-    Runtime.update = wrapped
+        return norm
+    Runtime.step = wrapped
 
 {fault}
 cli.main("train")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,7 @@ def test_the_choices_on_a_gpu() -> None:
         "matmul_precision": "high",
         "weight_copy": False,
         "attention_block": 0,
+        "graphs": True,
         "deterministic": False,
         "world": 1,
         "parallel": "ddp",
@@ -97,11 +99,31 @@ def test_the_choices_on_this_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "flops", "compiled"),
-    [(GPU, LONG, True), (GPU, LONG / 2, False), (replace(GPU, compiler=False), LONG, False), (Fake(), LONG, False)],
+    [(GPU, LONG, True), (GPU, LONG / 4, False), (replace(GPU, compiler=False), LONG, False), (Fake(), LONG, False)],
 )
 def test_a_run_is_compiled_if_that_pays(machine: Fake, flops: float, compiled: bool) -> None:
-    """On a GPU with a compiler, if the run takes more than a minute."""
+    """On a GPU with a compiler, if the run takes more than half a minute."""
     assert resolve(System(), machine=machine, flops=flops).compile == compiled
+
+
+@pytest.mark.parametrize(
+    ("system", "how"),
+    [
+        (System(dtype="float16"), {}),
+        (System(device="cpu"), {}),
+        (System(), {"documents": True}),
+        (System(), {"processes": Processes(activation_checkpointing="block")}),
+        (System(), {"before": {"device": "cuda"}}),  # a run that began without them
+    ],
+)
+def test_steps_that_do_not_run_as_graphs(system: System, how: dict[str, Any]) -> None:
+    assert not resolve(system, machine=GPU, **how).graphs
+    assert resolve(System(), machine=GPU, before={"graphs": True}).graphs
+
+
+def test_several_processes_have_no_graphs(launched: Callable[..., None]) -> None:
+    launched(WORLD_SIZE="2")
+    assert not resolve(System(), machine=GPU).graphs
 
 
 def test_several_processes_do_not_use_mps(launched: Callable[..., None]) -> None:

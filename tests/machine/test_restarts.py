@@ -62,7 +62,7 @@ def test_launchers_of_two_machines_resume(spawn: Spawn, story: Path, tmp_path: P
 @pytest.fixture
 def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Sets a launcher's variables for a job of one process, which dies in step ``dies_in``; job "" has no launcher."""
-    update, stores = Runtime.update, {}
+    update, stores = Runtime.step, {}
 
     def begin(job: str, restarts: int = 0, dies_in: int | None = None) -> None:
         JOBS.append(launch.Job())  # of a process that has just started
@@ -78,12 +78,13 @@ def attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         steps = count()
 
-        def die(self: Runtime, *args: Any) -> None:
-            update(self, *args)
+        def die(self: Runtime, *args: Any) -> Any:
+            norm = update(self, *args)
             if next(steps) == dies_in:
                 raise KeyboardInterrupt
+            return norm
 
-        monkeypatch.setattr(Runtime, "update", die)
+        monkeypatch.setattr(Runtime, "step", die)
 
     return begin
 

@@ -68,7 +68,7 @@ for micro in range(2):
         nats, _ = loss(batch[:, :-1], batch[:, 1:])
         runtime.backward(nats)
     seen[f"gradients {micro}"] = gradients()
-runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
+runtime.step(optimizer, 1e-2, 1.0, nats)
 weights, slots = runtime.full_state(model, optimizer)
 assert all(t.is_contiguous() and t.device.type == "cpu" and not t.requires_grad for t in {**weights, **slots}.values())
 seen["names"] = [*weights, *slots]
@@ -113,9 +113,9 @@ def trainer() -> tuple[GPT, torch.optim.AdamW, Runtime]:
 
 
 def step(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime, loss: float = 1.0, norm: float = 1.0) -> None:
-    """A backward pass and an update after this loss and this norm of the gradients."""
-    runtime.backward(model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0])
-    runtime.update(optimizer, torch.tensor(loss), torch.tensor(norm))
+    """A backward pass of ``norm`` times the loss, and an update after this loss."""
+    runtime.backward(model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]))[0] * norm)
+    runtime.step(optimizer, 1e-2, 1.0, torch.tensor(loss))
 
 
 def snapshot(model: GPT, optimizer: torch.optim.AdamW, runtime: Runtime) -> dict[str, list[Any]]:

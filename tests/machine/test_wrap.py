@@ -34,7 +34,7 @@ def losses(choices, steps: int = 30) -> list[float]:  # type: ignore[no-untyped-
     rows = torch.randint(31, (4, 17), generator=rng.generator("rows"))
     for _ in range(steps):
         nats, counted = micro_step(runtime, loss, MicroBatch(rows[:, :-1], rows[:, 1:], None, 0), 64)
-        runtime.update(optimizer, nats, runtime.clip(optimizer, 1.0))
+        runtime.step(optimizer, 1e-2, 1.0, nats)
         found.append((nats / counted).item())
     runtime.close()
     return found

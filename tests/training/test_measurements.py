@@ -164,14 +164,15 @@ def test_a_signal_before_a_measurement(
     whole, out = tmp_path / "whole", tmp_path / "out"
     flags = [*argv, *WATCH, "--init_from=auto"]
     assert folio("train", *flags, f"--out_dir={whole}").code == 0
-    update, steps = Runtime.update, itertools.count(1)
+    update, steps = Runtime.step, itertools.count(1)
 
-    def signal_in_step_five(self: Runtime, *args: Any) -> None:
-        update(self, *args)
+    def signal_in_step_five(self: Runtime, *args: Any) -> Any:
+        norm = update(self, *args)
         if next(steps) == 5:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return norm
 
-    monkeypatch.setattr(Runtime, "update", signal_in_step_five)
+    monkeypatch.setattr(Runtime, "step", signal_in_step_five)
     assert folio("train", *flags, f"--out_dir={out}").code == 128 + signal.SIGUSR1
     assert [r["step"] for r in lines(out, "eval")] == [0]
     assert folio("train", *flags, f"--out_dir={out}").code == 0

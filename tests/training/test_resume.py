@@ -174,17 +174,18 @@ def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pyt
         return train.main(cli.parse(train.Options, [*argv, f"--out_dir={out}"], "folio train", files=True))
 
     assert go(tmp_path / "undisturbed") == 0
-    build, update = start.build, Runtime.update
+    build, update = start.build, Runtime.step
 
     def disturbed(config: Any) -> Any:
         run = build(config)
 
-        def last(self: Runtime, *args: Any) -> None:
-            update(self, *args)
+        def last(self: Runtime, *args: Any) -> Any:
+            norm = update(self, *args)
             if run.state.step == 6:
                 run.signal = name
+            return norm
 
-        monkeypatch.setattr(Runtime, "update", last)
+        monkeypatch.setattr(Runtime, "step", last)
         return run
 
     monkeypatch.setattr(start, "build", disturbed)

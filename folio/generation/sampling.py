@@ -16,6 +16,7 @@ from folio.data import decoding
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.files import read_text
+from folio.generation.graphed import FEW, columns
 from folio.model.attention import KVCache
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -25,7 +26,7 @@ LINE = "-" * 15
 
 def generate(model: GPT, idx: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
     """(B, T) token ids → (B, T + max_new_tokens); further arguments as ``stream``'s."""
-    return torch.cat([idx, *stream(model, idx, max_new_tokens, **how)], dim=1)
+    return torch.cat([idx, *(column.to(idx.device) for column in stream(model, idx, max_new_tokens, **how))], dim=1)
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def stream(
     vocab_size: int | None = None,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Iterator[Tensor]:
-    """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn.
+    """Continues (B, T) token ids, and yields each next column (B, 1) as it is drawn; on the CPU if CUDA graphs draw it.
 
     ``uniform`` (B, max_new_tokens) has the random numbers in [0, 1) that select the tokens; by default they come
     from torch's global generator. Ids from ``vocab_size`` on are never drawn. ``temperature`` 0 picks
@@ -56,6 +57,13 @@ def stream(
     if uniform is None:
         uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
     uniform = uniform.to(idx.device, torch.float32 if idx.device.type == "mps" else torch.float64)
+    if idx.device.type == "cuda" and max_new_tokens > FEW and not torch.are_deterministic_algorithms_enabled():
+
+        def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+            return pick(logits[:, :vocab_size], uniform, temperature, top_k, top_p, wait=False)
+
+        yield from columns(model, idx, uniform, draw, track)
+        return
     block_size = model.config.block_size
     cache = KVCache(min(block_size, idx.size(1) + max_new_tokens))
     window, fresh = idx[:, -block_size:], idx
@@ -78,12 +86,18 @@ def _finite(logits: Tensor) -> bool:
 
 
 def pick(
-    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    wait: bool = True,
 ) -> Tensor:
     """(B, V) logits and (B, 1) draws in [0, 1) → (B, 1) ids, by inverting the cumulative distribution.
 
     ``top_k`` keeps the k likeliest; ``top_p`` then the fewest that together reach probability p (Holtzman et
-    al., "The Curious Case of Neural Text Degeneration", 2020).
+    al., "The Curious Case of Neural Text Degeneration", 2020). Without ``wait`` nothing waits for the device: of more
+    than 64 logits that equal the k-th some are dropped, and logits of NaN draw any id.
     """
     if temperature < torch.finfo(uniform.dtype).tiny:  # 0, or too small to divide by
         return logits.argmax(-1, keepdim=True)
@@ -91,7 +105,7 @@ def pick(
     if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic cumulative sum
         logits, uniform = logits.cpu(), uniform.cpu()
     if top_k is not None and top_k < logits.size(-1):
-        logits, ids = _likeliest(logits, top_k)
+        logits, ids = _likeliest(logits, top_k, wait)
     logits = logits.to(uniform.dtype)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest stays 0 if the others overflow
     probs = logits.softmax(-1)
@@ -102,18 +116,18 @@ def pick(
     total = probs.cumsum(-1)
     last = total[:, -1:]
     below = torch.minimum(uniform * last, last.nextafter(torch.zeros_like(last)))
-    found = torch.searchsorted(total, below, right=True)
+    found = torch.searchsorted(total, below, right=True).clamp_(max=total.size(-1) - 1)
     return (found if ids is None else ids.gather(1, found)).to(device)
 
 
-def _likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _likeliest(logits: Tensor, k: int, wait: bool) -> tuple[Tensor, Tensor]:
     """The k largest of each row and all that equal the k-th, in the order of their ids, and their ids; others are −∞.
 
     In 16 bits many logits are equal, so a few more than k are selected at once.
     """
     n = k + 64
     values, ids = logits.topk(min(n, logits.size(-1)))
-    while n < logits.size(-1) and (values[:, -1] == values[:, k - 1]).any():
+    while wait and n < logits.size(-1) and (values[:, -1] == values[:, k - 1]).any():
         n *= 2
         values, ids = logits.topk(min(n, logits.size(-1)))
     values = values.masked_fill(values < values[:, k - 1 : k], -math.inf)

@@ -200,8 +200,8 @@ def _dtype(machine: Machine, device: str, asked: str, before: str | None) -> str
 def _compile_pays(machine: Machine, device: str, dtype: str, flops: float) -> bool:
     """Whether a run on a GPU takes more than half a minute at a tenth of the peak, which small models do not reach.
 
-    Compiling takes about that long, and less when PyTorch's cache has the kernels of an earlier run. On a CPU compiling
-    gains a few percent and costs half a minute, so auto never compiles there.
+    Compiling takes about that long, or less where PyTorch's cache has the kernels of an earlier run. On a CPU it gains
+    a few percent, so auto never compiles there.
     """
     if not device.startswith("cuda") or not machine.can_compile():
         return False

@@ -192,7 +192,7 @@ def test_other_token_ids_are_refused(folio: Run, finished: Path, tmp_path: Path)
         assert_refused(outcome, tmp_path / name, "token ids are not those", "--data_dir")
 
 
-def test_a_split_without_text(folio: Run, tmp_path: Path) -> None:
+def test_a_split_without_text(folio: Run, gpt2: Tokenizer, tmp_path: Path) -> None:
     """Only end-of-text tokens: there are no bits per byte, and the record has null."""
     for split in ("train", "val"):
         np.full(500, 50256, dtype=np.uint16).tofile(tmp_path / f"{split}.bin")

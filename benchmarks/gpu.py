@@ -25,8 +25,8 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,7 @@ from folio.records.metrics import read_metrics
 from folio.training import optimizers
 from folio.training.batches import MicroBatch
 from folio.training.loop import micro_step
+from folio.training.nanogpt import load, load_model
 
 SECONDS = 350.0  # of the whole call
 LIMITS = {"tests": 100, "exact": 80, "preset": 100, "sampling": 60, "step 12": 80, "step 32": 80}  # seconds
@@ -284,46 +285,10 @@ def _our_step(options: Options, shape: GPTConfig, size: int) -> Step:
 
 
 def _their_step(options: Options, shape: GPTConfig, size: int) -> Step:
-    """What nanoGPT's train.py does with its model, compiled, in bf16."""
-    kind = "cpu" if options.smoke else "cuda"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    raw = _their_model(options, shape).to(kind)
-    optimizer = raw.configure_optimizers(1e-1, 6e-4, (0.9, 0.95), kind)
-    model = raw if options.smoke else torch.compile(raw)
-    rows = torch.randint(shape.vocab_size, (size, shape.block_size + 1)).to(kind)
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-    def step() -> None:
-        with torch.amp.autocast(kind, dtype=torch.bfloat16):
-            _, loss = model(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def _their_model(options: Options, shape: GPTConfig) -> Any:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(options.peer) / "model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    theirs = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    with _silent():
-        return theirs.GPT(theirs.GPTConfig(**{name: getattr(shape, name) for name in names}))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without the lines that nanoGPT prints."""
-    before, sys.stdout = sys.stdout, open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    try:
-        yield
-    finally:
-        sys.stdout.close()
-        sys.stdout = before
+    """What nanoGPT's train.py does with its model; on a GPU compiled, in bf16."""
+    ids = np.random.default_rng(0).integers(0, shape.vocab_size, 2 * shape.block_size, dtype=np.uint16)
+    device = torch.device("cpu" if options.smoke else "cuda")
+    return load(Path(options.peer), shape, size, ids, device).operations
 
 
 def _in_turn(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
@@ -346,7 +311,7 @@ def sampling(options: Options) -> Result:
     kind = "cpu" if options.smoke else "cuda"
     shape, ours, theirs = (SMALL, 20, 4) if options.smoke else (GPTConfig(), 500, 40)
     model = GPT(shape, rng.generator).to(kind, torch.bfloat16).eval()
-    peer = _their_model(options, shape).to(kind).eval() if options.peer else None
+    peer = load_model(Path(options.peer), shape).to(kind).eval() if options.peer else None
     found: Result = {}
     for B in (1, 16):
         idx = torch.zeros(B, 1, dtype=torch.long, device=kind)

@@ -12,6 +12,7 @@ from folio.machine.probe import Machine
 
 T = TypeVar("T")
 ATTENTION_BLOCK = 128  # queries, on a CPU (benchmarks/attention.py)
+LOGITS = 1 << 28  # at a time, in the loss of a compiled model on a GPU (benchmarks/gpu.py)
 _RECORDED = (  # in state.json: the choices on which the bits of a run depend
     "device",
     "dtype",
@@ -19,6 +20,7 @@ _RECORDED = (  # in state.json: the choices on which the bits of a run depend
     "matmul_precision",
     "weight_copy",
     "attention_block",
+    "logits",
     "graphs",
     "deterministic",
     "world",
@@ -39,6 +41,7 @@ class Choices:
     matmul_precision: str  # of float32 products: highest, high or medium
     weight_copy: bool  # whether the model computes in a 16-bit copy of its weights, instead of autocast
     attention_block: int  # queries in a block of kernels.BlockedAttention; 0: attention.attend
+    logits: int  # at most, in a chunk of kernels.ChunkedCrossEntropy; 0: gpt.cross_entropy
     graphs: bool  # whether micro steps and updates run as CUDA graphs
     deterministic: bool
     threads: int
@@ -111,16 +114,17 @@ def resolve(
         compiled = _compile_pays(machine, device, dtype, flops)
     recompute = processes.activation_checkpointing == "block"
     plain = kind != "cpu" or bool(compiled) or parallel != "ddp"  # no fast paths of an eager model on a CPU
-    copies = dtype == "bfloat16" and not (plain or recompute or world > 1)  # DDP computes as FSDP does, by autocast
-    fixed = kind == "cuda" and not (world > 1 or dtype == "float16" or documents or recompute)  # a step's kernels
+    alone = world == 1 and not recompute and kind != "mps"  # DDP computes as FSDP does, by autocast
+    fixed = alone and kind == "cuda" and not (dtype == "float16" or documents)  # the kernels of a step
     precision: str = _asked_or_before(system.matmul_precision, before.get("matmul_precision"))
     return Choices(
         device=device,
         dtype=dtype,
         compile=bool(compiled),
         matmul_precision=machine.fast_precision(device) if precision == "auto" else precision,
-        weight_copy=copies and before.get("weight_copy", not before),
+        weight_copy=alone and dtype == "bfloat16" and before.get("weight_copy", not before),
         attention_block=0 if plain else before.get("attention_block", 0 if before else ATTENTION_BLOCK),
+        logits=before.get("logits", 0 if before else LOGITS) if fixed and compiled else 0,
         graphs=fixed and before.get("graphs", not before),
         deterministic=system.deterministic,
         threads=_threads(machine, kind, world),

@@ -17,7 +17,7 @@ from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
-from folio.model.kernels import BlockedAttention, attend_one, has_fbgemm, pack
+from folio.model.kernels import BlockedAttention, ChunkedCrossEntropy, attend_one, has_fbgemm, pack
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
@@ -62,29 +62,32 @@ class WeightCopy:
     """A copy of the weights in 16 bits, in which the model computes; the gradients arrive at the weights in float32.
 
     Autocast converts each weight in every micro step, and each activation between operations. Here the weights are
-    converted when they have changed, once a step, and the activations stay in 16 bits. The LayerNorms' weights stay in
-    float32. Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
+    converted once a step, and the activations stay in 16 bits. The LayerNorms' weights stay in float32, except on CUDA,
+    whose kernel wants one dtype. Micikevicius et al., "Mixed Precision Training", 2018, section 3.1.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         places: dict[nn.Parameter, list[tuple[dict[str, Any], str]]] = {}
         for module in model.modules():
             for name, p in module._parameters.items():
-                if p is not None and not isinstance(module, LayerNorm):
+                if p is not None and (p.is_cuda or not isinstance(module, LayerNorm)):
                     places.setdefault(p, []).append((module._parameters, name))
         self._places = list(places.values())
         self._weights: list[Tensor] = list(places)
         self._copies = [torch.empty_like(p, dtype=dtype, requires_grad=False) for p in self._weights]
         self._versions: list[int] = []
-        self.changed = True
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Copies the weights. The optimizers' fused kernels change them without a trace, so call this after them."""
+        torch._foreach_copy_(self._copies, self._weights)
+        self._versions = [p._version for p in self._weights]
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """The model's modules have the copies inside."""
-        if self.changed or self._versions != [p._version for p in self._weights]:
-            with torch.no_grad():
-                torch._foreach_copy_(self._copies, self._weights)
-            self._versions, self.changed = [p._version for p in self._weights], False
+        if self._versions != [p._version for p in self._weights]:
+            self.update()
         for p, copy, places in zip(self._weights, self._copies, self._places, strict=True):
             here: Any = _FromCopy.apply(p, copy) if torch.is_grad_enabled() else copy  # type: ignore[no-untyped-call]
             for parameters, name in places:
@@ -123,9 +126,9 @@ class Objective(nn.Module):
             return self.loss(idx, targets, *within_documents(documents, dropout))
 
     def update_copy(self) -> None:
-        """The optimizer has changed the weights; its fused kernels leave no trace of that in the tensors."""
+        """The optimizer has changed the weights."""
         if self._copy:
-            self._copy.changed = True
+            self._copy.update()
 
     def infer(self, function: Callable[[], T]) -> T:
         """Calls a function that runs parts of the model, in the same arithmetic."""
@@ -153,6 +156,8 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
     model.to(device)
     if choices.attention_block:
         set_attention(model, BlockedAttention(choices.attention_block))
+    if choices.logits:
+        model.cross_entropy = ChunkedCrossEntropy(choices.logits)
     objective = Objective(
         model, compiled(model.loss) if choices.compile else model.loss, device, dtype, choices.weight_copy
     )

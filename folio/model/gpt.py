@@ -100,6 +100,12 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
 
 
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum of nats over the targets that are not −1, of states (B, T, C) and the head's weight (V, C)."""
+    logits = F.linear(x, weight).float()  # (B, T, V)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
+
+
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """An embedding with uninitialized weights, since ``GPT`` draws its own."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-untyped-call]
@@ -123,6 +129,7 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config, config.vocab_size)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.cross_entropy = cross_entropy  # a kernel that keeps no logits may be set here
         if config.tie_weights:
             self.transformer.wte.weight = self.lm_head.weight
         if not self.lm_head.weight.is_meta:
@@ -185,9 +192,8 @@ class GPT(nn.Module):
 
         ``positions`` and ``mask`` as ``hidden`` takes them.
         """
-        logits = self.lm_head(self.hidden(idx, positions=positions, mask=mask)).float()  # (B, T, V)
-        nats = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
-        return nats, (targets != -1).sum()
+        x = self.hidden(idx, positions=positions, mask=mask)  # (B, T, C)
+        return self.cross_entropy(x, self.lm_head.weight, targets), (targets != -1).sum()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """nanoGPT's contract: (logits (B, T, V), mean loss); without targets (last logits (B, 1, V), None)."""

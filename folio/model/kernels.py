@@ -1,7 +1,11 @@
-"""Fast paths of the model on a CPU; ``machine.wrap`` sets them. The plain functions are their oracles, by test.
+"""Fast paths of the model; ``machine.wrap`` sets them. The plain functions are their oracles, by test.
 
-Text is generated with the weights in 16 bits and all else in float32 (``pack``), since for one token the time goes
-into reading the weights.
+The cross-entropy of a compiled model on a GPU makes the logits of a few thousand tokens at a time, and at once their
+gradient, so those of a whole batch, 6 GB for 32 rows of GPT-2, are never in memory together (Hsu et al., "Liger
+Kernel", 2024; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024).
+
+All else is for a CPU. Text is generated with the weights in 16 bits and the rest in float32 (``pack``), since for one
+token the time goes into reading the weights.
 
 Causal attention in blocks of queries: a block attends to the keys up to its end only, so nearly half of the products
 and of the softmax is never computed, as in FlashAttention (Dao, "FlashAttention-2", 2023). The probabilities are kept
@@ -19,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folio.model.attention import Mask, attend
+from folio.model.gpt import cross_entropy
 
 _FEW = 32  # rows, up to which a packed float16 product is faster than one in bfloat16
 _SHORT = 256  # keys, up to which elementwise products are faster for one query
@@ -129,3 +134,49 @@ def _packable(linear: nn.Linear) -> bool:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+class ChunkedCrossEntropy:
+    """``gpt.cross_entropy`` with at most ``logits`` numbers of logits at a time: set it as a model's ``cross_entropy``.
+
+    It differs by rounding only. The weight's gradient is summed in float32.
+    """
+
+    def __init__(self, logits: int) -> None:
+        self.logits = logits
+
+    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        chunk = 1 << (self.logits // weight.size(0)).bit_length() - 1  # tokens; products like powers of two
+        if targets.numel() <= chunk or not torch.is_grad_enabled():
+            return cross_entropy(x, weight, targets)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        nats: Tensor = _Chunked.apply(x.view(-1, x.size(-1)), weight, targets.reshape(-1), chunk)  # type: ignore[no-untyped-call]
+        return nats
+
+
+class _Chunked(torch.autograd.Function):
+    """The gradients are made in the forward, where the logits are, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        dx, dweight, nats = [], torch.zeros_like(weight, dtype=torch.float32), []
+        for some, those in zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True):
+            logits = (some @ weight.t()).float()
+            counted = those != -1
+            target = those.clamp(min=0)[:, None]
+            total = logits.logsumexp(-1, keepdim=True)
+            nats.append(((total - logits.gather(1, target)).squeeze(1) * counted).sum())
+            hit = torch.arange(logits.size(1), device=logits.device) == target
+            gradient = (((logits - total).exp() - hit.float()) * counted[:, None]).to(x.dtype)
+            dx.append(gradient @ weight)
+            dweight += gradient.t() @ some
+        ctx.save_for_backward(torch.cat(dx), dweight)
+        ctx.dtype = weight.dtype
+        return torch.stack(nats).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        return (dx.float() * gradients[0]).to(dx.dtype), (dweight * gradients[0]).to(ctx.dtype), None, None

@@ -32,8 +32,14 @@ SHAPE = GPTConfig(block_size=16, vocab_size=19, n_layer=2, n_head=2, n_embd=16, 
 class Steps:
     """Updates of a small model, as the training loop makes them."""
 
-    def __init__(self, device: str, graphed: bool, optimizer: Callable[[GPT], torch.optim.Optimizer] | None = None):
-        system = System(device=device, dtype="float32", compile=False, matmul_precision="highest")
+    def __init__(
+        self,
+        device: str,
+        graphed: bool,
+        optimizer: Callable[[GPT], torch.optim.Optimizer] | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        system = System(device=device, dtype=dtype, compile=False, matmul_precision="highest")
         self.runtime = Runtime(replace(choices.resolve(system), graphs=graphed))
         self.model = GPT(SHAPE, rng.generator)
         self.wrapped, self.factor = self.runtime.wrap(self.model, (4, 16)), torch.ones((), device=device)
@@ -77,6 +83,16 @@ def test_replayed_steps_are_called_steps(device: str, micro_steps: int) -> None:
         assert graphed(number, micro_steps) == pytest.approx(plain(number, micro_steps), rel=1e-5)
     assert_equal(graphed, plain)
     assert {float(t) for name, t in graphed.state().items() if name.endswith("/step")} == {4.0}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replays_compute_in_the_newest_weights(device: str) -> None:
+    """In bfloat16 the model computes in a copy of the weights, which each update renews outside the graphs."""
+    plain, graphed = Steps(device, False, dtype="bfloat16"), Steps(device, True, dtype="bfloat16")
+    assert graphed.runtime.choices.weight_copy
+    losses = [(plain(0)[0], graphed(0)[0]) for _ in range(12)]
+    assert losses[-1][0] < 0.9 * losses[0][0]
+    assert all(one == pytest.approx(other, rel=1e-2) for one, other in losses)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -162,7 +162,7 @@ def test_the_arithmetic_has_the_chosen_dtype(dtype: str) -> None:
     model = GPT(SHAPE)
     runtime = Runtime(resolve(System(device="cpu", dtype=dtype, compile=False)))  # type: ignore[arg-type]
     seen: list[torch.dtype] = []
-    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     nats, counted = runtime.wrap(model, (2, 2))(torch.tensor([[1, 2]]), torch.tensor([[2, -1]]))
     assert seen == [getattr(torch, dtype)]
     assert nats.dtype == model.lm_head.weight.dtype == torch.float32

@@ -80,7 +80,7 @@ def test_it_follows_the_weights(how: str) -> None:
     else:
         weight.grad = torch.ones_like(weight)
         torch.optim.AdamW([weight], lr=1.0, fused=True).step()
-        copy.changed = True
+        copy.update()
     with copy.used(), torch.no_grad():
         assert model.transformer.h[1].mlp.c_fc.weight.equal(weight.bfloat16())
 

@@ -1,4 +1,4 @@
-"""The fast paths on a CPU compute what the plain ones do."""
+"""The fast paths compute what the plain ones do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from folio import rng
 from folio.generation.sampling import draws, generate
 from folio.model.attention import attend
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
-from folio.model.kernels import attend_one, has_fbgemm, pack
+from folio.model.gpt import GPT, cross_entropy
+from folio.model.kernels import ChunkedCrossEntropy, attend_one, has_fbgemm, pack
 
 
 @pytest.fixture
@@ -56,3 +56,32 @@ def test_float32_cached_is_uncached(model: GPT) -> None:
     for i in range(60):
         tokens = torch.cat([tokens, generate(model, tokens, 1, uniform=uniform[:, i : i + 1])[:, -1:]], dim=1)
     assert torch.equal(generate(model, idx, 60, uniform=uniform), tokens)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("tokens", [(3, 40), (2, 16), (1, 5)])
+def test_the_loss_in_chunks(tokens: tuple[int, int], compiled: bool) -> None:
+    """Its value and both gradients, over chunks of 32 tokens, some without a target."""
+    x = torch.randn(*tokens, 24, generator=rng.generator("x"), requires_grad=True)
+    weight = torch.randn(65, 24, generator=rng.generator("weight"), requires_grad=True)
+    targets = torch.randint(-1, 65, tokens, generator=rng.generator("targets"))
+    chunked = ChunkedCrossEntropy(65 * 50)
+    found, wanted = (torch.compile(chunked) if compiled else chunked), cross_entropy
+    results = [
+        (nats := loss(x, weight, targets), *torch.autograd.grad(nats * 0.01, (x, weight))) for loss in (found, wanted)
+    ]
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(x, weight, targets), wanted(x, weight, targets))
+
+
+def test_the_loss_in_chunks_under_autocast() -> None:
+    """The products are in 16 bits, the rest in float32."""
+    x, weight = torch.randn(64, 24, requires_grad=True), torch.randn(65, 24, requires_grad=True)
+    targets = torch.randint(65, (64,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = (loss(x, weight, targets) for loss in (ChunkedCrossEntropy(65 * 16), cross_entropy))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+    assert torch.autograd.grad(found, weight)[0].dtype == torch.float32

@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --peer PATH_TO_A_NANOGPT_CHECKOUT [--json gpu.json] [--smoke]
 
-It needs torch, numpy, rich, rich-argparse, tiktoken, safetensors and pytest. Each row runs in its own process with a
-time limit, and is printed when it is there; the JSON comes last. Meanwhile other processes compile the models of the
-table into PyTorch's cache. Token ids and weights are random, which changes no speed. --smoke does everything small, on
-a CPU.
+It needs torch, numpy, rich, rich-argparse, tiktoken, safetensors and pytest. Each program of the table is a process of
+its own. All of them compile while the tests run, then one at a time is timed, and the programs of a row take turns.
+Each row has a time limit and is printed when it is there; the JSON comes last. Token ids and weights are random, which
+changes no speed. --smoke does everything small, on a CPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,8 +58,8 @@ from folio.training.batches import MicroBatch
 from folio.training.loop import micro_step
 from folio.training.nanogpt import load, load_model
 
-SECONDS = 350.0  # of the whole call
-LIMITS = {"tests": 100, "exact": 80, "preset": 100, "sampling": 60, "step 12": 80, "step 32": 80}  # seconds
+LIMITS = {"tests": 150, "exact": 150, "preset": 60, "sampling": 40, "step": 40}  # seconds
+READY = 170.0  # seconds after the start, until which the programs of the table may compile
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=1, n_embd=8, bias=False)
 Result = dict[str, Any]
 Step = Callable[[], object]
@@ -69,14 +72,12 @@ class Options:
     peer: str = option("", "a checkout of nanoGPT; without it there are no ratios")
     json: str = option("", "also write the results to this file")
     smoke: bool = option(False, "everything small, on a CPU")
-    row: str = option("", f"only this row, in this process: {', '.join(LIMITS)}")
-    compile_only: bool = option(False, "only compile the models of the row")
+    work: str = option("", "be one program of the table, which reads from standard input how many calls to time")
 
 
 def main(options: Options) -> None:
-    if options.row:
-        name, _, size = options.row.partition(" ")
-        print("JSON " + json.dumps(ROWS[name](options, *map(int, size.split()))), flush=True)
+    if options.work:
+        _work(options, *options.work.split())
         return
     if not options.smoke and not torch.cuda.is_available():
         sys.exit("gpu.py: there is no GPU; --smoke tries this script on a CPU")
@@ -85,17 +86,22 @@ def main(options: Options) -> None:
     if not options.smoke:
         machine["device"] = torch.cuda.get_device_name()
     print(json.dumps(machine), flush=True)
-    ahead = [_start(options, name, "--compile_only=True") for name in LIMITS if name.startswith("step")]
-    for name, limit in LIMITS.items():
-        if name == "preset":  # from here on time counts
-            for child in ahead:
-                _end(child, began + SECONDS / 2 - time.perf_counter())
-        start = time.perf_counter()
-        output = _end(_start(options, name), min(limit, began + SECONDS - start))
-        *_, last = ["", *output.strip().splitlines()]
-        result = json.loads(last[5:]) if last.startswith("JSON ") else {"failed": output[-3000:]}
-        found[name] = {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+    def show(name: str, result: Result) -> None:
+        found[name] = {**result, "at": round(time.perf_counter() - began, 1)}
         print(f"{name}: {json.dumps(found[name])}", flush=True)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor() as threads,
+        _Table(options, Path(folder)) as table,
+    ):
+        checks = {name: threads.submit(CHECKS[name], options) for name in CHECKS}
+        for name, check in checks.items():
+            show(name, check.result())
+        table.wait(began + READY)
+        for name, row in table.rows():
+            show(name, row())
     text = json.dumps({**machine, "rows": found, "seconds": round(time.perf_counter() - began, 1)}, indent=1)
     print(text)
     if options.json:
@@ -105,14 +111,9 @@ def main(options: Options) -> None:
 # Processes
 
 
-def _start(options: Options, row: str, *more: str) -> subprocess.Popen[str]:
-    """A row in its own process, the first of a group that ends with it."""
-    argv = [sys.executable, __file__, f"--row={row}", f"--peer={options.peer}", f"--smoke={options.smoke}", *more]
-    return _spawn(argv, ROOT, start_new_session=True)
-
-
 def _spawn(command: list[str], cwd: Path, **how: Any) -> subprocess.Popen[str]:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **how}
+    """A process, the first of a group that ends with it."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True, **how}
     return subprocess.Popen(command, cwd=cwd, text=True, **streams)
 
 
@@ -137,7 +138,7 @@ def _text(output: str) -> str:
     return output.strip()[-1500:]
 
 
-# Rows
+# Checks
 
 
 def tests(options: Options) -> Result:
@@ -145,7 +146,7 @@ def tests(options: Options) -> Result:
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     how = ["-W", "ignore::pytest.PytestConfigWarning", *["--collect-only"] * options.smoke]  # without pytest-timeout
     child = _spawn([sys.executable, "-m", "pytest", "-q", "-m", "gpu", *how, *files], ROOT)
-    output = _end(child, LIMITS["tests"] - 5)
+    output = _end(child, LIMITS["tests"])
     return {"passed": child.returncode == 0, "output": _text(output)}
 
 
@@ -205,152 +206,250 @@ def _preset(options: Options, folder: Path) -> list[str]:
     return flags
 
 
-def preset(options: Options) -> Result:
-    """Milliseconds an iteration of the whole loop of the Shakespeare preset, between two lines of the output."""
-    first, last = (20, 100) if options.smoke else (300, 1100)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        flags, found = _preset(options, folder), {}
-        programs = {"nanogpt": Path(options.peer)} if options.peer else {}
-        for program, cwd in {**programs, "folio": ROOT}.items():
-            argv = [sys.executable, "-u", "train.py", *flags, f"--out_dir={folder / program}"]
-            child = _spawn(argv, cwd)
-            at, lines = {}, []
-            assert child.stdout is not None
-            for line in child.stdout:
-                lines.append(line)
-                if match := re.match(r"iter (\d+): loss", line):
-                    at[int(match[1])] = time.perf_counter()
-                if last in at:
-                    break
-            _kill(child)
-            marks = [at[step] for step in range(first, last + 1, (last - first) // 4) if step in at]
-            if len(marks) < 5:
-                return {**found, "failed": program, "output": _text("".join(lines))}
-            each = [1000 * (b - a) / ((last - first) // 4) for a, b in pairwise(marks)]
-            found[program] = {"ms": statistics.median(each), "from": min(each), "to": max(each)}
-        return _ratio(found, "ms")
+# The table
 
 
-def step(options: Options, size: int) -> Result:
-    """Tokens per second and peak memory of training steps of GPT-2 124M in bf16, with so many rows."""
-    shape, rounds, count = (SMALL, 2, 2) if options.smoke else (GPTConfig(bias=False), 5, 10)
-    makes = {"nanogpt": _their_step, "folio": _our_step} if options.peer else {"folio": _our_step}
-    steps: dict[str, Step] = {}
-    found: dict[str, Result] = {}
-    for name, make in makes.items():
-        before = _memory()
-        steps[name] = make(options, shape, size)
-        for _ in range(3):
-            steps[name]()
-        found[name] = {"peak_gb": round((_memory(peak=True) - before) / 1e9, 3)}
-        if options.compile_only:
-            steps.clear()
-    if options.compile_only:
+class _Program:
+    """A process that answers each number of calls with their seconds: ``gpu.py --work``."""
+
+    def __init__(self, options: Options, what: str) -> None:
+        argv = [sys.executable, __file__, f"--work={what}", f"--peer={options.peer}", f"--smoke={options.smoke}"]
+        self.child = _spawn(argv, ROOT, stdin=subprocess.PIPE)
+        self.output: list[str] = []
+        self._answers: Queue[Any] = Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        for line in self.child.stdout:
+            if line.startswith("JSON "):
+                self._answers.put(json.loads(line[5:]))
+            else:
+                self.output.append(line)
+        self._answers.put(None)
+
+    def answer(self, limit: float) -> Any:
+        """The next answer; None if the process ends or is late."""
+        with suppress(Empty):
+            return self._answers.get(timeout=max(0.1, limit))
+        return None
+
+    def ask(self, calls: int, limit: float) -> Any:
+        assert self.child.stdin is not None
+        with suppress(BrokenPipeError):
+            self.child.stdin.write(f"{calls}\n")
+            self.child.stdin.flush()
+        return self.answer(limit)
+
+
+class _Loop:
+    """A run of ``train.py``, which is stopped between its turns."""
+
+    def __init__(self, argv: list[str], cwd: Path, first: int) -> None:
+        self.child = _spawn([sys.executable, "-u", "train.py", *argv], cwd)
+        self.first, self.output = first, list[str]()
+        self._at: dict[int, float] = {}
+        self._pauses = first
+        self._paused = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        for line in self.child.stdout:
+            self.output.append(line)
+            if match := re.match(r"iter (\d+): loss", line):
+                self._at[int(match[1])] = time.perf_counter()
+                if int(match[1]) >= self._pauses:
+                    os.kill(self.child.pid, signal.SIGSTOP)
+                    self._paused.set()
+        self._paused.set()
+
+    def wait(self, limit: float) -> bool:
+        """Whether the run has paused in time."""
+        return self._paused.wait(max(0.1, limit)) and self._pauses in self._at
+
+    def seconds(self, iterations: int, limit: float) -> float | None:
+        """Seconds an iteration of so many, after a tenth of them to get going."""
+        begin = self._pauses + iterations // 10
+        self._pauses = begin + iterations
+        self._paused.clear()
+        os.kill(self.child.pid, signal.SIGCONT)
+        if not self.wait(limit) or begin not in self._at:
+            return None
+        return (self._at[self._pauses] - self._at[begin]) / iterations
+
+
+class _Table:
+    """The programs, which start and compile at once, and the rows that time them in turn."""
+
+    def __init__(self, options: Options, folder: Path) -> None:
+        self._options = options
+        self._names = ("nanogpt", "folio") if options.peer else ("folio",)
+        self._programs = {(w, n): _Program(options, f"{n} {w}") for w in WORK for n in self._names}
+        flags, self._first = _preset(options, folder), 20 if options.smoke else 300
+        places = {"nanogpt": Path(options.peer), "folio": ROOT}
+        self._loops = {
+            n: _Loop([*flags, f"--out_dir={folder / n}"], places[n].resolve(), self._first) for n in self._names
+        }
+
+    def __enter__(self) -> _Table:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for each in (*self._programs.values(), *self._loops.values()):
+            _kill(each.child)
+
+    def wait(self, until: float) -> None:
+        """Waits until all are ready, or late."""
+        for loop in self._loops.values():
+            loop.wait(until - time.perf_counter())
+        self._ready = {key: p.answer(until - time.perf_counter()) for key, p in self._programs.items()}
+
+    def rows(self) -> Iterator[tuple[str, Callable[[], Result]]]:
+        yield "preset", self._preset
+        for what in WORK:
+            yield what, partial(self._row, what)
+
+    def _preset(self) -> Result:
+        """Milliseconds an iteration of the whole loop of the Shakespeare preset."""
+        until, count = time.perf_counter() + LIMITS["preset"], 100 if self._options.smoke else 400
+        times: dict[str, list[float]] = {name: [] for name in self._names}
+        for _ in range(4):
+            for name, loop in self._loops.items():
+                if (each := loop.seconds(count, until - time.perf_counter())) is None:
+                    return {"failed": name, "output": _text("".join(loop.output))}
+                times[name].append(each)
+        found = {name: {"ms": round(1000 * statistics.median(each), 2)} for name, each in times.items()}
+        return {**found, **_ratios(times)}
+
+    def _row(self, what: str) -> Result:
+        """Tokens per second, and the peak of memory."""
+        limit = LIMITS[what.split()[0]]
+        until, calls = time.perf_counter() + limit, {name: WORK[what][name] for name in self._names}
+        times: dict[str, list[float]] = {name: [] for name in self._names}
+        for _ in range(2 if self._options.smoke else 6):  # the first is a warm-up
+            for name in self._names:
+                program = self._programs[what, name]
+                ready = self._ready[what, name]
+                each = None if ready is None else program.ask(calls[name], until - time.perf_counter())
+                if each is None:
+                    return {"failed": name, "output": _text("".join(program.output))}
+                times[name].append(each["seconds"] / each["tokens"])
+                ready["peak_gb"] = each["peak_gb"]
+        times = {name: each[1:] for name, each in times.items()}
+        found = {
+            name: {
+                "tokens_per_second": round(1 / statistics.median(each), 1),
+                "peak_gb": self._ready[what, name]["peak_gb"],
+            }
+            for name, each in times.items()
+        }
+        memory = [found[n]["peak_gb"] for n in ("folio", "nanogpt") if n in found]
+        more = {"memory": round(memory[0] / memory[1], 3)} if len(memory) == 2 and memory[1] else {}
+        return {**found, **_ratios(times), **more}
+
+
+def _ratios(times: dict[str, list[float]]) -> Result:
+    """How many times as fast as nanoGPT: the median of the rounds' ratios, and their range."""
+    if len(times) < 2:
         return {}
-    times = _in_turn(steps, rounds, count)
-    for name, each in times.items():
-        found[name] |= {"tokens_per_second": round(size * shape.block_size / statistics.median(each))}
-    ratios = [a / b for a, b in zip(times.get("nanogpt", []), times["folio"], strict=False)]
-    memory = {"memory": round(found["folio"]["peak_gb"] / (found["nanogpt"]["peak_gb"] or 1), 3)} if ratios else {}
-    return {**found, **_spread(ratios), **memory}
+    ratios = [theirs / ours for theirs, ours in zip(times["nanogpt"], times["folio"], strict=True)]
+    return {"ratio": round(statistics.median(ratios), 3), "from": round(min(ratios), 3), "to": round(max(ratios), 3)}
 
 
-def _memory(peak: bool = False) -> int:
-    """Bytes of tensors on the GPU: now, which begins a new peak, or at the peak since then."""
-    if not torch.cuda.is_available():
-        return 0
-    torch.cuda.synchronize()
-    if peak:
-        return torch.cuda.max_memory_allocated()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+# A program
 
 
-def _our_step(options: Options, shape: GPTConfig, size: int) -> Step:
-    runtime = Runtime(resolve(System(device="cpu" if options.smoke else "cuda"), flops=1e30))
+def _work(options: Options, program: str, what: str, size: str) -> None:
+    """Times as many calls as each line of standard input says, and answers with the seconds and the tokens of them."""
+    make = {"folio step": _our_step, "nanogpt step": _their_step, "folio sampling": _our_sampling}
+    call, tokens = make.get(f"{program} {what}", _their_sampling)(options, int(size))
+    for _ in range(2):
+        call()
+    gpu = torch.cuda.is_available()
+    wait: Callable[[], object] = torch.cuda.synchronize if gpu else lambda: None
+    wait()
+    if gpu:
+        torch.cuda.empty_cache()  # for the programs beside this one
+    print("JSON {}", flush=True)
+    for line in sys.stdin:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            call()
+        wait()
+        seconds = time.perf_counter() - start
+        peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if gpu else 0.0
+        print("JSON " + json.dumps({"seconds": seconds, "tokens": tokens * int(line), "peak_gb": peak}), flush=True)
+
+
+def _shape(options: Options, bias: bool) -> GPTConfig:
+    return SMALL if options.smoke else GPTConfig(bias=bias)
+
+
+def _our_step(options: Options, size: int) -> tuple[Step, int]:
+    shape = _shape(options, bias=False)
+    runtime = Runtime(resolve(System(device=_device(options)), flops=1e30))
     model = GPT(shape, rng.generator)
     loss = runtime.wrap(model, (size, shape.block_size))
     optimizer = optimizers.optimizer(Optimizer(learning_rate=6e-4), model)
     runtime.use_graphs(optimizer)
     rows = runtime.move(torch.randint(shape.vocab_size, (size, shape.block_size + 1)))
-    batch = MicroBatch(rows[:, :-1], rows[:, 1:], None, 1)
+    batch, tokens = MicroBatch(rows[:, :-1], rows[:, 1:], None, 1), size * shape.block_size
 
     def step() -> None:
-        nats, _ = micro_step(runtime, loss, batch, size * shape.block_size)
+        nats, _ = micro_step(runtime, loss, batch, tokens)
         runtime.step(optimizer, 6e-4, 1.0, nats)
 
-    return step
+    return step, tokens
 
 
-def _their_step(options: Options, shape: GPTConfig, size: int) -> Step:
+def _their_step(options: Options, size: int) -> tuple[Step, int]:
     """What nanoGPT's train.py does with its model; on a GPU compiled, in bf16."""
+    shape = _shape(options, bias=False)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, 2 * shape.block_size, dtype=np.uint16)
-    device = torch.device("cpu" if options.smoke else "cuda")
-    return load(Path(options.peer), shape, size, ids, device).operations
+    device = torch.device(_device(options))
+    return load(Path(options.peer), shape, size, ids, device).operations, size * shape.block_size
 
 
-def _in_turn(steps: dict[str, Step], rounds: int, count: int) -> dict[str, list[float]]:
-    """Seconds a step, for each program and round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    for _ in range(rounds):
-        for name, step in steps.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(count):
-                step()
-            wait()
-            times[name].append((time.perf_counter() - start) / count)
-    return times
+def _our_sampling(options: Options, size: int) -> tuple[Step, int]:
+    """In bf16; the recording of the graphs is in the time."""
+    device, count = _device(options), 20 if options.smoke else 500
+    model = GPT(_shape(options, bias=True), rng.generator).to(device, torch.bfloat16).eval()
+    idx = torch.zeros(size, 1, dtype=torch.long, device=device)
+
+    def sample() -> None:
+        generate(model, idx, count, temperature=0.8, top_k=200, uniform=draws(1, size, count))
+
+    return sample, size * count
 
 
-def sampling(options: Options) -> Result:
-    """Tokens per second of sampling from GPT-2 124M in bf16, the recording of the graphs included."""
-    kind = "cpu" if options.smoke else "cuda"
-    shape, ours, theirs = (SMALL, 20, 4) if options.smoke else (GPTConfig(), 500, 40)
-    model = GPT(shape, rng.generator).to(kind, torch.bfloat16).eval()
-    peer = load_model(Path(options.peer), shape).to(kind).eval() if options.peer else None
-    found: Result = {}
-    for B in (1, 16):
-        idx = torch.zeros(B, 1, dtype=torch.long, device=kind)
+def _their_sampling(options: Options, size: int) -> tuple[Step, int]:
+    """As its sample.py does: weights in float32, bf16 by autocast."""
+    device, count = _device(options), 4 if options.smoke else 40
+    peer = load_model(Path(options.peer), _shape(options, bias=True)).to(device).eval()
+    idx = torch.zeros(size, 1, dtype=torch.long, device=device)
 
-        def folio(B: int = B, idx: torch.Tensor = idx) -> None:
-            generate(model, idx, ours, temperature=0.8, top_k=200, uniform=draws(1, B, ours))
+    def sample() -> None:
+        with torch.no_grad(), nullcontext() if options.smoke else torch.amp.autocast(device, dtype=torch.bfloat16):
+            peer.generate(idx, count, temperature=0.8, top_k=200)
 
-        def nanogpt(idx: torch.Tensor = idx) -> None:
-            with torch.no_grad(), nullcontext() if options.smoke else torch.amp.autocast(kind, dtype=torch.bfloat16):
-                peer.generate(idx, theirs, temperature=0.8, top_k=200)
-
-        steps: dict[str, Step] = {"nanogpt": nanogpt, "folio": folio} if peer else {"folio": folio}
-        _in_turn(steps, 1, 1)
-        times = _in_turn(steps, 3, 1)
-        speeds = {name: [B * (ours if name == "folio" else theirs) / t for t in each] for name, each in times.items()}
-        ratios = [b / a for a, b in zip(speeds.get("nanogpt", []), speeds["folio"], strict=False)]
-        medians = {name: {"tokens_per_second": round(statistics.median(each), 1)} for name, each in speeds.items()}
-        found[f"batch {B}"] = {**medians, **_spread(ratios)}
-        print(B, found[f"batch {B}"], flush=True)
-    return found
+    return sample, size * count
 
 
-def _ratio(found: dict[str, Result], name: str) -> Result:
-    return {**found, **(_spread([found["nanogpt"][name] / found["folio"][name]]) if "nanogpt" in found else {})}
+def _device(options: Options) -> str:
+    return "cpu" if options.smoke else "cuda"
 
 
-def _spread(ratios: list[float]) -> Result:
-    """The median of the rounds' ratios, and their range."""
-    if not ratios:
-        return {}
-    return {"ratio": round(statistics.median(ratios), 3), "from": round(min(ratios), 3), "to": round(max(ratios), 3)}
-
-
-ROWS: dict[str, Callable[..., Result]] = {
-    "tests": tests,
-    "exact": exact,
-    "preset": preset,
-    "step": step,
-    "sampling": sampling,
+CHECKS: dict[str, Callable[[Options], Result]] = {"tests": tests, "exact": exact}
+WORK = {  # calls in a round
+    "sampling 1": {"nanogpt": 1, "folio": 1},
+    "sampling 16": {"nanogpt": 1, "folio": 1},
+    "step 12": {"nanogpt": 20, "folio": 20},
+    "step 32": {"nanogpt": 10, "folio": 10},
 }
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from folio.machine import launch
 from folio.machine.choices import Choices
-from folio.model.attention import within_documents
+from folio.model.attention import flex_attends, within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
 from folio.model.kernels import BlockedAttention, ChunkedCrossEntropy, attend_one, has_fbgemm, pack
 
@@ -122,8 +122,10 @@ class Objective(nn.Module):
         with self._arithmetic():
             if documents is None:
                 return self.loss(idx, targets)
-            dropout = self.model.training and self.model.config.dropout > 0
-            return self.loss(idx, targets, *within_documents(documents, dropout))
+            config = self.model.config
+            dropout = config.dropout if self.model.training else 0.0
+            flex = flex_attends(documents.device, config.n_embd // config.n_head, dropout)
+            return self.loss(idx, targets, *within_documents(documents, flex))
 
     def update_copy(self) -> None:
         """The optimizer has changed the weights."""

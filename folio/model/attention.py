@@ -61,18 +61,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
     return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
 
 
-def within_documents(documents: Tensor, dropout: bool = False, flex: bool | None = None) -> tuple[Tensor, Mask]:
+def flex_attends(device: torch.device, head: int, dropout: float) -> bool:
+    """Whether FlexAttention is the better kernel for a mask: on CUDA; it has no dropout and no heads narrower than 16."""
+    return device.type == "cuda" and head >= 16 and not dropout
+
+
+def within_documents(documents: Tensor, flex: bool = False) -> tuple[Tensor, Mask]:
     """(B, T) document numbers → (B, T) positions from 0 in each document, and a causal mask within documents.
 
-    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's, which skips most blocks. The default is
-    ``flex`` on CUDA, except with dropout, which FlexAttention lacks.
+    The mask is dense, (B, 1, T, T), or with ``flex`` FlexAttention's, which skips most blocks.
     """
     B, T = documents.shape
     t = torch.arange(T, device=documents.device)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     positions = t - torch.where(begins, t, 0).cummax(dim=1).values
-    if flex if flex is not None else documents.is_cuda and not dropout:
+    if flex:
         from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from folio.data.rows import Tokens
 from folio.files import sha256
 from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
+from folio.machine.wrap import Objective
 from folio.model.attention import within_documents
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -96,9 +97,9 @@ def test_the_number_of_each_tokens_document(row: list[int], before: list[int], a
 # The model
 
 
-def small(T: int) -> GPT:
+def small(T: int, heads: int = 2) -> GPT:
     torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=T, vocab_size=31, n_layer=2, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(block_size=T, vocab_size=31, n_layer=2, n_head=heads, n_embd=16))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # so large that attention to a masked token would change the result
     return model
@@ -294,15 +295,14 @@ def test_two_ranks_under_the_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.filterwarnings("default::DeprecationWarning")  # of torch 2.11's compiler
-def test_flex_attention_trains_on_a_gpu() -> None:
-    """Loss and gradients of FlexAttention's blocks on CUDA are those of the dense mask on the CPU."""
-    idx, targets, documents = batch(256, first=True)
+def test_documents_train_on_a_gpu(heads: int) -> None:
+    """Loss and gradients on CUDA are those of the CPU: with FlexAttention, and for heads too narrow for it."""
     found = []
-    for device in ("cpu", "cuda"):
-        model = small(256).to(device)
-        positions, mask = within_documents(documents.to(device), flex=device == "cuda")
-        nats, _ = model.loss(idx.to(device), targets.to(device), positions, mask)
+    for device in map(torch.device, ("cpu", "cuda")):
+        model = small(256, heads).to(device)
+        nats, _ = Objective(model, model.loss, device, torch.float32)(*(t.to(device) for t in batch(256, first=True)))
         nats.backward()
         found.append([nats.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*found, strict=True):

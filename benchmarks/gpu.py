@@ -375,8 +375,6 @@ def _work(options: Options, program: str, what: str, size: str) -> None:
         torch.cuda.empty_cache()  # for the programs beside this one
     print("JSON {}", flush=True)
     for line in sys.stdin:
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         for _ in range(int(line)):
             call()

@@ -81,7 +81,7 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
     # DDP's buckets hold all gradients from the beginning, and so does a second micro step
     again = step.micro_steps > 1 or (step.world > 1 and step.shards == 1)
     rows, context, sharded = step.rows, step.context or shape.block_size, step.shards > 1
-    copied = step.dtype == torch.bfloat16 and not (step.gpu or step.recompute or step.world > 1)
+    copied = step.dtype == torch.bfloat16 and not (step.recompute or step.world > 1)
     most = _micro_step(
         shape, rows, context, step.dtype, step.gpu, step.recompute, step.documents, again, sharded, copied
     )

@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -
 
 
 def flex_attends(device: torch.device, head: int, dropout: float) -> bool:
-    """Whether FlexAttention is the better kernel for a mask: on CUDA; it has no dropout and no heads narrower than 16."""
+    """Whether FlexAttention is to compute a mask: on CUDA, without dropout and with heads at least 16 wide."""
     return device.type == "cuda" and head >= 16 and not dropout
 
 

@@ -1,10 +1,10 @@
 """Training steps of nanoGPT and Folio in turn, in one process: tokens per second, and the ratio within each round.
 
-    python benchmarks/step.py --peer PATH_TO_A_NANOGPT_CHECKOUT [--shape S] [--rounds 7]
+    python benchmarks/step.py --peer PATH_TO_A_NANOGPT_CHECKOUT [--shape S] [--rounds 7] [--busy 0]
 
 S is the CPU command of nanoGPT's README, M its Shakespeare preset with batch 16, L GPT-2 124M with one row. Folio's
 steps are those of its training loop, as in ``folio bench --peer``. nanoGPT's are those of its train.py around its
-model.py: float32, eager. Both read the same token file.
+model.py: float32, eager. Both read the same token file. --busy starts other processes, which compute all the time.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from __future__ import annotations
 import sys
 
 sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+__import__("folio")  # sets how torch's threads wait, which they read when torch is imported
 
 import os
 import statistics
+import subprocess
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,12 +49,13 @@ class Options:
     peer: str = option(MISSING, "a checkout of nanoGPT")
     shape: Literal["S", "M", "L"] = option("S", "the model and its batch")
     rounds: int = option(7, "of each program", unit="rounds")
+    busy: int = option(0, "other processes that compute meanwhile", unit="processes")
 
 
 def main(options: Options) -> None:
     shape, size, count = SHAPES[options.shape]
     assert shape.vocab_size != "auto"
-    with tempfile.TemporaryDirectory() as name:
+    with busy(options.busy), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = np.random.default_rng(0).integers(0, shape.vocab_size, 1 << 20, dtype=np.uint16)
         for split in ("train", "val"):
@@ -70,10 +74,27 @@ def main(options: Options) -> None:
             ours, theirs = times[OURS], times["nanoGPT"]
             ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
             print(
-                f"{options.shape} Folio {dtype:8} {size * shape.block_size / statistics.median(ours):10,.0f} tokens/s, "
-                f"nanoGPT {size * shape.block_size / statistics.median(theirs):10,.0f}: "
+                f"{options.shape} Folio {dtype:8} {_speed(ours, size * shape.block_size)}, "
+                f"nanoGPT {_speed(theirs, size * shape.block_size)}: "
                 f"{statistics.median(ratios):.2f} × ({min(ratios):.2f} … {max(ratios):.2f})"
             )
+
+
+def _speed(times: list[float], tokens: int) -> str:
+    each = statistics.median(times)
+    return f"{tokens / each:,.0f} tokens/s ({1000 * each:,.1f} ms)"
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes compute until the end."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 if __name__ == "__main__":

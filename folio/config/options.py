@@ -307,6 +307,15 @@ class System:
         role="machine",
         advanced=True,
     )
+    autotune: bool = option(
+        True,
+        "measure once which attention kernel is fastest on this CPU",
+        details="A run of minutes or more measures for about two seconds, if no run of this shape did; the user's "
+        "cache folder remembers what was fastest, as folio/autotune.json. False: the built-in choice. A resumed run "
+        "keeps its own.",
+        role="machine",
+        advanced=True,
+    )
 
 
 @dataclass(frozen=True)

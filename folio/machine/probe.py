@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,6 +35,15 @@ def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
         return float(path.read_text())
     except (OSError, ValueError):  # no such file, or "max"
         return float("inf")
+
+
+def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    """The model of this CPU, as Linux names it; elsewhere its kind, such as arm."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 @contextmanager

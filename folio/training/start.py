@@ -25,7 +25,7 @@ from folio.data.rows import Tokens
 from folio.data.token_files import GPT2
 from folio.errors import UserError
 from folio.locks import Lock
-from folio.machine import launch, shortage
+from folio.machine import autotune, launch, shortage
 from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
 from folio.machine.runtime import Runtime
@@ -54,7 +54,7 @@ def running(config: TrainConfig) -> Iterator[Run]:
 
 
 def build(config: TrainConfig) -> Run:
-    """Builds and checks everything that a run needs; until all of it is in place, only a lock on the folder is written.
+    """Builds and checks everything that a run needs; until all of it is in place, its folder only gets a lock.
 
     Raises:
         UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
@@ -124,7 +124,8 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     notes += more
     model, more = _make_model(shape, config, source, former)
     notes += more
-    runtime = _make_runtime(config, model, tokens, former)
+    runtime, more = _make_runtime(config, model, tokens, former)
+    notes += more
     if config.data.gradient_accumulation_steps % runtime.world == 0:
         tokens = replace(tokens, world=runtime.world)
     try:
@@ -210,12 +211,19 @@ def _make_model(
         return model, [f"weights of {source.path}" + (f", step {source.step}" if source.step else "")]
 
 
-def _make_runtime(config: TrainConfig, model: GPT, tokens: Tokens, former: FormerRun | None) -> Runtime:
+def _make_runtime(
+    config: TrainConfig, model: GPT, tokens: Tokens, former: FormerRun | None
+) -> tuple[Runtime, list[str]]:
+    """The runtime of this process, and a note if it was tuned to this machine, as the choices of a new run are."""
     tokens_per_step = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
     flops = flops_per_token(model, tokens.block_size) * float(tokens_per_step) * config.optimizer.max_iters
     resolved = former.found.state["resolved"] if former else None
     documents = config.data.document_mask
-    return Runtime(resolve(config.system, config.processes, flops=flops, documents=documents, before=resolved))
+    choices = resolve(config.system, config.processes, flops=flops, documents=documents, before=resolved)
+    notes: list[str] = []
+    if config.system.autotune and not (former or documents or config.evaluation.eval_only):
+        choices, notes = autotune.tuned(choices, model.config, config.data.batch_size, tokens.block_size, flops)
+    return Runtime(choices), notes
 
 
 def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:

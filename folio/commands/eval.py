@@ -50,7 +50,7 @@ class Options:
     limit: int = option(0, "to measure, from the first; 0: all", unit="items", min=0, of=("hellaswag", "lm_eval"))
     source: Source = field(default_factory=Source)
     tokens: Data = field(default_factory=Data, metadata={"of": ("loss",), "inherited": "the run's", "unused": _UNUSED})
-    system: System = field(default_factory=System)
+    system: System = field(default_factory=System, metadata={"unused": ("autotune",)})
     processes: Processes = field(default_factory=Processes)
     sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 

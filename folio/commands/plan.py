@@ -53,7 +53,7 @@ class Options:
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
-    system: System = field(default_factory=System, metadata={"advanced": True})
+    system: System = field(default_factory=System, metadata={"advanced": True, "unused": ("autotune",)})
     processes: Processes = field(default_factory=Processes)
     sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 

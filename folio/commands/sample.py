@@ -23,7 +23,7 @@ class Options:
 
     source: Source = field(default_factory=Source)
     sampling: Sampling = field(default_factory=Sampling)
-    system: System = field(default_factory=System)
+    system: System = field(default_factory=System, metadata={"unused": ("autotune",)})
 
 
 def main(options: Options) -> None:

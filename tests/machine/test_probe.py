@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ def test_cores_that_the_process_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert probe.cores() == len(before)
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [("processor\t: 0\nmodel name\t: AMD EPYC 9\nmodel name\t: AMD EPYC 9\n", "AMD EPYC 9"), ("processor\t: 0\n", "")],
+)
+def test_the_name_of_the_processor(tmp_path: Path, content: str, name: str) -> None:
+    """As Linux says it, else as Python does."""
+    (tmp_path / "cpuinfo").write_text(content)
+    usual = platform.processor() or platform.machine()
+    assert probe.processor_name(tmp_path / "cpuinfo") == (name or usual)
+    assert probe.processor_name(tmp_path / "missing") == usual
 
 
 def test_the_matmul_precision_is_restored() -> None:

@@ -69,8 +69,7 @@ def stream(
     window, fresh = idx[:, -block_size:], idx
     for i in track(range(max_new_tokens)):
         cached = idx.size(1) + i <= block_size
-        x = model.hidden(fresh, cache=cache) if cached else model.hidden(window)
-        logits = model.lm_head(x[:, -1])[:, :vocab_size]
+        logits = (model.next_logits(fresh, cache) if cached else model.next_logits(window))[:, :vocab_size]
         if not _finite(logits):
             raise FloatingPointError("the model's logits are not finite")
         fresh = pick(logits, uniform[:, i : i + 1], temperature, top_k, top_p)

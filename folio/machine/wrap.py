@@ -17,7 +17,7 @@ from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import flex_attends, within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
-from folio.model.kernels import BlockedAttention, ChunkedCrossEntropy, attend_one, has_fbgemm, pack
+from folio.model.kernels import BlockedAttention, ChunkedCrossEntropy, has_fbgemm, pack, set_next_logits
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
@@ -174,16 +174,18 @@ def set_attention(model: GPT, attention: Callable[..., Tensor]) -> None:
 
 
 def for_sampling(model: GPT, choices: Choices) -> GPT:
-    """The model ready to generate text on its device, in the arithmetic of the choices; its training is over."""
+    """The model ready to generate text on its device, in the arithmetic of the choices; it can do nothing else then."""
     device, dtype = torch.device(choices.device), getattr(torch, choices.dtype)
+    model.eval()
     if choices.kind == "cpu" and dtype == torch.bfloat16 and not choices.compile and has_fbgemm():
         pack(model.to(torch.float32))
-        set_attention(model, attend_one)
     else:
         model.to(device, dtype)
     if choices.compile:
         model.hidden = compiled(model.hidden, dynamic=True)  # type: ignore[method-assign]
-    return model.eval()
+    elif choices.kind == "cpu":
+        set_next_logits(model)
+    return model
 
 
 def _replicate(model: GPT, objective: Objective, device: torch.device, batch: tuple[int, int]) -> Loss:

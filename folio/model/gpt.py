@@ -195,6 +195,11 @@ class GPT(nn.Module):
         x = self.hidden(idx, positions=positions, mask=mask)  # (B, T, C)
         return self.cross_entropy(x, self.lm_head.weight, targets), (targets != -1).sum()
 
+    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) token ids → (B, V) logits of the token that follows; a faster function may be set here."""
+        logits: Tensor = self.lm_head(self.hidden(idx, cache=cache)[:, -1])
+        return logits
+
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """nanoGPT's contract: (logits (B, T, V), mean loss); without targets (last logits (B, 1, V), None)."""
         if targets is None:

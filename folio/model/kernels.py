@@ -5,7 +5,7 @@ gradient, so those of a whole batch, 6 GB for 32 rows of GPT-2, are never in mem
 Kernel", 2024; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024).
 
 All else is for a CPU. Text is generated with the weights in 16 bits and the rest in float32 (``pack``), since for one
-token the time goes into reading the weights.
+token of a large model the time goes into reading the weights; of a small one, into calls (``NextLogits``).
 
 Causal attention in blocks of queries: a block attends to the keys up to its end only, so nearly half of the products
 and of the softmax is never computed, as in FlashAttention (Dao, "FlashAttention-2", 2023). The probabilities are kept
@@ -16,26 +16,18 @@ for the backward, which is faster on a CPU than computing them again. torch's fu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folio.model.attention import Mask, attend
-from folio.model.gpt import cross_entropy
+from folio.model.attention import KVCache, Mask, attend
+from folio.model.gpt import GPT, cross_entropy
 
 _FEW = 32  # rows, up to which a packed float16 product is faster than one in bfloat16
-_SHORT = 256  # keys, up to which elementwise products are faster for one query
 _LARGEST = 60000.0  # a little less than float16 holds
-
-
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
-    """``attend``, with elementwise products for one query in a short context, where each call of a GEMM costs more."""
-    if mask is not None or dropout or q.size(2) > 1 or k.size(2) > _SHORT:
-        return attend(q, k, v, mask, dropout)
-    scores = (k * (q * (1.0 / math.sqrt(q.size(-1))))).sum(-1, keepdim=True)  # (B, n_head, S, 1)
-    return (scores.softmax(2) * v).sum(2, keepdim=True)
 
 
 class BlockedAttention:
@@ -92,7 +84,7 @@ class _Blocked(torch.autograd.Function):
 
 
 class PackedLinear:
-    """A Linear's product with float32 inputs and a weight that is rounded to bfloat16: set it as its ``forward``.
+    """A Linear's product with float32 inputs and a weight that is rounded to bfloat16.
 
     Up to ``_FEW`` rows are multiplied in float32 with the weight as FBGEMM packs it, in float16, which holds the
     rounded numbers exactly unless they are below 1e-5, and then nearly so. More rows are rounded to bfloat16 too.
@@ -113,13 +105,72 @@ class PackedLinear:
 def pack(model: nn.Module) -> None:
     """Makes a float32 model on a CPU generate text fast: packed Linears, and no calls of dropout.
 
-    Linears whose weights float16 cannot hold stay as they are, and all do where torch lacks FBGEMM.
+    Both take the places of the modules, so the Linears' float32 weights are released and the model can neither be
+    trained nor saved. Linears whose weights float16 cannot hold stay, and all do where torch lacks FBGEMM.
     """
-    for module in list(model.modules()):
-        if isinstance(module, nn.Dropout):
-            module.forward = _same  # type: ignore[method-assign, assignment]
-        elif isinstance(module, nn.Linear) and _packable(module):
-            module.forward = PackedLinear(module)  # type: ignore[method-assign, assignment]
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Dropout):
+                _replace(parent, name, _same)
+            elif isinstance(module, nn.Linear) and _packable(module):
+                _replace(parent, name, PackedLinear(module))
+
+
+def _replace(parent: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> None:
+    """A plain function in the place of a module: what calls a module costs more than some operators do."""
+    delattr(parent, name)
+    setattr(parent, name, function)
+
+
+class NextLogits:
+    """``GPT.next_logits`` on a CPU in fewer calls, which cost as much as the arithmetic of one token.
+
+    The last block computes the keys and values of all tokens, and all else of the last one only.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        blocks: list[Any] = list(model.transformer.h)
+        self._blocks = [
+            (block.ln_1.forward, block.attn.c_attn, block.attn.c_proj, block.ln_2.forward, block.mlp.forward)
+            for block in blocks
+        ]
+
+    def __call__(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        precision = torch.get_float32_matmul_precision()
+        if idx.size(1) == 1:  # "medium" is oneDNN's, which prepares a kernel for each number of keys
+            torch.set_float32_matmul_precision("highest")
+        try:
+            return self._compute(idx, cache)
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def _compute(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        (B, T), H, start = idx.shape, self.model.config.n_head, cache.length if cache is not None else 0
+        body = self.model.transformer
+        x = F.embedding(idx, body.wte.weight) + body.wpe.weight.narrow(0, start, T)  # (B, T, C)
+        C = x.size(-1)
+        for i, (ln_1, c_attn, c_proj, ln_2, mlp) in enumerate(self._blocks, 1):
+            q, k, v = c_attn(ln_1(x)).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind()
+            if cache is not None:
+                k, v = cache.append(i - 1, k, v)
+            if i == len(self._blocks):
+                q, x = q[:, :, -1:], x[:, -1:]
+            x = x + c_proj(attend(q, k, v, None, 0.0).transpose(1, 2).reshape(B, -1, C))
+            x = x + mlp(ln_2(x))
+        if cache is not None:
+            cache.length += T
+        logits: Tensor = self.model.lm_head(body.ln_f(x[:, -1]))
+        return logits
+
+
+@torch.no_grad()
+def set_next_logits(model: GPT) -> None:
+    """Sets ``NextLogits``, unless the architecture was changed so that the model itself computes something else."""
+    idx = torch.arange(min(4, model.config.block_size, model.transformer.wte.num_embeddings))[None]
+    fast, wanted = NextLogits(model), model.next_logits(idx)
+    if (fast(idx) - wanted).abs().max() <= 1e-3 * wanted.abs().max():
+        model.next_logits = fast  # type: ignore[method-assign]
 
 
 def has_fbgemm() -> bool:

@@ -6,13 +6,14 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 from folio import rng
 from folio.generation.sampling import draws, generate
-from folio.model.attention import attend
+from folio.model.attention import KVCache, Mask
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT, cross_entropy
-from folio.model.kernels import ChunkedCrossEntropy, attend_one, has_fbgemm, pack
+from folio.model.gpt import GPT, Block, cross_entropy
+from folio.model.kernels import ChunkedCrossEntropy, NextLogits, has_fbgemm, pack, set_next_logits
 
 
 @pytest.fixture
@@ -21,23 +22,23 @@ def model() -> GPT:
     return GPT(config, lambda name: rng.generator(1, name)).eval()
 
 
-@pytest.mark.parametrize("S", [1, 7, 256, 300])
-def test_one_query(S: int) -> None:
-    q, k, v = (torch.randn(3, 2, T, 16, generator=rng.generator("qkv", T)) for T in (1, S, S))
-    torch.testing.assert_close(attend_one(q, k, v, None, 0.0), attend(q, k, v, None, 0.0))
-
-
 @pytest.mark.skipif(not has_fbgemm(), reason="torch without FBGEMM")
 @pytest.mark.parametrize("T", [1, 8, 64])
 def test_packed_weights(model: GPT, T: int) -> None:
-    """As near to float32 as bfloat16 is, with few rows and many; the weights in the state stay the same."""
+    """As near to float32 as bfloat16 is, with few rows and many; the float32 weights of the Linears are released."""
     idx = torch.randint(65, (1, T), generator=rng.generator("idx"))
     packed, half = copy.deepcopy(model), copy.deepcopy(model).bfloat16()
     pack(packed)
+    fast = NextLogits(packed)
     with torch.inference_mode():
         wanted, found, rounded = (m.lm_head(m.hidden(idx)).float() for m in (model, packed, half))
+        last = fast(idx)
     assert (found - wanted).abs().max() <= (rounded - wanted).abs().max()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), packed.parameters(), strict=True))
+    assert (last - wanted[:, -1]).abs().max() <= (rounded - wanted).abs().max()
+    assert all(
+        name.startswith(("transformer.w", "transformer.ln")) or "ln_" in name or name.endswith("bias")
+        for name, _ in packed.named_parameters()
+    )
 
 
 def test_weights_that_float16_cannot_hold(model: GPT) -> None:
@@ -49,13 +50,47 @@ def test_weights_that_float16_cannot_hold(model: GPT) -> None:
     assert torch.equal(model.lm_head(x), torch.nn.functional.linear(x, model.lm_head.weight))
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_next_logits(model: GPT, B: int) -> None:
+    """What the model computes: of a prompt, token by token over its cache, and of a window."""
+    idx = torch.randint(65, (B, 64), generator=rng.generator("idx"))
+    fast, caches = NextLogits(model), (KVCache(64), KVCache(64))
+    with torch.inference_mode():
+        for part in (idx[:, :5], idx[:, 5:8], *idx[:, 8:].split(1, dim=1)):
+            found, wanted = (one(part, cache) for one, cache in zip((fast, model.next_logits), caches, strict=True))
+            torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(fast(idx), wanted)
+    assert caches[0].length == 64
+
+
 def test_float32_cached_is_uncached(model: GPT) -> None:
-    """In float32, a cache changes no token."""
-    idx, uniform = torch.zeros(1, 1, dtype=torch.long), draws(1, 1, 60)
+    """In float32, neither a cache nor ``NextLogits`` changes a token, up to block_size and beyond."""
+    idx, uniform = torch.zeros(1, 1, dtype=torch.long), draws(1, 1, 90)
     tokens = idx
-    for i in range(60):
+    for i in range(90):
         tokens = torch.cat([tokens, generate(model, tokens, 1, uniform=uniform[:, i : i + 1])[:, -1:]], dim=1)
-    assert torch.equal(generate(model, idx, 60, uniform=uniform), tokens)
+    assert torch.equal(generate(model, idx, 90, uniform=uniform), tokens)
+    before = torch.get_float32_matmul_precision()
+    set_next_logits(model)
+    assert isinstance(model.next_logits, NextLogits)
+    assert torch.equal(generate(model, idx, 90, uniform=uniform), tokens)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_another_architecture_keeps_its_own_logits(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block was changed, the fast path, which knows GPT-2's, is not set."""
+
+    def parallel(self: Block, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
+        normalized = self.ln_1(x)
+        y: Tensor = x + self.attn(normalized, mask, cache) + self.mlp(normalized)
+        return y
+
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    monkeypatch.setattr(Block, "forward", parallel)
+    set_next_logits(model)
+    assert not isinstance(model.next_logits, NextLogits)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

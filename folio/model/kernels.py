@@ -138,8 +138,7 @@ class NextLogits:
 
     def __call__(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         precision = torch.get_float32_matmul_precision()
-        if idx.size(1) == 1:  # "medium" is oneDNN's, which prepares a kernel for each number of keys
-            torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest")  # "medium" is slower: oneDNN sets up each small product
         try:
             return self._compute(idx, cache)
         finally:

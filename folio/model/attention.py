@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Mask = Union[Tensor, "BlockMask"]
+Rotation = tuple[Tensor, Tensor]
+_BASE = 1024.0  # of the angles
 _SHORT = 256  # tokens; up to this length, training on a CPU does not use the fused kernel
 
 
@@ -36,6 +38,28 @@ class KVCache:
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
         return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+
+
+def rotation_at(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
+    """Two factors for ``rotate``, (T, width) or (B, 1, T, width) each, for positions (T) or (B, T).
+
+    They are computed in ``dtype``, but at least in float32.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    steps = _BASE ** (-torch.arange(0, width, 2, dtype=dtype, device=positions.device) / width)
+    angles = (positions if positions.dim() == 1 else positions[:, None])[..., None] * steps
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([sin, -sin], dim=-1)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns queries or keys (B, n_head, T, head) by their positions, so that products depend on the distance only.
+
+    The channels i and head / 2 + i are a pair, which turns clockwise by 1024^(−2 i / head) radians for each position.
+    Su et al., "RoFormer", 2021, section 3.2.2; the pairs, the direction and the base as in modded-nanogpt's records.
+    """
+    cos, sin = (factor.to(x.dtype) for factor in rotation)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:

@@ -40,9 +40,17 @@ class GPTConfig:
         default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2", "advanced": True}
     )
     tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding", "advanced": True})
+    position: Literal["learned", "rope"] = field(
+        default="learned",
+        metadata={
+            "help": "learned: an embedding, as GPT-2; rope: turned queries and keys",
+            "details": "rope: Su et al., RoFormer, 2021, with the base 1024; the width of a head must be even.",
+            "advanced": True,
+        },
+    )
 
     def check(self) -> None:
-        """Raises ValueError where two fields do not go together."""
+        """Raises UserError where two fields do not go together."""
         if self.n_embd % self.n_head:
             heads = [n for n in range(1, self.n_embd + 1) if self.n_embd % n == 0]
             near = [*[n for n in heads if n < self.n_head][-1:], *[n for n in heads if n > self.n_head][:1]]
@@ -50,4 +58,9 @@ class GPTConfig:
             raise UserError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
                 f"choose n_head={' or '.join(map(str, near))}, or n_embd={width}"
+            )
+        if self.position == "rope" and (width := self.n_embd // self.n_head) % 2:
+            raise UserError(
+                f"position=rope turns pairs of channels, but n_embd={self.n_embd} and n_head={self.n_head} give heads "
+                f"of {width}: choose n_embd={self.n_embd + self.n_head}, or position=learned"
             )

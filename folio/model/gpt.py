@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folio.errors import UserError
-from folio.model.attention import KVCache, Mask, attend
+from folio.model.attention import KVCache, Mask, Rotation, attend, rotate, rotation_at
 from folio.model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -50,9 +50,13 @@ class CausalSelfAttention(nn.Module):
         self.block = block
         self.attend = attend  # a faster kernel may be set here
 
-    def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(self.block, k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)
@@ -83,8 +87,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(
+        self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache, rotation)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -94,7 +100,8 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig, vocab_size: int) -> None:
         super().__init__()
         self.wte = _embedding(vocab_size, config.n_embd)
-        self.wpe = _embedding(config.block_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
@@ -177,10 +184,15 @@ class GPT(nn.Module):
             if start + T > self.config.block_size:
                 raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
             positions = torch.arange(start, start + T, device=idx.device)
-        body = self.transformer
-        x = body.drop(body.wte(idx) + body.wpe(positions))  # (B, T, C)
+        body, c, rotation = self.transformer, self.config, None
+        x = body.wte(idx)  # (B, T, C)
+        if c.position == "rope":
+            rotation = rotation_at(positions, c.n_embd // c.n_head, x.dtype)
+        else:
+            x = x + body.wpe(positions)
+        x = body.drop(x)
         for block in body.h:
-            x = block(x, mask, cache)
+            x = block(x, mask, cache, rotation)
         if cache is not None:
             cache.length += T
         return body.ln_f(x)
@@ -210,8 +222,8 @@ class GPT(nn.Module):
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Parameters; without the position embeddings by default, as nanoGPT counts."""
-        total = sum(p.numel() for p in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+        left_out = "transformer.wpe.weight" if non_embedding else ""
+        return sum(p.numel() for name, p in self.named_parameters() if name != left_out)
 
     def crop_block_size(self, block_size: int) -> None:
         """Keeps the first ``block_size`` positions; raises ValueError if the model has fewer."""
@@ -220,9 +232,10 @@ class GPT(nn.Module):
         if block_size == self.config.block_size:
             return
         self.config = replace(self.config, block_size=block_size)
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
-        wpe.num_embeddings = block_size
+        if self.config.position == "learned":
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
+            wpe.num_embeddings = block_size
 
     def grow_vocab_size(self, vocab_size: int) -> None:
         """Adds token ids; raises ValueError if the model has more already.

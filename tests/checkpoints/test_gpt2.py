@@ -54,8 +54,8 @@ def squared_relu(self: gpt.MLP, x: Tensor) -> Tensor:
     return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
-def norm_after(self: gpt.Block, x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
-    x = self.ln_1(x + self.attn(x, mask, cache))
+def norm_after(self: gpt.Block, x: Tensor, *how: Any) -> Tensor:
+    x = self.ln_1(x + self.attn(x, *how))
     return self.ln_2(x + self.mlp(x))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import itertools
 import math
 
@@ -33,7 +34,7 @@ def causal(T: int) -> Tensor:
 
 
 def reference(model: GPT, idx: Tensor) -> Tensor:
-    """Logits of GPT-2, one row, one head and one query at a time, from the weights alone."""
+    """Logits of GPT-2 and of the options, one row, one head and one query at a time, from the weights alone."""
     c, w = model.config, {name: p.detach() for name, p in model.named_parameters()}
     head_size = c.n_embd // c.n_head
 
@@ -50,18 +51,31 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
             return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
+    def turned(x: Tensor) -> Tensor:
+        """(T, head), each pair of channels as a complex number times exp(−i · angle)."""
+        pairs = torch.complex(x[:, : head_size // 2], x[:, head_size // 2 :])
+        for t, i in itertools.product(range(len(x)), range(head_size // 2)):
+            pairs[t, i] *= cmath.exp(-1j * t / 1024 ** (2 * i / head_size))
+        return torch.cat([pairs.real, pairs.imag], dim=1)
+
     rows = []
     for row in idx:
-        x = torch.stack([w["transformer.wte.weight"][t] + w["transformer.wpe.weight"][i] for i, t in enumerate(row)])
+        x = w["transformer.wte.weight"][row]
+        if c.position == "learned":
+            x = x + w["transformer.wpe.weight"][: len(row)]
         for n in range(c.n_layer):
             block = f"transformer.h.{n}"
             q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(c.n_embd, dim=-1)
             mixed = torch.zeros_like(x)
-            for h, t in itertools.product(range(c.n_head), range(len(row))):
+            for h in range(c.n_head):
                 part = slice(h * head_size, (h + 1) * head_size)
-                scores = k[: t + 1, part] @ q[t, part] / math.sqrt(head_size)
-                weights = scores.exp() / scores.exp().sum()
-                mixed[t, part] = weights @ v[: t + 1, part]
+                queries, keys = q[:, part], k[:, part]
+                if c.position == "rope":
+                    queries, keys = turned(queries), turned(keys)
+                for t in range(len(row)):
+                    scores = keys[: t + 1] @ queries[t] / math.sqrt(head_size)
+                    weights = scores.exp() / scores.exp().sum()
+                    mixed[t, part] = weights @ v[: t + 1, part]
             x = x + linear(mixed, f"{block}.attn.c_proj")
             x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
         head = w["lm_head.weight" if "lm_head.weight" in w else "transformer.wte.weight"]

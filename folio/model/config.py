@@ -36,8 +36,13 @@ class GPTConfig:
         default="auto",
         metadata={"help": "bias of the query, key and value projection; auto: as bias", "advanced": True},
     )
-    activation: Literal["gelu", "gelu_tanh"] = field(
-        default="gelu", metadata={"help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2", "advanced": True}
+    activation: Literal["gelu", "gelu_tanh", "relu2"] = field(
+        default="gelu",
+        metadata={
+            "help": "gelu: exact, as nanoGPT; gelu_tanh: as OpenAI's GPT-2; relu2",
+            "details": "relu2: max(x, 0)² (So et al., Primer, 2021).",
+            "advanced": True,
+        },
     )
     tie_weights: bool = field(default=True, metadata={"help": "the head shares the token embedding", "advanced": True})
     position: Literal["learned", "rope"] = field(
@@ -45,6 +50,14 @@ class GPTConfig:
         metadata={
             "help": "learned: an embedding, as GPT-2; rope: turned queries and keys",
             "details": "rope: Su et al., RoFormer, 2021, with the base 1024; the width of a head must be even.",
+            "advanced": True,
+        },
+    )
+    norm: Literal["layernorm", "unweighted"] = field(
+        default="layernorm",
+        metadata={
+            "help": "layernorm: as GPT-2; unweighted: without weights and biases",
+            "details": "unweighted: a LayerNorm without parameters, after the embedding too.",
             "advanced": True,
         },
     )

@@ -35,6 +35,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+def norm(config: GPTConfig) -> nn.Module:
+    """The norm of the residual stream."""
+    if config.norm == "unweighted":
+        return nn.LayerNorm(config.n_embd, elementwise_affine=False)
+    return LayerNorm(config.n_embd, bias=config.bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and the tokens before it, (B, T, C) → (B, T, C)."""
 
@@ -63,18 +70,32 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
+class SquaredReLU(nn.Module):
+    """max(x, 0)² (So et al., "Primer", 2021, section 4.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+def activation(config: GPTConfig) -> nn.Module:
+    """The function inside the MLP."""
+    if config.activation == "relu2":
+        return SquaredReLU()
+    return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+
+
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
+    """Two linear layers with an activation between, four times as wide inside."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = activation(config)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.activation(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -82,9 +103,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, block: int = 0) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config)
         self.attn = CausalSelfAttention(config, block)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(
@@ -102,9 +123,10 @@ class Transformer(nn.Module):
         self.wte = _embedding(vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = _embedding(config.block_size, config.n_embd)
+        self.ln_e = norm(config) if config.norm == "unweighted" else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.ln_f = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = norm(config)
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -190,7 +212,7 @@ class GPT(nn.Module):
             rotation = rotation_at(positions, c.n_embd // c.n_head, x.dtype)
         else:
             x = x + body.wpe(positions)
-        x = body.drop(x)
+        x = body.drop(body.ln_e(x))
         for block in body.h:
             x = block(x, mask, cache, rotation)
         if cache is not None:

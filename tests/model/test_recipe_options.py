@@ -27,7 +27,7 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.model.kernels import BlockedAttention, attend_one
 
-ALL: dict[str, Any] = {"position": "rope"}
+ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2"}
 each = pytest.mark.parametrize("option", [*({name: value} for name, value in ALL.items()), ALL], ids=str)
 
 

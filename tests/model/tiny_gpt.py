@@ -41,12 +41,16 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        if c.norm == "unweighted":
+            return scaled
         return scaled * w[f"{name}.weight"] + w.get(f"{name}.bias", 0.0)
 
     def linear(x: Tensor, name: str) -> Tensor:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
 
-    def gelu(x: Tensor) -> Tensor:
+    def activation(x: Tensor) -> Tensor:
+        if c.activation == "relu2":
+            return torch.where(x > 0, x * x, 0.0)
         if c.activation == "gelu":
             return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -63,6 +67,8 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
         x = w["transformer.wte.weight"][row]
         if c.position == "learned":
             x = x + w["transformer.wpe.weight"][: len(row)]
+        if c.norm == "unweighted":
+            x = norm(x, "the embedding's")
         for n in range(c.n_layer):
             block = f"transformer.h.{n}"
             q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(c.n_embd, dim=-1)
@@ -77,7 +83,7 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
                     weights = scores.exp() / scores.exp().sum()
                     mixed[t, part] = weights @ v[: t + 1, part]
             x = x + linear(mixed, f"{block}.attn.c_proj")
-            x = x + linear(gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+            x = x + linear(activation(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
         head = w["lm_head.weight" if "lm_head.weight" in w else "transformer.wte.weight"]
         rows.append(norm(x, "transformer.ln_f") @ head.T)
     return torch.stack(rows)

@@ -138,7 +138,7 @@ def _score(model: GPT, queries: Sequence[Query], runtime: Runtime) -> tuple[Tens
     seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
     mask = (seen & torch.ones(shape[1], shape[1], dtype=torch.bool, device=seen.device).tril())[:, None]
     x = model.hidden(move(ids), positions=move(positions), mask=mask)  # (B, T, C)
-    logits = model.lm_head(x.flatten(0, 1)[move(np.concatenate(places))])  # (N, V)
+    logits = model.logits(x.flatten(0, 1)[move(np.concatenate(places))])  # (N, V)
     target = move(np.concatenate(targets).astype(np.int64))
     rows = _ROWS.get(runtime.device.type, _MOST_ROWS)
     parts = map(_nats, torch.split(logits, rows), torch.split(target, rows))

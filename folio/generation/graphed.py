@@ -92,7 +92,7 @@ class _Sequence:
 
     def _next(self, x: Tensor) -> Tensor:
         """Draws a column from the states (B, T, C) of the last tokens."""
-        logits = self._model.lm_head(x[:, -1])
+        logits = self._model.logits(x[:, -1])
         ids = self._draw(logits, self._uniform.index_select(1, self._count))
         self._finite.logical_and_(logits.isfinite().all())
         self._place.add_(1)

@@ -62,6 +62,16 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def normalize(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, (B, n_head, T, head) each, whose products are at most √2 · head (Henry et al., 2020).
+
+    The root mean square of keys becomes 1, that of queries √2, so the scale of the scores is √(2 / head) where
+    ``attend`` has √(1 / head): 0.25 for heads of 32, and 0.125 for heads of 128, where modded-nanogpt has 0.12.
+    """
+    head = q.shape[-1:]
+    return F.rms_norm(q, head, eps=1e-5) * math.sqrt(2), F.rms_norm(k, head, eps=1e-5)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:
     """Scaled dot-product attention, (B, n_head, T, head) each; causal where ``mask`` is None.
 

@@ -61,6 +61,23 @@ class GPTConfig:
             "advanced": True,
         },
     )
+    qk_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "normalizes the queries and keys of each head",
+            "details": "To a root mean square of 1; the scale of the scores is √(2 / width of a head) then.",
+            "advanced": True,
+        },
+    )
+    logit_softcap: float = field(
+        default=0.0,
+        metadata={
+            "help": "c: logits become c · tanh(logits / c); 0: none",
+            "details": "Gemma Team, Gemma 2, 2024, section 2.",
+            "min": 0,
+            "advanced": True,
+        },
+    )
 
     def check(self) -> None:
         """Raises UserError where two fields do not go together."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folio.errors import UserError
-from folio.model.attention import KVCache, Mask, Rotation, attend, rotate, rotation_at
+from folio.model.attention import KVCache, Mask, Rotation, attend, normalize, rotate, rotation_at
 from folio.model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.block = block
         self.attend = attend  # a faster kernel may be set here
@@ -64,6 +65,8 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        if self.qk_norm:
+            q, k = normalize(q, k)
         if cache is not None:
             k, v = cache.append(self.block, k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)
@@ -129,9 +132,14 @@ class Transformer(nn.Module):
         self.ln_f = norm(config)
 
 
-def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Logits between −cap and cap; 0: as they are (Gemma Team, "Gemma 2", 2024, section 2)."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cap: float = 0.0) -> Tensor:
     """The sum of nats over the targets that are not −1, of states (B, T, C) and the head's weight (V, C)."""
-    logits = F.linear(x, weight).float()  # (B, T, V)
+    logits = soft_cap(F.linear(x, weight).float(), cap)  # (B, T, V)
     return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction="sum")
 
 
@@ -227,18 +235,22 @@ class GPT(nn.Module):
         ``positions`` and ``mask`` as ``hidden`` takes them.
         """
         x = self.hidden(idx, positions=positions, mask=mask)  # (B, T, C)
-        return self.cross_entropy(x, self.lm_head.weight, targets), (targets != -1).sum()
+        nats = self.cross_entropy(x, self.lm_head.weight, targets, self.config.logit_softcap)
+        return nats, (targets != -1).sum()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Those of states (…, C) that ``hidden`` returns: (…, V)."""
+        return soft_cap(self.lm_head(x), self.config.logit_softcap)
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) token ids → (B, V) logits of the token that follows; a faster function may be set here."""
-        logits: Tensor = self.lm_head(self.hidden(idx, cache=cache)[:, -1])
-        return logits
+        return self.logits(self.hidden(idx, cache=cache)[:, -1])
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """nanoGPT's contract: (logits (B, T, V), mean loss); without targets (last logits (B, 1, V), None)."""
         if targets is None:
-            return self.lm_head(self.hidden(idx)[:, [-1]]), None
-        logits = self.lm_head(self.hidden(idx))
+            return self.logits(self.hidden(idx)[:, [-1]]), None
+        logits = self.logits(self.hidden(idx))
         loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folio.model.attention import KVCache, Mask, attend
-from folio.model.gpt import GPT, cross_entropy
+from folio.model.gpt import GPT, cross_entropy, soft_cap
 
 _FEW = 32  # rows, up to which a packed float16 product is faster than one in bfloat16
 _LARGEST = 60000.0  # a little less than float16 holds
@@ -195,14 +195,14 @@ class ChunkedCrossEntropy:
     def __init__(self, logits: int) -> None:
         self.logits = logits
 
-    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor, cap: float = 0.0) -> Tensor:
         chunk = 1 << (self.logits // weight.size(0)).bit_length() - 1  # tokens; products like powers of two
         if targets.numel() <= chunk or not torch.is_grad_enabled():
-            return cross_entropy(x, weight, targets)
+            return cross_entropy(x, weight, targets, cap)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        nats: Tensor = _Chunked.apply(x.view(-1, x.size(-1)), weight, targets.reshape(-1), chunk)  # type: ignore[no-untyped-call]
+        nats: Tensor = _Chunked.apply(x.view(-1, x.size(-1)), weight, targets.reshape(-1), chunk, cap)  # type: ignore[no-untyped-call]
         return nats
 
 
@@ -210,16 +210,17 @@ class _Chunked(torch.autograd.Function):
     """The gradients are made in the forward, where the logits are, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float) -> Tensor:
         dx, dweight, nats = [], torch.zeros_like(weight, dtype=torch.float32), []
         for some, those in zip(torch.split(x, chunk), torch.split(targets, chunk), strict=True):
-            logits = (some @ weight.t()).float()
+            logits = soft_cap((some @ weight.t()).float(), cap)
             counted = those != -1
             target = those.clamp(min=0)[:, None]
             total = logits.logsumexp(-1, keepdim=True)
             nats.append(((total - logits.gather(1, target)).squeeze(1) * counted).sum())
             hit = torch.arange(logits.size(1), device=logits.device) == target
-            gradient = (((logits - total).exp() - hit.float()) * counted[:, None]).to(x.dtype)
+            gradient = ((logits - total).exp() - hit.float()) * counted[:, None]
+            gradient = (gradient * (1 - (logits / cap).square()) if cap else gradient).to(x.dtype)
             dx.append(gradient @ weight)
             dweight += gradient.t() @ some
         ctx.save_for_backward(torch.cat(dx), dweight)
@@ -229,4 +230,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        return (dx.float() * gradients[0]).to(dx.dtype), (dweight * gradients[0]).to(ctx.dtype), None, None
+        return (dx.float() * gradients[0]).to(dx.dtype), (dweight * gradients[0]).to(ctx.dtype), None, None, None

@@ -94,8 +94,9 @@ def test_another_architecture_keeps_its_own_logits(model: GPT, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
 @pytest.mark.parametrize("tokens", [(3, 40), (2, 16), (1, 5)])
-def test_the_loss_in_chunks(tokens: tuple[int, int], compiled: bool) -> None:
+def test_the_loss_in_chunks(tokens: tuple[int, int], cap: float, compiled: bool) -> None:
     """Its value and both gradients, over chunks of 32 tokens, some without a target."""
     x = torch.randn(*tokens, 24, generator=rng.generator("x"), requires_grad=True)
     weight = torch.randn(65, 24, generator=rng.generator("weight"), requires_grad=True)
@@ -103,12 +104,13 @@ def test_the_loss_in_chunks(tokens: tuple[int, int], compiled: bool) -> None:
     chunked = ChunkedCrossEntropy(65 * 50)
     found, wanted = (torch.compile(chunked) if compiled else chunked), cross_entropy
     results = [
-        (nats := loss(x, weight, targets), *torch.autograd.grad(nats * 0.01, (x, weight))) for loss in (found, wanted)
+        (nats := loss(x, weight, targets, cap), *torch.autograd.grad(nats * 0.01, (x, weight)))
+        for loss in (found, wanted)
     ]
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
     with torch.no_grad():
-        torch.testing.assert_close(chunked(x, weight, targets), wanted(x, weight, targets))
+        torch.testing.assert_close(chunked(x, weight, targets, cap), wanted(x, weight, targets, cap))
 
 
 def test_the_loss_in_chunks_under_autocast() -> None:

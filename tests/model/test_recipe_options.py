@@ -27,7 +27,8 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.model.kernels import BlockedAttention, attend_one
 
-ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2"}
+ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True}
+ALL |= {"logit_softcap": 1.5}
 each = pytest.mark.parametrize("option", [*({name: value} for name, value in ALL.items()), ALL], ids=str)
 
 

@@ -78,14 +78,19 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
                 queries, keys = q[:, part], k[:, part]
                 if c.position == "rope":
                     queries, keys = turned(queries), turned(keys)
+                scale = math.sqrt(1 / head_size)
+                if c.qk_norm:
+                    queries, keys = (x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt() for x in (queries, keys))
+                    scale = math.sqrt(2 / head_size)
                 for t in range(len(row)):
-                    scores = keys[: t + 1] @ queries[t] / math.sqrt(head_size)
+                    scores = keys[: t + 1] @ queries[t] * scale
                     weights = scores.exp() / scores.exp().sum()
                     mixed[t, part] = weights @ v[: t + 1, part]
             x = x + linear(mixed, f"{block}.attn.c_proj")
             x = x + linear(activation(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
         head = w["lm_head.weight" if "lm_head.weight" in w else "transformer.wte.weight"]
-        rows.append(norm(x, "transformer.ln_f") @ head.T)
+        logits = norm(x, "transformer.ln_f") @ head.T
+        rows.append(c.logit_softcap * torch.tanh(logits / c.logit_softcap) if c.logit_softcap else logits)
     return torch.stack(rows)
 
 

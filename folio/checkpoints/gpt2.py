@@ -19,7 +19,7 @@ from folio.model.gpt import GPT
 _ACTIVATIONS = ("gelu", "gelu_tanh")
 _FIELDS = (  # of GPTConfig: those that the exporters can express
     *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("bias", "qkv_bias", "activation", "tie_weights"),
+    *("bias", "qkv_bias", "activation", "tie_weights", "zero_init"),
 )
 _LONGEST, _HEADS, _HEAD = 2048, 2, 8  # of the model that is compared with GPT-2: most tokens, heads, channels of a head
 _TOLERANCE = 1e-6  # of the largest logit, in float64

@@ -136,7 +136,7 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
         raise UserError(
             f"{path}: its entry 'folio' is damaged ({type(error).__name__} {error}): remove that entry"
         ) from None
-    shape = replace(shape, dropout=was.dropout)
+    shape = replace(shape, dropout=was.dropout, zero_init=was.zero_init)
     found = HuggingFace(folder, {**foreign_state(shape, tokenizer, state), "facts": known}, asked)
     trained = {name for name, weight in found.weights() if name.endswith(".bias") and weight.any()}
     biases = {"bias": was.bias, "qkv_bias": was.qkv_bias}

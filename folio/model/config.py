@@ -78,6 +78,15 @@ class GPTConfig:
             "advanced": True,
         },
     )
+    zero_init: bool = field(
+        default=False,
+        metadata={
+            "help": "attention, MLP and head start at zero; else as GPT-2",
+            "details": "The last matrix of each attention and MLP and an untied head start at zero. The other matrices "
+            "start with a standard deviation of n_embd^-0.5, and embeddings with 1, or 0.02 with a tied head.",
+            "advanced": True,
+        },
+    )
 
     def check(self) -> None:
         """Raises UserError where two fields do not go together."""

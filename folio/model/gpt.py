@@ -186,11 +186,23 @@ class GPT(nn.Module):
     def _init_weights(self, generator: Callable[[str], torch.Generator | None]) -> None:
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # residual projections start smaller, by 1/√(their number) (GPT-2 paper, section 2.3)
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                p.normal_(0.0, std, generator=generator(name))
+                p.normal_(0.0, self._initial_std(name), generator=generator(name))
             elif name.endswith(".bias"):
                 p.zero_()
+
+    def _initial_std(self, name: str) -> float:
+        """Of a matrix or embedding.
+
+        GPT-2's residual projections start smaller, by 1/√(their number) (GPT-2 paper, section 2.3). With ``zero_init``
+        the blocks add nothing at first and all logits are zero, as in modded-nanogpt's records.
+        """
+        c, output = self.config, name.endswith("c_proj.weight")
+        if not c.zero_init:
+            return 0.02 / math.sqrt(2 * c.n_layer) if output else 0.02
+        if output or name == "lm_head.weight":
+            return 0.0
+        embedding = 0.02 if c.tie_weights else 1.0
+        return embedding if name.startswith("transformer.w") else 1 / math.sqrt(c.n_embd)
 
     def hidden(
         self,

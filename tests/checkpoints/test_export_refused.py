@@ -147,7 +147,7 @@ def test_fields_that_the_formats_lack(tmp_path, to, what) -> None:
 def test_every_field_is_exported_or_refused(tmp_path) -> None:
     """Each field survives export and import; a new field must be added to this test."""
     shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
-    shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False}
+    shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False, "zero_init": True}
     refused = {"position", "norm", "qk_norm", "logit_softcap"}
     assert shape.keys() | refused == {f.name for f in fields(GPTConfig)}
     hugging_face.export(find.in_folder(save_random(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")

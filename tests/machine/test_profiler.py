@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,10 @@ def test_gradients_replace_activations(tmp_path: Path) -> None:
         (GPTConfig(block_size=128, vocab_size=4096, n_layer=3, n_head=2, n_embd=128, bias=False), 4),
         (GPTConfig(block_size=128, vocab_size=64, n_layer=4, n_head=4, n_embd=256, dropout=0.1), 4),
         (GPTConfig(block_size=16, vocab_size=2048, n_layer=2, n_head=2, n_embd=128), 1),
+        (replace(SHAPE, position="rope", norm="unweighted", activation="relu2", qk_norm=True, tie_weights=False), 8),
+        (replace(SHAPE, logit_softcap=15.0), 8),
     ],
-    ids=["small", "many words", "wide, with dropout", "few tokens"],
+    ids=["small", "many words", "wide, with dropout", "few tokens", "other parts", "capped logits"],
 )
 def test_the_peak_is_the_planned_one(tmp_path: Path, shape: GPTConfig, rows: int, micro_steps: int) -> None:
     """Within 0.1 %."""

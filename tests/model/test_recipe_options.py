@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from folio import rng
 from folio.config.compose import model_config
-from folio.config.options import Data
+from folio.config.options import Data, System
+from folio.evaluation.scoring import Query, score
 from folio.generation.graphed import columns
 from folio.generation.sampling import draws, generate, pick
+from folio.machine.choices import resolve
 from folio.machine.estimate import estimate
 from folio.machine.memory import Step
+from folio.machine.runtime import Runtime
 from folio.machine.wrap import set_attention
 from folio.model.attention import attend, rotate, rotation_at, within_documents
 from folio.model.config import GPTConfig
@@ -28,7 +32,7 @@ from folio.model.gpt import GPT
 from folio.model.kernels import BlockedAttention, attend_one
 
 ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True}
-ALL |= {"logit_softcap": 1.5}
+ALL |= {"logit_softcap": 1.5, "zero_init": True, "tie_weights": False}
 each = pytest.mark.parametrize("option", [*({name: value} for name, value in ALL.items()), ALL], ids=str)
 
 
@@ -129,9 +133,8 @@ def test_context_and_vocabulary_change(option: dict[str, Any]) -> None:
 
 
 @each
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_plan_counts_its_parameters(option: dict[str, Any], tied: bool) -> None:
-    config = GPTConfig(**{**SHAPE, "tie_weights": tied, **option})
+def test_the_plan_counts_its_parameters(option: dict[str, Any]) -> None:
+    config = GPTConfig(**{**SHAPE, **option})
     model, step = GPT(config), Step(2, 1, torch.float32, gpu=False)
     found = estimate(config, Data(batch_size=2), step)
     learned = 0 if option.get("position") == "rope" else 12 * 8
@@ -146,6 +149,66 @@ def test_an_older_checkpoint_is_gpt2() -> None:
     """Its state.json has none of these fields."""
     values = {name: value for name, value in asdict(GPTConfig(**SHAPE)).items() if name not in ALL}
     assert model_config(Path("state.json"), values) == GPTConfig(**SHAPE)
+
+
+@each
+def test_scores_of_continuations(option: dict[str, Any]) -> None:
+    """As HellaSwag has them: those of the plain loss, with a context computed once for its endings."""
+    model = tiny(**option)
+    asked = Query([3, 1, 4], [[1, 5], [9, 2, 6]])
+    runtime = Runtime(resolve(System(device="cpu", dtype="float32")))
+    runtime.wrap(model, None)
+    found = score(model, [asked], runtime)
+    for nats, ending in zip(found.nats, asked.continuations, strict=True):
+        idx = torch.tensor([[*asked.context, *ending]])
+        targets = idx[:, 1:].clone()
+        targets[:, :2] = -1
+        assert nats == pytest.approx(model.loss(idx[:, :-1], targets)[0].item(), rel=1e-5)
+
+
+# Initial weights
+
+
+def initial_stds(**shape: Any) -> dict[str, float]:
+    """By parameter, rounded; of a model that is 64 wide."""
+    config = GPTConfig(block_size=64, vocab_size=128, n_layer=1, n_head=2, n_embd=64, bias=False, **shape)
+    model = GPT(config, lambda name: rng.generator(name))
+    return {name.split("transformer.")[-1]: round(p.std().item(), 3) for name, p in model.named_parameters()}
+
+
+def test_outputs_start_at_zero() -> None:
+    """Exactly; the other matrices at width^-0.5, an untied embedding at 1, so that the first loss is uniform's."""
+    found = initial_stds(zero_init=True, tie_weights=False, norm="unweighted")
+    assert found == {
+        "wte.weight": pytest.approx(1, rel=0.05),
+        "wpe.weight": pytest.approx(1, rel=0.05),
+        "h.0.attn.c_attn.weight": pytest.approx(0.125, rel=0.05),
+        "h.0.attn.c_proj.weight": 0.0,
+        "h.0.mlp.c_fc.weight": pytest.approx(0.125, rel=0.05),
+        "h.0.mlp.c_proj.weight": 0.0,
+        "lm_head.weight": 0.0,
+    }
+    tied = initial_stds(zero_init=True, position="rope", norm="unweighted")
+    assert tied == {
+        "wte.weight": pytest.approx(0.02, rel=0.05),
+        **{name: std for name, std in found.items() if name.startswith("h.")},
+    }
+    model = GPT(GPTConfig(**{**SHAPE, **ALL}))
+    nats, counted = model.loss(ids(2, 12), ids(2, 12, seed=1))
+    assert (nats / counted).item() == pytest.approx(math.log(17))
+
+
+def test_all_weights_leave_zero() -> None:
+    """The head's first, then the outputs of the blocks, and with them all others."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**{**SHAPE, **ALL}))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.95), "cpu")
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(ids(2, 12), ids(2, 12, seed=1))[1].backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if p.dim() > 1 and (p == before[name]).all()] == []
 
 
 # Rotary positions

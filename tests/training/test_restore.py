@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome, tree
-from run_results import Train, records, said, timeless, updates
+from run_results import Train, assert_same_bits, records, said, timeless, updates
 
 from folio.checkpoints import find
 from folio.machine import flops
@@ -41,6 +41,22 @@ def test_learning_rate_and_data_restart_together(train: Train) -> None:
     losses = records(out, "train", "loss")
     assert losses[8:12] == losses[12:16]
     assert len(set(losses[8:12])) == 4
+
+
+@pytest.mark.parametrize("how", [["--dtype=bfloat16"], ["--document_mask=True", "--eot=0"]], ids=str)
+def test_every_option_of_the_model(train: Train, folio: Folio, how: list[str]) -> None:
+    """The same bits as without the interruption; the checkpoint generates text, and trains on a shorter context."""
+    flags = ["--position=rope", "--norm=unweighted", "--activation=relu2", "--qk_norm=True", "--logit_softcap=15"]
+    flags += ["--zero_init=True", "--tie_weights=False", "--learning_rate=1e-2", *how]
+    whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")
+    train("out", *flags, "--init_from=resume")
+    assert_same_bits(out, whole)
+    losses = records(out, "eval", "val_loss")
+    assert losses[-1] < losses[0] - 0.2
+    sample = folio("sample", f"--out_dir={out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=40")
+    assert (sample.code, sample.err) == (0, "")
+    crop = folio("train", "--init_from=resume", f"--out_dir={out}", "--block_size=8", "--max_iters=12")
+    assert crop.code == 0, crop.err
 
 
 def test_a_longer_run_continues_at_min_lr(train: Train) -> None:

@@ -89,6 +89,11 @@ def check(config: Any) -> None:
             f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
             "lower --min_lr, or set --decay_lr=False"
         )
+    if (rate := values.get("adam_learning_rate", "auto")) != "auto":
+        if values["optimizer"] != "muon":
+            raise UserError(f"adam_learning_rate={rate:g} is for optimizer=muon only: set --learning_rate")
+        if not values["learning_rate"]:
+            raise UserError(f"adam_learning_rate={rate:g} follows learning_rate, which is 0: raise --learning_rate")
     sources = getattr(config, "sources", {})
     asked = {sources.get(name) for name in EITHER}
     if len(asked) == 1 and asked != {None} and values["total_batch_size"]:

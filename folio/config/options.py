@@ -200,9 +200,28 @@ class Data:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The learning rate, AdamW's settings, and when to end."""
+    """The optimizer, its settings and learning rate, and when to end."""
 
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw",
+        "adamw | muon",
+        details="muon: for the matrices of the blocks; AdamW for embeddings, head, norms and biases. An update is as "
+        "large as AdamW's, so that learning_rate and weight_decay mean the same.",
+        public=True,
+        advanced=True,
+    )
     learning_rate: float = option(6e-4, "highest learning rate", min=0, nanogpt=True, public=True)
+    adam_learning_rate: float | AUTO = option(
+        "auto",
+        "muon: highest learning rate of AdamW's part; auto: as learning_rate",
+        details="The schedule scales it as it scales learning_rate.",
+        min=0,
+        public=True,
+        advanced=True,
+    )
+    momentum: float = option(
+        0.95, "muon: decay of the mean of the gradients", min=0, below=1, public=True, advanced=True
+    )
     max_iters: int = option(600_000, "to train, each one update", unit="steps", min=0, nanogpt=True, public=True)
     max_minutes: float = option(
         0.0,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -23,6 +26,33 @@ def shard_like(p: Tensor, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def share_out(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor) -> Tensor:
+    """``function(stack)``, where each process computes its share of the items of the stack, (n, …).
+
+    The function treats each item by itself, and keeps the shape; a share may be empty. If the tensor ``like`` is
+    sharded, a process passes its shards of the items, each stored as ``like`` is, and gets its shards of the results:
+    in between, the processes exchange shards for whole items. Every process must call this.
+    """
+    if is_sharded(like):
+        from torch.distributed.tensor import DTensor, Shard
+
+        def moved(local: Tensor, before: int, after: int) -> Tensor:
+            here, there = ([Shard(dim) if p.is_shard() else p for p in like.placements] for dim in (before, after))  # type: ignore[attr-defined]
+            whole = torch.empty(len(stack), *like.shape, device="meta")
+            tensor = DTensor.from_local(local, like.device_mesh, here, shape=whole.shape, stride=whole.stride())  # type: ignore[attr-defined]
+            return tensor.redistribute(placements=there).to_local()
+
+        return moved(function(moved(stack, 1, 0)).contiguous(), 0, 1)
+    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+        return function(stack)
+    each = -(-len(stack) // world)
+    padded = torch.cat([stack, stack.new_zeros(each * world - len(stack), *stack.shape[1:])])
+    mine = function(padded[each * dist.get_rank() :][:each]).contiguous()
+    every = mine.new_empty(padded.shape)
+    dist.all_gather_into_tensor(every, mine)
+    return every[: len(stack)]
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with GPT-2's parameter groups, and what a checkpoint requires of another one."""
+"""The optimizer: AdamW with GPT-2's parameter groups, or Muon; and what a checkpoint requires of another one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from folio.errors import UserError
+from folio.training.muon import Muon
 
 if TYPE_CHECKING:
     from folio.config.options import Optimizer
@@ -21,15 +22,45 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
     Uses torch's fused kernel where there is one, which includes the CPU.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    fused = params[0].device.type in _FUSED
+    return torch.optim.AdamW(_groups(params, weight_decay), lr=learning_rate, betas=betas, fused=fused)
+
+
+def muon(model: nn.Module, config: Optimizer, dtype: torch.dtype) -> Muon:
+    """Muon for the matrices of the blocks; AdamW for embeddings, head, norms and biases.
+
+    The queries', keys' and values' matrices, which the model stores as one, are orthogonalized separately.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in params.items() if ".h." in name and p.dim() == 2}
+    joined = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
+    single = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
+    others = _groups([p for name, p in params.items() if name not in matrices], config.weight_decay)
+    if config.adam_learning_rate != "auto":
+        others = [{**group, "rate": config.adam_learning_rate / config.learning_rate} for group in others]
+    return Muon(
+        [{"params": joined, "parts": 3}, {"params": single}],
+        others,
+        config.learning_rate,
+        config.momentum,
+        (config.beta1, config.beta2),
+        config.weight_decay,
+        dtype if dtype == torch.bfloat16 else torch.float32,  # float16 has too few exponents
+    )
+
+
+def _groups(params: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: weight decay for tensors of two and more dimensions."""
+    return [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=params[0].device.type in _FUSED)
 
 
-def optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run. To train with another ``torch.optim.Optimizer``, return it here."""
+def optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The optimizer of a run with arithmetic in ``dtype``. To train with another one, return it here."""
+    if config.optimizer == "muon":
+        return muon(model, config, dtype)
     return adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
 
 

@@ -132,7 +132,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         _check_agreement(config, tokens, runtime, former)
         loss, more = _wrap(config, model, tokens, runtime)
         notes += more
-        optimizer = optimizers.optimizer(config.optimizer, model)
+        optimizer = optimizers.optimizer(config.optimizer, model, runtime.dtype)
         if not config.logging.profile:  # which shows single operations
             runtime.use_graphs(optimizer)
         optimizers.check_first_update(optimizer)

@@ -247,6 +247,22 @@ def test_recomputed_blocks_give_the_same_bits(run: Train, ranks: int, parallel: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")])
+def test_processes_share_the_work_of_muon(story: Path, tmp_path: Path, ranks: int, parallel: str) -> None:
+    """The losses are those of one process, also where the ranks do not divide the matrices or their rows."""
+    argv = [*RUN, f"--data_dir={story}", "--optimizer=muon", "--n_layer=5", "--max_iters=20"]
+    one, several = trained(tmp_path / "1", 1, argv), trained(tmp_path / "n", ranks, [*argv, f"--parallel={parallel}"])
+    assert several.losses() == pytest.approx(one.losses(), abs=1e-5)
+    assert several.norms() == pytest.approx(one.norms(), rel=1e-4)
+    name = run_folder.OPTIMIZER
+    whole, shared = (load_file(run_folder.checkpoint_folder(run.out, 20) / name) for run in (one, several))
+    torch.testing.assert_close(shared, whole, rtol=0, atol=1e-5)
+    as_of_10 = as_of(10, several.out, tmp_path / "resumed")
+    trained(as_of_10, ranks, ["--init_from=resume"])
+    assert_same_files(as_of_10, several.out)
+
+
+@pytest.mark.slow
 def test_sharding_within_each_machine(run: Train, hsdp: list[dict[str, Any]]) -> None:
     """Two machines of two processes have the losses of four processes with whole models."""
     several, whole = Trained(hsdp[0]["out"], ""), run(4, "--parallel=ddp")

@@ -55,7 +55,7 @@ def test_the_fused_kernel_is_used_on_a_cpu() -> None:
 
 
 def test_the_runs_optimizer_follows_its_options() -> None:
-    made = optimizer(Optimizer(learning_rate=1e-2, beta1=0.8, beta2=0.9, weight_decay=0.3), _model())
+    made = optimizer(Optimizer(learning_rate=1e-2, beta1=0.8, beta2=0.9, weight_decay=0.3), _model(), torch.float32)
     assert (made.defaults["lr"], made.defaults["betas"]) == (1e-2, (0.8, 0.9))
     assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
 
@@ -168,7 +168,7 @@ def test_another_optimizer_resumes_with_the_same_bits(
     more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     argv = ["train", *SMALL, f"--data_dir={story}", "--dropout=0.1", "--learning_rate=1e-2"]
     assert folio(*argv, f"--out_dir={tmp_path / 'adamw'}", "--max_iters=5").code == 0
-    monkeypatch.setattr(optimizers, "optimizer", lambda config, model: kind(model.parameters(), **more))
+    monkeypatch.setattr(optimizers, "optimizer", lambda config, model, dtype: kind(model.parameters(), **more))
     for out, *flags in (("whole", "--max_iters=10"), ("halves", "--max_iters=5"), ("halves", "--init_from=resume")):
         assert folio(*argv, f"--out_dir={tmp_path / out}", *flags).code == 0
     for name in (run_folder.MODEL, run_folder.OPTIMIZER):

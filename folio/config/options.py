@@ -251,6 +251,21 @@ class Optimizer:
         1.0, "highest norm of the gradients; 0: no clipping", min=0, nanogpt=True, public=True, advanced=True
     )
     decay_lr: bool = option(True, "False: a constant learning rate", nanogpt=True, public=True, advanced=True)
+    schedule: Literal["cosine", "linear", "wsd"] = option(
+        "cosine",
+        "cosine | linear | wsd: how the learning rate falls",
+        details="From learning_rate after the warm-up to min_lr at lr_decay_iters. wsd: constant, then linear.",
+        public=True,
+        advanced=True,
+    )
+    decay_share: float = option(
+        0.2,
+        "wsd: share of the steps after the warm-up in which the rate falls",
+        above=0,
+        max=1,
+        public=True,
+        advanced=True,
+    )
     warmup_iters: int = option(2000, "of linear warm-up", unit="steps", min=0, nanogpt=True, public=True)
     lr_decay_iters: int = option(600_000, "until the rate is at min_lr", unit="steps", min=0, nanogpt=True, public=True)
     min_lr: float = option(6e-5, "lowest learning rate", min=0, nanogpt=True, public=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,33 @@ def test_the_schedule_at_chosen_steps() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
+def test_the_schedules_fall_as_they_say() -> None:
+    """linear falls evenly; wsd stays at the highest rate, and falls evenly over the last 20 %, or its decay_share."""
+    expected = {
+        "linear": {9: 1.0, 10: 1.0, 60: 0.55, 109: 0.109, 110: 0.1, 10**9: 0.1},
+        "wsd": {0: 0.1, 9: 1.0, 10: 1.0, 90: 1.0, 91: 0.955, 100: 0.55, 110: 0.1, 111: 0.1},
+    }
+    o = Optimizer(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=110)
+    for schedule, rates in expected.items():
+        found = {step: learning_rate(step, replace(o, schedule=schedule)) for step in rates}
+        assert found == pytest.approx(rates)
+    whole, linear = replace(o, schedule="wsd", decay_share=1.0), replace(o, schedule="linear")
+    assert [learning_rate(i, whole) for i in range(120)] == [learning_rate(i, linear) for i in range(120)]
+
+
 def test_nanogpts_schedule() -> None:
     """warmup=nanogpt is nanoGPT's formula at every step."""
     o = Optimizer(learning_rate=6e-4, min_lr=6e-5, warmup_iters=7, lr_decay_iters=40, warmup="nanogpt")
     assert [learning_rate(i, o) for i in range(60)] == pytest.approx([_nanogpt(i, o) for i in range(60)], rel=1e-12)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize("warmup", ["folio", "nanogpt"])
 @pytest.mark.parametrize(("warmup_iters", "lr_decay_iters"), [(5, 5), (0, 0), (0, 1), (6, 5)])
-def test_no_schedule_divides_by_zero(warmup: str, warmup_iters: int, lr_decay_iters: int) -> None:
+def test_no_schedule_divides_by_zero(warmup: str, warmup_iters: int, lr_decay_iters: int, schedule: str) -> None:
     """Also where warm-up ends as the decay does, or later."""
-    o = Optimizer(warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, warmup=warmup)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"warmup": warmup, "schedule": schedule}
+    o = Optimizer(warmup_iters=warmup_iters, lr_decay_iters=lr_decay_iters, **how)
     rates = [learning_rate(step, o) for step in range(10)]
     assert all(0 < rate <= o.learning_rate for rate in rates)
     assert rates[-1] == o.min_lr

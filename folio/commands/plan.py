@@ -107,7 +107,9 @@ def step_of(options: Options, device: Device) -> Step:
 
     shards = {"ddp": 1, "fsdp": options.gpus, "hsdp": options.gpus_per_node}[options.processes.parallel]
     context, on_gpu = options.data.row(options.model.block_size), device.name != "CPU"
-    return step_of_a_device(options.data, options.processes, context, device.dtype, on_gpu, options.gpus, shards)
+    return step_of_a_device(
+        options.data, options.processes, context, device.dtype, on_gpu, options.gpus, shards, options.optimizer
+    )
 
 
 def _data(options: Options) -> tuple[Tokens | str, int]:

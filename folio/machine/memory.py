@@ -38,7 +38,8 @@ class Step:
     """One device's part of a step: ``micro_steps`` of at most ``rows`` rows, in ``dtype``.
 
     Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
-    A row has ``context`` tokens; None: block_size. ``documents``: attention stays within documents.
+    A row has ``context`` tokens; None: block_size. ``documents``: attention stays within documents. ``muon``: the
+    optimizer keeps one moment of the blocks' matrices, not two.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Step:
     world: int = 1
     shards: int = 1
     context: int | None = None
+    muon: bool = False
 
 
 class Memory(NamedTuple):
@@ -91,7 +93,8 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
         gradients += FLOAT32 * (blocks + block if step.micro_steps > 1 else count // step.shards + 2 * block)
         copies += FLOAT32 * (count - blocks) + step.dtype.itemsize * 2 * block
     share = FLOAT32 * count // step.shards
-    return Memory(share, 2 * share, gradients, copies, most["activations"], most["logits"])
+    moments = 2 * count - (_orthogonalized(shape) if step.muon else 0)
+    return Memory(share, FLOAT32 * moments // step.shards, gradients, copies, most["activations"], most["logits"])
 
 
 def bytes_sent(shape: GPTConfig, step: Step) -> int:
@@ -99,14 +102,20 @@ def bytes_sent(shape: GPTConfig, step: Step) -> int:
 
     DDP sums the gradients once. FSDP gathers the blocks' matrices for the forward and the backward of each micro
     step, in the step's dtype, and the other weights once a micro step, in float32. It reduces and scatters the
-    gradients once, in float32, and sums each shard over the copies of the model.
+    gradients once, in float32, and sums each shard over the copies of the model. With Muon, processes gather the
+    updates of the blocks' matrices; with FSDP they exchange shards for matrices, and then updates for shards.
     """
     count, block = _counts(shape)
     blocks, replicas = block * shape.n_layer, step.world // step.shards
     gathered = step.micro_steps * (2 * blocks * step.dtype.itemsize + (count - blocks) * FLOAT32)
     within = (gathered + FLOAT32 * count) * (step.shards - 1) / step.shards
     across = 2 * FLOAT32 * count / step.shards * (replicas - 1) / replicas
-    return round(within + across)
+    muon = 0.0
+    if step.muon:
+        sharers, update = step.shards if step.shards > 1 else step.world, 2 if step.dtype == torch.bfloat16 else FLOAT32
+        part = _orthogonalized(shape) * (sharers - 1) / sharers
+        muon = part / sharers * (FLOAT32 + update) if step.shards > 1 else part * update
+    return round(within + across + muon)
 
 
 def remedies(data: Data, sharded: bool, fits: Callable[[dict[str, Any]], bool]) -> str:
@@ -138,6 +147,12 @@ def _counts(shape: GPTConfig) -> tuple[int, int]:
     with torch.device("meta"):
         model = GPT(shape)
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _matrices(model)) // shape.n_layer
+
+
+def _orthogonalized(shape: GPTConfig) -> int:
+    """The number of parameters that Muon updates."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(shape).transformer.h.parameters() if p.dim() == 2)
 
 
 def _matrices(model: GPT) -> list[nn.Parameter]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folio.config.options import Data, Processes, TrainConfig
+from folio.config.options import Data, Optimizer, Processes, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
 from folio.machine import probe, shortage
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 
 def step_of_a_device(
-    data: Data, processes: Processes, context: int, dtype: torch.dtype, gpu: bool, world: int, shards: int
+    data: Data,
+    processes: Processes,
+    context: int,
+    dtype: torch.dtype,
+    gpu: bool,
+    world: int,
+    shards: int,
+    optimizer: Optimizer,
 ) -> memory.Step:
     """What the first device does in a step. Raises UserError if the devices do not divide the rows."""
     from folio.machine.memory import Step
@@ -28,7 +35,8 @@ def step_of_a_device(
     share = micro_batches(data, 0, world)
     recompute = processes.activation_checkpointing == "block"
     most = max(rows for _, rows, _ in share)
-    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context)
+    muon = optimizer.optimizer == "muon"
+    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context, muon)
 
 
 _SMALLER = "lower --block_size, --n_layer or --n_embd"
@@ -43,7 +51,7 @@ def advise_on_memory(config: TrainConfig, shape: GPTConfig, runtime: Runtime) ->
         data, processes = changed.data, changed.processes
         shards = runtime.world if processes.parallel == "fsdp" else runtime.shards
         gpu, context = runtime.device.type != "cpu", data.row(shape.block_size)
-        step = step_of_a_device(data, processes, context, runtime.dtype, gpu, runtime.world, shards)
+        step = step_of_a_device(data, processes, context, runtime.dtype, gpu, runtime.world, shards, config.optimizer)
         return memory.needed(shape, step).total
 
     need, room = total({}), shortage.room(runtime.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_weights_moments_and_gradients_are_sums_over_the_parameters() -> None:
     assert memory[:3] == (4 * PARAMETERS, 8 * PARAMETERS, 4 * PARAMETERS)
     assert memory.copies == 2 * (PARAMETERS - 1024 * 768 - 25 * 768)  # all matrices except the positions
     assert memory.logits == 3 * 4 * 12 * 1024 * 50304  # log softmax, its gradient and that of the logits
+
+
+def test_muon_keeps_one_moment_of_the_blocks_matrices(folio, data) -> None:
+    """And sends their updates in 16 bits with DDP; shards of momenta and updates, over all shards, with FSDP."""
+    matrices = 12 * 12 * 768**2
+    for shards, sent in ((1, 2 * matrices * 7 / 8), (8, (4 + 2) * matrices / 8 * 7 / 8)):
+        muon, adamw = gpt2_on_gpus(shards=shards, muon=True), gpt2_on_gpus(shards=shards)
+        assert needed(GPT2, muon).optimizer == 4 * (2 * PARAMETERS - matrices) // shards
+        assert bytes_sent(GPT2, muon) - bytes_sent(GPT2, adamw) == pytest.approx(sent, abs=1)
+    argv = ["gpt2", "--gpus=8", "--vocab_size=50304", f"--data_dir={data}"]
+    plans = [folio("plan", *argv, *more).out for more in ((), ("--optimizer=muon",))]
+    assert [re.search(r"([\d.]+) GB  optimizer", plan)[1] for plan in plans] == ["0.99", "0.66"]
 
 
 def test_sharding_divides_weights_moments_and_gradients_only() -> None:

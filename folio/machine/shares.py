@@ -36,12 +36,14 @@ def share_out(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor)
     in between, the processes exchange shards for whole items. Every process must call this.
     """
     if is_sharded(like):
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
         def moved(local: Tensor, before: int, after: int) -> Tensor:
             here, there = ([Shard(dim) if p.is_shard() else p for p in like.placements] for dim in (before, after))  # type: ignore[attr-defined]
             whole = torch.empty(len(stack), *like.shape, device="meta")
             tensor = DTensor.from_local(local, like.device_mesh, here, shape=whole.shape, stride=whole.stride())  # type: ignore[attr-defined]
+            if local.device.type == "cpu":  # gloo has no all-to-all
+                tensor = tensor.redistribute(placements=[Replicate()] * len(here))
             return tensor.redistribute(placements=there).to_local()
 
         return moved(function(moved(stack, 1, 0)).contiguous(), 0, 1)
@@ -50,9 +52,9 @@ def share_out(function: Callable[[Tensor], Tensor], stack: Tensor, like: Tensor)
     each = -(-len(stack) // world)
     padded = torch.cat([stack, stack.new_zeros(each * world - len(stack), *stack.shape[1:])])
     mine = function(padded[each * dist.get_rank() :][:each]).contiguous()
-    every = mine.new_empty(padded.shape)
-    dist.all_gather_into_tensor(every, mine)
-    return every[: len(stack)]
+    every = mine.new_empty(world, *mine.shape)
+    dist.all_gather(list(every), mine)
+    return every.flatten(0, 1)[: len(stack)]
 
 
 def is_sharded(tensor: Tensor) -> bool:

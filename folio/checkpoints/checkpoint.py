@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +20,11 @@ from folio.checkpoints.safetensors_files import OpenFile, Tensors, read
 from folio.checkpoints.state import State
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.compose import model_config
+from folio.config.declare import Weights
 from folio.data.token_files import GPT2, GPT2_SIZES
 from folio.data.tokenizers import IDS_ONLY, Tokenizer, from_json
 from folio.errors import UserError
-from folio.machine.shares import is_finite, shard_like
+from folio.machine.shares import AVERAGE, is_finite, shard_like
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
@@ -45,6 +46,7 @@ class Checkpoint:
     state: dict[str, Any]
     asked: dict[str, Any] = field(default_factory=dict)
     opened: Mapping[str, OpenFile] = field(default_factory=dict, repr=False, kw_only=True)  # its files, by name
+    averaged: bool = field(default=False, kw_only=True)  # its weights are their moving averages
 
     @property
     def step(self) -> int:
@@ -64,7 +66,11 @@ class Checkpoint:
         Raises:
             ValueError: what is stored is damaged, or not the parameters of ``config``; names the file.
         """
-        return self.fitting(_floating(self.path, self._stored()))
+        return self.fitting(_floating(self.path, self._averages() if self.averaged else self._stored()))
+
+    def with_weights(self, which: Weights) -> Self:
+        """The same checkpoint with the trained weights, or with their moving averages (``ema``)."""
+        return replace(self, averaged=which == "ema")
 
     def fitting(self, stored: Iterable[tuple[str, Shaped]]) -> Iterator[tuple[str, Shaped]]:
         """Yields the stored tensors; raises ValueError if they are not the parameters of ``config``."""
@@ -86,6 +92,19 @@ class Checkpoint:
 
     def _stored(self) -> Tensors:
         return read(self.path / MODEL, opened=self.opened.get(MODEL))
+
+    def _averages(self) -> Tensors:
+        found = False
+        for key, average in self.slots():
+            name, slot = key.rsplit("/", 1)
+            if slot == AVERAGE:
+                found = True
+                yield name, average
+        if not found:
+            raise UserError(
+                f"{self.path}: there is no moving average of the weights, which a run has with --ema_decay: "
+                "use --weights=trained"
+            )
 
     def slots(self) -> Tensors:
         """The optimizer's tensors, as ``<parameter>/<slot>``; none if its state is unknown."""

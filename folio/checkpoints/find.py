@@ -39,9 +39,10 @@ def from_pretrained(name: str, override_args: dict[str, Any] | None = None) -> G
 
 def from_source(source: Source) -> Checkpoint:
     """The model that a command was given; raises as ``by_name``."""
-    if source.init_from == "resume":
-        return in_folder(Path(source.out_dir), source.checkpoint)
-    return by_name(source.init_from, source.checkpoint)
+    resume = source.init_from == "resume"
+    name = source.out_dir if resume else source.init_from
+    found = in_folder(Path(name), source.checkpoint) if resume else by_name(name, source.checkpoint)
+    return found.with_weights(source.weights)
 
 
 def by_name(name: str, which: str = "best") -> Checkpoint:

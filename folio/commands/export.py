@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
-from folio.config.declare import ITSELF, option, out_dir_option
+from folio.config.declare import ITSELF, Weights, checkpoint_option, option, out_dir_option, weights_option
 from folio.errors import UserError
 from folio.records.console import say
 
@@ -17,7 +17,8 @@ class Options:
 
     to: str = option(MISSING, "folder or FILE.gguf to make", path=ITSELF)
     out_dir: str = out_dir_option()
-    checkpoint: str = option("best", "best | latest | a step")
+    checkpoint: str = checkpoint_option()
+    weights: Weights = weights_option()
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
     push_to_hub: str = option("", "USER/NAME: also upload the folder to the Hugging Face hub")
 
@@ -28,7 +29,7 @@ def main(options: Options) -> None:
     to = Path(options.to)
     if options.push_to_hub:
         hub.check_name(options.push_to_hub)
-    found = find.in_folder(Path(options.out_dir), options.checkpoint)
+    found = find.in_folder(Path(options.out_dir), options.checkpoint).with_weights(options.weights)
     if to.suffix == ".gguf":
         if options.push_to_hub:
             raise UserError(

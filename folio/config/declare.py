@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 HellaSwagStyle = Literal["completion", "harness"]
 TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
+Weights = Literal["trained", "ema"]
 Role = Literal["call", "machine", "data", ""]
 # The part of an option's value that is a path: all of it, each part between commas, or the text after FILE:
 ITSELF, EACH, AFTER_FILE = "itself", "each", "FILE:"
@@ -39,6 +40,10 @@ def out_dir_option(**more: Any) -> Any:
 
 def checkpoint_option() -> Any:
     return option("best", "best | latest | a step")
+
+
+def weights_option() -> Any:
+    return option("trained", "trained | ema: their moving average", details="ema needs a run with --ema_decay.")
 
 
 def hellaswag_style_option(**more: Any) -> Any:

@@ -11,12 +11,14 @@ from folio.config.declare import (
     ITSELF,
     HellaSwagStyle,
     TokenDtype,
+    Weights,
     checkpoint_option,
     hellaswag_data_option,
     hellaswag_style_option,
     option,
     out_dir_option,
     token_dtype_option,
+    weights_option,
 )
 from folio.errors import UserError
 from folio.model.config import AUTO, GPTConfig
@@ -222,6 +224,15 @@ class Optimizer:
     momentum: float = option(
         0.95, "muon: decay of the mean of the gradients", min=0, below=1, public=True, advanced=True
     )
+    ema_decay: float = option(
+        0.0,
+        "decay of a moving average of the weights; 0: none",
+        details="Its validation loss is ema/val_loss; folio sample, eval and export use it with --weights=ema.",
+        min=0,
+        below=1,
+        public=True,
+        advanced=True,
+    )
     max_iters: int = option(600_000, "to train, each one update", unit="steps", min=0, nanogpt=True, public=True)
     max_minutes: float = option(
         0.0,
@@ -296,6 +307,7 @@ class Source:
         nanogpt=True,
     )
     checkpoint: str = checkpoint_option()
+    weights: Weights = weights_option()
 
 
 @dataclass(frozen=True)

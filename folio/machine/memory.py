@@ -39,7 +39,7 @@ class Step:
 
     Of ``world`` devices, ``shards`` hold one copy of the model together: 1 with DDP, all of them with FSDP.
     A row has ``context`` tokens; None: block_size. ``documents``: attention stays within documents. ``muon``: the
-    optimizer keeps one moment of the blocks' matrices, not two.
+    optimizer keeps one moment of the blocks' matrices, not two. ``averaged``: it keeps an average of the weights too.
     """
 
     rows: int
@@ -52,6 +52,7 @@ class Step:
     shards: int = 1
     context: int | None = None
     muon: bool = False
+    averaged: bool = False
 
 
 class Memory(NamedTuple):
@@ -93,7 +94,7 @@ def needed(shape: GPTConfig, step: Step) -> Memory:
         gradients += FLOAT32 * (blocks + block if step.micro_steps > 1 else count // step.shards + 2 * block)
         copies += FLOAT32 * (count - blocks) + step.dtype.itemsize * 2 * block
     share = FLOAT32 * count // step.shards
-    moments = 2 * count - (_orthogonalized(shape) if step.muon else 0)
+    moments = (2 + step.averaged) * count - (_orthogonalized(shape) if step.muon else 0)
     return Memory(share, FLOAT32 * moments // step.shards, gradients, copies, most["activations"], most["logits"])
 
 

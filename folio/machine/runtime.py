@@ -7,8 +7,8 @@ The training loop is written for one process on one device. What other devices a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -155,6 +155,20 @@ class Runtime(Ranks, Updates):
             return host.tolist()
 
         return read
+
+    @contextmanager
+    def averaged(self, model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """The wrapped model has the moving averages of its weights inside; afterwards its own, to the same bits."""
+        self._swap_averages(model, optimizer)
+        try:
+            yield
+        finally:
+            self._swap_averages(model, optimizer)
+
+    def _swap_averages(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+        self._reshard()
+        shares.swap_averages(model, optimizer)
+        self._objective.update_copy()
 
     def full_state(
         self, model: GPT, optimizer: torch.optim.Optimizer | None = None, copy: bool = False

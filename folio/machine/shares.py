@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+AVERAGE = "average"  # the optimizer's slot with the moving average of a parameter
+
 
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
@@ -104,6 +106,16 @@ def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = Tr
         for slot, t in optimizer.state.get(p, {}).items()
         if scalars or t.dim()
     }
+
+
+@torch.no_grad()
+def swap_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Exchanges the values of the weights and of their moving averages."""
+    for p in model.parameters():
+        weight, average = local_part(p), local_part(optimizer.state[p][AVERAGE])
+        before = weight.clone()
+        weight.copy_(average)
+        average.copy_(before)
 
 
 def gather_state(

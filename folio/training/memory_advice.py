@@ -35,8 +35,8 @@ def step_of_a_device(
     share = micro_batches(data, 0, world)
     recompute = processes.activation_checkpointing == "block"
     most = max(rows for _, rows, _ in share)
-    muon = optimizer.optimizer == "muon"
-    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context, muon)
+    how = {"muon": optimizer.optimizer == "muon", "averaged": optimizer.ema_decay > 0}
+    return Step(most, len(share), dtype, gpu, recompute, data.document_mask, world, shards, context, **how)
 
 
 _SMALLER = "lower --block_size, --n_layer or --n_embd"

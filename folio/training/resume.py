@@ -17,6 +17,7 @@ from folio.config.table import flat
 from folio.config.values import COMMAND_LINE
 from folio.errors import UserError
 from folio.machine import launch
+from folio.machine.shares import AVERAGE
 from folio.model.config import GPTConfig
 from folio.records import run_folder
 from folio.records.metrics import rewind
@@ -139,7 +140,9 @@ def restore(run: Run, former: FormerRun) -> list[str]:
     checkpoint.load_weights(run.model, cropped(found.weights()))
     theirs, mine = state.get("optimizer", "AdamW"), type(run.optimizer).__name__
     if mine == theirs:
-        checkpoint.load_slots(run.optimizer, run.model, cropped(found.slots()))
+        kept = run.config.optimizer.ema_decay > 0
+        slots = ((name, slot) for name, slot in found.slots() if kept or not name.endswith(f"/{AVERAGE}"))
+        checkpoint.load_slots(run.optimizer, run.model, cropped(slots))
     else:
         notes.append(f"the checkpoint's optimizer is {theirs}, that of this run {mine}: its state starts from zero")
     if name := run.runtime.find_not_finite(run.model, run.optimizer):

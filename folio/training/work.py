@@ -35,6 +35,8 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
         return [loss], []
     measurements, notes = _measurements_of_text(run)
     work = [loss, *measurements]
+    if config.optimizer.ema_decay:
+        work.insert(1, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1))
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))
@@ -184,6 +186,15 @@ def evaluate_loss(run: Run) -> list[Record]:
         "seconds": run.clock.seconds(),
     }
     return [record]
+
+
+def evaluate_average(run: Run) -> list[Record]:
+    """The validation loss of the averaged weights, over the windows of ``evaluate_loss``."""
+    size = run.config.data.batch_size
+    windows, watch = run.config.evaluation.eval_iters * size, watched(run, "evaluating the average, batch")
+    with run.runtime.averaged(run.model, run.optimizer):
+        loss = evaluate(run.model, run.loss, run.tokens, "val", windows, size, run.runtime, watch)
+    return [{"kind": "ema", "step": run.state.step, "val_loss": loss}]
 
 
 def evaluate_hellaswag(run: Run, questions: hellaswag.Questions) -> list[Record]:

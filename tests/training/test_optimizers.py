@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, assert_refused
+from safetensors.torch import load_file
+from torch import Tensor
 
 from folio.config.options import Optimizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
+from folio.records.metrics import read_metrics
 from folio.training import optimizers
-from folio.training.optimizers import adamw, check_first_update, optimizer
+from folio.training.optimizers import adamw, average_weights, check_first_update, optimizer
 from folio.training.schedule import learning_rate
 
 
@@ -127,6 +130,71 @@ def test_a_constant_rate() -> None:
     """decay_lr=False has neither warm-up nor decay."""
     o = Optimizer(decay_lr=False)
     assert {learning_rate(step, o) for step in (0, 1, 5000, 10**7)} == {o.learning_rate}
+
+
+# The average of the weights
+
+
+def test_the_average_follows_the_weights() -> None:
+    """From the first update's weights on, in float32, beside the moments."""
+    model = _model()
+    made = adamw(model, 0.01, (0.9, 0.95), 0.5)
+    average_weights(made, 0.75)
+    check_first_update(made)
+    expected: dict[str, Tensor] = {}
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        made.step()
+        for name, p in model.named_parameters():
+            expected[name] = 0.75 * expected.get(name, p.detach()) + 0.25 * p.detach()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(made.state[p]["average"], expected[name])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_measures_saves_and_resumes_the_average(folio: Any, story: Path, tmp_path: Path, kind: str) -> None:
+    """It trains in the bits of a run without one; folio eval --weights=ema finds the loss that was measured."""
+    argv = ["train", *SMALL, f"--data_dir={story}", "--dropout=0.1", "--learning_rate=1e-2", f"--optimizer={kind}"]
+    flags = [f"--data_dir={story}", "--device=cpu", "--dtype=float32", "--eval_iters=2", "--batch_size=4"]
+    ema = "--ema_decay=0.5"
+    calls = [("plain", "--max_iters=10"), ("whole", "--max_iters=10", ema), ("halves", "--max_iters=5", ema)]
+    for out, *more in (*calls, ("halves", "--init_from=resume", "--max_iters=10")):
+        assert folio(*argv, f"--out_dir={tmp_path / out}", *more).code == 0
+    read = {
+        (out, name): (run_folder.checkpoint_folder(tmp_path / out, 10) / name).read_bytes()
+        for out in ("plain", "whole", "halves")
+        for name in (run_folder.MODEL, run_folder.OPTIMIZER)
+    }
+    assert read["whole", run_folder.OPTIMIZER] == read["halves", run_folder.OPTIMIZER]
+    assert read["plain", run_folder.MODEL] == read["whole", run_folder.MODEL] == read["halves", run_folder.MODEL]
+    of = {
+        kind: {
+            r["step"]: r["val_loss"] for r in read_metrics(tmp_path / "whole" / run_folder.METRICS) if r["kind"] == kind
+        }
+        for kind in ("eval", "ema")
+    }
+    assert list(of["ema"]) == [5, 10]
+    for weights, measured in (("trained", of["eval"][10]), ("ema", of["ema"][10])):
+        where = [f"--out_dir={tmp_path / 'whole'}", "--checkpoint=10", f"--weights={weights}"]
+        assert f"val loss {measured:.4f}" in folio("eval", *where, *flags).out
+    assert of["ema"][10] != of["eval"][10]
+    exported = [f"--weights={weights} --to={tmp_path / weights}".split() for weights in ("trained", "ema")]
+    for more in exported:
+        assert folio("export", f"--out_dir={tmp_path / 'whole'}", *more).code == 0
+    files = [(tmp_path / weights / "model.safetensors").read_bytes() for weights in ("trained", "ema")]
+    assert files[0] != files[1]
+    outcome = folio("sample", f"--out_dir={tmp_path / 'plain'}", "--weights=ema", "--device=cpu")
+    assert_refused(outcome, "there is no moving average of the weights", "use --weights=trained")
+
+
+def test_a_run_that_resumes_without_the_average_drops_it(folio: Any, story: Path, tmp_path: Path) -> None:
+    """An average that no longer follows would be a wrong one."""
+    argv = ["train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path}"]
+    assert folio(*argv, "--max_iters=5", "--ema_decay=0.9").code == 0
+    assert folio(*argv, "--max_iters=10", "--init_from=resume", "--ema_decay=0").code == 0
+    five, ten = (load_file(run_folder.checkpoint_folder(tmp_path, n) / run_folder.OPTIMIZER) for n in (5, 10))
+    assert {name.rsplit("/")[-1] for name in five.keys() - ten.keys()} == {"average"}
 
 
 # Another optimizer

@@ -226,7 +226,7 @@ class Optimizer:
     )
     ema_decay: float = option(
         0.0,
-        "decay of a moving average of the weights; 0: none",
+        "decay of a moving average of the weights, at most; 0: none",
         details="Its validation loss is ema/val_loss; folio sample, eval and export use it with --weights=ema.",
         min=0,
         below=1,

@@ -109,6 +109,17 @@ def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = Tr
 
 
 @torch.no_grad()
+def update_averages(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """average = decay · average + (1 − decay) · weight, in ``state[parameter]``; the first average is the weight."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        if AVERAGE not in optimizer.state[p]:
+            optimizer.state[p][AVERAGE] = p.detach().clone()
+    averages = [local_part(optimizer.state[p][AVERAGE]) for p in params]
+    torch._foreach_lerp_(averages, [local_part(p) for p in params], 1 - decay)
+
+
+@torch.no_grad()
 def swap_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Exchanges the values of the weights and of their moving averages."""
     for p in model.parameters():

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from folio.errors import UserError
-from folio.machine.shares import AVERAGE, local_part
 from folio.training.muon import Muon
 
 if TYPE_CHECKING:
@@ -63,25 +62,6 @@ def optimizer(config: Optimizer, model: nn.Module, dtype: torch.dtype) -> torch.
     if config.optimizer == "muon":
         return muon(model, config, dtype)
     return adamw(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
-
-
-def average_weights(made: torch.optim.Optimizer, decay: float) -> None:
-    """Makes each update end with average = decay · average + (1 − decay) · weight, from the first update's weights on.
-
-    The averages are tensors of ``state[parameter]``, so that checkpoints hold them. Polyak and Juditsky, "Acceleration
-    of Stochastic Approximation by Averaging", 1992, with exponential weights.
-    """
-
-    @torch.no_grad()
-    def average(made: torch.optim.Optimizer, *_: Any) -> None:
-        params = [p for group in made.param_groups for p in group["params"]]
-        for p in params:
-            if AVERAGE not in made.state[p]:
-                made.state[p][AVERAGE] = p.detach().clone()
-        averages = [local_part(made.state[p][AVERAGE]) for p in params]
-        torch._foreach_lerp_(averages, [local_part(p) for p in params], 1 - decay)
-
-    made.register_step_post_hook(average)
 
 
 def check_first_update(made: torch.optim.Optimizer) -> None:

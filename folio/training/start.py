@@ -133,8 +133,6 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         loss, more = _wrap(config, model, tokens, runtime)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model, runtime.dtype)
-        if config.optimizer.ema_decay:
-            optimizers.average_weights(optimizer, config.optimizer.ema_decay)
         if not config.logging.profile:  # which shows single operations
             runtime.use_graphs(optimizer)
         optimizers.check_first_update(optimizer)

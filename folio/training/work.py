@@ -17,6 +17,7 @@ from folio.errors import UserError
 from folio.evaluation import hellaswag
 from folio.evaluation.loss import evaluate
 from folio.generation.sampling import continuations, encode_prompt
+from folio.machine import shares
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.records import run_folder
 from folio.records.record import Record
@@ -36,7 +37,8 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
     measurements, notes = _measurements_of_text(run)
     work = [loss, *measurements]
     if config.optimizer.ema_decay:
-        work.insert(1, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1))
+        update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages)
+        work = [update, loss, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1), *work[1:]]
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))
@@ -186,6 +188,16 @@ def evaluate_loss(run: Run) -> list[Record]:
         "seconds": run.clock.seconds(),
     }
     return [record]
+
+
+def update_averages(run: Run) -> tuple[()]:
+    """Takes the weights after this update into their averages; early ones are short, so that they forget the beginning.
+
+    The decay of update t is at most (1 + t) / (10 + t), as in TensorFlow's ``ExponentialMovingAverage``.
+    """
+    t = run.state.step
+    shares.update_averages(run.optimizer, min(run.config.optimizer.ema_decay, (1 + t) / (10 + t)))
+    return ()
 
 
 def evaluate_average(run: Run) -> list[Record]:

@@ -16,14 +16,14 @@ from run_results import Train, assert_same_bits, records
 from torch import Tensor
 
 from folio import rng
-from folio.config.options import System
+from folio.config.options import Optimizer, System
 from folio.machine import choices, graphs
 from folio.machine.graphs import RecordingError, Replay, StepGraphs
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training import start
-from folio.training.optimizers import adamw
+from folio.training.optimizers import adamw, muon
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPE = GPTConfig(block_size=16, vocab_size=19, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
@@ -83,6 +83,17 @@ def test_replayed_steps_are_called_steps(device: str, micro_steps: int) -> None:
         assert graphed(number, micro_steps) == pytest.approx(plain(number, micro_steps), rel=1e-5)
     assert_equal(graphed, plain)
     assert {float(t) for name, t in graphed.state().items() if name.endswith("/step")} == {4.0}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_replayed_steps_of_muon(device: str) -> None:
+    """It is recorded too, with its two learning rates."""
+    config = Optimizer(optimizer="muon", learning_rate=1e-2, adam_learning_rate=3e-3)
+    plain, graphed = (Steps(device, on, lambda model: muon(model, config, torch.float32)) for on in (False, True))
+    for number in range(4):
+        assert graphed(number) == pytest.approx(plain(number), rel=1e-5)
+    for name, here in graphed.state().items():
+        torch.testing.assert_close(here, plain.state()[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import SMALL, assert_refused
 from safetensors.torch import load_file
-from torch import Tensor
 
+from folio import cli
+from folio.checkpoints import find
+from folio.commands import train
 from folio.config.options import Optimizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
@@ -21,7 +23,7 @@ from folio.model.gpt import GPT
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
 from folio.training import optimizers
-from folio.training.optimizers import adamw, average_weights, check_first_update, optimizer
+from folio.training.optimizers import adamw, check_first_update, optimizer
 from folio.training.schedule import learning_rate
 
 
@@ -135,21 +137,20 @@ def test_a_constant_rate() -> None:
 # The average of the weights
 
 
-def test_the_average_follows_the_weights() -> None:
-    """From the first update's weights on, in float32, beside the moments."""
-    model = _model()
-    made = adamw(model, 0.01, (0.9, 0.95), 0.5)
-    average_weights(made, 0.75)
-    check_first_update(made)
-    expected: dict[str, Tensor] = {}
-    for _ in range(4):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        made.step()
-        for name, p in model.named_parameters():
-            expected[name] = 0.75 * expected.get(name, p.detach()) + 0.25 * p.detach()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(made.state[p]["average"], expected[name])
+def test_the_average_follows_the_weights(story: Path, tmp_path: Path) -> None:
+    """A(t) = d A(t − 1) + (1 − d) W(t) with d = ema_decay, or (1 + t) / (10 + t) if that is less."""
+    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path}", "--learning_rate=1e-2", "--max_iters=6"]
+    argv += ["--ema_decay=0.4", "--checkpoint_interval=1", "--keep_checkpoints=9"]
+    assert train.main(cli.parse(train.Options, argv, "folio train", files=True)) == 0
+    average = 0.0
+    for t in range(1, 7):
+        found = find.choose(tmp_path, str(t))
+        weight, kept = (
+            dict(found.with_weights(which).weights())["transformer.wte.weight"] for which in ("trained", "ema")
+        )
+        decay = min(0.4, (1 + t) / (10 + t)) if t > 1 else 0.0
+        average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(kept, average)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -21,8 +21,8 @@ NEWTON_SCHULZ: Polynomials = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan et al., 
 def orthogonalize(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Tensor:
     """(n, A, B) → (n, A, B) in ``dtype``: for each matrix U S Vᵀ, about U Vᵀ.
 
-    Each (a, b, c) maps the singular values s, at most 1, to a s + b s³ + c s⁵. All matrices are multiplied together,
-    which for small ones is several times faster than one at a time (benchmarks/muon.py).
+    Each (a, b, c) maps the singular values s, at most 1, to a s + b s³ + c s⁵. All matrices are multiplied in one call,
+    which for small ones is faster than one at a time (benchmarks/muon.py).
     """
     tall = matrices.size(-2) > matrices.size(-1)
     X = matrices.mT if tall else matrices

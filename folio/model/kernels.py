@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from folio.model.attention import KVCache, Mask, attend
+from folio.model.attention import KVCache, Mask, attend, normalize, rotate, rotation_at
 from folio.model.gpt import GPT, cross_entropy, soft_cap
 
 _FEW = 32  # rows, up to which a packed float16 product is faster than one in bfloat16
@@ -145,12 +145,21 @@ class NextLogits:
             torch.set_float32_matmul_precision(precision)
 
     def _compute(self, idx: Tensor, cache: KVCache | None) -> Tensor:
-        (B, T), H, start = idx.shape, self.model.config.n_head, cache.length if cache is not None else 0
-        body = self.model.transformer
-        x = F.embedding(idx, body.wte.weight) + body.wpe.weight.narrow(0, start, T)  # (B, T, C)
-        C = x.size(-1)
+        (B, T), start = idx.shape, cache.length if cache is not None else 0
+        body, c, rotation = self.model.transformer, self.model.config, None
+        H, C = c.n_head, c.n_embd
+        x = F.embedding(idx, body.wte.weight)  # (B, T, C)
+        if c.position == "rope":
+            rotation = rotation_at(torch.arange(start, start + T), C // H, x.dtype)
+        else:
+            x = x + body.wpe.weight.narrow(0, start, T)
+        x = body.ln_e(x)
         for i, (ln_1, c_attn, c_proj, ln_2, mlp) in enumerate(self._blocks, 1):
             q, k, v = c_attn(ln_1(x)).view(B, T, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind()
+            if rotation is not None:
+                q, k = rotate(q, rotation), rotate(k, rotation)
+            if c.qk_norm:
+                q, k = normalize(q, k)
             if cache is not None:
                 k, v = cache.append(i - 1, k, v)
             if i == len(self._blocks):
@@ -159,8 +168,7 @@ class NextLogits:
             x = x + mlp(ln_2(x))
         if cache is not None:
             cache.length += T
-        logits: Tensor = self.model.lm_head(body.ln_f(x[:, -1]))
-        return logits
+        return self.model.logits(body.ln_f(x[:, -1]))
 
 
 @torch.no_grad()

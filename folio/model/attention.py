@@ -68,8 +68,11 @@ def normalize(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     The root mean square of keys becomes 1, that of queries √2, so the scale of the scores is √(2 / head) where
     ``attend`` has √(1 / head): 0.25 for heads of 32, and 0.125 for heads of 128, where modded-nanogpt has 0.12.
     """
-    head = q.shape[-1:]
-    return F.rms_norm(q, head, eps=1e-5) * math.sqrt(2), F.rms_norm(k, head, eps=1e-5)
+    head = q.shape[-1:]  # autocast makes float32 of the result
+    return (
+        (F.rms_norm(q, head, eps=1e-5) * math.sqrt(2)).to(q.dtype),
+        F.rms_norm(k, head, eps=1e-5).to(k.dtype),
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, dropout: float) -> Tensor:

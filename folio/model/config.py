@@ -13,7 +13,14 @@ PADDED_GPT2 = 50304  # GPT-2's 50257 token ids, rounded up to a multiple of 64 f
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64."""
+    """The model's shape. The defaults are nanoGPT's class: GPT-2 124M with its vocabulary padded to 64.
+
+    Beside GPT-2's parts there are those of modded-nanogpt's records and of nanochat, each by itself:
+    ``position="rope"`` turns queries and keys in place of the position embeddings; ``norm="unweighted"`` is a LayerNorm
+    without parameters, before the parts of a block, after the embedding and at the end; ``activation="relu2"``;
+    ``qk_norm`` normalizes queries and keys; ``logit_softcap`` bounds the logits; with ``zero_init`` outputs and an
+    untied head start at zero. ``--help=NAME`` has the details of each.
+    """
 
     block_size: int = field(
         default=1024, metadata={"help": "context length, in tokens", "min": 1, "max": 10_000_000, "nanogpt": True}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from folio import rng
 from folio.generation.sampling import draws, generate
-from folio.model.attention import KVCache, Mask
+from folio.model.attention import KVCache, Mask, Rotation
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, Block, cross_entropy
 from folio.model.kernels import ChunkedCrossEntropy, NextLogits, has_fbgemm, pack, set_next_logits
@@ -80,9 +80,9 @@ def test_float32_cached_is_uncached(model: GPT) -> None:
 def test_another_architecture_keeps_its_own_logits(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a block was changed, the fast path, which knows GPT-2's, is not set."""
 
-    def parallel(self: Block, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None) -> Tensor:
+    def parallel(self: Block, x: Tensor, mask: Mask | None, cache: KVCache | None, rotation: Rotation | None) -> Tensor:
         normalized = self.ln_1(x)
-        y: Tensor = x + self.attn(normalized, mask, cache) + self.mlp(normalized)
+        y: Tensor = x + self.attn(normalized, mask, cache, rotation) + self.mlp(normalized)
         return y
 
     with torch.no_grad():

@@ -29,7 +29,7 @@ from folio.machine.wrap import set_attention
 from folio.model.attention import attend, rotate, rotation_at, within_documents
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.model.kernels import BlockedAttention, attend_one
+from folio.model.kernels import BlockedAttention, NextLogits, set_next_logits
 
 ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True}
 ALL |= {"logit_softcap": 1.5, "zero_init": True, "tie_weights": False}
@@ -69,7 +69,7 @@ def test_no_token_sees_a_later_one(option: dict[str, Any], masked: bool) -> None
 
 
 @each
-@pytest.mark.parametrize("kernel", [attend, attend_one, BlockedAttention(5)], ids=["attend", "one", "blocked"])
+@pytest.mark.parametrize("kernel", [attend, BlockedAttention(5)], ids=["attend", "blocked"])
 def test_gradients_by_every_kernel(option: dict[str, Any], kernel: Callable[..., Tensor]) -> None:
     """Those of differences, and each parameter has one."""
     model, x = tiny(**option), ids(2, 12)
@@ -107,7 +107,8 @@ def test_cached_sampling_is_uncached(option: dict[str, Any]) -> None:
         with torch.no_grad():
             static = columns(model, idx, uniform, partial(pick, temperature=1.0, wait=False))
             assert torch.equal(torch.cat([idx, *static], dim=1), tokens)
-    set_attention(model, attend_one)
+    set_next_logits(model)
+    assert isinstance(model.next_logits, NextLogits)
     assert torch.equal(generate(model, idx, 20, uniform=uniform), tokens)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from folio.machine.graphs import Recorder, RecordingError, Replay
+from folio.machine.graphs import Recorder, RecordingError, Replay, read_later
 from folio.model.attention import KVCache
 from folio.model.gpt import GPT
 
@@ -30,7 +30,7 @@ def columns(
     waiting: list[Callable[[], list[int]]] = []
     for _ in track(range(uniform.size(1))):
         while len(waiting) <= _AHEAD and (row := next(rows, None)) is not None:
-            waiting.append(_read_later(row))
+            waiting.append(read_later(row))
         *ids, finite = waiting.pop(0)()
         if not finite:
             raise FloatingPointError("the model's logits are not finite")
@@ -121,19 +121,3 @@ class _Sequence:
                 warnings.warn(f"CUDA graphs failed, continuing without them: {error}", stacklevel=2)
         for _ in range(times):
             yield replay()
-
-
-def _read_later(row: Tensor) -> Callable[[], list[int]]:
-    """Starts to copy a row to the CPU, and returns a function that waits for the copy, not for later work."""
-    if row.device.type != "cuda":
-        return row.clone().tolist
-    host = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-    host.copy_(row, non_blocking=True)
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
-
-    def read() -> list[int]:
-        done.synchronize()
-        return host.tolist()
-
-    return read

@@ -188,3 +188,22 @@ class StepGraphs:
     def _drop_gradients(self) -> None:
         for p in self._parameters:
             p.grad = None
+
+
+def read_later(tensor: Tensor) -> Callable[[], list[Any]]:
+    """Starts to copy a tensor to the CPU, and returns a function that waits for the copy, not for later work.
+
+    What is launched afterwards may overwrite the tensor.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.clone().tolist
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def read() -> list[Any]:
+        done.synchronize()
+        return host.tolist()
+
+    return read

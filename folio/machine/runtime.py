@@ -141,21 +141,6 @@ class Runtime(Ranks, Updates):
         """Copies a tensor to the device; from pinned memory to a GPU, without waiting."""
         return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def read_later(self, tensor: Tensor) -> Callable[[], list[float]]:
-        """Starts to copy a tensor to the CPU, and returns a function that waits for the copy, not for later work."""
-        if self.device.type != "cuda":
-            return tensor.tolist
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-
-        def read() -> list[float]:
-            done.synchronize()
-            return host.tolist()
-
-        return read
-
     @contextmanager
     def averaged(self, model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """The wrapped model has the moving averages of its weights inside; afterwards its own, to the same bits."""

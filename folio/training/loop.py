@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from folio.machine import shortage
+from folio.machine.graphs import read_later
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
 from folio.training.batches import MicroBatch, batches
@@ -54,7 +55,7 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             norm = runtime.step(run.optimizer, rate, config.grad_clip, sums[0])
 
             log_step(run)  # the step before; on a GPU this one still runs
-            figures = runtime.read_later(torch.cat([sums, norm[None]]))
+            figures = read_later(torch.cat([sums, norm[None]]))
             run.pending = Figures(state.step, rate, time.perf_counter(), figures)
             state.step += 1
             state.rows += run.rows_per_step

@@ -97,7 +97,7 @@ def test_the_device_computes_ahead(model: GPT, monkeypatch: pytest.MonkeyPatch) 
         computed += 1
         return row.clone().tolist
 
-    monkeypatch.setattr(graphed, "_read_later", read_later)
+    monkeypatch.setattr(graphed, "read_later", read_later)
     draw = partial(pick, temperature=1.0, wait=False)
     with torch.no_grad():
         found = columns(model, prompt(1, 3), draws(1, 1, 20), draw)

@@ -131,10 +131,9 @@ class Profiler:
         found.sort(key=lambda event: event[0])
         moment, fullest = max(found, key=lambda event: event[1]["Total Allocated"])
         total = fullest["Total Allocated"]
+        step = f"Optimizer.step#{type(self._optimizer).__name__}.step"  # Muon's has another one inside
         updates = sorted(
-            (e["ts"], e["ts"] + e["dur"])
-            for e in events
-            if e.get("cat") == "user_annotation" and e["name"].startswith("Optimizer.step")
+            (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "user_annotation" and e["name"] == step
         )
         both = zip(updates, self._updates, strict=True)
         update, noted = next((u for u in both if u[0][1] > moment), ((moment, moment), []))

@@ -101,6 +101,13 @@ def test_a_run_writes_a_profile_of_its_steps(train, tmp_path: Path) -> None:
     assert done.out.index("\niter 4:") < done.out.index(table) < done.out.index("\niter 5:")
 
 
+def test_an_optimizer_that_calls_another_one_is_profiled(train, tmp_path: Path) -> None:
+    done = train("--profile=2", "--optimizer=muon")
+    assert (done.code, done.err) == (0, "")
+    assert trace(tmp_path / "out" / "profile", "Optimizer.step#Muon.step") == 2
+    assert read(tmp_path / "out" / "profile")["gradients"] > 0
+
+
 def test_profiling_does_not_change_the_bits(folio, story: Path, tmp_path: Path) -> None:
     for name, steps in (("plain", 0), ("profiled", 4)):
         argv = [*SMALL, "--dropout=0.1", f"--profile={steps}", f"--data_dir={story}", f"--out_dir={tmp_path / name}"]

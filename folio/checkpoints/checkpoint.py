@@ -69,8 +69,13 @@ class Checkpoint:
         return self.fitting(_floating(self.path, self._averages() if self.averaged else self._stored()))
 
     def with_weights(self, which: Weights) -> Self:
-        """The same checkpoint with the trained weights, or with their moving averages (``ema``)."""
-        return replace(self, averaged=which == "ema")
+        """The same checkpoint with the trained weights, or with their moving averages (``ema``).
+
+        The losses in its state are those of the trained weights, so the averages have none.
+        """
+        if which == "trained":
+            return self
+        return replace(self, averaged=True, state={**self.state, "best": None, "train_loss": None, "val_loss": None})
 
     def fitting(self, stored: Iterable[tuple[str, Shaped]]) -> Iterator[tuple[str, Shaped]]:
         """Yields the stored tensors; raises ValueError if they are not the parameters of ``config``."""

@@ -23,7 +23,7 @@ _TOKENS = 50  # tokens that the card's program generates, if the context has roo
 
 
 def facts(found: Checkpoint) -> dict[str, str]:
-    """The facts about a model that its state lacks: data, seed, machine and HellaSwag; no paths.
+    """The facts about a model that its state lacks: data, HellaSwag, which weights, seed and machine; no paths.
 
     A model that was imported from an export keeps the facts of that export.
     """
@@ -32,6 +32,7 @@ def facts(found: Checkpoint) -> dict[str, str]:
     said = {
         "data": _data(found),
         "HellaSwag": _hellaswag(found),
+        "weights": "moving averages over the steps" if found.averaged else "",
         "seed": str(found.asked["seed"]) if "seed" in found.asked else "",
         "machine": _machine(found.state["resolved"]),
     }
@@ -70,7 +71,8 @@ def _hellaswag(found: Checkpoint) -> str:
         return said
     for path in (found.path.parents[1] / METRICS, found.path.parents[1] / EVALUATIONS):
         for record in read_metrics(path) if path.is_file() else []:
-            if record["kind"] == "hellaswag" and record["step"] == found.step:
+            weights = found.averaged == (record.get("weights") == "ema")
+            if record["kind"] == "hellaswag" and record["step"] == found.step and weights:
                 said = hellaswag_scores(record)
     return said
 
@@ -99,6 +101,7 @@ def card(found: Checkpoint, name: str, vocab_size: int, tokenizer: Tokenizer | N
         "data": known.get("data", UNKNOWN),
         "languages": f"those of the data; {UNKNOWN} to Folio",
         "license": UNKNOWN,
+        "weights": known.get("weights"),
         "steps": f"{state['step']:,}" if state["step"] else None,
         "tokens seen": f"{state['tokens']:,}" if state["tokens"] else None,
         "validation loss": _loss(state["val_loss"]),

@@ -79,9 +79,10 @@ def run(options: Options) -> tuple[dict[str, Any], str]:
             found, line = {"loss": _loss, "hellaswag": _hellaswag, "lm_eval": _lm_eval}[o.what](o, chosen, runtime)
         if o.source.init_from == "resume":
             kind = "eval" if o.what == "loss" else o.what
-            record = {"kind": kind, "step": chosen.step, **found}
+            record = {"kind": kind, "step": chosen.step, **found, **({"weights": "ema"} if chosen.averaged else {})}
             runtime.broadcast(lambda: append(Path(o.source.out_dir), record))
-        return found, f"{chosen.path}{f', step {chosen.step}' if chosen.step else ''}\n{line}"
+        step, which = f", step {chosen.step}" if chosen.step else "", ", averaged weights" if chosen.averaged else ""
+        return found, f"{chosen.path}{step}{which}\n{line}"
     except FloatingPointError as error:
         raise FloatingPointError(f"{chosen.path}: {error}{runtime.overflow_remedy()}") from None
     finally:

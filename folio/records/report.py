@@ -111,12 +111,13 @@ def _evaluated(records: list[dict[str, Any]]) -> str:
     rows = []
     for r in records:
         which = ", ".join(str(r[key]) for key in ("kind", "split", "data", "style") if key in r)
-        first = f", first {limit}" if (limit := r.get("limit")) else ""
+        more = f", first {limit}" if (limit := r.get("limit")) else ""
+        more += ", averaged weights" if r.get("weights") == "ema" else ""
         tasks = r.get("tasks") if r["kind"] == "lm_eval" else {which: r}
         for task, figures in tasks.items() if isinstance(tasks, dict) else ():
             found = figures.items() if isinstance(figures, dict) else ()
             numbers = ((k, v) for k, v in found if not math.isnan(number(v)) and k != "step")
-            rows += [(r["step"], task + first, metric, value) for metric, value in numbers]
+            rows += [(r["step"], task + more, metric, value) for metric, value in numbers]
     return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
 
 

@@ -87,8 +87,8 @@ def test_config_and_card(folio, trained, story, tmp_path) -> None:
     assert '"tale-10"' in program
 
 
-def card_of(folio, out_dir: Path, to: Path) -> dict[str, str]:
-    assert folio("export", f"--out_dir={out_dir}", "--to", to).code == 0
+def card_of(folio, out_dir: Path, to: Path, *more: str) -> dict[str, str]:
+    assert folio("export", f"--out_dir={out_dir}", "--to", to, *more).code == 0
     assert not any(str(to.parent) in (to / name).read_text() for name in ("README.md", "config.json"))
     return dict(re.findall(r"^\| ([A-Za-z ]+) \| (.+) \|$", (to / "README.md").read_text(), re.MULTILINE))
 
@@ -138,6 +138,31 @@ def test_what_the_card_says_stays_known(folio, trained, tmp_path) -> None:
     assert told["HellaSwag"] == "acc_norm 0.6250 (5/8), acc 0.2500, completion"
     assert told["seed"] == "1337"
     assert tree(tmp_path / "a" / "hf") == tree(tmp_path / "b" / "hf")
+
+
+def test_averaged_weights_have_no_figures_of_the_trained_ones(folio, story, tmp_path) -> None:
+    """Neither in the card nor in the run's folder, and the other way round."""
+    out_dir, ema = tmp_path / "out", "--weights=ema"
+    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out_dir}", "--ema_decay=0.5", "--max_iters=5"]
+    assert folio("train", *argv).code == 0
+    flags = [f"--out_dir={out_dir}", "--device=cpu", "--eval_iters=1", "--batch_size=2"]
+    assert "step 5, averaged weights\n" in folio("eval", *flags, ema).out
+    assert "step 5\n" in folio("eval", *flags).out
+    lines = [json.loads(line) for line in (out_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [line.get("weights") for line in lines] == ["ema", None]
+    record = {"kind": "hellaswag", "step": 5, "style": "completion", "acc": 0.25, "total": 8}
+    lines += [{**record, "acc_norm": 0.5}, {**record, "acc_norm": 0.75, "weights": "ema"}]
+    (out_dir / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert folio("report", str(out_dir)).code == 0
+    assert "hellaswag, completion, averaged weights" in (out_dir / "report.html").read_text()
+    trained = card_of(folio, out_dir, tmp_path / "trained")
+    averaged = card_of(folio, out_dir, tmp_path / "averaged", ema)
+    assert (averaged["weights"], averaged["HellaSwag"][:15]) == ("moving averages over the steps", "acc_norm 0.7500")
+    assert trained["HellaSwag"][:15] == "acc_norm 0.5000"
+    assert trained.keys() - averaged.keys() == {"validation loss", "training loss"}
+    assert averaged.keys() - trained.keys() == {"weights"}
+    assert folio("import", tmp_path / "averaged", "--to", tmp_path / "back").code == 0
+    assert card_of(folio, tmp_path / "back", tmp_path / "again") == averaged
 
 
 @pytest.mark.parametrize("told", [[1], {"data": 3}, {"data": "x" * 2000}, {"data": "a\n# b"}], ids=str)

@@ -49,6 +49,7 @@ OPTIONS = {
     "--grad_clip=1e999": ["grad_clip=inf", "finite"],
     "--max_iters=2.5": ["max_iters", "2.5", "int"],
     "--compile=2": ["compile", "2", "True or False"],
+    "--logit_softcap=1e300": ["logit_softcap=1e+300", "at most 1000000"],
     "--dropout=1": ["dropout=1", "below 1"],
     "--beta2=1.5": ["beta2=1.5", "below 1"],
     "--learning_rate=nan": ["learning_rate=nan", "at least 0"],

@@ -77,11 +77,16 @@ def over_files(config: TrainConfig, stored: Mapping[str, Any]) -> tuple[TrainCon
     return override(config, values), lines
 
 
-def check(config: Any) -> None:
-    """Checks bounds and cross-field rules. Raises UserError, which names the option."""
+def check(config: Any, merged: bool = False) -> None:
+    """Checks bounds and cross-field rules. Raises UserError, which names the option.
+
+    A run that may resume gets more options from its checkpoint: until they are ``merged``, only bounds are checked.
+    """
     known, values = table(type(config)), flat(config)
     for name, value in values.items():
         check_bounds(name, value, known[name].metadata)
+    if isinstance(config, TrainConfig) and config.output.init_from in ("resume", "auto") and not merged:
+        return
     if isinstance(model := getattr(config, "model", None), GPTConfig):
         model.check()
     if values.get("min_lr", 0) > values.get("learning_rate", math.inf) and values["decay_lr"]:
@@ -91,7 +96,10 @@ def check(config: Any) -> None:
         )
     if (rate := values.get("adam_learning_rate", "auto")) != "auto":
         if values["optimizer"] != "muon":
-            raise UserError(f"adam_learning_rate={rate:g} is for optimizer=muon only: set --learning_rate")
+            raise UserError(
+                f"adam_learning_rate={rate:g} is for optimizer=muon only: set --adam_learning_rate=auto and "
+                "--learning_rate"
+            )
         if not values["learning_rate"]:
             raise UserError(f"adam_learning_rate={rate:g} follows learning_rate, which is 0: raise --learning_rate")
     sources = getattr(config, "sources", {})

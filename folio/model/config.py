@@ -82,6 +82,7 @@ class GPTConfig:
             "help": "c: logits become c · tanh(logits / c); 0: none",
             "details": "Gemma Team, Gemma 2, 2024, section 2.",
             "min": 0,
+            "max": 1_000_000,
             "advanced": True,
         },
     )

@@ -109,7 +109,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     notes: list[str] = []
     if former:
         config, notes = overlay(config, former)
-        check(config)
+    check(config, merged=True)
     source = find.by_name(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found if former else source
     shape = config.model

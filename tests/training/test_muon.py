@@ -105,7 +105,7 @@ def test_the_rest_has_its_own_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--adam_learning_rate=1e-3"], "adam_learning_rate=0.001 is for optimizer=muon only: set --learning_rate"),
+        (["--adam_learning_rate=1e-3"], "adam_learning_rate=0.001 is for optimizer=muon only: set .*=auto and --lea"),
         (["--optimizer=muon", "--adam_learning_rate=1", "--learning_rate=0", "--min_lr=0"], "raise --learning_rate"),
         (["--optimizer=sgd"], "--optimizer='sgd': must be adamw or muon"),
     ],

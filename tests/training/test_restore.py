@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, tree
+from conftest import Outcome, assert_refused, tree
 from run_results import Train, assert_same_bits, records, said, timeless, updates
 
 from folio.checkpoints import find
@@ -69,6 +69,18 @@ def test_a_longer_run_continues_at_min_lr(train: Train) -> None:
     assert timeless(out)[: len(before)] == before
     assert records(out, "train", "lr")[10:] == [1e-3] * 3
     assert updates(out, 13) == {13.0}
+
+
+def test_options_go_together_with_those_of_the_checkpoint(train: Train, folio: Folio, story: Path) -> None:
+    """Not with the defaults, in place of which the checkpoint's options will be."""
+    out = train("out", "--learning_rate=1e-2", "--optimizer=muon", "--max_iters=1")
+    flags = ["train", f"--data_dir={story}", f"--out_dir={out}", "--max_iters=2", "--init_from=resume"]
+    assert folio(*flags, "--min_lr=5e-3", "--adam_learning_rate=7e-3").code == 0
+    assert records(out, "train", "lr")[-1] > 5e-3
+    assert_refused(folio(*flags, "--min_lr=0.02"), "min_lr=0.02 is above learning_rate=0.01")
+    assert_refused(folio(*flags, "--optimizer=adamw"), "adam_learning_rate=0.007", "--adam_learning_rate=auto")
+    new = ["train", f"--data_dir={story}", f"--out_dir={out.parent / 'new'}", "--init_from=auto", "--min_lr=0.02"]
+    assert_refused(folio(*new), "min_lr=0.02 is above learning_rate=0.0006")
 
 
 def test_a_longer_run_within_its_decay_reports_nothing(train: Train) -> None:

@@ -153,6 +153,8 @@ def restore(run: Run, former: FormerRun) -> list[str]:
         run.state, run.owed = State.of(state), set(state.get("owed", ()))
     except (TypeError, ValueError) as error:
         raise UserError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
+    if mine != theirs:
+        run.owed.discard("ema")  # the average starts again too, after the next update
     run.begun = run.state.step
     run.clock.started -= run.state.seconds
     notes.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")

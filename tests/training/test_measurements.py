@@ -193,6 +193,21 @@ def test_an_owed_measurement_that_is_no_longer_scheduled(
     assert find.choose(out, "latest").state["owed"] == []
 
 
+def test_an_owed_average_that_another_optimizer_does_not_have(
+    folio: Run, argv: list[str], tmp_path: Path, signalled: Any
+) -> None:
+    """A run resumes with another optimizer: its average starts with the next update, and is not measured before."""
+    out = tmp_path / "out"
+    argv = [*argv, "--ema_decay=0.9", f"--out_dir={out}"]
+    signalled("evaluating the average", 1, signal.SIGTERM)
+    assert folio("train", *argv).code == 143
+    assert find.choose(out, "latest").state["owed"] == ["ema"]
+    signalled("", -1, signal.SIGTERM)
+    outcome = folio("train", *argv, "--init_from=resume", "--optimizer=muon")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert [r["step"] for r in lines(out, "ema")] == [10]
+
+
 @pytest.mark.slow
 def test_a_kill_between_measurements(spawn: Spawn, argv: list[str], tmp_path: Path) -> None:
     flags = [*argv, *WATCH, "--max_iters=120", "--lr_decay_iters=120", "--checkpoint_interval=20", "--init_from=auto"]

@@ -393,7 +393,7 @@ def _our_step(options: Options, size: int) -> tuple[Step, int]:
     runtime = Runtime(resolve(System(device=_device(options)), flops=1e30))
     model = GPT(shape, rng.generator)
     loss = runtime.wrap(model, (size, shape.block_size))
-    optimizer = optimizers.optimizer(Optimizer(learning_rate=6e-4), model)
+    optimizer = optimizers.optimizer(Optimizer(learning_rate=6e-4), model, runtime.dtype)
     runtime.use_graphs(optimizer)
     rows = runtime.move(torch.randint(shape.vocab_size, (size, shape.block_size + 1)))
     batch, tokens = MicroBatch(rows[:, :-1], rows[:, 1:], None, 1), size * shape.block_size

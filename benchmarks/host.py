@@ -56,7 +56,7 @@ def operations(options: Options) -> Callable[[], None]:
     runtime = Runtime(resolve(System(device=options.device, dtype=options.dtype)))  # type: ignore[arg-type]
     model = GPT(SHAPE, lambda name: rng.generator(1337, name))
     loss = runtime.wrap(model, (SIZE, SHAPE.block_size))
-    optimizer = optimizers.optimizer(Optimizer(), model)
+    optimizer = optimizers.optimizer(Optimizer(), model, runtime.dtype)
     x, y = (torch.randint(65, (SIZE, SHAPE.block_size), device=runtime.device) for _ in range(2))
 
     def step() -> None:

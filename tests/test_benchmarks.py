@@ -1,4 +1,4 @@
-"""The benchmark that runs where a GPU is, small and on a CPU."""
+"""Benchmarks that use the parts of a run, small and on a CPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import json
 
 import pytest
 from conftest import python
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["gpu.py", "--smoke=True", "--work=folio step 2"], "JSON {}"),
+        (["gpu.py", "--smoke=True", "--work=folio sampling 2"], "JSON {}"),
+        (["host.py", "--rounds=1", "--steps=2"], "Folio host time"),
+    ],
+)
+def test_the_parts_of_a_run(argv: list[str], said: str) -> None:
+    """They are called as a run calls them."""
+    done = python(f"benchmarks/{argv[0]}", *argv[1:])
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
 
 
 @pytest.mark.slow

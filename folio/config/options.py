@@ -226,8 +226,9 @@ class Optimizer:
     )
     ema_decay: float = option(
         0.0,
-        "decay of a moving average of the weights, at most; 0: none",
-        details="Its validation loss is ema/val_loss; folio sample, eval and export use it with --weights=ema.",
+        "highest decay of a moving average of the weights; 0: no average",
+        details="The decay of update t is (1 + t) / (10 + t) if that is less. The average's validation loss is "
+        "ema/val_loss; folio sample, eval and export use it with --weights=ema.",
         min=0,
         below=1,
         public=True,

@@ -73,8 +73,8 @@ class Memory(NamedTuple):
 def needed(shape: GPTConfig, step: Step) -> Memory:
     """The memory of a step in eager mode, without that of the driver, the allocator and the network library.
 
-    CUDA graphs need as much: their gradients lie where activations were. They keep it from step to step, so that
-    of an evaluation comes on top.
+    CUDA graphs need as much, since their gradients lie where activations were. But they keep it from step to step, so
+    the memory of an evaluation is additional.
 
     FSDP's shards are exact. Of the tensors that it gathers, these are counted: the weights outside the blocks'
     matrices, which stay until the end of the backward; the matrices of two blocks, since those of the next block are

@@ -89,7 +89,7 @@ class GPTConfig:
     zero_init: bool = field(
         default=False,
         metadata={
-            "help": "attention, MLP and head start at zero; else as GPT-2",
+            "help": "outputs of attention and MLP start at zero",
             "details": "The last matrix of each attention and MLP and an untied head start at zero. The other matrices "
             "start with a standard deviation of n_embd^-0.5, and embeddings with 1, or 0.02 with a tied head.",
             "advanced": True,

@@ -35,6 +35,7 @@ class Options:
 
 def main(options: Options) -> None:
     from folio.checkpoints import checkpoint, find
+    from folio.machine.shares import AVERAGE
 
     found = find.by_name(options.model)
     model = found.model()
@@ -45,7 +46,10 @@ def main(options: Options) -> None:
         state |= {"best": None, "train_loss": None, "val_loss": None}  # these were measured without the new ids
     with files.written_atomically(Path(options.to)) as out_dir:
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        slots = {name: _with_new_rows(slot, weights[name.rpartition("/")[0]]) for name, slot in found.slots()}
+        slots = {}
+        for name, slot in found.slots():
+            weight, _, kind = name.rpartition("/")
+            slots[name] = _with_new_rows(slot, len(weights[weight]), kind == AVERAGE) if slot.dim() > 1 else slot
         checkpoint.save(out_dir, found.step, weights, slots, state)
         asked = found.asked | ({"vocab_size": model.config.vocab_size} if "vocab_size" in found.asked else {})
         run_folder.write_config(out_dir, state["run"], asked)
@@ -62,8 +66,9 @@ def main(options: Options) -> None:
     )
 
 
-def _with_new_rows(slot: Tensor, weight: Tensor) -> Tensor:
-    """An optimizer's tensor, with zeros for the new rows of its weight."""
-    from torch.nn import functional
+def _with_new_rows(slot: Tensor, rows: int, averaged: bool) -> Tensor:
+    """An optimizer's tensor with so many rows: averages get the mean of the others, as new weights do, others zeros."""
+    import torch
 
-    return functional.pad(slot, (0, 0, 0, len(weight) - len(slot))) if slot.dim() > 1 else slot
+    mean = slot.mean(0, keepdim=True) if averaged else torch.zeros_like(slot[:1])
+    return torch.cat([slot, mean.expand(rows - len(slot), *slot.shape[1:])])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_refused, python, tree
+from conftest import SMALL, assert_refused, python, tree
 from nanogpt_run import Folio, argv, assert_equal, run_of, slots_of, their_optimizer
 
 from folio.checkpoints import checkpoint, find
@@ -67,6 +67,17 @@ def test_import_grows_the_vocabulary(
     losses = [r["loss"] for r in read_metrics(to / "metrics.jsonl") if r["kind"] == "train"]
     assert len(losses) == 5
     assert max(losses) < 3
+
+
+def test_import_grows_the_average_too(tmp_path: Path, story: Path, folio: Folio) -> None:
+    """As it grows the weights."""
+    out, to = tmp_path / "out", tmp_path / "grown"
+    argv = [*SMALL, f"--data_dir={story}", f"--out_dir={out}", "--max_iters=2", "--ema_decay=0.5"]
+    assert folio("train", *argv).code == 0
+    assert folio("import", out, "--to", to, "--vocab_size=64").code == 0
+    before, after = (dict(find.by_name(str(run)).with_weights("ema").weights()) for run in (out, to))
+    wte = before["transformer.wte.weight"]
+    torch.testing.assert_close(after["transformer.wte.weight"], torch.cat([wte, wte.mean(0).expand(64 - len(wte), -1)]))
 
 
 def test_import_refuses_fewer_ids(out_dir: Path, tmp_path: Path, folio: Folio) -> None:

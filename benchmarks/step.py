@@ -54,6 +54,7 @@ class Options:
 
 def main(options: Options) -> None:
     shape, size, count = SHAPES[options.shape]
+    count = max(1, count // 8) if options.busy else count
     assert shape.vocab_size != "auto"
     with busy(options.busy), tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -180,6 +180,10 @@ class StepGraphs:
 
     def _give_up(self, error: RecordingError) -> None:
         warnings.warn(f"CUDA graphs failed, continuing without them: {error}", stacklevel=4)
+        self.stop()
+
+    def stop(self) -> None:
+        """From here on the functions are called."""
         self.active = False
         self._first = self._later = self._update = None
         if not self._begun:

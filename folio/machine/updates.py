@@ -31,6 +31,11 @@ class Updates:
             for group in optimizer.param_groups:
                 group["capturable"] = True
 
+    def stop_graphs(self) -> None:
+        """From here on operations are launched one by one, so that each can be timed."""
+        if self._graphs:
+            self._graphs.stop()
+
     def differentiate(
         self,
         loss: Callable[..., tuple[Tensor, Tensor]],

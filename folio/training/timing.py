@@ -66,7 +66,9 @@ def parts(run: Run, steps: int) -> dict[str, float]:
 
     ``rows`` is the wait for the thread that reads them, and their copy to the device; ``host`` is the processor's time
     for the rest of the loop; ``other`` what remains, such as the time in which other processes had the processor.
+    CUDA graphs, which have no parts, end here.
     """
+    run.runtime.stop_graphs()
     watch = _Stopwatch(run.runtime.device)
     marks: list[tuple[float, float]] = []
 
@@ -89,6 +91,7 @@ def parts(run: Run, steps: int) -> dict[str, float]:
 
 def profile(run: Run, steps: int, folder: Path) -> tuple[str, Peak | None]:
     """Profiles so many steps into a folder; returns a summary, and the memory at its peak if the device shows it."""
+    run.runtime.stop_graphs()
     profiler = Profiler(run.optimizer, run.runtime.device, folder)
     counts = iter((WARM_UP, steps, 0))
     summary = ""

@@ -164,6 +164,17 @@ def test_a_shape_that_changes_warns_once(device: str, at: int) -> None:
     assert_equal(graphed, plain)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_graphs_that_end_leave_no_trace(device: str) -> None:
+    """The gradients of the last replay are not added to those of the next step."""
+    plain, graphed = Steps(device, False), Steps(device, True)
+    for number in range(4):
+        if number == 2:
+            graphed.runtime.stop_graphs()
+        assert graphed(number) == pytest.approx(plain(number), rel=1e-5)
+    assert_equal(graphed, plain)
+
+
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_a_recording_that_fails_warns_once(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """The first micro step's, a later one's or the update's; the results are those without graphs."""

@@ -26,7 +26,7 @@ from folio.machine.wrap import Objective, recompute_blocks, set_attention
 from folio.model.attention import Mask
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, CausalSelfAttention
-from folio.model.kernels import BlockedAttention
+from folio.model.kernels import BlockedAttention, split_heads_at_once
 
 NOTHING_FITS = "no smaller batch, recomputation or sharding makes it fit"
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.empty_like.default}  # of a weight, in another dtype
@@ -196,7 +196,7 @@ def _micro_step(
         if gpu:
             _set_gpu_kernels(model)
         elif not sharded:
-            set_attention(model, BlockedAttention(ATTENTION_BLOCK))
+            set_attention(model, BlockedAttention(ATTENTION_BLOCK), split_heads_at_once)
         with live:
             for p in model.parameters():
                 p.register_post_accumulate_grad_hook(count_gradient)  # type: ignore[no-untyped-call]

@@ -17,7 +17,14 @@ from folio.machine import launch
 from folio.machine.choices import Choices
 from folio.model.attention import flex_attends, within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
-from folio.model.kernels import BlockedAttention, ChunkedCrossEntropy, has_fbgemm, pack, set_next_logits
+from folio.model.kernels import (
+    BlockedAttention,
+    ChunkedCrossEntropy,
+    has_fbgemm,
+    pack,
+    set_next_logits,
+    split_heads_at_once,
+)
 
 T = TypeVar("T")
 Loss = Callable[..., tuple[Tensor, Tensor]]  # (tokens, targets, documents or None) → (nats, tokens counted)
@@ -157,7 +164,7 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
         return _shard(model, choices, device, dtype)
     model.to(device)
     if choices.attention_block:
-        set_attention(model, BlockedAttention(choices.attention_block))
+        set_attention(model, BlockedAttention(choices.attention_block), split_heads_at_once)
     if choices.logits:
         model.cross_entropy = ChunkedCrossEntropy(choices.logits)
     objective = Objective(
@@ -166,11 +173,11 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
     return objective if choices.world == 1 or batch is None else _replicate(model, objective, device, batch)
 
 
-def set_attention(model: GPT, attention: Callable[..., Tensor]) -> None:
-    """From here on the model attends by this function; see ``attend``."""
+def set_attention(model: GPT, attend: Callable[..., Tensor], split_heads: Callable[..., Any]) -> None:
+    """From here on the model attends by these functions in place of those of ``model.attention``."""
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
-            module.attend = attention
+            module.attend, module.split_heads = attend, split_heads
 
 
 def for_sampling(model: GPT, choices: Choices) -> GPT:

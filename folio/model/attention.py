@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Mask = Union[Tensor, "BlockMask"]
 Rotation = tuple[Tensor, Tensor]
 _BASE = 1024.0  # of the angles
+EPS = 1e-5  # of the norm of queries and keys
+QUERIES = math.sqrt(2)  # the root mean square of normalized queries
 _SHORT = 256  # tokens; up to this length, training on a CPU does not use the fused kernel
 
 
@@ -38,6 +40,17 @@ class KVCache:
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
         return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+
+
+def split_heads(qkv: Tensor, n_head: int, rotation: Rotation | None, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, 3 C) → the queries, keys and values, (B, n_head, T, head) each, turned and normalized as asked."""
+    B, T, C = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_head, C // (3 * n_head)).permute(2, 0, 3, 1, 4)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    if qk_norm:
+        q, k = normalize(q, k)
+    return q, k, v
 
 
 def rotation_at(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
@@ -70,8 +83,8 @@ def normalize(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """
     head = q.shape[-1:]  # autocast makes float32 of the result
     return (
-        (F.rms_norm(q, head, eps=1e-5) * math.sqrt(2)).to(q.dtype),
-        F.rms_norm(k, head, eps=1e-5).to(k.dtype),
+        (F.rms_norm(q, head, eps=EPS) * QUERIES).to(q.dtype),
+        F.rms_norm(k, head, eps=EPS).to(k.dtype),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from folio.errors import UserError
-from folio.model.attention import KVCache, Mask, Rotation, attend, normalize, rotate, rotation_at
+from folio.model.attention import KVCache, Mask, Rotation, attend, rotation_at, split_heads
 from folio.model.config import GPTConfig
 
 if TYPE_CHECKING:
@@ -56,17 +56,13 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.block = block
-        self.attend = attend  # a faster kernel may be set here
+        self.split_heads, self.attend = split_heads, attend  # faster kernels may be set here
 
     def forward(
         self, x: Tensor, mask: Mask | None = None, cache: KVCache | None = None, rotation: Rotation | None = None
     ) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        if self.qk_norm:
-            q, k = normalize(q, k)
+        q, k, v = self.split_heads(self.c_attn(x), self.n_head, rotation, self.qk_norm)
         if cache is not None:
             k, v = cache.append(self.block, k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, n_head, T, head)

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from folio import rng
 from folio.generation.sampling import draws, generate
-from folio.model.attention import KVCache, Mask, Rotation
+from folio.model.attention import KVCache, Mask, Rotation, rotation_at, split_heads
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, Block, cross_entropy
-from folio.model.kernels import ChunkedCrossEntropy, NextLogits, has_fbgemm, pack, set_next_logits
+from folio.model.kernels import (
+    ChunkedCrossEntropy,
+    NextLogits,
+    has_fbgemm,
+    pack,
+    set_next_logits,
+    split_heads_at_once,
+)
 
 
 @pytest.fixture
@@ -122,3 +129,19 @@ def test_the_loss_in_chunks_under_autocast() -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
     assert torch.autograd.grad(found, weight)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize(("turned", "qk_norm"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+def test_heads_split_at_once(turned: bool, qk_norm: bool, dtype: torch.dtype, within: float, T: int) -> None:
+    """Queries, keys, values and the gradient are those of the plain function."""
+    rotation = rotation_at(torch.arange(T), 16, dtype) if turned else None
+    qkv = torch.randn(2, T, 96, dtype=dtype, generator=rng.generator("qkv"), requires_grad=True)
+    gradients = torch.randn(3, 2, 2, T, 16, dtype=dtype, generator=rng.generator("gradients")).unbind()
+    results = []
+    for split in (split_heads_at_once, split_heads):
+        parts = split(qkv, 2, rotation, qk_norm)
+        results.append([*parts, *torch.autograd.grad(parts, qkv, gradients)])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=within, atol=within)

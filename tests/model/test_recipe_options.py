@@ -26,10 +26,10 @@ from folio.machine.estimate import estimate
 from folio.machine.memory import Step
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import set_attention
-from folio.model.attention import attend, rotate, rotation_at, within_documents
+from folio.model.attention import attend, rotate, rotation_at, split_heads, within_documents
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
-from folio.model.kernels import BlockedAttention, NextLogits, set_next_logits
+from folio.model.kernels import BlockedAttention, NextLogits, set_next_logits, split_heads_at_once
 
 ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True}
 ALL |= {"logit_softcap": 1.5, "zero_init": True, "tie_weights": False}
@@ -69,11 +69,15 @@ def test_no_token_sees_a_later_one(option: dict[str, Any], masked: bool) -> None
 
 
 @each
-@pytest.mark.parametrize("kernel", [attend, BlockedAttention(5)], ids=["attend", "blocked"])
-def test_gradients_by_every_kernel(option: dict[str, Any], kernel: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(
+    "kernels",
+    [(attend, split_heads), (BlockedAttention(5), split_heads_at_once)],
+    ids=["plain", "fast"],
+)
+def test_gradients_by_every_kernel(option: dict[str, Any], kernels: tuple[Callable[..., Any], ...]) -> None:
     """Those of differences, and each parameter has one."""
     model, x = tiny(**option), ids(2, 12)
-    set_attention(model, kernel)
+    set_attention(model, *kernels)
     weights = torch.randn(2, 12, 17, dtype=torch.float64, generator=rng.generator("weights"))
 
     def total() -> Tensor:

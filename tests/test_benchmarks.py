@@ -13,6 +13,7 @@ from conftest import python
     [
         (["gpu.py", "--smoke=True", "--work=folio step 2"], "JSON {}"),
         (["gpu.py", "--smoke=True", "--work=folio sampling 2"], "JSON {}"),
+        (["gpu_recipe.py", "--smoke=True", "--seeds=1"], '"reached": false'),
         (["host.py", "--rounds=1", "--steps=2"], "Folio host time"),
     ],
 )

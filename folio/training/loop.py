@@ -74,9 +74,9 @@ def micro_step(runtime: Runtime, loss: Loss, batch: MicroBatch, tokens_per_step:
 
 
 def stop_reason(run: Run) -> str:
-    """Why to stop at this step, the same on every rank, or "". Before any scheduled work the last loss is read."""
+    """Why to stop at this step, the same on every rank, or "". The last loss is read before work that waits."""
     alone = stop_request(run) if run.runtime.world == 1 else ""  # several ranks learn of it with the loss, together
-    if finished(run) or alone or any(work.scheduled(run) for work in run.work):
+    if finished(run) or alone or any(work.waits and work.scheduled(run) for work in run.work):
         log_step(run)
     return finished(run) or run.stop or alone
 

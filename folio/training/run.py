@@ -33,6 +33,7 @@ class Work(NamedTuple):
 
     scheduled: Callable[[Run], bool]
     do: Callable[[Run], Iterable[Record]]
+    waits: bool = True  # for the last step, whose loss is read before
 
 
 class Figures(NamedTuple):

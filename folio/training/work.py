@@ -37,7 +37,7 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
     measurements, notes = _measurements_of_text(run)
     work = [loss, *measurements]
     if config.optimizer.ema_decay:
-        update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages)
+        update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages, waits=False)
         work = [update, loss, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1), *work[1:]]
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))

@@ -18,11 +18,12 @@ from folio.checkpoints import find
 from folio.commands import train
 from folio.config.options import Optimizer
 from folio.errors import UserError
+from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
-from folio.training import optimizers
+from folio.training import loop, optimizers
 from folio.training.optimizers import adamw, check_first_update, optimizer
 from folio.training.schedule import learning_rate
 
@@ -187,6 +188,25 @@ def test_a_run_measures_saves_and_resumes_the_average(folio: Any, story: Path, t
     assert files[0] != files[1]
     outcome = folio("sample", f"--out_dir={tmp_path / 'plain'}", "--weights=ema", "--device=cpu")
     assert_refused(outcome, "there is no moving average of the weights", "use --weights=trained")
+
+
+def test_the_average_waits_for_no_step(folio: Any, story: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Losses are read when they are read without it: after the next step has been sent to the device."""
+    order: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        return lambda *args, **kwargs: order.append(name) or function(*args, **kwargs)
+
+    read_later = loop.read_later
+    monkeypatch.setattr(loop, "read_later", lambda tensor: noted("read", read_later(tensor)))
+    monkeypatch.setattr(Runtime, "step", noted("step", Runtime.step))
+    seen = []
+    for decay in ("0", "0.9"):
+        argv = [*SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / decay}", "--max_iters=6"]
+        assert folio("train", *argv, "--eval_interval=3", f"--ema_decay={decay}").code == 0
+        seen.append(" ".join(order))
+        order.clear()
+    assert seen[0] == seen[1] == "step step read step read read step step read step read read"
 
 
 def test_a_run_that_resumes_without_the_average_drops_it(folio: Any, story: Path, tmp_path: Path) -> None:

@@ -32,8 +32,6 @@ min_lr = 0.0
 max_iters = 280
 lr_decay_iters = 280
 
-# compiling takes longer than the run
-compile = False
 # the whole validation split, once
 eval_interval = 280
 eval_iters = 0

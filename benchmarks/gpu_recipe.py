@@ -8,8 +8,8 @@ of its own evaluations, 12,800 random windows of the validation split; Folio's i
 many characters, 256. Both programs read that split only to evaluate.
 
 Seconds of the process are from its start, nanoGPT's to the line with its best loss, Folio's to its end. Those of the
-loop are nanoGPT's iterations at their median, without compilation and evaluations; for Folio all from the end of its
-first evaluation to the end of its last, with the recording of the CUDA graphs. --smoke does everything small, on a CPU.
+loop are the iterations at their median, so without evaluations, and without nanoGPT's compilation and Folio's recording
+of CUDA graphs. --smoke does everything small, on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,9 +125,8 @@ def nanogpt(peer: Path, flags: list[str], data: Path, folder: Path) -> Result:
             iterations.append((int(match[1]), at))
         elif (match := re.match(r"step (\d+): train loss .*, val loss ([\d.]+)", line)) and match[1] != "0":
             evaluations.append(Result(float(match[2]), int(match[1]), 0.0, at))
-    each = statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(iterations))
     best = next((r for r in evaluations if r.loss <= TARGET), min(evaluations, key=lambda r: r.loss))
-    return Result(best.loss, best.step, round(best.step * each, 3), round(best.process, 3))
+    return replace(best, loop=_loop(best.step, iterations), process=round(best.process, 3))
 
 
 def preset(flags: list[str], data: Path, out: Path) -> Result:
@@ -138,9 +137,15 @@ def preset(flags: list[str], data: Path, out: Path) -> Result:
     process = time.perf_counter() - began
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    first, *_, last = (r for r in read_metrics(out / METRICS) if r["kind"] == "eval")
-    loop = last["seconds"] - first["seconds"]
-    return Result(round(last["val_loss"], 4), last["step"], round(loop, 3), round(process, 3))
+    records = read_metrics(out / METRICS)
+    iterations = [(r["step"], r["seconds"]) for r in records if r["kind"] == "train"]
+    last = [r for r in records if r["kind"] == "eval"][-1]
+    return Result(round(last["val_loss"], 4), last["step"], _loop(last["step"], iterations), round(process, 3))
+
+
+def _loop(steps: int, times: list[tuple[int, float]]) -> float:
+    """The seconds of so many steps, from the times at which some were done."""
+    return round(steps * statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(times)), 3)
 
 
 def _random(folder: Path) -> Path:

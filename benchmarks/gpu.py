@@ -150,11 +150,11 @@ def tests(options: Options) -> Result:
     return {"passed": child.returncode == 0, "output": _text(output)}
 
 
-def exact(options: Options) -> Result:
+def exact(options: Options, preset: str = "train_shakespeare_char") -> Result:
     """A run that is killed and resumed has the bits of one that is not, under --deterministic=True, compiled."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        flags = [*_preset(options, folder), "--deterministic=True", f"--compile={not options.smoke}"]
+        flags = [*_preset(options, folder, preset), "--deterministic=True", f"--compile={not options.smoke}"]
         flags += ["--max_iters=150", "--eval_interval=50", "--always_save_checkpoint=True", "--warmup_iters=10"]
 
         def run(out: str, *more: str) -> subprocess.Popen[str]:
@@ -189,8 +189,8 @@ def _until(child: subprocess.Popen[str], out: Path, step: int) -> None:
         time.sleep(0.02)
 
 
-def _preset(options: Options, folder: Path) -> list[str]:
-    """Options of the Shakespeare preset on random characters, for both programs; made small for --smoke."""
+def _preset(options: Options, folder: Path, name: str = "train_shakespeare_char") -> list[str]:
+    """Options of a Shakespeare preset on random characters, for both programs; made small for --smoke."""
     data = folder / "data"
     if not data.exists():
         data.mkdir()
@@ -199,7 +199,7 @@ def _preset(options: Options, folder: Path) -> list[str]:
             np.random.default_rng(0).integers(0, 65, size, dtype=np.uint16).tofile(data / f"{split}.bin")
         meta = {"vocab_size": 65, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
         (data / "meta.pkl").write_bytes(pickle.dumps(meta))
-    flags = ["config/train_shakespeare_char.py", f"--dataset={data}", "--eval_iters=1", "--eval_interval=100000"]
+    flags = [f"config/{name}.py", f"--dataset={data}", "--eval_iters=1", "--eval_interval=100000"]
     if options.smoke:
         small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32, "batch_size": 4}
         flags += ["--device=cpu", "--compile=False", *(f"--{name}={value}" for name, value in small.items())]
@@ -442,7 +442,11 @@ def _device(options: Options) -> str:
     return "cpu" if options.smoke else "cuda"
 
 
-CHECKS: dict[str, Callable[[Options], Result]] = {"tests": tests, "exact": exact}
+CHECKS: dict[str, Callable[[Options], Result]] = {
+    "tests": tests,
+    "exact": exact,
+    "exact recipe": partial(exact, preset="speedrun_shakespeare_gpu"),
+}
 WORK = {  # calls in a round
     "sampling 1": {"nanogpt": 1, "folio": 1},
     "sampling 16": {"nanogpt": 1, "folio": 1},

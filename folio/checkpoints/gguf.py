@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from folio import files
 from folio.checkpoints.checkpoint import Checkpoint
-from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, require_gpt2
+from folio.checkpoints.exportable import cast, complete_weights, fitting_tokenizer, require
+from folio.checkpoints.gpt2 import GPT2
+from folio.checkpoints.nanochat import NANOCHAT
 from folio.data.tokenizers import END_OF_TEXT, Bytes, Characters, Tokenizer, byte_characters
 from folio.errors import UserError
 
@@ -41,7 +43,8 @@ def export(found: Checkpoint, path: Path, dtype: str = "float32") -> None:
             f"{found.path}: nothing says what its token ids mean, and a GGUF file needs the tokenizer: "
             "export a folder, --to=FOLDER"
         )
-    config = require_gpt2(found)
+    folder_fits = not NANOCHAT.lacks(found.config())
+    config = require(found, GPT2, "export a folder, --to=FOLDER" if folder_fits else "")
     tensors = dict(_tensors(found, tokenizer, dtype))
     if config.activation == "gelu":
         warnings.warn(
@@ -89,7 +92,7 @@ def _tensors(found: Checkpoint, tokenizer: Tokenizer, dtype: str) -> Iterator[tu
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, found.config().n_layer)
-    for name, weight in complete_weights(found, tokenizer.size):
+    for name, weight in complete_weights(found, GPT2, tokenizer.size):
         theirs = names.get_name(name, (".weight", ".bias"))
         assert theirs
         vector = weight.dim() < 2 or name == "transformer.wpe.weight"

@@ -1,85 +1,41 @@
-"""GPT-2 as other programs run it: whether a model is one, and its weights as their formats store them."""
+"""GPT-2 as other programs run it: transformers and llama.cpp."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from folio.checkpoints.checkpoint import Checkpoint
+from folio.checkpoints.exportable import Architecture
 from folio.checkpoints.safetensors_files import Tensors
-from folio.data.tokenizers import Tokenizer
-from folio.errors import UserError
 from folio.model.config import GPTConfig
-from folio.model.gpt import GPT
 
-_ACTIVATIONS = ("gelu", "gelu_tanh")
-_FIELDS = (  # of GPTConfig: those that the exporters can express
-    *("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout"),
-    *("bias", "qkv_bias", "activation", "tie_weights", "zero_init"),
-)
-_LONGEST, _HEADS, _HEAD = 2048, 2, 8  # of the model that is compared with GPT-2: most tokens, heads, channels of a head
-_TOLERANCE = 1e-6  # of the largest logit, in float64
+# Parameter names are the same in both; Hugging Face stores these (of its Conv1D) as (in, out)
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def require_gpt2(found: Checkpoint) -> GPTConfig:
-    """The model's config, after a check that other programs' GPT-2 computes the same logits from its weights.
-
-    The check covers the architecture as ``folio.model.gpt`` has it now, so it refuses a model whose code was changed,
-    for example to another norm. It compares parameter names and shapes, then the logits of a narrow model of the same
-    config, all of whose weights are random, with those of ``logits``.
-
-    Raises:
-        ValueError: other programs' formats cannot express the model; names the field, parameter or difference.
-    """
-    config = found.config()
-    if reason := _unknown_field(config) or _unknown_parameter(found) or _difference(config):
-        raise UserError(f"{found.path}: {reason}, so it cannot be exported")
-    return config
-
-
-def _unknown_field(config: GPTConfig) -> str:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        default = f.default if f.default_factory is MISSING else f.default_factory()
-        known = f.name in _FIELDS and (f.name != "activation" or value in _ACTIVATIONS)
-        if not known and value != default:
-            return f"{f.name}={value!r}: other programs' GPT-2 does not support it"
-    return ""
+def settings(config: GPTConfig) -> dict[str, Any]:
+    """The keys of transformers' ``GPT2Config`` for a model of this shape."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+    }
 
 
-def _unknown_parameter(found: Checkpoint) -> str:
-    ours, theirs = found.parameters(), shapes(found.config())
-    for name, shape in ours.items():
-        if (expected := theirs.pop(name, None)) != shape:
-            other = "no such parameter" if expected is None else f"one of the shape {tuple(expected)}"
-            return f"its model has {name} of the shape {tuple(shape)}, GPT-2 has {other}"
-    lacking = [name for name in theirs if not name.endswith(".bias")]
-    return f"its model lacks GPT-2's parameter {lacking[0]}" if lacking else ""
-
-
-@torch.no_grad()
-def _difference(config: GPTConfig) -> str:
-    """Compares a narrow model of this config, all of whose parameters are random, with GPT-2; "" if they are equal."""
-    length, heads = min(config.block_size, _LONGEST), min(config.n_head, _HEADS)
-    width = heads * min(config.n_embd // config.n_head, _HEAD)
-    narrow = replace(config, block_size=length, vocab_size=64, n_head=heads, n_embd=width, dropout=0.0)
-    model, generator = GPT.empty(narrow).double().eval(), torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        std = 0.1 if name.endswith(("wte.weight", "wpe.weight")) else p.size(-1) ** -0.5 if p.dim() > 1 else 0.3
-        p.normal_(float(p.dim() == 1 and name.endswith(".weight")), std, generator=generator)
-    idx = torch.randint(64, (1, length), generator=generator)
-    found, expected = model(idx, idx)[0], logits(dict(model.named_parameters()), narrow, idx)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if difference <= _TOLERANCE:  # a NaN is not
-        return ""
-    return (
-        f"the model in folio/model/gpt.py is not GPT-2 (for random weights its logits differ by {difference:.1g} of "
-        "the largest), and other programs would run its weights as GPT-2's"
-    )
+def converted(weights: Tensors) -> Tensors:
+    """Our parameters in transformers' layout, or its own in ours."""
+    for name, weight in weights:
+        yield name, weight.t() if name.endswith(_TRANSPOSED) else weight
 
 
 def logits(weights: Mapping[str, Tensor], config: GPTConfig, idx: Tensor) -> Tensor:
@@ -126,41 +82,13 @@ def shapes(config: GPTConfig) -> dict[str, torch.Size]:
     return {name: torch.Size(shape) for name, shape in found.items()}
 
 
-def complete_weights(found: Checkpoint, vocab_size: int) -> Tensors:
-    """The weights as other programs need them: with all biases (zeros if it has none), and ``vocab_size`` ids."""
-    wanted = shapes(replace(found.config(), vocab_size=vocab_size))
-    for name, weight in found.weights():
-        yield name, weight[: wanted.pop(name)[0]]
-    for name, shape in wanted.items():
-        yield name, torch.zeros(shape)
-
-
-def cast(found: Checkpoint, name: str, weight: Tensor, dtype: str) -> Tensor:
-    """A parameter in another dtype; raises ValueError if one of its numbers is not finite there."""
-    made = weight.to(getattr(torch, dtype))
-    if made.isfinite().all():
-        return made
-    if not weight.isfinite().all():
-        raise UserError(
-            f"{found.path}: {(~weight.isfinite()).sum():,} numbers of {name} are not finite: "
-            "export an earlier checkpoint"
-        )
-    raise UserError(
-        f"{found.path}: {name} has a value of {weight.abs().max():g}, beyond {dtype}'s largest, "
-        f"{torch.finfo(made.dtype).max:g}: export in another --dtype"
-    )
-
-
-def fitting_tokenizer(found: Checkpoint) -> Tokenizer | None:
-    """The model's tokenizer, None if it is unknown; raises ValueError if the model has too few ids for it."""
-    spec, size = found.tokenizer_spec, found.config().vocab_size
-    assert isinstance(size, int)
-    if spec is None or spec.get("kind") == "datatrove":
-        return None
-    tokenizer = found.tokenizer()
-    if tokenizer.size > size:
-        raise UserError(
-            f"{found.path}: its tokenizer has {tokenizer.size} token ids, but its model {size}: "
-            "they are of different runs, so it cannot be exported"
-        )
-    return tokenizer
+GPT2 = Architecture(
+    name="GPT-2",
+    free=("bias", "qkv_bias"),
+    only={"activation": ("gelu", "gelu_tanh")},
+    shapes=shapes,
+    logits=logits,
+    model_type="gpt2",
+    settings=settings,
+    converted=converted,
+)

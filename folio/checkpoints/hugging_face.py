@@ -1,4 +1,4 @@
-"""GPT-2 models in the form of Hugging Face transformers: imported from a folder, and exported to one.
+"""Models in the form of Hugging Face transformers: GPT-2 imported from a folder; GPT-2 and NanoChat exported to one.
 
 Weights are read one tensor at a time, from safetensors or files of ``torch.save`` (``folio.checkpoints.torch_files``).
 No code that a folder contains is run. transformers is only used to write configs and tokenizer files.
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from folio import __version__, files
 from folio.checkpoints import model_card, pt_files, safetensors_files
 from folio.checkpoints.checkpoint import Checkpoint
-from folio.checkpoints.gpt2 import cast, complete_weights, fitting_tokenizer, require_gpt2
+from folio.checkpoints.exportable import Architecture, cast, complete_weights, fitting_tokenizer, require
+from folio.checkpoints.gpt2 import GPT2, converted
+from folio.checkpoints.nanochat import NANOCHAT
 from folio.checkpoints.safetensors_files import Tensors
 from folio.checkpoints.state import State, foreign_state
 from folio.config.compose import model_config
@@ -30,8 +31,6 @@ from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
 from folio.model.config import GPTConfig
 
-# Parameter names are the same in both; Hugging Face stores these (of its Conv1D) as (in, out)
-_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _FIXED = {  # GPT-2's values of settings that Folio's model does not have
@@ -94,8 +93,7 @@ class HuggingFace(Checkpoint):
 
         for file in weight_files(self.path):
             read = safetensors_files.read if file.suffix == ".safetensors" else pt_files.tensors
-            for name, tensor in read(file, wanted):
-                yield _our_name(name), _transposed(_our_name(name), tensor)
+            yield from converted((_our_name(name), tensor) for name, tensor in read(file, wanted))
 
     def slots(self) -> Tensors:
         yield from ()
@@ -147,6 +145,11 @@ def read(folder: Path, assumed: dict[str, Any] | None = None) -> HuggingFace:
 
 def _shape(path: Path, raw: dict[str, Any]) -> GPTConfig:
     """Our config from the keys of transformers' ``GPT2Config``; a missing key has the default of that class."""
+    if raw.get("model_type") == NANOCHAT.model_type:
+        raise UserError(
+            f"{path}: model_type = {NANOCHAT.model_type!r}: Folio exports NanoChat models but cannot import them, "
+            "since their norms are not Folio's: use the out_dir of the run"
+        )
     for key, ours in _FIXED.items():
         if raw.get(key, ours if key != "model_type" else None) != ours:
             raise UserError(f"{path}: {key} = {repr(raw.get(key))[:80]}: only GPT-2's {ours!r} can be read")
@@ -190,25 +193,27 @@ def _tokenizer(folder: Path, kept: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = "") -> None:
-    """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, and ``find.by_name`` too.
+    """Writes a folder that transformers' ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
-    Biases that the model lacks are written as zeros; token ids beyond the tokenizer's are cut off. Our own config is
-    kept under the key ``folio``, so that importing and exporting again gives the same files. ``name`` is the model's
-    name in its card, by default the folder's.
+    The model becomes a GPT-2, which ``find.by_name`` loads too, or a NanoChat, whichever lacks fewer of its options.
+    Biases that it lacks are written as zeros; token ids beyond the tokenizer's are cut off. Our own config is kept
+    under the key ``folio``, so that importing a GPT-2 and exporting it again gives the same files. ``name`` is the
+    model's name in its card, by default the folder's.
 
     Raises:
         FileExistsError: the folder is not empty. ValueError: the model or its tokenizer cannot be expressed, or
             its numbers are not finite in ``dtype``.
         OSError: the disk is full or not writable; nothing is left of the attempt.
     """
-    shape, tokenizer = require_gpt2(found), fitting_tokenizer(found)
+    architecture = min((GPT2, NANOCHAT), key=lambda known: len(known.lacks(found.config())))
+    shape, tokenizer = require(found, architecture), fitting_tokenizer(found)
     size = tokenizer.size if tokenizer else shape.vocab_size
     assert isinstance(size, int)
     asked = _public(found.asked)
-    configs = _configs(found, size, tokenizer, dtype, asked)
+    configs = _configs(found, architecture, size, tokenizer, dtype, asked)
     weights = {
-        name: _transposed(name, cast(found, name, weight, dtype)).contiguous()
-        for name, weight in complete_weights(found, size)
+        name: cast(found, name, weight, dtype).contiguous()
+        for name, weight in architecture.converted(complete_weights(found, architecture, size))
     }
     with files.written_atomically(folder) as unfinished:
         unfinished.mkdir()
@@ -217,29 +222,30 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
             config.save_pretrained(unfinished)
         # safetensors makes a file that only its owner can read
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
-        text = model_card.card(found, name or folder.name, size, tokenizer, asked)
+        text = model_card.card(found, architecture, name or folder.name, size, tokenizer, asked)
         (unfinished / "README.md").write_text(text, encoding="utf-8")
 
 
-def _configs(found: Checkpoint, size: int, tokenizer: Tokenizer | None, dtype: str, asked: dict[str, Any]) -> list[Any]:
+def _configs(
+    found: Checkpoint,
+    architecture: Architecture,
+    size: int,
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    asked: dict[str, Any],
+) -> list[Any]:
     """transformers' objects that are saved beside the weights: the configs of model and generation, the tokenizer."""
-    from transformers import GenerationConfig, GPT2Config, PreTrainedTokenizerFast
+    from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedTokenizerFast
 
     config, eot = found.config(), tokenizer.eot if tokenizer else None
-    model = GPT2Config(
+    if architecture.model_type not in CONFIG_MAPPING:
+        raise UserError(f"this transformers does not have {architecture.name}: pip install --upgrade transformers")
+    model = CONFIG_MAPPING[architecture.model_type](
+        **architecture.settings(config),
         vocab_size=size,
-        n_positions=config.block_size,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        activation_function="gelu_new" if config.activation == "gelu_tanh" else "gelu",
-        resid_pdrop=config.dropout,
-        embd_pdrop=config.dropout,
-        attn_pdrop=config.dropout,
         bos_token_id=eot,
         eos_token_id=eot,
         tie_word_embeddings=config.tie_weights,
-        architectures=["GPT2LMHeadModel"],
         dtype=dtype,
         folio={
             "version": __version__,
@@ -260,11 +266,6 @@ def _configs(found: Checkpoint, size: int, tokenizer: Tokenizer | None, dtype: s
             )
         )
     return made
-
-
-def _transposed(name: str, weight: Tensor) -> Tensor:
-    """The weight in Hugging Face's layout, given ours; in ours, given Hugging Face's."""
-    return weight.t() if name.endswith(_TRANSPOSED) else weight
 
 
 def _kept_tokenizer(spec: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from folio import __version__
 from folio.checkpoints.checkpoint import Checkpoint
+from folio.checkpoints.exportable import Architecture
 from folio.data.decoding import decode
 from folio.data.tokenizers import Tokenizer
 from folio.errors import UserError
@@ -17,6 +18,7 @@ from folio.records.record import hellaswag_scores
 from folio.records.run_folder import EVALUATIONS, METRICS
 
 UNKNOWN = "not known"
+_ACTIVATIONS = {"gelu": "exact GELU", "gelu_tanh": "tanh GELU", "relu2": "squared ReLU"}
 _SETTINGS = ("learning_rate", "weight_decay", "batch_size", "gradient_accumulation_steps")
 _PROMPTS = ("Once upon a time", "The", "a", " ")
 _TOKENS = 50  # tokens that the card's program generates, if the context has room for them
@@ -87,13 +89,21 @@ def _machine(resolved: dict[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def card(found: Checkpoint, name: str, vocab_size: int, tokenizer: Tokenizer | None, asked: dict[str, Any]) -> str:
+def card(
+    found: Checkpoint,
+    architecture: Architecture,
+    name: str,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    asked: dict[str, Any],
+) -> str:
     """The text of ``README.md``; ``asked`` has the options of the run that may be published."""
     config, state, known = replace(found.config(), vocab_size=vocab_size), found.state, facts(found)
     parameters = sum(shape.numel() for shape in found.parameters(vocab_size=vocab_size).values())
-    activation = "tanh GELU" if config.activation == "gelu_tanh" else "exact GELU"
+    activation = _ACTIVATIONS[config.activation]
     biases = "biases" if config.bias else "no biases"
     head = "head shared with the embedding" if config.tie_weights else "head of its own"
+    head += f", logits capped at {config.logit_softcap:g}" if config.logit_softcap else ""
     rows = {
         "parameters": f"{parameters:,}",
         "shape": f"{config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, context "
@@ -117,12 +127,12 @@ def card(found: Checkpoint, name: str, vocab_size: int, tokenizer: Tokenizer | N
 library_name: transformers
 pipeline_tag: text-generation
 license: unknown
-tags: [gpt2, folio]
+tags: [{architecture.model_type}, folio]
 ---
 
 # {_cell(name)}
 
-A language model of GPT-2's architecture, exported by Folio {__version__}.
+A language model of {architecture.name}'s architecture, exported by Folio {__version__}.
 
 | | |
 |---|---|

@@ -45,7 +45,7 @@ def theirs(folder: Path, **how: Any) -> Any:
 @torch.no_grad()
 def logits_of(out_dir: Path, idx: Tensor) -> Tensor:
     model = find.in_folder(out_dir).model().eval()
-    return model.lm_head(model.hidden(idx))
+    return model.logits(model.hidden(idx))
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def assert_the_same_logits(folder: Path, out_dir: Path) -> None:
     """To 1e-5 of the largest, in float32, for all the ids that the folder has."""
     model = theirs(folder)
     size = model.config.vocab_size
-    idx = torch.randint(size, (3, model.config.n_positions), generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(size, (3, model.config.max_position_embeddings), generator=torch.Generator().manual_seed(1))
     wanted, found = logits_of(out_dir, idx)[..., :size], model(idx).logits
     assert found.dtype == torch.float32
     assert found.shape == wanted.shape

@@ -3,13 +3,13 @@
 out_dir = "out-speedrun-shakespeare-gpu"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
-batch_size = 64
+batch_size = 32
 block_size = 256
 
 n_layer = 6
 n_head = 6
 n_embd = 384
-dropout = 0.1
+dropout = 0.0
 bias = False
 position = "rope"
 norm = "unweighted"
@@ -19,7 +19,7 @@ tie_weights = False
 zero_init = True
 
 optimizer = "muon"
-learning_rate = 0.012
+learning_rate = 0.009
 adam_learning_rate = 0.01
 momentum = 0.9
 beta2 = 0.99
@@ -29,10 +29,10 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 280
-lr_decay_iters = 280
+max_iters = 300
+lr_decay_iters = 300
 
 # the whole validation split, once
-eval_interval = 280
+eval_interval = 300
 eval_iters = 0
 log_interval = 10

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from folio.config.compose import accumulated
-from folio.config.declare import option
+from folio.config.compose import accumulated, dialed
+from folio.config.declare import depth_option, option
 from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
@@ -50,6 +50,7 @@ class Options:
         "scratch | resume | auto",
         details="Other models are not read: give their shape by --n_layer, --n_head and --n_embd.",
     )
+    depth: int = depth_option()
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -63,6 +64,9 @@ def main(options: Options) -> None:
 
     device = device_of(options)
     data, vocab_size = _data(options)
+    options, chosen = dialed(options, vocab_size, None if isinstance(data, str) else data.length("train"))
+    for line in chosen:
+        show(line)
     if options.model.vocab_size == "auto":
         options = override(options, {"vocab_size": vocab_size})
     o = options

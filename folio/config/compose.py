@@ -1,4 +1,7 @@
-"""Layers of values become one frozen object, typed and checked: defaults < files < checkpoint < command line."""
+"""Layers of values become one frozen object, typed and checked: defaults < files < checkpoint < command line.
+
+``depth`` sets options in its place: over the files before it, and under the files after it and the command line.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from folio.config import depth
 from folio.config.declare import AFTER_FILE, EACH, ITSELF
 from folio.config.options import MICRO_STEPS, Data, TrainConfig
 from folio.config.table import defaults, flat, options_with, override, table
 from folio.config.values import COMMAND_LINE, check_bounds, convert
 from folio.errors import UserError
-from folio.model.config import GPTConfig
+from folio.model.config import PADDED_GPT2, GPTConfig
 
 T = TypeVar("T")
 EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # two ways to set the size of a step
@@ -38,6 +42,7 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
         UserError: a value is out of its bounds, or two do not go together.
     """
     values: dict[str, Any] = {}
+    layers = _under_the_dial(layers)
     for layer in layers:
         values |= layer.values
     config = override(base, values)
@@ -48,9 +53,46 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
             sources = {name: by for name, by in sources.items() if name not in both | layer.values.keys()}
             sources |= dict.fromkeys(layer.values, layer.source)  # in the order in which they were given
         config = replace(config, sources=sources)  # type: ignore[type-var]
-    config = expand_home(config)
+    config = dialed(expand_home(config))[0]
     check(config)
     return config
+
+
+def _under_the_dial(layers: Sequence[Layer]) -> Sequence[Layer]:
+    """The layers without the values in files that a later ``depth`` sets."""
+    dials = [i for i, layer in enumerate(layers) if "depth" in layer.values]
+    if not dials or not layers[dials[-1]].values["depth"]:
+        return layers
+    replaced = EITHER | depth.rules(1, {}, 1, 1).keys()
+
+    def kept(layer: Layer) -> Layer:
+        return layer._replace(values={name: value for name, value in layer.values.items() if name not in replaced})
+
+    before, after = layers[: dials[-1]], layers[dials[-1] :]
+    return [*(layer if layer.source == COMMAND_LINE else kept(layer) for layer in before), *after]
+
+
+def dialed(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) -> tuple[T, list[str]]:
+    """The config with the options that ``depth`` sets and that were not given otherwise, and lines about them.
+
+    ``vocab_size`` stands for auto; ``tokens`` is the number of training tokens, which limits the steps.
+    """
+    values = flat(config)
+    if not values.get("depth"):
+        return config, []
+    sources, usual = config.sources, defaults(type(config))  # type: ignore[attr-defined]
+    given = {
+        name: value
+        for name, value in values.items()
+        if (sources[name] != depth.DIAL if name in sources else value != usual[name])
+    }
+    row = values["window"] or values["block_size"]
+    size = vocab_size if values["vocab_size"] == "auto" else values["vocab_size"]
+    found = depth.rules(values["depth"], given, row, size, tokens)
+    found = {name: rule for name, rule in found.items() if name in values and name not in given}
+    config = override(config, {name: rule.value for name, rule in found.items()})
+    sources = dict.fromkeys(found, depth.DIAL) | {name: by for name, by in sources.items() if by != depth.DIAL}
+    return replace(config, sources=sources), depth.table(values["depth"], found)  # type: ignore[type-var]
 
 
 def starting_from(options: type[T], layers: Sequence[Layer]) -> T:
@@ -71,7 +113,7 @@ def over_files(config: TrainConfig, stored: Mapping[str, Any]) -> tuple[TrainCon
         source = config.sources.get(name)
         if name in own or name not in mine or source == COMMAND_LINE:
             continue
-        if source and mine[name] != value:
+        if source not in (None, depth.DIAL) and mine[name] != value:
             lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
         values[name] = value
     return override(config, values), lines
@@ -87,6 +129,10 @@ def check(config: Any, merged: bool = False) -> None:
         check_bounds(name, value, known[name].metadata)
     if isinstance(config, TrainConfig) and config.output.init_from in ("resume", "auto") and not merged:
         return
+    if values.get("depth") and values["init_from"] not in ("scratch", "resume", "auto"):
+        raise UserError(
+            f"depth={values['depth']} sizes a new model, but init_from={values['init_from']} loads one: set --depth=0"
+        )
     if isinstance(model := getattr(config, "model", None), GPTConfig):
         model.check()
     if values.get("min_lr", 0) > values.get("learning_rate", math.inf) and values["decay_lr"]:

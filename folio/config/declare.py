@@ -38,6 +38,18 @@ def out_dir_option(**more: Any) -> Any:
     return option("out", "folder of the run", path=ITSELF, role="call", local=True, nanogpt=True, **more)
 
 
+def depth_option() -> Any:
+    return option(
+        0,
+        "one dial: sizes the model, its batch, rates and steps; 0: none",
+        details="It sets about 30 options by rules and prints them; docs/depth.md has the rules. A value that is "
+        "given for one of them wins, except those in files before it.",
+        unit="layers",
+        min=0,
+        max=100,
+    )
+
+
 def checkpoint_option() -> Any:
     return option("best", "best | latest | a step")
 

@@ -13,6 +13,7 @@ from folio.config.declare import (
     TokenDtype,
     Weights,
     checkpoint_option,
+    depth_option,
     hellaswag_data_option,
     hellaswag_style_option,
     option,
@@ -410,6 +411,7 @@ class Processes:
 class TrainConfig:
     """All options of a training run, in groups."""
 
+    depth: int = depth_option()
     output: Output = field(default_factory=Output)
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))

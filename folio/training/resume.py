@@ -84,8 +84,14 @@ def find_former_run(out_dir: Path, init_from: str, known: str = "") -> FormerRun
 
 
 def overlay(config: TrainConfig, former: FormerRun) -> tuple[TrainConfig, list[str]]:
-    """The config, by defaults < files < the former run's options < command line; and notes about that run."""
+    """The config, by defaults < files < the former run's options < command line; and notes about that run.
+
+    Raises:
+        UserError: the command line gives another depth.
+    """
     asked, notes = former.found.asked, list(former.notes)
+    if config.sources.get("depth") == COMMAND_LINE and config.depth != (theirs := asked.get("depth", 0)):
+        raise UserError(f"--depth={config.depth} does not fit the checkpoint, which has depth={theirs}")
     merged, overridden = over_files(config, asked)
     notes += overridden
     o = merged.optimizer

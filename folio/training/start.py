@@ -17,7 +17,7 @@ from folio import rng
 from folio.checkpoints import checkpoint, find
 from folio.checkpoints.pt_files import PtFile
 from folio.checkpoints.state import State
-from folio.config.compose import accumulated, check
+from folio.config.compose import accumulated, check, dialed
 from folio.config.options import TrainConfig
 from folio.config.table import flat, options_with
 from folio.config.values import COMMAND_LINE
@@ -117,6 +117,10 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         shape, more = shape_of(given.config(), config, former)
         notes += more
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
+    if not former:
+        config, more = dialed(config, vocab_size_of(tokens)[0], tokens.length("train"))
+        notes += more
+        tokens = replace(tokens, batch_size=config.data.batch_size)
     theirs = former.found.asked if former else {}
     mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
     config = replace(config, data=accumulated(config.data, tokens.block_size, mine))

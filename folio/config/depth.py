@@ -1,0 +1,125 @@
+"""One dial: from ``depth`` follow a model's shape, its recipe, its batch, its rates and its steps.
+
+The dial and most of its rules are nanochat's (Karpathy, 2026, scripts/base_train.py); docs/depth.md has the source of
+each.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+DIAL = "--depth"  # the source of a value that the dial set
+WIDTH = 64  # of a head, and of the model for each layer
+RATIO = 12  # training tokens for each parameter
+PASSES = 16  # over the training tokens of the data set, at most
+AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
+MICRO = 2**14  # tokens of a micro step, at most
+RATE, ADAM_RATE = 0.12, 0.11  # learning rates × √n_embd
+AVERAGED = 0.3  # share of the steps over which weight decay averages the updates
+EVALUATED = 2**16  # tokens of each split in an evaluation
+RECIPE = {
+    "position": "rope",
+    "norm": "unweighted",
+    "activation": "relu2",
+    "qk_norm": True,
+    "tie_weights": False,
+    "zero_init": True,
+    "bias": False,
+    "dropout": 0.0,
+    "optimizer": "muon",
+    "momentum": 0.9,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "decay_lr": True,
+    "schedule": "wsd",
+    "decay_share": 0.7,
+    "min_lr": 0.0,
+}
+
+
+class Rule(NamedTuple):
+    """A value, and the rule that gives it; the values of the recipe have none."""
+
+    value: Any
+    why: str = ""
+
+
+def rules(
+    depth: int, given: Mapping[str, Any], row: int, vocab_size: int, tokens: int | None = None
+) -> dict[str, Rule]:
+    """The options that the dial sets, by name.
+
+    Args:
+        depth: The dial.
+        given: Values of options that were given: they win, and other options follow from them.
+        row: Tokens of a row.
+        vocab_size: Token ids.
+        tokens: Training tokens of the data set, if they are known.
+    """
+    found: dict[str, Rule] = {}
+
+    def rule(name: str, value: Any, why: str = "") -> Any:
+        found[name] = Rule(value, why)
+        return given.get(name, value)
+
+    layers = rule("n_layer", depth, "depth")
+    width = rule("n_embd", WIDTH * depth, f"{WIDTH} × depth")
+    rule("n_head", max(1, width // WIDTH), f"heads of {WIDTH}")
+    for name, value in RECIPE.items():
+        rule(name, value)
+    parameters = 12 * layers * width**2 + vocab_size * width  # of the blocks' matrices and the head
+    budget, why = RATIO * parameters, f"{RATIO} tokens for each of {parameters:,} parameters"
+    if tokens and budget > PASSES * tokens:
+        budget, why = PASSES * tokens, f"{PASSES} passes over {tokens:,} tokens"
+
+    usual = row * _power_of_two(batch(budget) / row)
+    size = rule(
+        "batch_size", min(usual // row, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step"
+    )
+    micro_steps = _power_of_two(usual / (size * row))
+    micro_steps = rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
+    in_step = given.get("total_batch_size") or micro_steps * size * row
+    steps = rule("max_iters", max(1, round(budget / in_step)), why)
+    rule("lr_decay_iters", steps, "max_iters")
+    rule("warmup_iters", min(40, steps // 64), "1/64 of max_iters, at most 40")
+
+    scale = math.sqrt(in_step / min(usual, AT_12[1]) / width)
+    rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} / √n_embd")
+    muon = given.get("optimizer", "muon") == "muon"
+    rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} / √n_embd")
+    decay = 1 / (AVERAGED * rate * steps) if rate * steps else 0.0
+    rule("weight_decay", _rounded(decay), f"1 / ({AVERAGED} × learning_rate × max_iters)")
+    rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
+    rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
+    return found
+
+
+def batch(tokens: float) -> float:
+    """Tokens of a step for a run of so many tokens."""
+    most, size = AT_12
+    return size * (tokens / most) ** (0.383 if tokens > most else 0.9)
+
+
+def table(depth: int, found: Mapping[str, Rule]) -> list[str]:
+    """Lines about the values that the dial set."""
+    shown = {name: f"{name} = {value}" for name, (value, _) in found.items()}
+    width = max(map(len, shown.values()), default=0)
+    recipe = ", ".join(shown[name] for name, (_, why) in found.items() if not why)
+    return [
+        f"depth={depth} sets the options below; each can be given instead (docs/depth.md)",
+        *(f"  {shown[name]:{width}}  {why}" for name, (_, why) in found.items() if why),
+        *textwrap.wrap(recipe, 100, initial_indent="  ", subsequent_indent="  "),
+    ]
+
+
+def _power_of_two(x: float) -> int:
+    """The power of two nearest to x, at least 1."""
+    return int(2 ** max(0, round(math.log2(x))))
+
+
+def _rounded(x: float) -> float:
+    """Three digits."""
+    return float(f"{x:.3g}")

@@ -1,0 +1,182 @@
+"""--depth: its rules, what wins over them, and what a run keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Outcome, assert_refused
+
+from folio import api, cli
+from folio.commands import plan
+from folio.config.compose import dialed
+from folio.config.depth import PASSES, RECIPE, rules
+from folio.config.options import TrainConfig
+from folio.config.table import flat, table
+
+TINY = [
+    "--device=cpu",
+    "--compile=False",
+    "--block_size=16",
+    "--n_embd=8",
+    "--n_head=1",
+    "--batch_size=4",
+    "--max_iters=6",
+    "--eval_iters=2",
+]
+
+
+def parse(*argv: str, options: type = TrainConfig) -> dict[str, Any]:
+    return flat(cli.parse(options, list(argv), "folio", files=True))
+
+
+def values(depth: int, vocab_size: int = 32768, tokens: int | None = None, **given: Any) -> dict[str, Any]:
+    """The values of all options that the dial sets, with those that are given."""
+    return {name: rule.value for name, rule in rules(depth, given, 1024, vocab_size, tokens).items()} | given
+
+
+def in_step(found: dict[str, Any]) -> int:
+    return found["batch_size"] * found["gradient_accumulation_steps"] * 1024
+
+
+def test_depth_12_is_gpt2s_shape_and_nanochats_step() -> None:
+    """2**19 tokens a step, about 12 tokens for each of the 85 M + 25 M parameters of blocks and head; 40 of warm-up.
+
+    Muon's update of a square matrix has the spectral norm 0.2 · √768 · learning_rate: nanochat's rate is 0.02.
+    """
+    found = values(12)
+    assert {name: found[name] for name in ("n_layer", "n_head", "n_embd")} == {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+    }
+    assert in_step(found) == 2**19
+    assert found["max_iters"] == found["lr_decay_iters"] == round(12 * (12 * 12 * 768**2 + 32768 * 768) / 2**19)
+    assert found["warmup_iters"] in range(35, 41)
+    assert 0.2 * 768**0.5 * found["learning_rate"] == pytest.approx(0.02, rel=0.25)
+
+
+@pytest.mark.parametrize("vocab_size", [65, 257, 50304])
+def test_a_larger_depth_is_more_of_everything_and_slower(vocab_size: int) -> None:
+    """More layers, width, tokens and tokens of a step; never a higher rate, until steps are of 2**19 tokens."""
+    series = [values(depth, vocab_size) for depth in range(1, 13)]
+    for small, large in pairwise(series):
+        assert all(small[name] < large[name] for name in ("n_layer", "n_embd", "n_head"))
+        assert in_step(small) <= in_step(large)
+        assert small["max_iters"] * in_step(small) < large["max_iters"] * in_step(large)
+        assert small["learning_rate"] > large["learning_rate"] > 0
+        assert small["adam_learning_rate"] > large["adam_learning_rate"] > 0
+    for found in series:
+        assert 16 <= found["max_iters"] < 10_000
+        assert found["eval_interval"] * 10 >= found["max_iters"]
+
+
+def test_a_small_data_set_ends_the_run_after_some_passes() -> None:
+    found = values(4, 65, tokens=1_000_000)
+    assert found["max_iters"] * in_step(found) == pytest.approx(PASSES * 1_000_000, rel=0.01)
+    assert values(1, 65, tokens=1_000_000) == values(1, 65)
+
+
+def test_rules_follow_from_values_that_are_given() -> None:
+    """A larger batch raises the rates by its square root and lowers the steps; more width lowers the rates."""
+    usual, larger = values(6), values(6, total_batch_size=4 * in_step(values(6)))
+    assert larger["learning_rate"] == pytest.approx(2 * usual["learning_rate"], rel=0.01)
+    assert larger["max_iters"] == pytest.approx(usual["max_iters"] / 4, abs=1)
+    assert values(6, n_embd=4 * 384)["learning_rate"] == pytest.approx(usual["learning_rate"] / 2, rel=0.01)
+    assert values(6, batch_size=3)["gradient_accumulation_steps"] > usual["gradient_accumulation_steps"]
+    assert values(6, max_iters=1000)["lr_decay_iters"] == 1000
+    assert values(6, optimizer="adamw")["adam_learning_rate"] == "auto"
+
+
+def test_the_recipe_and_the_rules_set_options_of_a_run() -> None:
+    assert values(2).keys() <= table(TrainConfig).keys()
+    found = parse("--depth=2", "--vocab_size=32768")
+    assert {name: found[name] for name in values(2)} == values(2)
+    assert found["depth"] == 2
+
+
+def test_without_the_dial_nothing_changes() -> None:
+    assert parse("--depth=0") == parse()
+    assert parse("shakespeare_char", "--depth=4", "--depth=0") == parse("shakespeare_char")
+
+
+def test_typed_values_win_wherever_they_stand() -> None:
+    typed = ["--n_layer=3", "--learning_rate=0.5", "--position=learned", "--gradient_accumulation_steps=5"]
+    for argv in (["--depth=2", *typed], [*typed, "--depth=2"]):
+        found = parse(*argv)
+        assert (found["n_layer"], found["learning_rate"], found["position"]) == (3, 0.5, "learned")
+        assert found["gradient_accumulation_steps"] == 5
+        assert found["n_embd"] == 128
+
+
+def test_the_dial_wins_over_files_before_it_only(tmp_path: Path) -> None:
+    """A preset's data, context and intervals stay; a file after the dial, or with the dial in it, wins over it."""
+    found, preset = parse("shakespeare_char", "--depth=2"), parse("shakespeare_char")
+    kept = ("dataset", "block_size", "out_dir", "log_interval", "always_save_checkpoint")
+    assert [found[name] for name in kept] == [preset[name] for name in kept]
+    assert (found["n_layer"], found["n_embd"], found["dropout"]) == (2, 128, 0.0)
+    assert found["learning_rate"] == parse("--depth=2")["learning_rate"]
+    assert parse("--depth=2", "shakespeare_char")["n_layer"] == preset["n_layer"]
+    (tmp_path / "own.py").write_text("depth = 3\nn_layer = 5\ntotal_batch_size = 2048\n")
+    own = str(tmp_path / "own.py")
+    assert (parse(own)["n_layer"], parse(own)["n_embd"], parse(own)["total_batch_size"]) == (5, 192, 2048)
+    found = parse(own, "--depth=2")
+    assert (found["n_layer"], found["n_embd"], found["total_batch_size"]) == (2, 128, 0)
+
+
+def test_a_config_object_keeps_its_values() -> None:
+    config = TrainConfig(depth=2)
+    assert flat(dialed(config)[0])["n_embd"] == 128
+    other = api._options(TrainConfig(), "train", {"depth": 2, "max_iters": 7}, config)
+    assert (other.model.n_layer, other.optimizer.max_iters, other.optimizer.lr_decay_iters) == (2, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--depth=-1"], ["depth=-1", "at least 0"]),
+        (["--depth=1000"], ["depth=1000", "at most 100"]),
+        (["--depth=many"], ["--depth='many'", "int"]),
+        (["--depth=4", "--init_from=gpt2"], ["depth=4", "init_from=gpt2", "--depth=0"]),
+        (["--depth=4", "--n_head=3"], ["n_embd=256", "n_head=3", "choose n_head=2 or 4"]),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(folio: Callable[..., Outcome], argv: list[str], words: list[str]) -> None:
+    assert_refused(folio("train", *argv), *words)
+
+
+def test_a_run_prints_its_values_and_keeps_them(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:
+    """A resumed run has the same values, with the dial or without it; another depth is refused."""
+    out = tmp_path / "out"
+    first = folio("train", *TINY, "--depth=2", f"--data_dir={story}", f"--out_dir={out}")
+    assert first.code == 0, first.err
+    assert "depth=2 sets the options below" in first.out
+    assert "n_layer = 2" in first.out
+    assert "n_embd" not in first.out  # it is typed
+    kept = json.loads((out / "config.json").read_text())["options"]
+    assert {name: kept[name] for name in RECIPE} == RECIPE
+    assert (kept["depth"], kept["lr_decay_iters"], kept["vocab_size"]) == (2, 6, "auto")
+    for dial in ([], ["--depth=2"]):
+        more = folio("train", "--init_from=resume", "--max_iters=8", *dial, f"--out_dir={out}")
+        assert more.code == 0, more.err
+        assert "from the checkpoint, not" not in more.out
+        assert json.loads((out / "config.json").read_text())["options"] == kept | {"max_iters": 8}
+    assert_refused(
+        folio("train", "--init_from=resume", "--depth=3", f"--out_dir={out}"),
+        "--depth=3 does not fit the checkpoint, which has depth=2",
+    )
+
+
+def test_the_data_decide_the_steps(folio: Callable[..., Outcome], story: Path) -> None:
+    """folio plan shows them with memory and time: the passes over a small data set, for its vocabulary."""
+    found = folio("plan", "--depth=3", f"--data_dir={story}", "--block_size=64", "--gpu=h100")
+    assert found.code == 0, found.err
+    train_tokens = json.loads((story / "meta.json").read_text())["splits"]["train"]["tokens"]
+    assert f"{PASSES} passes over {train_tokens:,} tokens" in found.out
+    assert "3 layers, 3 heads, width 192" in found.out
+    assert all(word in found.out for word in ("total", "epochs", "time "))
+    assert parse("--depth=3", options=plan.Options)["n_layer"] == 3

@@ -53,7 +53,9 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
             sources = {name: by for name, by in sources.items() if name not in both | layer.values.keys()}
             sources |= dict.fromkeys(layer.values, layer.source)  # in the order in which they were given
         config = replace(config, sources=sources)  # type: ignore[type-var]
-    config = dialed(expand_home(config))[0]
+    config = expand_home(config)
+    _check_all_bounds(config)  # the dial computes with the values
+    config = dialed(config)[0]
     check(config)
     return config
 
@@ -124,9 +126,8 @@ def check(config: Any, merged: bool = False) -> None:
 
     A run that may resume gets more options from its checkpoint: until they are ``merged``, only bounds are checked.
     """
-    known, values = table(type(config)), flat(config)
-    for name, value in values.items():
-        check_bounds(name, value, known[name].metadata)
+    _check_all_bounds(config)
+    values = flat(config)
     if isinstance(config, TrainConfig) and config.output.init_from in ("resume", "auto") and not merged:
         return
     if values.get("depth") and values["init_from"] not in ("scratch", "resume", "auto"):
@@ -160,6 +161,13 @@ def check(config: Any, merged: bool = False) -> None:
             f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp keeps one copy of each weight, so "
             "there is nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
         )
+
+
+def _check_all_bounds(config: Any) -> None:
+    """Raises UserError, which names an option that is out of its bounds."""
+    known = table(type(config))
+    for name, value in flat(config).items():
+        check_bounds(name, value, known[name].metadata)
 
 
 def accumulated(data: Data, row: int, sources: Mapping[str, str]) -> Data:

@@ -41,10 +41,9 @@ def out_dir_option(**more: Any) -> Any:
 def depth_option() -> Any:
     return option(
         0,
-        "one dial: sizes the model, its batch, rates and steps; 0: none",
-        details="It sets about 30 options by rules and prints them; docs/depth.md has the rules. A value that is "
-        "given for one of them wins, except those in files before it.",
-        unit="layers",
+        "one dial for size, rates and steps",
+        details="The number of layers; 0: off. It sets some 30 options by rules, which are in docs/depth.md, and a run prints "
+        "them. A typed value wins over it, and a file that follows; it wins over the files before it.",
         min=0,
         max=100,
     )

@@ -18,7 +18,6 @@ PASSES = 16  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
 MICRO = 2**14  # tokens of a micro step, at most
 RATE, ADAM_RATE = 0.12, 0.11  # learning rates × √n_embd
-AVERAGED = 0.3  # share of the steps over which weight decay averages the updates
 EVALUATED = 2**16  # tokens of each split in an evaluation
 RECIPE = {
     "position": "rope",
@@ -90,8 +89,7 @@ def rules(
     rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} / √n_embd")
     muon = given.get("optimizer", "muon") == "muon"
     rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} / √n_embd")
-    decay = 1 / (AVERAGED * rate * steps) if rate * steps else 0.0
-    rule("weight_decay", _rounded(decay), f"1 / ({AVERAGED} × learning_rate × max_iters)")
+    rule("weight_decay", _rounded(1 / (rate * steps)) if rate * steps else 0.0, "1 / (learning_rate × max_iters)")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
     rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
     return found

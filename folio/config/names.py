@@ -31,7 +31,7 @@ FOREIGN = {  # another trainer's name of an option → ours
         "accumulate_grad_batches accumulation_steps accum_steps",
         "block_size": "context_length context_size context ctx_len n_ctx n_positions max_position_embeddings seq_len "
         "seq_length sequence_length max_seq_len max_seq_length max_sequence_length",
-        "n_layer": "num_layers n_layers num_hidden_layers layers depth",
+        "n_layer": "num_layers n_layers num_hidden_layers layers",
         "n_head": "num_heads n_heads num_attention_heads heads",
         "n_embd": "d_model model_dim hidden_size hidden_dim emb_dim embed_dim embedding_dim n_embed width dim",
         "vocab_size": "padded_vocab_size n_vocab vocab",

@@ -106,7 +106,7 @@ class Evaluation:
 class Logging:
     """What a run reports, and where to."""
 
-    log_interval: int = option(1, "between lines of progress", unit="steps", min=1, nanogpt=True)
+    log_interval: int = option(1, "between lines of progress", unit="steps", min=1, nanogpt=True, advanced=True)
     monitor: bool = option(True, "False: no losses, measurements and samples on the console", advanced=True)
     log_txt: bool | Literal["gpt-from-scratch"] = option(
         False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from folio.config.compose import BY_DEPTH
 from folio.config.depth import DIAL
 from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
@@ -51,5 +52,6 @@ def _with_fineweb_preset(options: Options) -> Options:
             f"{missing}; or prepare build-nanogpt's data: python -m folio prepare fineweb_edu"
         ) from None
     say(f"{folder.path} is here and data/openwebtext is not: using config/{_FINEWEB}.py")
-    values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in typed}
+    kept = typed.keys() | (BY_DEPTH if options.depth else set())
+    values = {name: value for name, value in read_file(_FINEWEB, Options).items() if name not in kept}
     return replace(override(options, values), sources={**dict.fromkeys(values, _FINEWEB), **typed})

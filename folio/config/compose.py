@@ -22,6 +22,7 @@ from folio.model.config import PADDED_GPT2, GPTConfig
 
 T = TypeVar("T")
 EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # two ways to set the size of a step
+BY_DEPTH = EITHER | depth.rules(1, {}, 1, 1).keys()  # options that depth sets or replaces
 
 
 class Layer(NamedTuple):
@@ -65,10 +66,9 @@ def _under_the_dial(layers: Sequence[Layer]) -> Sequence[Layer]:
     dials = [i for i, layer in enumerate(layers) if "depth" in layer.values]
     if not dials or not layers[dials[-1]].values["depth"]:
         return layers
-    replaced = EITHER | depth.rules(1, {}, 1, 1).keys()
 
     def kept(layer: Layer) -> Layer:
-        return layer._replace(values={name: value for name, value in layer.values.items() if name not in replaced})
+        return layer._replace(values={name: value for name, value in layer.values.items() if name not in BY_DEPTH})
 
     before, after = layers[: dials[-1]], layers[dials[-1] :]
     return [*(layer if layer.source == COMMAND_LINE else kept(layer) for layer in before), *after]

@@ -42,8 +42,8 @@ def depth_option() -> Any:
     return option(
         0,
         "one dial for size, rates and steps",
-        details="The number of layers; 0: off. It sets some 30 options by rules, which are in docs/depth.md, and a run prints "
-        "them. A typed value wins over it, and a file that follows; it wins over the files before it.",
+        details="The number of layers; 0: off. It sets some 30 options by rules, which are in docs/depth.md, and a run "
+        "prints them. A typed value wins over it, and a file that follows; it wins over the files before it.",
         min=0,
         max=100,
     )

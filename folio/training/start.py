@@ -117,7 +117,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         shape, more = shape_of(given.config(), config, former)
         notes += more
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
-    if not former:
+    if config.depth and not former:
         config, more = dialed(config, vocab_size_of(tokens)[0], tokens.length("train"))
         notes += more
         tokens = replace(tokens, batch_size=config.data.batch_size)

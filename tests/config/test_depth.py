@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, assert_refused
+from conftest import ROOT, Outcome, assert_refused
 
 from folio import api, cli
 from folio.commands import plan
@@ -80,6 +81,20 @@ def test_a_small_data_set_ends_the_run_after_some_passes() -> None:
     found = values(4, 65, tokens=1_000_000)
     assert found["max_iters"] * in_step(found) == pytest.approx(PASSES * 1_000_000, rel=0.01)
     assert values(1, 65, tokens=1_000_000) == values(1, 65)
+
+
+def test_the_table_of_the_document_is_that_of_the_rules() -> None:
+    """Characters of Shakespeare with their data, GPT-2's vocabulary with enough data."""
+    text = (ROOT / "docs" / "depth.md").read_text(encoding="utf-8").replace(",", "")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d+ \|.*", text, re.M)]
+    assert len(rows) == 8
+    for row in rows:
+        ids, context, depth, parameters, tokens, *rest = map(float, row)
+        limit = 1_003_854 if ids == 65 else None
+        found = {n: rule.value for n, rule in rules(int(depth), {}, int(context), int(ids), limit).items()}
+        assert parameters == 12 * found["n_layer"] * found["n_embd"] ** 2 + ids * found["n_embd"]
+        assert tokens == found["batch_size"] * found["gradient_accumulation_steps"] * context
+        assert rest == [found[n] for n in ("max_iters", "learning_rate", "adam_learning_rate", "weight_decay")]
 
 
 def test_rules_follow_from_values_that_are_given() -> None:

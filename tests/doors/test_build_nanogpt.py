@@ -178,6 +178,16 @@ def test_typed_flags_win(folio: Folio, beside: Path) -> None:
     assert not (beside / "mine" / "log.txt").exists()
 
 
+def test_the_dial_sizes_the_model_on_its_data(folio: Folio, beside: Path) -> None:
+    """The preset's data and order of rows stay; size, batch and rates are those of --depth."""
+    outcome = folio("train", *shlex.split(NO_STEPS), "--depth=3", "--out_dir=mine")
+    assert (outcome.code, outcome.err) == (0, "")
+    options, preset = asked(beside / "mine"), read_file(PRESET, TrainConfig)
+    assert options["sampling"] == preset["sampling"]
+    chosen = {name: options[name] for name in ("total_batch_size", "optimizer", "activation", "decay_share")}
+    assert chosen == {"total_batch_size": 0, "optimizer": "muon", "activation": "relu2", "decay_share": 0.7}
+
+
 @pytest.mark.parametrize("begin", ["auto", "resume"])
 def test_train_without_options_resumes(folio: Folio, beside: Path, begin: str) -> None:
     """In log/, the preset's folder, with the preset's settings."""

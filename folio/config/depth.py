@@ -29,7 +29,6 @@ RECIPE = {
     "bias": False,
     "dropout": 0.0,
     "optimizer": "muon",
-    "momentum": 0.9,
     "beta1": 0.9,
     "beta2": 0.99,
     "decay_lr": True,
@@ -69,6 +68,7 @@ def rules(
     rule("n_head", max(1, width // WIDTH), f"heads of {WIDTH}")
     for name, value in RECIPE.items():
         rule(name, value)
+    rule("momentum", 0.9 if depth < 12 else 0.95, "0.9 below depth 12, else 0.95")
     parameters = 12 * layers * width**2 + vocab_size * width  # of the blocks' matrices and the head
     budget, why = RATIO * parameters, f"{RATIO} tokens for each of {parameters:,} parameters"
     if tokens and budget > PASSES * tokens:
@@ -89,7 +89,7 @@ def rules(
     rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} / √n_embd")
     muon = given.get("optimizer", "muon") == "muon"
     rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} / √n_embd")
-    rule("weight_decay", _rounded(1 / (rate * steps)) if rate * steps else 0.0, "1 / (learning_rate × max_iters)")
+    rule("weight_decay", _rounded(2 / (rate * steps)) if rate * steps else 0.0, "2 / (learning_rate × max_iters)")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
     rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
     return found

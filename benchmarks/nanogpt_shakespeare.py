@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import sys
 
-sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
 
 import pickle
 import re
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +38,10 @@ from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
-from folio.records.metrics import read_metrics
-from folio.records.run_folder import METRICS
 
 SEED = 1337  # nanoGPT's
 ROOT = Path(__file__).resolve().parent.parent
+PRESET = "config/train_shakespeare_char.py"  # of both programs
 README = (
     "--eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
     "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
@@ -65,28 +65,51 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """One run: seconds of the whole process, tokens per second of its median step, loss in nats per token."""
+    """One run: seconds of the whole process, what it printed, and the loss of what it saved in nats per token."""
 
     wall: float
-    speed: float
+    lines: list[tuple[float, str]] = field(repr=False)  # each with the second at which it was read
     loss: float
+
+    @property
+    def loop(self) -> float:
+        """Seconds of the loop, its evaluations and checkpoints included.
+
+        They count from the last line before the first loss to the last line of all: both programs print one right
+        before their loop, and one right after it.
+        """
+        first = next(i for i, (_, line) in enumerate(self.lines) if re.match(r"(step|iter) 0: ", line))
+        return self.lines[-1][0] - self.lines[first - 1][0]
+
+    @property
+    def milliseconds(self) -> dict[int, float]:
+        """The time of each iteration, as printed."""
+        found = (re.match(r"iter (\d+): loss .*, time ([\d.]+)ms", line) for _, line in self.lines)
+        return {int(match[1]): float(match[2]) for match in found if match}
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of the median iteration, without the first five."""
+        tokens = next(m[1] for _, line in self.lines if (m := re.match("tokens per iteration will be: (.*)", line)))
+        times = list(self.milliseconds.values())
+        return 1000 * int(tokens.replace(",", "")) / statistics.median(times[5:] or times)
+
+    def __str__(self) -> str:
+        return f"loop {self.loop:.1f} s, process {self.wall:.1f} s, {self.speed:,.0f} tokens/s, loss {self.loss:.4f}"
 
 
 def main(options: Options) -> None:
-    flags = SETTINGS[options.setting].split()
+    argv = [PRESET, *SETTINGS[options.setting].split()]
     variants = {"folio auto": [], "folio float32": ["--dtype=float32"]} if options.setting != "gpu" else {"folio": []}
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        prepare(known("shakespeare_char", data, options.source, {}), data)
-        _write_meta_pkl(data)
+        data = characters(Path(folder) / "data", options.source)
         for turn in range(options.rounds):
             seed, out = SEED + turn, Path(folder) / f"peer{turn}"
-            results.setdefault("nanoGPT", []).append(_peer(Path(options.peer), flags, data, out, seed))
+            results.setdefault("nanoGPT", []).append(run_nanogpt(Path(options.peer), argv, data, out, seed))
             for name, more in variants.items():
                 out = Path(folder) / f"{name}{turn}".replace(" ", "-")
-                seeded = [*flags, *more, f"--seed={seed}"]
-                results.setdefault(name, []).append(_ours(seeded, data, out))
+                results.setdefault(name, []).append(run_folio([*argv, *more], data, out, seed))
             for name, found in results.items():
                 print(f"round {turn + 1}: {name:14} {found[-1]}", flush=True)
     _print(results)
@@ -106,52 +129,59 @@ def _print(results: dict[str, list[Result]]) -> None:
         )
 
 
-def _write_meta_pkl(data: Path) -> None:
-    characters = Tokens.open(Data(data_dir=str(data)), 64, 0).tokenizer()["characters"]
-    meta = {
-        "vocab_size": len(characters),
-        "itos": dict(enumerate(characters)),
-        "stoi": {c: i for i, c in enumerate(characters)},
-    }
-    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+def characters(folder: Path, source: str) -> Path:
+    """Prepares tiny Shakespeare for both programs, from a copy of the text if one is given; returns the folder."""
+    prepare(known("shakespeare_char", folder, source, {}), folder)
+    found = Tokens.open(Data(data_dir=str(folder)), 64, 0).tokenizer()["characters"]
+    meta = {"vocab_size": len(found), "itos": dict(enumerate(found)), "stoi": {c: i for i, c in enumerate(found)}}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return folder
 
 
-def _run(command: list[str], cwd: Path) -> tuple[float, str]:
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return time.perf_counter() - start, done.stdout
-
-
-def _peer(peer: Path, flags: list[str], data: Path, out: Path, seed: int) -> Result:
+def run_nanogpt(checkout: Path, argv: list[str], data: Path, out: Path, seed: int, window: int = 0) -> Result:
+    """Its ``train.py`` with these arguments and another seed; ``window`` as in ``score``."""
     # in nanoGPT, os.path.join("data", dataset) is the absolute path itself
     seeded = f"open('train.py').read().replace('manual_seed({SEED} ', 'manual_seed({seed} ')"
-    command = [sys.executable, "-c", f"exec(compile({seeded}, 'train.py', 'exec'))"]
-    command += ["config/train_shakespeare_char.py", *flags]
-    wall, output = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], peer)
-    steps = [float(ms) / 1000 for ms in re.findall(r"^iter \d+: loss .*, time ([\d.]+)ms", output, re.MULTILINE)]
-    iteration = int(next(iter(re.findall(r"tokens per iteration will be: ([\d,]+)", output))).replace(",", ""))
-    speed = iteration / statistics.median(steps[5:])
+    command = [sys.executable, "-u", "-c", f"exec(compile({seeded}, 'train.py', 'exec'))", *argv]
+    wall, lines = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], checkout)
     if not (out / "ckpt.pt").exists():
-        return Result(wall, speed, float("nan"))
+        return Result(wall, lines, float("nan"))
     saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"]))
-    weights = {k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()}
-    model.load_state_dict(weights)
-    return Result(wall, speed, _loss(model, data))
+    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()})
+    return Result(wall, lines, score(model, data, window))
 
 
-def _ours(flags: list[str], data: Path, out: Path) -> Result:
-    command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags]
-    wall, _ = _run([*command, f"--data_dir={data}", f"--out_dir={out}"], ROOT)
-    speeds = [r["tokens_per_second"] for r in read_metrics(out / METRICS) if r["kind"] == "train"]
-    return Result(wall, statistics.median(speeds[5:]), _loss(find.choose(out, "latest").model(), data))
+def run_folio(argv: list[str], data: Path, out: Path, seed: int, window: int = 0) -> Result:
+    """``train.py`` with these arguments. A run with averages of the weights is scored with them."""
+    command = [sys.executable, "-u", "train.py", *argv, f"--data_dir={data}", f"--out_dir={out}", f"--seed={seed}"]
+    wall, lines = _run(command, ROOT)
+    found = find.choose(out, "latest")
+    model = found.with_weights("ema" if found.asked.get("ema_decay") else "trained").model()
+    return Result(wall, lines, score(model, data, window))
 
 
-def _loss(model: GPT, data: Path) -> float:
+def _run(command: list[str], cwd: Path) -> tuple[float, list[tuple[float, str]]]:
+    """Seconds until the process has ended, and its lines with their seconds."""
+    start = time.perf_counter()
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
+        lines = [(time.perf_counter() - start, line) for line in child.stdout or ()]
+        child.wait()
+        wall = time.perf_counter() - start
+        errors.seek(0)
+        if child.returncode:
+            last = "".join(line for _, line in lines[-20:])
+            sys.exit(f"{' '.join(command)} failed:\n{last}{errors.read()[-2000:]}")
+    return wall, lines
+
+
+def score(model: GPT, data: Path, window: int = 0) -> float:
+    """The loss over the validation split, every token once, in rows of ``window`` tokens; 0: of the model's context."""
     runtime = Runtime(resolve(System(device="cpu", dtype="float32", compile=False, matmul_precision="highest")))
-    tokens = Tokens.open(Data(data_dir=str(data)), model.config.block_size, 0)
+    tokens = Tokens.open(Data(data_dir=str(data), window=window), model.config.block_size, 0)
     return evaluate(model, runtime.wrap(model, None), tokens, "val", 0, 64, runtime)
 
 

@@ -171,14 +171,15 @@ def _third_split(data: Path) -> Path:
     return folder
 
 
-def _values(argv: list[str]) -> dict[str, Any]:
-    return flat(cli.parse(TrainConfig, argv, "train.py", files=True))
+def _config(argv: list[str]) -> TrainConfig:
+    return cli.parse(TrainConfig, argv, "train.py", files=True)
 
 
 def _neighbors(argv: list[str]) -> list[str]:
-    """The flags that make one hyper-parameter of a preset lower or higher."""
-    values = _values(argv)
-    tuned = [name for name in (*TUNED, *TUNED_DECAYS) if isinstance(values[name], float) and values[name]]
+    """The flags that make one of the hyper-parameters that a preset sets lower or higher."""
+    config = _config(argv)
+    values = flat(config)
+    tuned = [n for n in (*TUNED, *TUNED_DECAYS) if n in config.sources and isinstance(values[n], float) and values[n]]
     moved = [
         (name, 1 - (1 - values[name]) * factor if name in TUNED_DECAYS else values[name] * factor)
         for name in tuned
@@ -191,8 +192,8 @@ def _ablations(commands: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """For each preset the flags that take a piece off it, unless one did from an earlier preset."""
     found: dict[str, list[str]] = {}
     for name, argv in commands.items():
-        values, done = _values(argv), {flags for earlier in found.values() for flags in earlier}
-        found[name] = [f for f in ABLATIONS if f not in done and _values([*argv, *f.split()]) != values]
+        values, done = flat(_config(argv)), {flags for earlier in found.values() for flags in earlier}
+        found[name] = [f for f in ABLATIONS if f not in done and flat(_config([*argv, *f.split()])) != values]
     return found
 
 

@@ -23,6 +23,11 @@ from folio.model.config import PADDED_GPT2, GPTConfig
 T = TypeVar("T")
 EITHER = {"total_batch_size", "gradient_accumulation_steps"}  # two ways to set the size of a step
 BY_DEPTH = EITHER | depth.rules(1, {}, 1, 1).keys()  # options that depth sets or replaces
+_NEEDS = {  # options without effect unless another one has this value
+    "momentum": ("optimizer", "muon"),
+    "decay_share": ("schedule", "wsd"),
+    "schedule": ("decay_lr", True),
+}
 
 
 class Layer(NamedTuple):
@@ -150,6 +155,12 @@ def check(config: Any, merged: bool = False) -> None:
         if not values["learning_rate"]:
             raise UserError(f"adam_learning_rate={rate:g} follows learning_rate, which is 0: raise --learning_rate")
     sources = getattr(config, "sources", {})
+    for name, (other, value) in _NEEDS.items() if isinstance(config, TrainConfig) else ():
+        if sources.get(name) == COMMAND_LINE and values[other] != value:  # a preset's may well have no effect
+            raise UserError(
+                f"{name}={values[name]} has no effect with {other}={values[other]}: set --{other}={value}, or remove "
+                f"--{name}"
+            )
     asked = {sources.get(name) for name in EITHER}
     if len(asked) == 1 and asked != {None} and values["total_batch_size"]:
         raise UserError(

@@ -201,6 +201,9 @@ def test_what_is_no_number_is_out_of_bounds(name) -> None:
         (["--n_head=1000"], "n_head=1000: choose n_head=768, or n_embd=1000"),
         (["--n_embd=7", "--n_head=2"], "n_head=2: choose n_head=1 or 7, or n_embd=8"),
         (["--learning_rate=1e-5"], "min_lr=6e-05 is above learning_rate=1e-05"),
+        (["--momentum=0.9"], "momentum=0.9 has no effect with optimizer=adamw: set --optimizer=muon, or remove --mom"),
+        (["--schedule=linear", "--decay_share=0.5"], "decay_share=0.5 has no effect with schedule=linear: set .*=wsd"),
+        (["--decay_lr=False", "--schedule=wsd"], "schedule=wsd has no effect with decay_lr=False: set --decay_lr=True"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(flags, said) -> None:
@@ -210,3 +213,11 @@ def test_options_that_do_not_go_together_are_refused(flags, said) -> None:
 
 def test_a_constant_rate_needs_no_lowest_one() -> None:
     assert parse("--learning_rate=1e-5", "--decay_lr=False").optimizer.learning_rate == 1e-5
+
+
+def test_a_file_may_set_options_that_have_no_effect(tmp_path: Path) -> None:
+    """So that a preset with Muon can be run without it."""
+    (tmp_path / "preset.py").write_text("optimizer = 'muon'\nmomentum = 0.9\nschedule = 'wsd'\ndecay_share = 0.7")
+    assert parse(str(tmp_path / "preset.py"), "--momentum=0.8", "--decay_share=0.5").optimizer.momentum == 0.8
+    changed = parse(str(tmp_path / "preset.py"), "--optimizer=adamw", "--decay_lr=False")
+    assert changed.optimizer.momentum == 0.9

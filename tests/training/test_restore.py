@@ -75,10 +75,11 @@ def test_options_go_together_with_those_of_the_checkpoint(train: Train, folio: F
     """Not with the defaults, in place of which the checkpoint's options will be."""
     out = train("out", "--learning_rate=1e-2", "--optimizer=muon", "--max_iters=1")
     flags = ["train", f"--data_dir={story}", f"--out_dir={out}", "--max_iters=2", "--init_from=resume"]
-    assert folio(*flags, "--min_lr=5e-3", "--adam_learning_rate=7e-3").code == 0
+    assert folio(*flags, "--min_lr=5e-3", "--adam_learning_rate=7e-3", "--momentum=0.9").code == 0
     assert records(out, "train", "lr")[-1] > 5e-3
     assert_refused(folio(*flags, "--min_lr=0.02"), "min_lr=0.02 is above learning_rate=0.01")
     assert_refused(folio(*flags, "--optimizer=adamw"), "adam_learning_rate=0.007", "--adam_learning_rate=auto")
+    assert_refused(folio(*flags, "--decay_share=0.5"), "decay_share=0.5 has no effect with schedule=cosine")
     new = ["train", f"--data_dir={story}", f"--out_dir={out.parent / 'new'}", "--init_from=auto", "--min_lr=0.02"]
     assert_refused(folio(*new), "min_lr=0.02 is above learning_rate=0.0006")
 

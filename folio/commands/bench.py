@@ -21,6 +21,7 @@ ROUNDS, TIMED, PROFILED = 9, 10, 3  # rounds of steps; steps whose parts are tim
 _STEPS = 1000  # of a run for which compiling must pay
 _TOKENS = 1 << 20  # random ones
 _UNUSED = ("gradient_accumulation_steps", "total_batch_size", "document_mask", "eot")  # a step is one micro step
+_OF_A_RUN = ("max_iters", "max_minutes", "patience", "ema_decay")  # when it ends, and its work between the steps
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Options:
     )
     data: Data = field(default_factory=Data, metadata={"unused": _UNUSED})
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
+    optimizer: Optimizer = field(default_factory=Optimizer, metadata={"advanced": True, "unused": _OF_A_RUN})
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
 
@@ -69,7 +71,7 @@ def _config(options: Options, folder: Path) -> TrainConfig:
         output=Output(out_dir=str(folder / "out")),
         data=data,
         model=options.model,
-        optimizer=Optimizer(max_iters=_STEPS),
+        optimizer=replace(options.optimizer, max_iters=_STEPS, max_minutes=0.0, patience=0, ema_decay=0.0),
         logging=Logging(monitor=False),
         system=options.system,
         processes=options.processes,

@@ -10,9 +10,11 @@ import pytest
 from conftest import SMALL, Outcome, assert_refused
 
 from folio import rng
+from folio.commands import bench
 from folio.config.options import Data, Output, System, TrainConfig
 from folio.model.config import GPTConfig
 from folio.training.batches import batches
+from folio.training.muon import Muon
 from folio.training.run import Run
 from folio.training.start import running
 from folio.training.timing import OURS, PARTS, in_turn, parts
@@ -113,3 +115,14 @@ def test_bench_shows_speed_time_and_memory(folio: Folio, tmp_path: Path, monkeyp
 
 def test_a_peer_that_is_no_checkout(folio: Folio, tmp_path: Path) -> None:
     assert_refused(folio("bench", *BENCH, f"--peer={tmp_path}"), f"peer={tmp_path}", "model.py", "nanoGPT")
+
+
+def test_bench_trains_with_the_optimizer_of_a_run(folio: Folio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keeps no averages, which a run makes between the steps."""
+    found = []
+    monkeypatch.setattr(bench, "_measured", lambda run, *_: found.append(run) or ["measured"])
+    done = folio("bench", *BENCH, "--optimizer=muon", "--momentum=0.9", "--ema_decay=0.9", "--max_iters=5")
+    assert (done.code, done.out.splitlines()[-1]) == (0, "measured")
+    assert isinstance(found[0].optimizer, Muon)
+    assert found[0].optimizer.param_groups[0]["momentum"] == 0.9
+    assert found[0].config.optimizer.ema_decay == 0

@@ -63,7 +63,7 @@ ABLATIONS = (
     "--tie_weights=True",
     "--zero_init=False",
     "--logit_softcap=0",
-    "--optimizer=adamw --adam_learning_rate=auto --learning_rate=0.005",
+    "--optimizer=adamw --adam_learning_rate=auto --learning_rate=0.004",
     "--schedule=cosine",
     "--schedule=linear",
     "--ema_decay=0",

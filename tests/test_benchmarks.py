@@ -138,6 +138,16 @@ def test_hyperparameters_are_chosen_without_the_validation_split(story: Path, tm
     assert len(parts[1]) == pytest.approx(len(parts[0]) / 9, abs=2)
 
 
+def test_what_is_varied_is_what_the_preset_has(preset: Path) -> None:
+    """Of two presets that share a piece, it is taken off the first."""
+    taken = time_to_loss._ablations({"one": [str(preset)], "other": [str(preset), "--qk_norm"]})
+    names = [[flags.split("=")[0] for flags in each] for each in taken.values()]
+    assert names[0] == ["--position", "--optimizer", "--schedule", "--ema_decay", "--sampling", "--dtype"]
+    assert names[1] == ["--qk_norm"]
+    near = time_to_loss._neighbors([str(preset)])
+    assert near == ["--learning_rate=0.007", "--learning_rate=0.014", "--ema_decay=0.93", "--ema_decay=0.86"]
+
+
 @pytest.mark.parametrize(("how", "flags"), [("tune", "--learning_rate=0.014"), ("ablate", "--position=learned")])
 def test_variants_of_a_preset(
     preset: Path, how: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -93,6 +93,8 @@ class Options:
 
 
 def main(options: Options) -> None:
+    for argv in options.commands.values():
+        _config(argv)  # raises what train.py would raise, but before the first run
     with tempfile.TemporaryDirectory() as folder:
         data = characters(Path(folder) / "data", options.source)
         if options.tune:

@@ -17,7 +17,7 @@ RATIO = 12  # training tokens for each parameter
 PASSES = 16  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
 MICRO = 2**14  # tokens of a micro step, at most
-RATE, ADAM_RATE = 0.12, 0.11  # learning rates × √n_embd
+RATE, ADAM_RATE = 0.12, 0.11  # learning rates · √n_embd
 EVALUATED = 2**16  # tokens of each split in an evaluation
 RECIPE = {
     "position": "rope",
@@ -64,7 +64,7 @@ def rules(
         return given.get(name, value)
 
     layers = rule("n_layer", depth, "depth")
-    width = rule("n_embd", WIDTH * depth, f"{WIDTH} × depth")
+    width = rule("n_embd", WIDTH * depth, f"{WIDTH} · depth")
     rule("n_head", max(1, width // WIDTH), f"heads of {WIDTH}")
     for name, value in RECIPE.items():
         rule(name, value)
@@ -78,18 +78,20 @@ def rules(
     size = rule(
         "batch_size", min(usual // row, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step"
     )
-    micro_steps = _power_of_two(usual / (size * row))
-    micro_steps = rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
-    in_step = given.get("total_batch_size") or micro_steps * size * row
+    if not (in_step := given.get("total_batch_size")):
+        micro_steps = _power_of_two(usual / (size * row))
+        in_step = size * row * rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
     steps = rule("max_iters", max(1, round(budget / in_step)), why)
     rule("lr_decay_iters", steps, "max_iters")
     rule("warmup_iters", min(40, steps // 64), "1/64 of max_iters, at most 40")
 
-    scale = math.sqrt(in_step / min(usual, AT_12[1]) / width)
-    rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} / √n_embd")
+    reference = min(usual, AT_12[1])
+    scale = math.sqrt(in_step / reference / width)
+    how = "/ √n_embd" + (f" · √({in_step:,} / {reference:,} tokens in a step)" if in_step != reference else "")
+    rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} {how}")
     muon = given.get("optimizer", "muon") == "muon"
-    rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} / √n_embd")
-    rule("weight_decay", _rounded(2 / (rate * steps)) if rate * steps else 0.0, "2 / (learning_rate × max_iters)")
+    rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} {how}")
+    rule("weight_decay", _rounded(2 / (rate * steps)) if rate * steps else 0.0, "2 / (learning_rate · max_iters)")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
     rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
     return found

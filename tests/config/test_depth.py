@@ -42,7 +42,7 @@ def values(depth: int, vocab_size: int = 32768, tokens: int | None = None, **giv
 
 
 def in_step(found: dict[str, Any]) -> int:
-    return found["batch_size"] * found["gradient_accumulation_steps"] * 1024
+    return found.get("total_batch_size") or found["batch_size"] * found["gradient_accumulation_steps"] * 1024
 
 
 def test_depth_12_is_gpt2s_shape_and_nanochats_step() -> None:

@@ -411,7 +411,6 @@ class Processes:
 class TrainConfig:
     """All options of a training run, in groups."""
 
-    depth: int = depth_option()
     output: Output = field(default_factory=Output)
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
@@ -420,4 +419,5 @@ class TrainConfig:
     logging: Logging = field(default_factory=Logging)
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
+    depth: int = depth_option()
     sources: dict[str, str] = field(default_factory=dict)  # option → the file or call that set it

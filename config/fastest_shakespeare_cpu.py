@@ -1,0 +1,40 @@
+# As speedrun_shakespeare_cpu, with the size of the model that gets there first (docs/recipe.md).
+out_dir = "out-fastest-shakespeare-cpu"
+dataset = "shakespeare_char"
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 64
+
+n_layer = 2
+n_head = 2
+n_embd = 64
+dropout = 0.0
+bias = False
+position = "rope"
+norm = "unweighted"
+activation = "relu2"
+qk_norm = True
+tie_weights = False
+zero_init = True
+
+optimizer = "muon"
+learning_rate = 0.035
+adam_learning_rate = 0.05
+momentum = 0.85
+beta2 = 0.99
+weight_decay = 0.0
+grad_clip = 0.0
+schedule = "wsd"
+decay_share = 0.7
+warmup_iters = 0
+min_lr = 0.0
+max_iters = 200
+lr_decay_iters = 200
+
+# at the start and the end
+eval_interval = 200
+eval_iters = 20
+log_interval = 10
+
+device = "cpu"
+compile = False

@@ -114,7 +114,7 @@ def test_compiled_steps_of_the_recipe() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "torch.compile failed|CUDA graphs failed")
         losses = [(plain(0)[0], fast(0)[0]) for _ in range(12)]
-    assert losses[-1][0] < 0.9 * losses[0][0]
+    assert losses[-1][0] < 0.95 * losses[0][0]
     assert all(one == pytest.approx(other, rel=2e-2) for one, other in losses)
 
 

@@ -42,7 +42,7 @@ from folio.records.run_folder import METRICS
 TARGET = 1.4697  # nanoGPT's README: the best validation loss of its GPU command
 NANOGPT = ["config/train_shakespeare_char.py", "--max_iters=2250"]  # of 5,000, after which its loss rises
 PRESET = "config/speedrun_shakespeare_gpu.py"
-LONG = ["--max_iters=2000", "--lr_decay_iters=2000", "--eval_interval=2000", "--dropout=0.3", "--learning_rate=0.006"]
+LONG = ["--max_iters=550", "--lr_decay_iters=550", "--eval_interval=550", "--weight_decay=0.3"]
 TINY = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16", "--batch_size=4", "--device=cpu"]
 FEW = ["--compile=False", "--max_iters=20", "--eval_interval=10", "--eval_iters=2", "--log_interval=1"]
 SHAKESPEARE = "data/shakespeare_char"

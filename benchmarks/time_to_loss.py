@@ -47,7 +47,7 @@ from folio.config.options import TrainConfig
 from folio.config.table import flat
 from folio.records import plot
 
-PRESETS = ("speedrun_shakespeare_cpu", "best_shakespeare_cpu")
+PRESETS = ("speedrun_shakespeare_cpu", "fastest_shakespeare_cpu", "best_shakespeare_cpu")
 TARGET = 1.898  # nanoGPT's loss at the end of its command
 WINDOW = 64  # tokens, the context of nanoGPT's command
 NANOGPT, GPT2 = "nanoGPT", "Folio, GPT-2"
@@ -62,7 +62,6 @@ ABLATIONS = (
     "--qk_norm=False",
     "--tie_weights=True",
     "--zero_init=False",
-    "--logit_softcap=0",
     "--optimizer=adamw --adam_learning_rate=auto --learning_rate=0.004",
     "--schedule=cosine",
     "--schedule=linear",

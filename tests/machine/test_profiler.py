@@ -18,10 +18,13 @@ from run_results import assert_same_bits
 from torch import nn
 
 from folio import rng
+from folio.machine.choices import ATTENTION_BLOCK
 from folio.machine.memory import Step, needed
 from folio.machine.profiler import Profiler
+from folio.machine.wrap import set_attention
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
+from folio.model.kernels import BlockedAttention, split_heads_at_once
 from folio.records import run_folder
 from folio.training.optimizers import adamw
 
@@ -45,6 +48,7 @@ def trace(folder: Path, name: str) -> int:
 def profiled(tmp_path: Path, shape: GPTConfig, rows: int, micro_steps: int, set_to_none: bool = True) -> dict[str, int]:
     """memory.json of two steps."""
     model = GPT(shape, lambda name: rng.generator(1, name))
+    set_attention(model, BlockedAttention(ATTENTION_BLOCK), split_heads_at_once)
     optimizer = adamw(model, 1e-3, (0.9, 0.95), 0.1)
     row = torch.zeros(rows, shape.block_size + 1, dtype=torch.long)
 

@@ -11,7 +11,7 @@ from folio.config.options import Sampling
 from folio.config.options import TrainConfig as Options
 from folio.records.console import say
 
-PRESET = "train_stdlib"  # read before the command line
+PRESET = "speedrun_stdlib"  # read before the command line
 
 
 def main(options: Options) -> int:

@@ -1,5 +1,5 @@
-# The demo: a byte model of the running Python's standard library by the recipe, in about two minutes on two CPU cores
-# (docs/recipe.md). GPT-2 and AdamW instead: folio demo train_stdlib.
+# make demo: a byte model of this Python's standard library, trained by the recipe (docs/recipe.md), in about two minutes
+# on two CPU cores. With GPT-2's architecture and AdamW: folio demo train_stdlib.
 out_dir = "out-stdlib"
 dataset = "stdlib"
 gradient_accumulation_steps = 1

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_recipe.py --peer PATH_TO_A_NANOGPT_CHECKOUT [--data FOLDER] [--seeds 3] [--smoke]
 
-One after another: nanoGPT's GPU command up to the evaluations around its best loss, about 75 seconds on an H100; the
-preset with each seed; and the preset with the flags LONG, for the lowest loss in nanoGPT's time. nanoGPT's loss is that
+One after another: nanoGPT's GPU command up to the evaluations around its best loss, two minutes on an H100; the preset
+with each seed; and the preset with the flags LONG, for the lowest loss in nanoGPT's time. nanoGPT's loss is that
 of its own evaluations, 12,800 random windows of the validation split; Folio's is over the whole split in windows of as
 many characters, 256. Both programs read that split only to evaluate.
 

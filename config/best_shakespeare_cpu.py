@@ -19,7 +19,7 @@ tie_weights = False
 zero_init = True
 
 optimizer = "muon"
-learning_rate = 0.008
+learning_rate = 0.009
 adam_learning_rate = 0.004
 momentum = 0.9
 beta2 = 0.99
@@ -29,13 +29,13 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 1300
-lr_decay_iters = 1300
+max_iters = 1100
+lr_decay_iters = 1100
 ema_decay = 0.995
 
-# the whole validation split, at the start and the end
-eval_interval = 1300
-eval_iters = 0
+# evaluates at the start and the end only
+eval_interval = 1100
+eval_iters = 20
 log_interval = 10
 
 device = "cpu"

@@ -187,7 +187,7 @@ def parse(
 ) -> T:
     """Parses files and options, from left to right, into the options of a command.
 
-    A ``preset`` is read before them. Options that only ``ignored`` has are dropped.
+    A ``preset`` is read before them, unless they name one. Options that only ``ignored`` has are dropped.
 
     Raises:
         UserError, FileNotFoundError: one line about the mistake.
@@ -195,12 +195,13 @@ def parse(
     """
     from folio.config import arguments
     from folio.config.compose import compose, starting_from
+    from folio.config.files import find_preset, read_file
 
-    first = [preset] if preset else []
-    given = arguments.read(options, [*first, *argv], files=files, ignored=ignored)
+    given = arguments.read(options, argv, files=files, ignored=ignored)
+    if preset and not any(find_preset(layer.source) for layer in given.layers):
+        given = arguments.read(options, [preset, *argv], files=files, ignored=ignored)
     if given.help is None:
         return compose(starting_from(options, given.layers), given.layers)
-    from folio.config.files import read_file
     from folio.config.help import page
 
     command = prog.removeprefix("folio ").removesuffix(".py")  # nanoGPT's scripts have the names of commands

@@ -10,7 +10,9 @@ import pytest
 from conftest import ROOT, SMALL, STORY, python
 
 from folio import __version__, cli
-from folio.config.table import Option, table
+from folio.commands import demo
+from folio.config.options import TrainConfig
+from folio.config.table import Option, flat, table
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
@@ -75,6 +77,22 @@ def test_help_of_an_option(folio) -> None:
     for argv in (["train", "--help", "eval-iters"], ["help", "train", "eval_iters"], ["train", "--help=eval-iters"]):
         assert folio(*argv) == (code, out, err)
     assert folio("train", "--help=lr") == (2, "", "folio: unknown option 'lr': did you mean 'learning_rate'?\n")
+
+
+def test_a_preset_replaces_that_of_the_command() -> None:
+    """A file, and an option with a preset's name as its value, do not."""
+
+    def parsed(*argv: str) -> dict[str, object]:
+        return flat(cli.parse(TrainConfig, list(argv), "folio demo", files=True, preset=demo.PRESET))
+
+    assert (
+        parsed("train_stdlib")
+        == parsed("stdlib")
+        == flat(cli.parse(TrainConfig, ["train_stdlib"], "folio train", files=True))
+    )
+    usual = parsed()
+    assert usual["optimizer"] == "muon"
+    assert parsed("--dataset", "shakespeare_char") == usual | {"dataset": "shakespeare_char"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """NanoChat as transformers runs it, and weights of ours that give it the same logits.
 
 Its norms divide by the root mean square; ours, LayerNorms without parameters, subtract the mean before. Both are equal
-where the mean is 0, so what enters the residual stream is centred: the embedding of each token, and the outputs of
+where the mean is 0, so what enters the residual stream is centered: the embedding of each token, and the outputs of
 attention and MLP. The head then needs no change, even if it is tied to the embedding: the states that it multiplies
 have the mean 0, so they do not see the mean of its rows.
 

@@ -11,7 +11,7 @@ from folio.config.options import Sampling
 from folio.config.options import TrainConfig as Options
 from folio.records.console import say
 
-PRESET = "speedrun_stdlib"  # read before the command line
+PRESET = "speedrun_stdlib"  # read before the command line, unless that names another preset
 
 
 def main(options: Options) -> int:
@@ -30,7 +30,8 @@ def main(options: Options) -> int:
     say("\nWhat next?")
     folio = "folio" if shutil.which("folio") else os.path.relpath(Path(sys.executable).with_name("folio"))
     say(f'  {folio} sample --out_dir={run.out_dir} --start="def main():" --num_samples=3')
-    say(f"  {folio} train --init_from=resume --out_dir={run.out_dir} --max_iters={2 * options.optimizer.max_iters}")
+    steps = 2 * run.config.optimizer.max_iters
+    say(f"  {folio} train --init_from=resume --out_dir={run.out_dir} --max_iters={steps} --lr_decay_iters={steps}")
     say(f"  {folio} prepare shakespeare_char && {folio} train shakespeare_char")
     say(f"  {folio} --help")
     return 0

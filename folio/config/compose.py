@@ -93,6 +93,10 @@ def dialed(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) 
         for name, value in values.items()
         if (sources[name] != depth.DIAL if name in sources else value != usual[name])
     }
+    if [name for name in sources if name in EITHER and sources[name] != depth.DIAL][-1:] == [
+        "gradient_accumulation_steps"
+    ]:
+        given.pop("total_batch_size", None)  # the later of the two counts
     row = values["window"] or values["block_size"]
     size = vocab_size if values["vocab_size"] == "auto" else values["vocab_size"]
     found = depth.rules(values["depth"], given, row, size, tokens)
@@ -146,15 +150,18 @@ def check(config: Any, merged: bool = False) -> None:
             f"min_lr={values['min_lr']:g} is above learning_rate={values['learning_rate']:g}: "
             "lower --min_lr, or set --decay_lr=False"
         )
+    sources = getattr(config, "sources", {})
     if (rate := values.get("adam_learning_rate", "auto")) != "auto":
-        if values["optimizer"] != "muon":
+        if values["optimizer"] != "muon" and sources.get("adam_learning_rate") in (None, COMMAND_LINE):
             raise UserError(
                 f"adam_learning_rate={rate:g} is for optimizer=muon only: set --adam_learning_rate=auto and "
                 "--learning_rate"
             )
-        if not values["learning_rate"]:
-            raise UserError(f"adam_learning_rate={rate:g} follows learning_rate, which is 0: raise --learning_rate")
-    sources = getattr(config, "sources", {})
+        if not values["learning_rate"] and values["optimizer"] == "muon":
+            raise UserError(
+                f"adam_learning_rate={rate:g} is scaled by the schedule of learning_rate, which is 0: raise "
+                "--learning_rate"
+            )
     for name, (other, value) in _NEEDS.items() if isinstance(config, TrainConfig) else ():
         if sources.get(name) == COMMAND_LINE and values[other] != value:  # a preset's may well have no effect
             raise UserError(

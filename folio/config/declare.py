@@ -41,9 +41,9 @@ def out_dir_option(**more: Any) -> Any:
 def depth_option() -> Any:
     return option(
         0,
-        "one dial for size, rates and steps",
-        details="The number of layers; 0: off. It sets some 30 options by rules, which are in docs/depth.md, and a run "
-        "prints them. A typed value wins over it, and a file that follows; it wins over the files before it.",
+        "layers; sets size, rates and steps",
+        details="0: off. It sets some 30 options by the rules in docs/depth.md; a run prints them. The command line "
+        "and later files override it; it overrides earlier files.",
         min=0,
         max=100,
     )

@@ -16,6 +16,7 @@ WIDTH = 64  # of a head, and of the model for each layer
 RATIO = 12  # training tokens for each parameter
 PASSES = 16  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
+FEW = 100  # steps; in fewer, weight decay would undo the updates
 MICRO = 2**14  # tokens of a micro step, at most
 RATE, ADAM_RATE = 0.12, 0.11  # learning rates · √n_embd
 EVALUATED = 2**16  # tokens of each split in an evaluation
@@ -27,6 +28,7 @@ RECIPE = {
     "tie_weights": False,
     "zero_init": True,
     "bias": False,
+    "qkv_bias": "auto",
     "dropout": 0.0,
     "optimizer": "muon",
     "beta1": 0.9,
@@ -65,7 +67,8 @@ def rules(
 
     layers = rule("n_layer", depth, "depth")
     width = rule("n_embd", WIDTH * depth, f"{WIDTH} · depth")
-    rule("n_head", max(1, width // WIDTH), f"heads of {WIDTH}")
+    heads = [n for n in range(1, max(1, width // WIDTH) + 1) if width % n == 0]
+    rule("n_head", heads[-1], f"heads of {WIDTH}")
     for name, value in RECIPE.items():
         rule(name, value)
     rule("momentum", 0.9 if depth < 12 else 0.95, "0.9 below depth 12, else 0.95")
@@ -75,9 +78,8 @@ def rules(
         budget, why = PASSES * tokens, f"{PASSES} passes over {tokens:,} tokens"
 
     usual = row * _power_of_two(batch(budget) / row)
-    size = rule(
-        "batch_size", min(usual // row, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step"
-    )
+    most = max(1, (given.get("total_batch_size") or usual) // row)
+    size = rule("batch_size", min(most, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step")
     if not (in_step := given.get("total_batch_size")):
         micro_steps = _power_of_two(usual / (size * row))
         in_step = size * row * rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
@@ -89,9 +91,12 @@ def rules(
     scale = math.sqrt(in_step / reference / width)
     how = "/ √n_embd" + (f" · √({in_step:,} / {reference:,} tokens in a step)" if in_step != reference else "")
     rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} {how}")
-    muon = given.get("optimizer", "muon") == "muon"
+    if "learning_rate" in given:
+        scale = rate / RATE  # the two rates keep their ratio
+    muon = rate and given.get("optimizer", "muon") == "muon"
     rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} {how}")
-    rule("weight_decay", _rounded(2 / (rate * steps)) if rate * steps else 0.0, "2 / (learning_rate · max_iters)")
+    decay = _rounded(2 / (rate * max(steps, FEW))) if rate else 0.0
+    rule("weight_decay", decay, f"2 / (learning_rate · max_iters), at most that of {FEW} steps")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
     rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
     return found

@@ -89,6 +89,12 @@ def _is_helper(path: Path, name: str, used: set[str], options: type, ignore: typ
     return True
 
 
+def find_preset(name: str) -> Path | None:
+    """The file of the preset of this name, with or without ``train_``; None if there is none."""
+    files = [PRESETS / f"{preset}.py" for preset in (name, f"train_{name}") if name.isidentifier()]
+    return next((path for path in files if path.is_file()), None)
+
+
 def find_file(name: str) -> Path:
     """The path of a file, else of a preset by its name, with or without ``train_``.
 
@@ -98,9 +104,8 @@ def find_file(name: str) -> Path:
     path = Path(name).expanduser() if name.startswith("~/") else Path(name)
     if path.exists() and not path.is_dir():
         return require_file(path)
-    for preset in (name, f"train_{name}"):
-        if name.isidentifier() and (PRESETS / f"{preset}.py").is_file():
-            return PRESETS / f"{preset}.py"
+    if preset := find_preset(name):
+        return preset
     known = sorted(p.stem for p in PRESETS.glob("*.py"))
     hint = did_you_mean(path.stem, known) or f"the presets are {', '.join(known)}"
     raise FileNotFoundError(f"no config file or preset {name!r}: {hint}")

@@ -20,10 +20,10 @@ from folio import files
 from folio.errors import first_line
 from folio.machine import probe
 from folio.machine.choices import Choices
-from folio.model.attention import attend
+from folio.model.attention import attend, rotation_at
 from folio.model.config import GPTConfig
 from folio.model.gpt import CausalSelfAttention
-from folio.model.kernels import BlockedAttention
+from folio.model.kernels import BlockedAttention, split_heads_at_once
 
 BLOCKS = (0, 64, 128, 256)  # of queries; 0: attention.attend
 LEAST_RUN = 2e13  # FLOP of a run, some minutes on two cores, of which the measurement is a percent
@@ -50,6 +50,7 @@ def tuned(choices: Choices, shape: GPTConfig, rows: int, tokens: int, flops: flo
     key = (
         f"{probe.processor_name()}, {choices.processor}, {choices.threads} threads, torch {choices.torch}, "
         f"{choices.dtype}: {shape.n_head} heads of {shape.n_embd // shape.n_head}, {rows} rows of {tokens} tokens"
+        f"{', rotary' if shape.position == 'rope' else ''}{', qk_norm' if shape.qk_norm else ''}"
     )
     known, lines = _read(path)
     if _block(known.get(key), blocks) is None:
@@ -98,12 +99,15 @@ def _fastest(choices: Choices, shape: GPTConfig, rows: int, tokens: int, blocks:
     dtype = getattr(torch, choices.dtype)
     with torch.random.fork_rng(devices=[]):
         layer = CausalSelfAttention(shape).to(dtype)
+        layer.split_heads = split_heads_at_once
+        turn = rotation_at(torch.arange(tokens), shape.n_embd // shape.n_head, dtype)
+        rotation = turn if shape.position == "rope" else None
         x = torch.randn(rows, tokens, shape.n_embd, dtype=dtype, requires_grad=True)
 
     def seconds(block: int) -> float:
         layer.attend = BlockedAttention(block) if block else attend
         start = time.perf_counter()
-        y = layer(x)
+        y = layer(x, rotation=rotation)
         y.backward(y.detach())
         return time.perf_counter() - start
 

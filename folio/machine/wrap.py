@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from folio.machine import launch
 from folio.machine.choices import Choices
-from folio.model.attention import flex_attends, within_documents
+from folio.model.attention import attend, flex_attends, within_documents
 from folio.model.gpt import GPT, CausalSelfAttention, LayerNorm
 from folio.model.kernels import (
     BlockedAttention,
@@ -163,8 +163,9 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
     if choices.parallel != "ddp":
         return _shard(model, choices, device, dtype)
     model.to(device)
-    if choices.attention_block:
-        set_attention(model, BlockedAttention(choices.attention_block), split_heads_at_once)
+    if choices.kind == "cpu" and not choices.compile:
+        blocked = BlockedAttention(choices.attention_block) if choices.attention_block else attend
+        set_attention(model, blocked, split_heads_at_once)
     if choices.logits:
         model.cross_entropy = ChunkedCrossEntropy(choices.logits)
     objective = Objective(
@@ -173,11 +174,11 @@ def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
     return objective if choices.world == 1 or batch is None else _replicate(model, objective, device, batch)
 
 
-def set_attention(model: GPT, attend: Callable[..., Tensor], split_heads: Callable[..., Any]) -> None:
+def set_attention(model: GPT, attention: Callable[..., Tensor], split_heads: Callable[..., Any]) -> None:
     """From here on the model attends by these functions in place of those of ``model.attention``."""
     for module in model.modules():
         if isinstance(module, CausalSelfAttention):
-            module.attend, module.split_heads = attend, split_heads
+            module.attend, module.split_heads = attention, split_heads
 
 
 def for_sampling(model: GPT, choices: Choices) -> GPT:

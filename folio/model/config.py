@@ -72,7 +72,8 @@ class GPTConfig:
         default=False,
         metadata={
             "help": "normalizes the queries and keys of each head",
-            "details": "To a root mean square of 1; the scale of the scores is √(2 / width of a head) then.",
+            "details": "To a root mean square of 1 for keys and √2 for queries: scores have the scale "
+            "√(2 / width of a head).",
             "advanced": True,
         },
     )

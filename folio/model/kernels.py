@@ -129,9 +129,8 @@ class _SplitHeads(torch.autograd.Function):
         d = torch.stack(gradients)
         dqk = d[:2]
         if scale is not None:
-            along = torch.linalg.vecdot(dqk, qk)[..., None] * (
-                -1 / qk.size(-1)
-            )  # of the gradient, which the norm drops
+            along = torch.linalg.vecdot(dqk, qk)[..., None]  # what the norm takes from the gradient
+            along *= -1 / qk.size(-1)
             along[0] /= QUERIES**2
             dqk.addcmul_(qk, along)
         if ctx.turn is not None:

@@ -90,7 +90,8 @@ def overlay(config: TrainConfig, former: FormerRun) -> tuple[TrainConfig, list[s
         UserError: the command line gives another depth.
     """
     asked, notes = former.found.asked, list(former.notes)
-    if config.sources.get("depth") == COMMAND_LINE and config.depth != (theirs := asked.get("depth", 0)):
+    typed = config.sources.get("depth") == COMMAND_LINE and asked
+    if typed and config.depth != (theirs := asked.get("depth", 0)):
         raise UserError(f"--depth={config.depth} does not fit the checkpoint, which has depth={theirs}")
     merged, overridden = over_files(config, asked)
     notes += overridden

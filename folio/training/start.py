@@ -120,7 +120,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     if config.depth and not former:
         config, more = dialed(config, vocab_size_of(tokens)[0], tokens.length("train"))
         notes += more
-        tokens = replace(tokens, batch_size=config.data.batch_size)
+        shape, tokens = config.model, replace(tokens, batch_size=config.data.batch_size)
     theirs = former.found.asked if former else {}
     mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
     config = replace(config, data=accumulated(config.data, tokens.block_size, mine))

@@ -142,13 +142,13 @@ def test_greedy_text(folio, tmp_path, monkeypatch, capfd) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype(tmp_path, dtype) -> None:
-    """The centred weights are rounded once, and the logits stay near."""
+    """The centered weights are rounded once, and the logits stay near."""
     out, to = save_random(tmp_path / "out", Bytes(), **MODERN), tmp_path / "hf"
     hugging_face.export(find.in_folder(out), to, dtype)
     embedding = find.in_folder(out).model().transformer.wte.weight.detach()
-    centred = embedding - embedding.mean(1, keepdim=True)
+    centered = embedding - embedding.mean(1, keepdim=True)
     assert torch.equal(
-        load_file(to / "model.safetensors")["model.embed_tokens.weight"], centred.to(getattr(torch, dtype))
+        load_file(to / "model.safetensors")["model.embed_tokens.weight"], centered.to(getattr(torch, dtype))
     )
     assert json.loads((to / "config.json").read_text())["dtype"] == dtype
     idx = torch.arange(32)[None]

@@ -106,6 +106,18 @@ def test_rules_follow_from_values_that_are_given() -> None:
     assert values(6, batch_size=3)["gradient_accumulation_steps"] > usual["gradient_accumulation_steps"]
     assert values(6, max_iters=1000)["lr_decay_iters"] == 1000
     assert values(6, optimizer="adamw")["adam_learning_rate"] == "auto"
+    assert values(4, learning_rate=1e-4)["adam_learning_rate"] == pytest.approx(1e-4 * 0.11 / 0.12, rel=0.01)
+    assert values(4, n_embd=200)["n_head"] == 2
+    assert values(4, total_batch_size=8192)["batch_size"] * 1024 == 8192
+    few = values(2, max_iters=1)
+    assert few["learning_rate"] * few["weight_decay"] == pytest.approx(0.02, rel=0.01)
+
+
+def test_the_later_of_two_sizes_of_a_step_counts(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("depth = 3\ntotal_batch_size = 2**19\n", encoding="utf-8")
+    large, small = parse(str(tmp_path / "own.py")), parse(str(tmp_path / "own.py"), "--gradient_accumulation_steps=1")
+    assert small["learning_rate"] < large["learning_rate"]
+    assert small["max_iters"] > large["max_iters"]
 
 
 def test_the_recipe_and_the_rules_set_options_of_a_run() -> None:

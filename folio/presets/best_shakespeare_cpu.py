@@ -1,5 +1,5 @@
-# The lowest loss in the time that nanoGPT's CPU command takes: the model of speedrun_shakespeare_cpu, trained for longer,
-# and the moving average of its weights (docs/recipe.md). Sample with --weights=ema.
+# A low loss in about the time that nanoGPT's CPU command takes: the model of speedrun_shakespeare_cpu, trained for
+# longer, and the moving average of its weights (docs/recipe.md). Sample with --weights=ema.
 out_dir = "out-best-shakespeare-cpu"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1

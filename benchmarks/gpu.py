@@ -18,7 +18,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import pickle
 import re
 import signal
 import statistics
@@ -44,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
+from benchmarks.nanogpt_shakespeare import random_characters
 from folio import cli, rng
 from folio.config.declare import option
 from folio.config.options import Optimizer, System
@@ -193,12 +193,7 @@ def _preset(options: Options, folder: Path, name: str = "train_shakespeare_char"
     """Options of a Shakespeare preset on random characters, for both programs; made small for --smoke."""
     data = folder / "data"
     if not data.exists():
-        data.mkdir()
-        characters = [chr(48 + i) for i in range(65)]
-        for split, size in (("train", 1_000_000), ("val", 100_000)):
-            np.random.default_rng(0).integers(0, 65, size, dtype=np.uint16).tofile(data / f"{split}.bin")
-        meta = {"vocab_size": 65, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
-        (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+        random_characters(data, 1_000_000, 100_000)
     flags = [f"config/{name}.py", f"--dataset={data}", "--eval_iters=1", "--eval_interval=100000"]
     if options.smoke:
         small = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 32, "batch_size": 4}

@@ -15,25 +15,20 @@ of CUDA graphs. --smoke does everything small, on a CPU.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-sys.path.pop(0)  # this folder, whose tokenize.py would hide the standard library's
+if __name__ == "__main__":
+    # in place of this folder, whose tokenize.py would hide the standard library's
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import itertools
 import json
-import pickle
 import re
 import statistics
-import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np
-
+from benchmarks.nanogpt_shakespeare import ROOT, random_characters, run_lines
 from folio import cli
 from folio.config.declare import option
 from folio.records.metrics import read_metrics
@@ -78,7 +73,11 @@ def main(options: Options) -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = _random(folder / "data") if options.smoke else Path(options.data or f"{options.peer}/{SHAKESPEARE}")
+        data = (
+            random_characters(folder / "data", 10_000, 1_000)
+            if options.smoke
+            else Path(options.data or f"{options.peer}/{SHAKESPEARE}")
+        )
         small = [*TINY, *FEW] if options.smoke else []
         if options.peer:
             show("nanogpt", nanogpt(Path(options.peer), [*NANOGPT, *small], data.resolve(), folder))
@@ -113,12 +112,7 @@ def nanogpt(peer: Path, flags: list[str], data: Path, folder: Path) -> Result:
     """Its first evaluation with a loss of at most TARGET, else that with its lowest."""
     # in nanoGPT, os.path.join("data", dataset) is the absolute path itself
     command = [sys.executable, "-u", "train.py", *flags, f"--dataset={data}", f"--out_dir={folder / 'nanogpt'}"]
-    began = time.perf_counter()
-    child = subprocess.Popen(command, cwd=peer, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert child.stdout is not None
-    lines = [(time.perf_counter() - began, line) for line in child.stdout]
-    if child.wait():
-        sys.exit(f"{' '.join(command)} failed:\n{''.join(line for _, line in lines)[-2000:]}")
+    _, lines = run_lines(command, peer)
     iterations, evaluations = [], []
     for at, line in lines:
         if match := re.match(r"iter (\d+): loss", line):
@@ -132,11 +126,7 @@ def nanogpt(peer: Path, flags: list[str], data: Path, folder: Path) -> Result:
 def preset(flags: list[str], data: Path, out: Path) -> Result:
     """A whole run of the preset."""
     command = [sys.executable, "train.py", PRESET, *flags, f"--data_dir={data.resolve()}", f"--out_dir={out}"]
-    began = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    process = time.perf_counter() - began
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    process, _ = run_lines(command, ROOT)
     records = read_metrics(out / METRICS)
     iterations = [(r["step"], r["seconds"]) for r in records if r["kind"] == "train"]
     last = [r for r in records if r["kind"] == "eval"][-1]
@@ -146,17 +136,6 @@ def preset(flags: list[str], data: Path, out: Path) -> Result:
 def _loop(steps: int, times: list[tuple[int, float]]) -> float:
     """The seconds of so many steps, from the times at which some were done."""
     return round(steps * statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(times)), 3)
-
-
-def _random(folder: Path) -> Path:
-    """Random characters, as nanoGPT's prepare.py would write them."""
-    folder.mkdir()
-    characters = [chr(48 + i) for i in range(65)]
-    for split, size in (("train", 10_000), ("val", 1_000)):
-        np.random.default_rng(0).integers(0, 65, size, dtype=np.uint16).tofile(folder / f"{split}.bin")
-    meta = {"vocab_size": 65, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    return folder
 
 
 if __name__ == "__main__":

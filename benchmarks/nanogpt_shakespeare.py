@@ -20,10 +20,12 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from folio import cli
@@ -132,10 +134,23 @@ def _print(results: dict[str, list[Result]]) -> None:
 def characters(folder: Path, source: str) -> Path:
     """Prepares tiny Shakespeare for both programs, from a copy of the text if one is given; returns the folder."""
     prepare(known("shakespeare_char", folder, source, {}), folder)
-    found = Tokens.open(Data(data_dir=str(folder)), 64, 0).tokenizer()["characters"]
-    meta = {"vocab_size": len(found), "itos": dict(enumerate(found)), "stoi": {c: i for i, c in enumerate(found)}}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    _write_meta(folder, Tokens.open(Data(data_dir=str(folder)), 64, 0).tokenizer()["characters"])
     return folder
+
+
+def random_characters(folder: Path, train: int, val: int) -> Path:
+    """Makes a folder with so many random characters for both programs, as nanoGPT's prepare.py would; returns it."""
+    folder.mkdir()
+    for split, size in (("train", train), ("val", val)):
+        np.random.default_rng(0).integers(0, 65, size, dtype=np.uint16).tofile(folder / f"{split}.bin")
+    _write_meta(folder, [chr(48 + i) for i in range(65)])
+    return folder
+
+
+def _write_meta(folder: Path, characters: Sequence[str]) -> None:
+    ids = {c: i for i, c in enumerate(characters)}
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": ids}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def run_nanogpt(checkout: Path, argv: list[str], data: Path, out: Path, seed: int, window: int = 0) -> Result:
@@ -143,7 +158,9 @@ def run_nanogpt(checkout: Path, argv: list[str], data: Path, out: Path, seed: in
     # in nanoGPT, os.path.join("data", dataset) is the absolute path itself
     seeded = f"open('train.py').read().replace('manual_seed({SEED} ', 'manual_seed({seed} ')"
     command = [sys.executable, "-u", "-c", f"exec(compile({seeded}, 'train.py', 'exec'))", *argv]
-    wall, lines = _run([*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], checkout)
+    wall, lines = run_lines(
+        [*command, f"--dataset={data}", f"--out_dir={out}", "--always_save_checkpoint=True"], checkout
+    )
     if not (out / "ckpt.pt").exists():
         return Result(wall, lines, float("nan"))
     saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
@@ -155,13 +172,13 @@ def run_nanogpt(checkout: Path, argv: list[str], data: Path, out: Path, seed: in
 def run_folio(argv: list[str], data: Path, out: Path, seed: int, window: int = 0) -> Result:
     """``train.py`` with these arguments. A run with averages of the weights is scored with them."""
     command = [sys.executable, "-u", "train.py", *argv, f"--data_dir={data}", f"--out_dir={out}", f"--seed={seed}"]
-    wall, lines = _run(command, ROOT)
+    wall, lines = run_lines(command, ROOT)
     found = find.choose(out, "latest")
     model = found.with_weights("ema" if found.asked.get("ema_decay") else "trained").model()
     return Result(wall, lines, score(model, data, window))
 
 
-def _run(command: list[str], cwd: Path) -> tuple[float, list[tuple[float, str]]]:
+def run_lines(command: list[str], cwd: Path) -> tuple[float, list[tuple[float, str]]]:
     """Seconds until the process has ended, and its lines with their seconds."""
     start = time.perf_counter()
     with (

@@ -199,7 +199,7 @@ def parse(
 
     given = arguments.read(options, argv, files=files, ignored=ignored)
     if preset and not any(find_preset(layer.source) for layer in given.layers):
-        given = arguments.read(options, [preset, *argv], files=files, ignored=ignored)
+        given = given._replace(layers=[*arguments.read(options, [preset], files=True).layers, *given.layers])
     if given.help is None:
         return compose(starting_from(options, given.layers), given.layers)
     from folio.config.help import page

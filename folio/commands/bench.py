@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from folio.config.declare import ITSELF, option
+from folio.config.declare import ITSELF, depth_option, option
 from folio.config.options import Data, Logging, Optimizer, Output, Processes, System, TrainConfig
 from folio.errors import UserError
 from folio.model.config import GPTConfig
@@ -37,11 +37,13 @@ class Options:
     peer: str = option(
         "", "a checkout of nanoGPT, to train with in turn", details="This runs its model.py.", path=ITSELF
     )
+    depth: int = depth_option()
     data: Data = field(default_factory=Data, metadata={"unused": _UNUSED})
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer, metadata={"advanced": True, "unused": _OF_A_RUN})
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
+    sources: dict[str, str] = field(default_factory=dict)  # option → what set it
 
 
 def main(options: Options) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from folio.config.compose import accumulated, dialed
+from folio.config.compose import accumulated, with_depth
 from folio.config.declare import depth_option, option
 from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
 from folio.config.table import override
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
 
     device = device_of(options)
     data, vocab_size = _data(options)
-    options, chosen = dialed(options, vocab_size, None if isinstance(data, str) else data.length("train"))
+    options, chosen = with_depth(options, vocab_size, None if isinstance(data, str) else data.length("train"))
     for line in chosen:
         show(line)
     if options.model.vocab_size == "auto":

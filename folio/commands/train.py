@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from folio.config.compose import BY_DEPTH
-from folio.config.depth import DIAL
+from folio.config.depth import SOURCE
 from folio.config.files import read_file
 from folio.config.options import TrainConfig as Options
 from folio.config.table import options_with, override
@@ -34,7 +34,7 @@ def _with_fineweb_preset(options: Options) -> Options:
     from folio.training.resume import has_run
 
     typed, begin = options.sources, options.output.init_from
-    if typed.keys() & options_with(Options, role="data") or set(typed.values()) - {COMMAND_LINE, DIAL}:
+    if typed.keys() & options_with(Options, role="data") or set(typed.values()) - {COMMAND_LINE, SOURCE}:
         return options
     if begin not in ("scratch", "auto", "resume") or (begin != "scratch" and has_run(Path(options.output.out_dir))):
         return options

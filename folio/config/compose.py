@@ -1,6 +1,6 @@
 """Layers of values become one frozen object, typed and checked: defaults < files < checkpoint < command line.
 
-``depth`` sets options in its place: over the files before it, and under the files after it and the command line.
+The options that ``depth`` sets override the files before it; files after it and the command line override them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
         UserError: a value is out of its bounds, or two do not go together.
     """
     values: dict[str, Any] = {}
-    layers = _under_the_dial(layers)
+    layers = _without_replaced(layers)
     for layer in layers:
         values |= layer.values
     config = override(base, values)
@@ -60,26 +60,26 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
             sources |= dict.fromkeys(layer.values, layer.source)  # in the order in which they were given
         config = replace(config, sources=sources)  # type: ignore[type-var]
     config = expand_home(config)
-    _check_all_bounds(config)  # the dial computes with the values
-    config = dialed(config)[0]
+    _check_all_bounds(config)  # depth computes with the values
+    config = with_depth(config)[0]
     check(config)
     return config
 
 
-def _under_the_dial(layers: Sequence[Layer]) -> Sequence[Layer]:
+def _without_replaced(layers: Sequence[Layer]) -> Sequence[Layer]:
     """The layers without the values in files that a later ``depth`` sets."""
-    dials = [i for i, layer in enumerate(layers) if "depth" in layer.values]
-    if not dials or not layers[dials[-1]].values["depth"]:
+    places = [i for i, layer in enumerate(layers) if "depth" in layer.values]
+    if not places or not layers[places[-1]].values["depth"]:
         return layers
 
     def kept(layer: Layer) -> Layer:
         return layer._replace(values={name: value for name, value in layer.values.items() if name not in BY_DEPTH})
 
-    before, after = layers[: dials[-1]], layers[dials[-1] :]
+    before, after = layers[: places[-1]], layers[places[-1] :]
     return [*(layer if layer.source == COMMAND_LINE else kept(layer) for layer in before), *after]
 
 
-def dialed(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) -> tuple[T, list[str]]:
+def with_depth(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) -> tuple[T, list[str]]:
     """The config with the options that ``depth`` sets and that were not given otherwise, and lines about them.
 
     ``vocab_size`` stands for auto; ``tokens`` is the number of training tokens, which limits the steps.
@@ -91,9 +91,9 @@ def dialed(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) 
     given = {
         name: value
         for name, value in values.items()
-        if (sources[name] != depth.DIAL if name in sources else value != usual[name])
+        if (sources[name] != depth.SOURCE if name in sources else value != usual[name])
     }
-    if [name for name in sources if name in EITHER and sources[name] != depth.DIAL][-1:] == [
+    if [name for name in sources if name in EITHER and sources[name] != depth.SOURCE][-1:] == [
         "gradient_accumulation_steps"
     ]:
         given.pop("total_batch_size", None)  # the later of the two counts
@@ -102,7 +102,7 @@ def dialed(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) 
     found = depth.rules(values["depth"], given, row, size, tokens)
     found = {name: rule for name, rule in found.items() if name in values and name not in given}
     config = override(config, {name: rule.value for name, rule in found.items()})
-    sources = dict.fromkeys(found, depth.DIAL) | {name: by for name, by in sources.items() if by != depth.DIAL}
+    sources = dict.fromkeys(found, depth.SOURCE) | {name: by for name, by in sources.items() if by != depth.SOURCE}
     return replace(config, sources=sources), depth.table(values["depth"], found)  # type: ignore[type-var]
 
 
@@ -124,7 +124,7 @@ def over_files(config: TrainConfig, stored: Mapping[str, Any]) -> tuple[TrainCon
         source = config.sources.get(name)
         if name in own or name not in mine or source == COMMAND_LINE:
             continue
-        if source not in (None, depth.DIAL) and mine[name] != value:
+        if source not in (None, depth.SOURCE) and mine[name] != value:
             lines.append(f"{name}={value} from the checkpoint, not {mine[name]} from {source}")
         values[name] = value
     return override(config, values), lines
@@ -139,7 +139,7 @@ def check(config: Any, merged: bool = False) -> None:
     values = flat(config)
     if isinstance(config, TrainConfig) and config.output.init_from in ("resume", "auto") and not merged:
         return
-    if values.get("depth") and values["init_from"] not in ("scratch", "resume", "auto"):
+    if values.get("depth") and values.get("init_from") not in (None, "scratch", "resume", "auto"):
         raise UserError(
             f"depth={values['depth']} sizes a new model, but init_from={values['init_from']} loads one: set --depth=0"
         )

@@ -1,6 +1,6 @@
-"""One dial: from ``depth`` follow a model's shape, its recipe, its batch, its rates and its steps.
+"""The options that ``--depth`` sets: a model's shape, its recipe, its batch, its rates and its steps.
 
-The dial and most of its rules are nanochat's (Karpathy, 2026, scripts/base_train.py); docs/depth.md has the source of
+The option and most of its rules are nanochat's (Karpathy, 2026, scripts/base_train.py); docs/depth.md has the source of
 each.
 """
 
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-DIAL = "--depth"  # the source of a value that the dial set
+SOURCE = "--depth"  # the source of a value that depth set
 WIDTH = 64  # of a head, and of the model for each layer
 RATIO = 12  # training tokens for each parameter
 PASSES = 16  # over the training tokens of the data set, at most
@@ -50,10 +50,10 @@ class Rule(NamedTuple):
 def rules(
     depth: int, given: Mapping[str, Any], row: int, vocab_size: int, tokens: int | None = None
 ) -> dict[str, Rule]:
-    """The options that the dial sets, by name.
+    """The options that depth sets, by name.
 
     Args:
-        depth: The dial.
+        depth: The number of layers.
         given: Values of options that were given: they win, and other options follow from them.
         row: Tokens of a row.
         vocab_size: Token ids.
@@ -77,7 +77,7 @@ def rules(
     if tokens and budget > PASSES * tokens:
         budget, why = PASSES * tokens, f"{PASSES} passes over {tokens:,} tokens"
 
-    usual = row * _power_of_two(batch(budget) / row)
+    usual = row * _power_of_two(_batch(budget) / row)
     most = max(1, (given.get("total_batch_size") or usual) // row)
     size = rule("batch_size", min(most, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step")
     if not (in_step := given.get("total_batch_size")):
@@ -102,14 +102,14 @@ def rules(
     return found
 
 
-def batch(tokens: float) -> float:
+def _batch(tokens: float) -> float:
     """Tokens of a step for a run of so many tokens."""
     most, size = AT_12
     return size * (tokens / most) ** (0.383 if tokens > most else 0.9)
 
 
 def table(depth: int, found: Mapping[str, Rule]) -> list[str]:
-    """Lines about the values that the dial set."""
+    """Lines about the values that depth set."""
     shown = {name: f"{name} = {value}" for name, (value, _) in found.items()}
     width = max(map(len, shown.values()), default=0)
     recipe = ", ".join(shown[name] for name, (_, why) in found.items() if not why)

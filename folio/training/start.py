@@ -17,7 +17,7 @@ from folio import rng
 from folio.checkpoints import checkpoint, find
 from folio.checkpoints.pt_files import PtFile
 from folio.checkpoints.state import State
-from folio.config.compose import accumulated, check, dialed
+from folio.config.compose import accumulated, check, with_depth
 from folio.config.options import TrainConfig
 from folio.config.table import flat, options_with
 from folio.config.values import COMMAND_LINE
@@ -118,7 +118,7 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         notes += more
     tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
     if config.depth and not former:
-        config, more = dialed(config, vocab_size_of(tokens)[0], tokens.length("train"))
+        config, more = with_depth(config, vocab_size_of(tokens)[0], tokens.length("train"))
         notes += more
         shape, tokens = config.model, replace(tokens, batch_size=config.data.batch_size)
     theirs = former.found.asked if former else {}

@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, Outcome, assert_refused
 
 from folio import api, cli
-from folio.commands import plan
-from folio.config.compose import dialed
+from folio.commands import bench, plan
+from folio.config.compose import with_depth
 from folio.config.depth import PASSES, RECIPE, rules
 from folio.config.options import TrainConfig
 from folio.config.table import flat, table
@@ -37,7 +37,7 @@ def parse(*argv: str, options: type = TrainConfig) -> dict[str, Any]:
 
 
 def values(depth: int, vocab_size: int = 32768, tokens: int | None = None, **given: Any) -> dict[str, Any]:
-    """The values of all options that the dial sets, with those that are given."""
+    """The values of all options that depth sets, with those that are given."""
     return {name: rule.value for name, rule in rules(depth, given, 1024, vocab_size, tokens).items()} | given
 
 
@@ -127,9 +127,16 @@ def test_the_recipe_and_the_rules_set_options_of_a_run() -> None:
     assert found["depth"] == 2
 
 
-def test_without_the_dial_nothing_changes() -> None:
+def test_without_depth_nothing_changes() -> None:
     assert parse("--depth=0") == parse()
     assert parse("shakespeare_char", "--depth=4", "--depth=0") == parse("shakespeare_char")
+
+
+def test_a_file_sizes_the_model_of_every_command(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("depth = 3\nblock_size = 64\n", encoding="utf-8")
+    for options in (TrainConfig, plan.Options, bench.Options):
+        found = parse(str(tmp_path / "own.py"), options=options)
+        assert (found["n_layer"], found["n_embd"], found["optimizer"], found["position"]) == (3, 192, "muon", "rope")
 
 
 def test_typed_values_win_wherever_they_stand() -> None:
@@ -141,8 +148,8 @@ def test_typed_values_win_wherever_they_stand() -> None:
         assert found["n_embd"] == 128
 
 
-def test_the_dial_wins_over_files_before_it_only(tmp_path: Path) -> None:
-    """A preset's data, context and intervals stay; a file after the dial, or with the dial in it, wins over it."""
+def test_depth_wins_over_files_before_it_only(tmp_path: Path) -> None:
+    """A preset's data, context and intervals stay; a file after depth, or with depth in it, wins over it."""
     found, preset = parse("shakespeare_char", "--depth=2"), parse("shakespeare_char")
     kept = ("dataset", "block_size", "out_dir", "log_interval", "always_save_checkpoint")
     assert [found[name] for name in kept] == [preset[name] for name in kept]
@@ -158,7 +165,7 @@ def test_the_dial_wins_over_files_before_it_only(tmp_path: Path) -> None:
 
 def test_a_config_object_keeps_its_values() -> None:
     config = TrainConfig(depth=2)
-    assert flat(dialed(config)[0])["n_embd"] == 128
+    assert flat(with_depth(config)[0])["n_embd"] == 128
     other = api._options(TrainConfig(), "train", {"depth": 2, "max_iters": 7}, config)
     assert (other.model.n_layer, other.optimizer.max_iters, other.optimizer.lr_decay_iters) == (2, 7, 7)
 
@@ -179,7 +186,7 @@ def test_what_does_not_go_with_it_is_refused(folio: Callable[..., Outcome], argv
 
 
 def test_a_run_prints_its_values_and_keeps_them(folio: Callable[..., Outcome], story: Path, tmp_path: Path) -> None:
-    """A resumed run has the same values, with the dial or without it; another depth is refused."""
+    """A resumed run has the same values, with depth or without it; another depth is refused."""
     out = tmp_path / "out"
     first = folio("train", *TINY, "--depth=2", f"--data_dir={story}", f"--out_dir={out}")
     assert first.code == 0, first.err

@@ -59,6 +59,7 @@ ABLATIONS = (
     "--position=learned",
     "--norm=layernorm",
     "--activation=gelu",
+    "--token_shift=0",
     "--qk_norm=False",
     "--tie_weights=True",
     "--zero_init=False",

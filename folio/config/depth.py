@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 SOURCE = "--depth"  # the source of a value that depth set
 WIDTH = 64  # of a head, and of the model for each layer
 RATIO = 12  # training tokens for each parameter
-PASSES = 16  # over the training tokens of the data set, at most
+PASSES = 4  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
 FEW = 100  # steps; in fewer, weight decay would undo the updates
 MICRO = 2**14  # tokens of a micro step, at most

@@ -39,6 +39,7 @@ FOREIGN = {  # another trainer's name of an option → ours
         "activation": "activation_function hidden_act",
         "position, such as --position=rope": "rope rotary position_embedding_type pos_embedding",
         "norm": "norm_type normalization",
+        "token_shift": "smear",
         "qk_norm": "use_qk_norm qk_layernorm",
         "logit_softcap": "softcap final_logit_softcapping",
         "tie_weights": "tie_word_embeddings weight_tying",

@@ -64,13 +64,16 @@ def score(
     """The scores of all queries, the same on every rank; a query of several continuations is one row.
 
     In a row the continuations follow the context one after the other. A mask hides them from each other, and the
-    positions of each begin after the context. Rows of similar length share a batch; the ranks take batches in turn,
+    positions of each begin after the context. A model with a token shift, which no mask stops, has a row for each
+    continuation. Rows of similar length share a batch; the ranks take batches in turn,
     and the number of ranks does not change the batches. Logits are computed only where a continuation is predicted.
     ``track`` wraps the iteration over batches, as ``rich.progress.track`` does.
 
     Raises:
         FloatingPointError: the logits are not finite.
     """
+    if model.config.token_shift:
+        queries = [Query(q.context, [continuation]) for q in queries for continuation in q.continuations]
     batches = _batches(queries, _TOKENS.get(runtime.device.type, _MOST_TOKENS))
     first = np.cumsum([0, *(len(q.continuations) for q in queries)])
     exact = torch.float32 if runtime.device.type == "mps" else torch.float64

@@ -42,7 +42,7 @@ class _StaticCache(KVCache):
 
     def __init__(self, filled: KVCache, place: Tensor) -> None:
         super().__init__(filled.capacity)
-        self._buffers, self._place = filled._buffers, place
+        self._buffers, self.last, self._place = filled._buffers, filled.last, place
         for buffer in (buffer for pair in self._buffers.values() for buffer in pair):
             buffer[:, :, filled.length :] = 0  # the mask hides finite numbers only
 
@@ -66,6 +66,7 @@ class _Sequence:
         self._count = torch.zeros(1, dtype=torch.long, device=device)  # columns drawn
         self._finite = torch.ones(1, dtype=torch.bool, device=device)  # whether all logits were
         self._window = torch.arange(1 - model.config.block_size, 1, device=device)
+        self._changed = [self._ids, self._place, self._count, self._finite]  # by a column
 
     def rows(self) -> Iterator[Tensor]:
         """For each column its ids and whether all logits were finite, (B + 1,) on the device; the next overwrites."""
@@ -76,6 +77,7 @@ class _Sequence:
         cached = min(N, max(1, block_size - T + 1))
         if fits:
             static = _StaticCache(cache, self._place)
+            self._changed += [static.last] if static.last is not None else []
             places = torch.arange(cache.capacity, device=self._place.device)
             yield from self._repeat(lambda: self._next(self._over_cache(static, places)), cached - 1)
         yield from self._repeat(lambda: self._next(self._over_window()), N - cached)
@@ -104,11 +106,10 @@ class _Sequence:
         """Calls the function so often; on a GPU as a graph, if that pays."""
         replay = Replay(function)
         if times >= FEW:
-            changed = self._ids, self._place, self._count, self._finite
-            before = [t.clone() for t in changed]
+            before = [t.clone() for t in self._changed]
 
             def restore() -> None:
-                for t, value in zip(changed, before, strict=True):
+                for t, value in zip(self._changed, before, strict=True):
                     t.copy_(value)
 
             def warm_up() -> None:

@@ -23,11 +23,15 @@ _SHORT = 256  # tokens; up to this length, training on a CPU does not use the fu
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for each block: two (B, n_head, capacity, head) buffers."""
+    """Keys and values of the tokens seen so far, for each block: two (B, n_head, capacity, head) buffers.
+
+    ``last`` has the states of the last tokens, (B, n, C), if the model has a token shift.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
+        self.last: Tensor | None = None
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +44,14 @@ class KVCache:
         keys.narrow(2, self.length, T).copy_(k)
         values.narrow(2, self.length, T).copy_(v)
         return keys.narrow(2, 0, self.length + T), values.narrow(2, 0, self.length + T)
+
+    def with_last(self, x: Tensor, n: int) -> Tensor:
+        """States (B, T, C) with those of the n tokens before them, (B, n + T, C), zeros where there are none."""
+        if self.last is None:
+            self.last = x.new_zeros(x.size(0), n, x.size(2))
+        states = torch.cat([self.last, x], dim=1)
+        self.last.copy_(states[:, -n:])
+        return states
 
 
 def split_heads(qkv: Tensor, n_head: int, rotation: Rotation | None, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,9 @@ class GPTConfig:
     Beside GPT-2's parts there are those of modded-nanogpt's records and of nanochat, each by itself:
     ``position="rope"`` turns queries and keys in place of the position embeddings; ``norm="unweighted"`` is a LayerNorm
     without parameters, before the parts of a block, after the embedding and at the end; ``activation="relu2"``;
-    ``qk_norm`` normalizes queries and keys; ``logit_softcap`` bounds the logits; with ``zero_init`` outputs and an
-    untied head start at zero. ``--help=NAME`` has the details of each.
+    ``token_shift`` adds previous tokens to the embedding; ``qk_norm`` normalizes queries and keys; ``logit_softcap``
+    bounds the logits; with ``zero_init`` outputs and an untied head start at zero. ``--help=NAME`` has the details of
+    each.
     """
 
     block_size: int = field(
@@ -65,6 +66,17 @@ class GPTConfig:
         metadata={
             "help": "layernorm: as GPT-2; unweighted: without weights and biases",
             "details": "unweighted: a LayerNorm without parameters, after the embedding too.",
+            "advanced": True,
+        },
+    )
+    token_shift: int = field(
+        default=0,
+        metadata={
+            "help": "previous tokens that are added to each token's embedding",
+            "details": "Each channel of each has a weight that is trained and starts at zero (Peng et al., RWKV, 2023, "
+            "section 3.1.1; modded-nanogpt's smear).",
+            "min": 0,
+            "max": 1000,
             "advanced": True,
         },
     )

@@ -114,6 +114,28 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class TokenShift(nn.Module):
+    """Adds to the state of each token those of the ``token_shift`` tokens before it, (B, T, C) → (B, T, C).
+
+    Each channel has weights of its own, which start at zero. The first block then sees n-grams, which attention would
+    have to learn. Token shift: Peng et al., "RWKV", 2023, section 3.1.1; after the embedding as in modded-nanogpt.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.token_shift, config.n_embd))
+
+    def forward(self, x: Tensor, positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        n, T = self.weight.size(0), x.size(1)
+        states = F.pad(x, (0, 0, n, 0)) if cache is None else cache.with_last(x, n)
+        for i, weight in enumerate(self.weight.to(x.dtype), 1):
+            earlier = states[:, n - i : n - i + T]
+            if positions is not None:  # the row may hold several documents
+                earlier = earlier * (positions >= i)[..., None]
+            x = x + earlier * weight
+        return x
+
+
 class Transformer(nn.Module):
     """The parts of the body, under nanoGPT's names; ``GPT.hidden`` runs them."""
 
@@ -123,6 +145,8 @@ class Transformer(nn.Module):
         if config.position == "learned":
             self.wpe = _embedding(config.block_size, config.n_embd)
         self.ln_e = norm(config) if config.norm == "unweighted" else nn.Identity()
+        if config.token_shift:
+            self.shift = TokenShift(config)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = norm(config)
@@ -193,6 +217,8 @@ class GPT(nn.Module):
         the blocks add nothing at first and all logits are zero, as in modded-nanogpt's records.
         """
         c, output = self.config, name.endswith("c_proj.weight")
+        if name == "transformer.shift.weight":
+            return 0.0
         if not c.zero_init:
             return 0.02 / math.sqrt(2 * c.n_layer) if output else 0.02
         if output or name == "lm_head.weight":
@@ -217,7 +243,7 @@ class GPT(nn.Module):
             ValueError: more tokens than ``block_size``, and no ``positions``.
         """
         start = cache.length if cache is not None else 0
-        T = idx.size(1)
+        T, given = idx.size(1), positions
         if positions is None:
             if start + T > self.config.block_size:
                 raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
@@ -228,7 +254,10 @@ class GPT(nn.Module):
             rotation = rotation_at(positions, c.n_embd // c.n_head, x.dtype)
         else:
             x = x + body.wpe(positions)
-        x = body.drop(body.ln_e(x))
+        x = body.ln_e(x)
+        if c.token_shift:
+            x = body.shift(x, given, cache)
+        x = body.drop(x)
         for block in body.h:
             x = block(x, mask, cache, rotation)
         if cache is not None:

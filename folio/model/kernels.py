@@ -218,6 +218,8 @@ class NextLogits:
         else:
             x = x + body.wpe.weight.narrow(0, start, T)
         x = body.ln_e(x)
+        if c.token_shift:
+            x = body.shift(x, None, cache)
         for i, (ln_1, c_attn, c_proj, ln_2, mlp) in enumerate(self._blocks, 1):
             q, k, v = split_heads(c_attn(ln_1(x)), H, rotation, c.qk_norm)
             if cache is not None:

@@ -14,13 +14,14 @@ bias = False
 position = "rope"
 norm = "unweighted"
 activation = "relu2"
+token_shift = 3
 qk_norm = True
 tie_weights = False
 zero_init = True
 
 optimizer = "muon"
 learning_rate = 0.009
-adam_learning_rate = 0.004
+adam_learning_rate = 0.008
 momentum = 0.9
 beta2 = 0.99
 weight_decay = 0.1
@@ -29,12 +30,12 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 1100
-lr_decay_iters = 1100
+max_iters = 900
+lr_decay_iters = 900
 ema_decay = 0.995
 
 # evaluates at the start and the end only
-eval_interval = 1100
+eval_interval = 900
 eval_iters = 20
 log_interval = 10
 

@@ -14,14 +14,15 @@ bias = False
 position = "rope"
 norm = "unweighted"
 activation = "relu2"
+token_shift = 3
 qk_norm = True
 tie_weights = False
 zero_init = True
 
 optimizer = "muon"
 learning_rate = 0.016
-adam_learning_rate = 0.02
-momentum = 0.85
+adam_learning_rate = 0.03
+momentum = 0.8
 beta2 = 0.99
 weight_decay = 0.0
 grad_clip = 0.0
@@ -29,11 +30,11 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 190
-lr_decay_iters = 190
+max_iters = 114
+lr_decay_iters = 114
 
 # evaluates at the start and the end only
-eval_interval = 190
+eval_interval = 114
 eval_iters = 5
 log_interval = 10
 

@@ -119,6 +119,7 @@ LATER: dict[str, dict[str, Any]] = {
     "norm='unweighted'": {"norm": "unweighted"},
     "activation='relu2'": {"activation": "relu2"},
     "qk_norm=True": {"qk_norm": True},
+    "token_shift=1": {"token_shift": 1},
     "logit_softcap=15.0": {"logit_softcap": 15.0},
     "rope_theta=10000.0": {"rope_theta": 1e4},
     "windows=(8,)": {"windows": (8,)},
@@ -148,7 +149,7 @@ def test_every_field_is_exported_or_refused(tmp_path) -> None:
     """Each field survives export and import; a new field must be added to this test."""
     shape = {"block_size": 8, "vocab_size": 256, "n_layer": 1, "n_head": 3, "n_embd": 12, "dropout": 0.25}
     shape |= {"bias": False, "qkv_bias": True, "activation": "gelu_tanh", "tie_weights": False, "zero_init": True}
-    refused = {"position", "norm", "qk_norm", "logit_softcap"}
+    refused = {"position", "norm", "token_shift", "qk_norm", "logit_softcap"}
     assert shape.keys() | refused == {f.name for f in fields(GPTConfig)}
     hugging_face.export(find.in_folder(save_random(tmp_path / "out", Bytes(), **shape)), tmp_path / "hf")
     assert find.by_name(str(tmp_path / "hf")).config() == GPTConfig(**shape)

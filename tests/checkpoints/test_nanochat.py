@@ -71,6 +71,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("norm", "layernorm", "norm=unweighted"),
     ("activation", "gelu_tanh", "activation=relu2"),
     ("qk_norm", False, "qk_norm=True"),
+    ("token_shift", 1, "token_shift=0"),
     ("bias", True, "bias=False"),
     ("qkv_bias", True, "qkv_bias=auto"),
 ]

@@ -28,7 +28,7 @@ from folio.training.optimizers import adamw, muon
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPE = GPTConfig(block_size=16, vocab_size=19, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
 RECIPE = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True, "logit_softcap": 15.0}
-RECIPE |= {"tie_weights": False, "zero_init": True, "bias": False}
+RECIPE |= {"token_shift": 2, "tie_weights": False, "zero_init": True, "bias": False}
 
 
 class Steps:

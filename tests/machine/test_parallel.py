@@ -165,7 +165,7 @@ def test_ranks_have_the_losses_of_one_process(run: Train, ranks: int, parallel: 
 def test_every_option_of_the_model(run: Train, parallel: str) -> None:
     """No position embeddings, no weights of norms, and a head that starts at zero."""
     flags = ["--position=rope", "--norm=unweighted", "--activation=relu2", "--qk_norm=True", "--logit_softcap=15"]
-    flags += ["--zero_init=True", "--tie_weights=False", "--max_iters=20"]
+    flags += ["--zero_init=True", "--tie_weights=False", "--token_shift=2", "--max_iters=20"]
     one, three = run(1, *flags), run(3, f"--parallel={parallel}", *flags)
     assert three.losses() == pytest.approx(one.losses(), abs=1e-5)
     assert three.norms() == pytest.approx(one.norms(), rel=1e-4)

@@ -32,7 +32,7 @@ from folio.model.gpt import GPT
 from folio.model.kernels import BlockedAttention, NextLogits, set_next_logits, split_heads_at_once
 
 ALL: dict[str, Any] = {"position": "rope", "norm": "unweighted", "activation": "relu2", "qk_norm": True}
-ALL |= {"logit_softcap": 1.5, "zero_init": True, "tie_weights": False}
+ALL |= {"token_shift": 3, "logit_softcap": 1.5, "zero_init": True, "tie_weights": False}
 each = pytest.mark.parametrize("option", [*({name: value} for name, value in ALL.items()), ALL], ids=str)
 
 

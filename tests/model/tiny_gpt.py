@@ -69,6 +69,11 @@ def reference(model: GPT, idx: Tensor) -> Tensor:
             x = x + w["transformer.wpe.weight"][: len(row)]
         if c.norm == "unweighted":
             x = norm(x, "the embedding's")
+        shifts = w.get("transformer.shift.weight", [])
+        x = x + sum(
+            (torch.cat([torch.zeros_like(x[:i]), x[:-i]]) * weight for i, weight in enumerate(shifts, 1)),
+            torch.zeros_like(x),
+        )
         for n in range(c.n_layer):
             block = f"transformer.h.{n}"
             q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(c.n_embd, dim=-1)

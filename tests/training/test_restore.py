@@ -47,7 +47,7 @@ def test_learning_rate_and_data_restart_together(train: Train) -> None:
 def test_every_option_of_the_model(train: Train, folio: Folio, how: list[str]) -> None:
     """The same bits as without the interruption; the checkpoint generates text, and trains on a shorter context."""
     flags = ["--position=rope", "--norm=unweighted", "--activation=relu2", "--qk_norm=True", "--logit_softcap=15"]
-    flags += ["--zero_init=True", "--tie_weights=False", "--learning_rate=1e-2", *how]
+    flags += ["--zero_init=True", "--tie_weights=False", "--token_shift=2", "--learning_rate=1e-2", *how]
     whole, out = train("whole", *flags), train("out", *flags, "--max_iters=5")
     train("out", *flags, "--init_from=resume")
     assert_same_bits(out, whole)

@@ -6,7 +6,9 @@ The training loop is written for one process on one device. What other devices a
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -23,6 +25,17 @@ from folio.machine.wrap import Loss, exchange, for_sampling, objective_of, wrap
 from folio.model.gpt import GPT
 
 T = TypeVar("T")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory that tensors free on a CPU, for the tensors of the next step.
+
+    It would give much of it back to the system, which then clears each page before it can be used again.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # bytes; the most that all versions accept
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Runtime(Ranks, Updates):
@@ -54,6 +67,8 @@ class Runtime(Ranks, Updates):
         This may replace the model's parameters, so make the optimizer afterwards. ``batch``: the largest shape (B, T)
         of the batches; None if there is no backward.
         """
+        if batch and self.device.type == "cpu":
+            keep_freed_memory()
         loss = wrap(model, self.choices, batch)
         self._objective = objective_of(loss)
         if self.parallel != "ddp":

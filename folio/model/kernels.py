@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from folio.model.attention import EPS, QUERIES, KVCache, Mask, Rotation, attend, rotation_at, split_heads
@@ -67,6 +68,7 @@ class _Blocked(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *probabilities = ctx.saved_tensors
         (dy,) = gradients
@@ -115,7 +117,6 @@ class _SplitHeads(torch.autograd.Function):
             norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=exact)
             scale = (norm.square_() / qk.size(-1) + EPS).rsqrt_()
             scale[0] *= QUERIES
-            scale = scale.to(qk.dtype)
             qk *= scale
         if turn is not None:
             qk.copy_(_turn(qk, *turn))
@@ -124,6 +125,7 @@ class _SplitHeads(torch.autograd.Function):
         return parts.unbind()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         qk, scale = ctx.saved_tensors
         d = torch.stack(gradients)

@@ -17,7 +17,6 @@ activation = "relu2"
 token_shift = 3
 qk_norm = True
 tie_weights = False
-zero_init = True
 
 optimizer = "muon"
 learning_rate = 0.016
@@ -30,11 +29,11 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 114
-lr_decay_iters = 114
+max_iters = 112
+lr_decay_iters = 112
 
 # evaluates at the start and the end only
-eval_interval = 114
+eval_interval = 112
 eval_iters = 5
 log_interval = 10
 

@@ -14,6 +14,7 @@ from folio.model.attention import KVCache, Mask, Rotation, rotation_at, split_he
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT, Block, cross_entropy
 from folio.model.kernels import (
+    BlockedAttention,
     ChunkedCrossEntropy,
     NextLogits,
     has_fbgemm,
@@ -145,3 +146,27 @@ def test_heads_split_at_once(turned: bool, qk_norm: bool, dtype: torch.dtype, wi
         results.append([*parts, *torch.autograd.grad(parts, qkv, gradients)])
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=within, atol=within)
+
+
+def test_heads_split_at_once_are_as_near_to_the_exact_ones() -> None:
+    """In bfloat16, those of the plain function in float64."""
+    qkv = torch.randn(4, 40, 96, generator=rng.generator("qkv")).bfloat16().requires_grad_()
+    rotation, exact = (
+        rotation_at(torch.arange(40), 16, torch.bfloat16),
+        rotation_at(torch.arange(40), 16, torch.float64),
+    )
+    wanted = split_heads(qkv.double(), 2, exact, True)
+    for fast, plain, true in zip(
+        split_heads_at_once(qkv, 2, rotation, True), split_heads(qkv, 2, rotation, True), wanted, strict=True
+    ):
+        assert (fast - true).square().mean() <= 1.1 * (plain - true).square().mean()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """The kernels have none; a wrong one would pass unseen."""
+    qkv = torch.randn(1, 8, 48, generator=rng.generator("qkv"), requires_grad=True)
+    q, k, v = qkv.view(1, 8, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    for y in (BlockedAttention(4)(q, k, v, None, 0.0), split_heads_at_once(qkv, 2, None, True)[0]):
+        (first,) = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.square().sum().backward()

@@ -30,12 +30,12 @@ schedule = "wsd"
 decay_share = 0.7
 warmup_iters = 0
 min_lr = 0.0
-max_iters = 900
-lr_decay_iters = 900
+max_iters = 1050
+lr_decay_iters = 1050
 ema_decay = 0.995
 
 # evaluates at the start and the end only
-eval_interval = 900
+eval_interval = 1050
 eval_iters = 20
 log_interval = 10
 

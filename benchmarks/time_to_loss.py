@@ -70,7 +70,7 @@ ABLATIONS = (
     "--sampling=random",
     "--dtype=float32",
 )
-OFTEN = ["--eval_interval=10", "--eval_iters=50", "--log_interval=1"]  # evaluations for the picture
+OFTEN = ["--eval_interval=20", "--eval_iters=20", "--log_interval=1"]  # evaluations for the picture
 
 
 @dataclass(frozen=True)

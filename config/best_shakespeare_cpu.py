@@ -1,4 +1,4 @@
-# A low loss in about the time that nanoGPT's CPU command takes: the model of speedrun_shakespeare_cpu, trained for
+# A low loss in the time that nanoGPT's CPU command takes: the model of speedrun_shakespeare_cpu, trained for
 # longer, and the moving average of its weights (docs/recipe.md). Sample with --weights=ema.
 out_dir = "out-best-shakespeare-cpu"
 dataset = "shakespeare_char"

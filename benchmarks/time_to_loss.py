@@ -252,12 +252,16 @@ def _picture(curves: Mapping[str, tuple[list[float], list[float]]], form: str) -
         ax.grid(alpha=0.25)
         for (name, (seconds, losses)), look in zip(curves.items(), plot.line_styles(len(curves)), strict=True):
             ax.plot(seconds, losses, **look, markevery=[-1])
-            side = 1 if name == NANOGPT else -1  # above its end or below
-            label = f"{name}: {losses[-1]:.2f} after {seconds[-1]:.0f} s"
-            how: dict[str, Any] = {"ha": "right", "va": "center", "textcoords": "offset points", "color": look["color"]}
-            how["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
-            ax.annotate(label, (seconds[-1], losses[-1]), (0, 11 * side), **how)
-        ax.set_ylim(top=min(3.0, ax.get_ylim()[1]))  # all begin at 4.2
+            label = f"{name.removesuffix('_shakespeare_cpu')}\n{losses[-1]:.2f}, {seconds[-1]:.0f} s"
+            how: dict[str, Any] = {"textcoords": "offset points", "color": look["color"]}
+            if name == NANOGPT:  # beside its end, others below
+                place, how = (8, 0), {**how, "ha": "left", "va": "center"}
+            else:
+                place, how = (0, -7), {**how, "ha": "center", "va": "top"}
+            ax.annotate(label, (seconds[-1], losses[-1]), place, **how)
+        ax.set_xlim(right=2 * ax.get_xlim()[1])
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.15, min(3.0, high))  # all begin at 4.2
         drawn = io.BytesIO()
         fig.savefig(drawn, format=form, dpi=150)
     return drawn.getvalue()

@@ -73,8 +73,8 @@ class GPTConfig:
         default=0,
         metadata={
             "help": "previous tokens that are added to each token's embedding",
-            "details": "For each previous token, every channel has a trained weight that starts at zero (Peng et al., RWKV, "
-            "2023, section 3.1.1; modded-nanogpt's smear).",
+            "details": "For each previous token, every channel has a trained weight that starts at zero (Peng et al., "
+            "RWKV, 2023, section 3.1.1; modded-nanogpt's smear).",
             "min": 0,
             "max": 1000,
             "advanced": True,

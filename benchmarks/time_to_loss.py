@@ -254,11 +254,9 @@ def _picture(curves: Mapping[str, tuple[list[float], list[float]]], form: str) -
             ax.plot(seconds, losses, **look, markevery=[-1])
             label = f"{name.removesuffix('_shakespeare_cpu')}\n{losses[-1]:.2f}, {seconds[-1]:.0f} s"
             how: dict[str, Any] = {"textcoords": "offset points", "color": look["color"]}
-            if name == NANOGPT:  # beside its end, others below
-                place, how = (8, 0), {**how, "ha": "left", "va": "center"}
-            else:
-                place, how = (0, -7), {**how, "ha": "center", "va": "top"}
-            ax.annotate(label, (seconds[-1], losses[-1]), place, **how)
+            # beside the end of nanoGPT's curve, below that of the others
+            place, ha, va = ((8, 0), "left", "center") if name == NANOGPT else ((0, -7), "center", "top")
+            ax.annotate(label, (seconds[-1], losses[-1]), place, ha=ha, va=va, **how)
         ax.set_xlim(right=2 * ax.get_xlim()[1])
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.15, min(3.0, high))  # all begin at 4.2

@@ -1,5 +1,6 @@
 # nanoGPT's loss after its CPU command, 1.898, in seconds on a CPU: a model of the same size with the parts of
-# modded-nanogpt's records. The hyperparameters were chosen on the last tenth of the training split (docs/recipe.md).
+# modded-nanogpt's records. The hyperparameters, except the number of steps, were chosen on the last tenth of the
+# training split (docs/recipe.md).
 out_dir = "out-speedrun-shakespeare-cpu"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1

@@ -72,7 +72,7 @@ class GPTConfig:
     token_shift: int = field(
         default=0,
         metadata={
-            "help": "previous tokens that are added to each token's embedding",
+            "help": "number of previous tokens that are added to each embedding",
             "details": "For each previous token, every channel has a trained weight that starts at zero (Peng et al., "
             "RWKV, 2023, section 3.1.1; modded-nanogpt's smear).",
             "min": 0,

@@ -31,9 +31,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 def keep_freed_memory() -> None:
     """Lets glibc keep the memory that tensors free on a CPU, for the tensors of the next step.
 
-    It would give much of it back to the system, which then clears each page before it can be used again.
+    It would give much of it back to the system, which then clears each page before it can be used again. A setting of
+    glibc's own in the environment, such as ``MALLOC_MMAP_THRESHOLD_``, stands.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if not chosen and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # bytes; the most that all versions accept
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 

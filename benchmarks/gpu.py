@@ -394,8 +394,7 @@ def _our_step(options: Options, size: int) -> tuple[Step, int]:
     batch, tokens = MicroBatch(rows[:, :-1], rows[:, 1:], None, 1), size * shape.block_size
 
     def step() -> None:
-        nats, _ = micro_step(runtime, loss, batch, tokens)
-        runtime.step(optimizer, 6e-4, 1.0, nats)
+        runtime.step(optimizer, 6e-4, 1.0, micro_step(runtime, loss, batch, tokens))
 
     return step, tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from folio.errors import UserError
@@ -40,6 +40,25 @@ class State:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not the state of a run: {error}") from None
         return state
+
+
+@dataclass
+class Skipped:
+    """The updates that a run has left out."""
+
+    updates: int = 0
+    in_a_row: int = 0  # since the last loss and gradient that were finite
+    losses: list[float] = field(default_factory=list)  # with which the next one is compared: the window of the guard
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Skipped:
+        """Reads that part of a ``state.json``, which older ones lack. Raises ValueError for an impossible value."""
+        skipped = cls(**values)
+        counts = (skipped.updates, skipped.in_a_row)
+        known = all(type(loss) is float and math.isfinite(loss) for loss in skipped.losses)
+        if not known or not all(type(n) is int and n >= 0 for n in counts):
+            raise UserError("its count of skipped updates, or a loss beside it, is impossible")
+        return skipped
 
 
 def foreign_state(config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None) -> dict[str, Any]:

@@ -263,6 +263,23 @@ class Optimizer:
     grad_clip: float = option(
         1.0, "highest norm of the gradients; 0: no clipping", min=0, nanogpt=True, public=True, advanced=True
     )
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "stop | skip: after a loss or gradient that is not finite",
+        details="stop: the run ends, and the checkpoints stay; skip: the update is left out, and training continues; "
+        "it ends after ten in a row. A gradient that overflows float16 does not count: the loss scale is lowered.",
+        public=True,
+        advanced=True,
+    )
+    max_loss_z: float = option(
+        0.0,
+        "above the mean of the last 128 losses, from which an update is left out; 0: no limit",
+        unit="standard deviations",
+        details="Such a spike is skipped as in OLMo-core, where the limit is 6.",
+        min=0,
+        public=True,
+        advanced=True,
+    )
     decay_lr: bool = option(True, "False: a constant learning rate", nanogpt=True, public=True, advanced=True)
     schedule: Literal["cosine", "linear", "wsd"] = option(
         "cosine",

@@ -7,9 +7,10 @@ The training loop is written for one process on one device. What other devices a
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -108,12 +109,12 @@ class Runtime(Ranks, Updates):
         """A context for a forward and backward: ranks exchange gradients only in the ``last`` micro step of a step."""
         return exchange(loss, last)
 
-    def step(self, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, loss: Tensor) -> Tensor:
-        norm = super().step(optimizer, rate, max_norm, loss)
+    def step(self, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, sums: Tensor) -> Tensor:
+        result = super().step(optimizer, rate, max_norm, sums)
         if self._objective:
             self._objective.update_copy()
         self.first_step_done()
-        return norm
+        return result
 
     def find_not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
         """The first weight, or moment of AdamW as ``<parameter>/<slot>``, with NaN or infinity on any rank, or ""."""
@@ -121,6 +122,11 @@ class Runtime(Ranks, Updates):
         tensors = dict(model.named_parameters()) | shares.slots(model, optimizer, scalars=False)
         marks = self.reduce(torch.stack([(~shares.all_finite(shares.local_part(t))).float() for t in tensors.values()]))
         return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
+
+    def gradient_not_finite(self, model: GPT, norms: Sequence[float]) -> str:
+        """The first parameter whose gradient had NaN or infinity, or "", by the norms that ``step`` returned."""
+        bad = {p for p, norm in zip(self._measured, norms, strict=True) if not math.isfinite(norm)}
+        return next((name for name, p in model.named_parameters() if p in bad), "")
 
     def overflow_remedy(self) -> str:
         """The end of a message about values that are not finite: an option that may avoid them; empty in float32."""

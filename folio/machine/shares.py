@@ -109,14 +109,18 @@ def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = Tr
 
 
 @torch.no_grad()
-def update_averages(optimizer: torch.optim.Optimizer, decay: float) -> None:
-    """average = decay · average + (1 − decay) · weight, in ``state[parameter]``; the first average is the weight."""
+def update_averages(optimizer: torch.optim.Optimizer, decay: float, left_out: Tensor | None = None) -> None:
+    """average = decay · average + (1 − decay) · weight, in ``state[parameter]``; the first average is the weight.
+
+    Where ``left_out`` is 1 instead of 0, the averages stay as they are.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:
         if AVERAGE not in optimizer.state[p]:
             optimizer.state[p][AVERAGE] = p.detach().clone()
     averages = [local_part(optimizer.state[p][AVERAGE]) for p in params]
-    torch._foreach_lerp_(averages, [local_part(p) for p in params], 1 - decay)
+    weight = 1 - decay if left_out is None else [(1 - decay) * (1 - left_out)] * len(params)
+    torch._foreach_lerp_(averages, [local_part(p) for p in params], weight)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from folio.machine import shares
 from folio.machine.graphs import StepGraphs
+from folio.machine.guard import Guard
 
 
 class Updates:
@@ -22,7 +23,10 @@ class Updates:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self._graphs: StepGraphs | None = None
         self._rate = torch.zeros((), device=device) if graphed else None  # the learning rate, where graphs read it
-        self._stuck = torch.zeros((), device=device)  # 1 after a loss or gradient that is not finite
+        self.guard = Guard(device, self.scaler.is_enabled())
+        # 1 if the last update was left out, else 0; None where no other follows such an update
+        self.left_out: Tensor | None = None
+        self._measured: list[nn.Parameter] = []  # those with a gradient in the last update
 
     def use_graphs(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets micro steps and updates run as CUDA graphs, if the choices and the optimizer allow it."""
@@ -62,57 +66,69 @@ class Updates:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, loss: Tensor) -> Tensor:
-        """Clips the gradients, updates at the learning rate, and returns the norm that the gradients had.
+    def step(self, optimizer: torch.optim.Optimizer, rate: float, max_norm: float, sums: Tensor) -> Tensor:
+        """Clips the gradients, and updates at the learning rate unless the ``guard`` leaves the update out.
 
-        ``max_norm`` is that of ``clip``, and graphs keep that of the first call. After a ``loss`` or gradient that is
-        not finite nothing is updated any more.
+        ``sums``, (2,), are the nats and the tokens counted of this step, over all ranks. ``max_norm`` is that of
+        ``clip``, and graphs keep that of the first call.
+
+        Returns [1 if the update was left out, else 0; the norm of all gradients; that of each parameter's], on the
+        device, which the next call may overwrite.
         """
         for group in optimizer.param_groups:
             group["lr"] = rate if self._rate is None or not _recordable(optimizer) else self._rate.fill_(rate)
 
-        def run(loss: Tensor, max_norm: float = max_norm) -> Tensor:
-            norm = self.clip(optimizer, max_norm)
-            self._update(optimizer, loss, norm)
-            return norm
+        def run(sums: Tensor, max_norm: float = max_norm) -> Tensor:
+            norm, norms = self.clip(optimizer, max_norm)
+            left_out = self._update(optimizer, sums, norm)
+            return torch.cat([left_out[None], norm[None], norms])
 
-        def warm_up(loss: Tensor) -> None:
-            self._stuck.fill_(1)  # nothing is updated
-            run(loss, 0.0)  # nor clipped
-            self._stuck.zero_()
+        def warm_up(sums: Tensor) -> None:
+            self.guard.closed.fill_(1)  # nothing is updated
+            run(sums, 0.0)  # nor clipped
+            self.guard.closed.zero_()
 
         if self._graphs and self._graphs.active:
-            return self._graphs.update(run, loss, warm_up)
-        norm = run(loss)
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+            result = self._graphs.update(run, sums, warm_up)
+        else:
+            result = run(sums)
+            optimizer.zero_grad(set_to_none=True)
+        self.left_out = result[0] if self.guard.continues else None
+        return result
 
-    def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-        """Scales the gradients down to the global norm ``max_norm`` (0: no limit); returns the norm before."""
+    def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Scales the gradients down to the global norm ``max_norm`` (0: no limit).
+
+        Returns the norm before, and the norm of each parameter's gradient, (n,).
+        """
         self.scaler.unscale_(optimizer)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in params if p.grad is not None]
+        self._measured = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in self._measured if p.grad is not None]
         if shares.is_sharded(grads[0]):
-            norm = shares.full_tensor(nn.utils.get_total_norm(grads))
-            nn.utils.clip_grads_with_norm_(params, max_norm or float("inf"), norm)
-            return norm
+            norms = shares.full_tensor(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+            norm = torch.linalg.vector_norm(norms)
+            nn.utils.clip_grads_with_norm_(self._measured, max_norm or float("inf"), norm)
+            return norm, norms
         # the same without torch's search for devices and dtypes, which takes as long as the arithmetic of a small model
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norms = torch.stack(torch._foreach_norm(grads))
+        norm = torch.linalg.vector_norm(norms)
         if max_norm:
             torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return norm, norms
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
-        """One step of the optimizer. After a loss or gradient that is not finite, no later call updates anything.
+    def _update(self, optimizer: torch.optim.Optimizer, sums: Tensor, norm: Tensor) -> Tensor:
+        """One step of the optimizer, or none; returns 1 if it was left out, else 0, on the device.
 
-        The check stays on the device: the fused kernels skip their update if ``found_inf`` is set. In float16 the
-        scaler skips single steps instead, since overflowing gradients are normal there.
+        The fused kernels change nothing where ``found_inf`` is 1. Only for other optimizers must the device be asked.
         """
-        if optimizer.defaults.get("fused") and not self.scaler.is_enabled():
-            torch.maximum(self._stuck, (~torch.isfinite(loss + norm)).float(), out=self._stuck)
-            optimizer.found_inf = self._stuck  # type: ignore[attr-defined]
-        self.scaler.step(optimizer)
+        left_out = self.guard.leaves_out(sums, norm)
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf = left_out  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not left_out.item():
+            optimizer.step()
         self.scaler.update()
+        return left_out
 
 
 def _recordable(optimizer: torch.optim.Optimizer) -> bool:

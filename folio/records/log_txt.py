@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from folio.records.record import Record
@@ -11,7 +12,7 @@ LINE = re.compile(rb"(\d+ (train|val|hella) \S+|Epoch \d+ \| iter \d+ \| .+)?\s*
 
 def build_nanogpt(record: Record) -> str:
     match record:
-        case {"kind": "train", "step": step, "loss": float(loss)}:
+        case {"kind": "train", "step": step, "loss": float(loss)} if math.isfinite(loss):
             return f"{step} train {loss:.6f}"
         case {"kind": "eval", "step": step, "val_loss": float(loss)}:
             return f"{step} val {loss:.4f}"
@@ -23,7 +24,7 @@ def build_nanogpt(record: Record) -> str:
 def gpt_from_scratch(epoch: int, record: Record) -> str:
     step: int = record["step"]
     match record:
-        case {"kind": "train", "loss": float(loss)}:
+        case {"kind": "train", "loss": float(loss)} if math.isfinite(loss):
             number, step = divmod(step, epoch)
             return f"Epoch {number} | iter {step} | train loss: {loss:.6f}"
         case {"kind": "eval", "val_loss": float(loss)}:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from folio import files
 from folio.records.record import Record
 
-REWRITTEN = ("train", "start")  # kinds of records that a resumed run writes again for its first step
+REWRITTEN = ("train", "start", "skipped")  # kinds of records that a resumed run writes again for its first step
 _BEGINNING = b'{"kind": '  # how a record begins; it cannot occur inside one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +18,8 @@ from folio.training.batches import MicroBatch, batches
 from folio.training.memory_advice import advise_on_memory
 from folio.training.run import Figures, Run
 from folio.training.schedule import learning_rate
-from folio.training.stopping import as_numbers, finished, not_finite_error, requested, signals, stop_request
+from folio.training.skipping import skip_update
+from folio.training.stopping import STOP_REQUESTS, as_numbers, finished, requested, signals, stop_request
 from folio.training.work import measure_once, run_scheduled_work
 
 
@@ -29,7 +29,7 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
     Step N means N updates done: work scheduled at N sees the weights after N updates.
 
     Raises:
-        FloatingPointError: the loss is not finite; weights and checkpoints stay as they were before.
+        FloatingPointError: the loss or the gradient is not finite; weights and checkpoints stay as they were before.
     """
     if run.read_only:
         measure_once(run)
@@ -52,10 +52,10 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
                 sums += micro_step(runtime, run.loss, batch, run.tokens_per_step, last)
             sums = runtime.reduce(torch.cat([sums, as_numbers(stop_request(run), runtime.device)]))
             rate = learning_rate(state.step, config)
-            norm = runtime.step(run.optimizer, rate, config.grad_clip, sums[0])
+            result = runtime.step(run.optimizer, rate, config.grad_clip, sums[:2])
 
             log_step(run)  # the step before; on a GPU this one still runs
-            figures = read_later(torch.cat([sums, norm[None]]))
+            figures = read_later(torch.cat([sums, result]))
             run.pending = Figures(state.step, rate, time.perf_counter(), figures)
             state.step += 1
             state.rows += run.rows_per_step
@@ -85,17 +85,17 @@ def log_step(run: Run) -> None:
     """Reads the last step's figures, logs them, and stops the run if any rank requested it.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite.
+        FloatingPointError: as ``skip_update``.
     """
     if run.pending is None:
         return
     (step, rate, at, read), run.pending = run.pending, None
-    nats, tokens, *requests, norm = read()
-    loss = nats / tokens
-    # float16 overflows now and then, which its scaler handles
-    if not math.isfinite(loss) or not (math.isfinite(norm) or run.runtime.scaler.is_enabled()):
-        what = "loss" if not math.isfinite(loss) else "gradient"
-        raise not_finite_error(run, f"the {what} of step {step} is not finite", step)
+    nats, tokens, *more = read()
+    loss, requests, (left_out, norm, *norms) = nats / tokens, more[: len(STOP_REQUESTS)], more[len(STOP_REQUESTS) :]
+    if left_out:
+        skip_update(run, step, rate, loss, norm, norms)
+    else:
+        run.skipped.in_a_row = 0
     run.stop = requested(requests)
     if step % run.config.logging.log_interval == 0:
         run.clock.end_lap(step + 1, at)

@@ -60,7 +60,6 @@ class Muon(torch.optim.Optimizer):
         self._dtype, self._polynomials = dtype, polynomials
         mine = [{"parts": 1, "momentum": momentum, **group} for group in matrices]
         super().__init__([*mine, *others], {**self._adamw.defaults, "rate": 1.0})
-        self._step_supports_amp_scaling = True  # so that GradScaler sets found_inf, and waits for no device
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -10,7 +10,7 @@ from folio import files
 from folio.checkpoints import checkpoint, find, pt_files
 from folio.checkpoints.pt_files import PtFile
 from folio.checkpoints.safetensors_files import Tensors
-from folio.checkpoints.state import State
+from folio.checkpoints.state import Skipped, State
 from folio.config.compose import over_files
 from folio.config.options import TrainConfig
 from folio.config.table import flat
@@ -158,10 +158,12 @@ def restore(run: Run, former: FormerRun) -> list[str]:
         run.runtime.scaler.load_state_dict(state["scaler"])
     try:
         run.state, run.owed = State.of(state), set(state.get("owed", ()))
+        run.skipped = Skipped.of(state.get("skipped", {}))
     except (TypeError, ValueError) as error:
         raise UserError(f"{found.path} is damaged: {error}; start afresh with --init_from=scratch") from None
     if mine != theirs:
         run.owed.discard("ema")  # the average starts again too, after the next update
+    run.runtime.guard.restore(run.skipped.losses)
     run.begun = run.state.step
     run.clock.started -= run.state.seconds
     notes.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")

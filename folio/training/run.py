@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from folio.checkpoints.state import State
+from folio.checkpoints.state import Skipped, State
 from folio.config.options import TrainConfig
 from folio.data.rows import Tokens
 from folio.data.tokenizers import Tokenizer, from_json
@@ -42,7 +42,7 @@ class Figures(NamedTuple):
     step: int
     learning_rate: float
     requested_at: float  # time.perf_counter when the step had been sent to the device
-    read: Callable[[], list[float]]  # [nats, tokens, one number per stop request, gradient norm]
+    read: Callable[[], list[float]]  # [nats, tokens, one number per stop request, the result of Runtime.step]
 
 
 @dataclass
@@ -103,6 +103,7 @@ class Run:
     read_only: bool = False  # eval_only: measures the loss once and writes no file
     work: list[Work] = field(default_factory=list)  # between updates
     clock: Clock = field(default_factory=Clock)
+    skipped: Skipped = field(default_factory=Skipped)
     begun: int = 0  # the step this process began at
     stop: str = ""  # why the loop ends: one of stopping.ENDS or stopping.EXIT_CODES
     signal: str = ""  # the name of the one that this rank received

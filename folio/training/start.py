@@ -28,6 +28,7 @@ from folio.locks import Lock
 from folio.machine import autotune, launch, shortage
 from folio.machine.choices import resolve
 from folio.machine.flops import flops_per_token
+from folio.machine.guard import Guard
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
 from folio.model.config import PADDED_GPT2, GPTConfig
@@ -137,6 +138,8 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         loss, more = _wrap(config, model, tokens, runtime)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model, runtime.dtype)
+        skips, max_z = config.optimizer.on_nonfinite == "skip", config.optimizer.max_loss_z
+        runtime.guard = Guard(runtime.device, runtime.scaler.is_enabled(), skips, max_z)
         if not config.logging.profile:  # which shows single operations
             runtime.use_graphs(optimizer)
         optimizers.check_first_update(optimizer)

@@ -61,10 +61,10 @@ def not_finite_error(run: Run, what: str, updates: int) -> FloatingPointError:
     remedy = "lower --learning_rate" + (
         f", or resume from step {kept[-1]}" if kept else "; there is no checkpoint yet to resume from"
     )
-    if updates == run.begun:
-        earlier = [step for step in kept if step < updates]
+    if updates <= run.begun:
+        earlier = [step for step in kept if step < run.begun]
         remedy = "the weights that the run began with are the cause: " + (
-            f"move {run_folder.checkpoint_folder(run.out_dir, updates)} away and resume from step {earlier[-1]}"
+            f"move {run_folder.checkpoint_folder(run.out_dir, run.begun)} away and resume from step {earlier[-1]}"
             if earlier
             else "begin with other weights, or with another --dtype"
         )

@@ -196,7 +196,8 @@ def update_averages(run: Run) -> tuple[()]:
     The decay of update t is at most (1 + t) / (10 + t), as in TensorFlow's ``ExponentialMovingAverage``.
     """
     t = run.state.step
-    shares.update_averages(run.optimizer, min(run.config.optimizer.ema_decay, (1 + t) / (10 + t)))
+    decay = min(run.config.optimizer.ema_decay, (1 + t) / (10 + t))
+    shares.update_averages(run.optimizer, decay, run.runtime.left_out)
     return ()
 
 
@@ -267,9 +268,11 @@ def save_checkpoint(run: Run) -> tuple[()]:
     meanwhile = meanwhile and not run.stop
     weights, slots = runtime.full_state(run.model, run.optimizer, copy=meanwhile)
     run.state.seconds = run.clock.seconds()
+    run.skipped.losses = runtime.guard.losses()
     state = {
         "run": run.id,
         **asdict(run.state),
+        "skipped": asdict(run.skipped),
         "model": asdict(run.model.config),
         "tokenizer": run.tokenizer,
         "data": run.tokens.fingerprint(),

@@ -19,6 +19,7 @@ from folio import rng
 from folio.config.options import Optimizer, System
 from folio.machine import choices, graphs
 from folio.machine.graphs import RecordingError, Replay, StepGraphs
+from folio.machine.guard import Guard
 from folio.machine.runtime import Runtime
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
@@ -62,7 +63,7 @@ class Steps:
             ids = self.runtime.move(ids)
             self.runtime.seed(rng.key("dropout", number, micro))
             sums += self.runtime.differentiate(self.loss, ids[:, :-1], ids[:, 1:], None, scale=0.01)
-        norm = self.runtime.step(self.optimizer, 1e-2 / (1 + number), 1.0, sums[0])
+        norm = self.runtime.step(self.optimizer, 1e-2 / (1 + number), 1.0, sums)[1]
         return sums[0].item(), norm.item()
 
     def state(self) -> dict[str, Tensor]:
@@ -167,6 +168,26 @@ def test_nothing_is_updated_after_a_loss_that_is_not_finite(device: str) -> None
     steps.factor.fill_(1)
     steps(2)
     assert all(torch.equal(here, good[name]) for name, here in steps.state().items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", [None, _muon], ids=["adamw", "muon"])
+def test_updates_that_are_left_out(device: str, optimizer: Any) -> None:
+    """Of a loss that is not finite and of a spike: the other steps are those of a run without them."""
+    plain, graphed = Steps(device, False, optimizer), Steps(device, True, optimizer)
+    for steps in (plain, graphed):
+        steps.runtime.guard = Guard(steps.runtime.device, False, skips=True, max_z=100.0)
+        steps.runtime.guard.restore([2.9, 2.91] * 64)
+    for number, factor in enumerate([1.0, math.inf, 1.0, 2.0, 1.0]):
+        graphed.factor.fill_(factor)
+        found = graphed(number)
+        assert graphed.runtime.left_out == (factor != 1)
+        assert factor != 1 or found == pytest.approx(plain(number), rel=1e-4)
+    for name, here in graphed.state().items():
+        torch.testing.assert_close(here, plain.state()[name], rtol=1e-3, atol=1e-5)
+    usual, seen = plain.runtime.guard.losses(), graphed.runtime.guard.losses()
+    assert len(seen) == len(usual) == 128
+    assert seen[-2] < 2 * usual[-2]  # the spike, as the limit
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import statistics
@@ -58,7 +59,7 @@ from folio.training.batches import MicroBatch
 from folio.training.loop import micro_step
 from folio.training.nanogpt import load, load_model
 
-LIMITS = {"tests": 150, "exact": 150, "preset": 60, "sampling": 40, "step": 40}  # seconds
+LIMITS = {"tests": 150, "exact": 150, "kills": 150, "preset": 60, "sampling": 40, "step": 40}  # seconds
 READY = 170.0  # seconds after the start, until which the programs of the table may compile
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=1, n_head=1, n_embd=8, bias=False)
 Result = dict[str, Any]
@@ -152,24 +153,41 @@ def tests(options: Options) -> Result:
 
 def exact(options: Options, preset: str = "train_shakespeare_char") -> Result:
     """A run that is killed and resumed has the bits of one that is not, under --deterministic=True, compiled."""
+    flags = [f"--compile={not options.smoke}", "--max_iters=150", "--eval_interval=50", "--warmup_iters=10"]
+    return _killed(options, preset, flags, [110], LIMITS["exact"])
+
+
+def kills(options: Options) -> Result:
+    """The same after several kills at random moments, many of them within an evaluation or a checkpoint."""
+    steps = sorted(random.Random(1).sample(range(290), 2 if options.smoke else 6))
+    flags = ["--compile=False", "--max_iters=300", "--eval_interval=10", "--checkpoint_interval=5"]
+    return _killed(options, "train_shakespeare_char", flags, steps, LIMITS["kills"])
+
+
+def _killed(options: Options, preset: str, flags: list[str], steps: list[int], limit: float) -> Result:
+    """Compares an undisturbed run and one that is killed soon after each of these steps and started again."""
+    until, chance = time.perf_counter() + limit, random.Random(2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        flags = [*_preset(options, folder, preset), "--deterministic=True", f"--compile={not options.smoke}"]
-        flags += ["--max_iters=150", "--eval_interval=50", "--always_save_checkpoint=True", "--warmup_iters=10"]
+        flags = [*_preset(options, folder, preset), *flags, "--deterministic=True", "--always_save_checkpoint=True"]
 
-        def run(out: str, *more: str) -> subprocess.Popen[str]:
-            return _spawn([sys.executable, "train.py", *flags, *more, f"--out_dir={folder / out}"], ROOT)
+        def run(out: str) -> subprocess.Popen[str]:
+            return _spawn([sys.executable, "train.py", *flags, "--init_from=auto", f"--out_dir={folder / out}"], ROOT)
 
-        whole, killed = run("whole"), run("killed")
-        _until(killed, folder / "killed", 110)
-        _kill(killed)
-        resumed = run("killed", "--init_from=resume")
-        outputs = [_end(child, LIMITS["exact"]) for child in (whole, resumed)]
+        whole = run("whole")
+        for step in steps:
+            killed = run("killed")
+            _until(killed, folder / "killed", step)
+            time.sleep(chance.uniform(0, 0.1))
+            _kill(killed)
+        resumed = run("killed")
+        outputs = [_end(child, until - time.perf_counter()) for child in (whole, resumed)]
         if whole.returncode or resumed.returncode:
             return {"exact": False, "output": "\n".join(map(_text, outputs))}
         losses, bits = zip(*(_outcome(folder / out) for out in ("whole", "killed")), strict=True)
         warned = [line for output in outputs for line in output.splitlines() if "Warning" in line or "rounding" in line]
-        return {"exact": losses[0] == losses[1] and bits[0] == bits[1], "steps": len(losses[0]), "warnings": warned}
+        same = losses[0] == losses[1] and bits[0] == bits[1]
+        return {"exact": same, "kills": len(steps), "steps": len(losses[0]), "warnings": warned}
 
 
 def _outcome(out: Path) -> tuple[list[float], list[str]]:
@@ -440,6 +458,7 @@ CHECKS: dict[str, Callable[[Options], Result]] = {
     "tests": tests,
     "exact": exact,
     "exact recipe": partial(exact, preset="speedrun_shakespeare_gpu"),
+    "kills": kills,
 }
 WORK = {  # calls in a round
     "sampling 1": {"nanogpt": 1, "folio": 1},

@@ -71,6 +71,12 @@ class Lock:
 _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
+def release_all() -> None:
+    """Releases every lock of this process, which is about to end without unwinding."""
+    for lock in list(_HELD):
+        lock.release()
+
+
 def _close_inherited() -> None:
     """Closes the parent's locks in a child process, so that the parent's end releases them."""
     for lock in list(_HELD):

@@ -68,7 +68,7 @@ def test_the_rows_of_a_gpu() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout[done.stdout.index("{\n") :])
     assert [name for name, row in found["rows"].items() if "failed" in row] == []
-    assert all(found["rows"][name]["exact"] for name in ("exact", "exact recipe"))
+    assert all(found["rows"][name]["exact"] for name in ("exact", "exact recipe", "kills"))
     lines = done.stdout.splitlines()[1 : len(found["rows"]) + 1]
     assert [line.split(":")[0] for line in lines] == list(found["rows"])
 

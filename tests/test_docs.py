@@ -328,3 +328,11 @@ def test_every_link_works(document: Path, clone: Path) -> None:
         path = (clone / document.relative_to(ROOT).parent / name) if name else clone / document.relative_to(ROOT)
         assert path.exists(), link
         assert not anchor or anchor in anchors(path), link
+
+
+def test_each_promise_of_reliability_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) == text.count("::") - 1 > 30  # it explains the sign once
+    for path, name in named:
+        assert f"\ndef {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), f"{path}::{name}"

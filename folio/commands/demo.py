@@ -10,16 +10,17 @@ from pathlib import Path
 from folio.config.options import Sampling
 from folio.config.options import TrainConfig as Options
 from folio.records.console import say
+from folio.training.signals import EXIT_CODES, exit_on_signal
 
 PRESET = "speedrun_stdlib"  # read before the command line, unless that names another preset
 
 
+@exit_on_signal()
 def main(options: Options) -> int:
     from folio.data.token_files import META
     from folio.preparation.job import prepare
     from folio.preparation.recipes import known
     from folio.training.showcase import show
-    from folio.training.stopping import EXIT_CODES
 
     folder = Path(options.data.data_dir or Path("data") / options.data.dataset)
     if not (folder / META).exists():

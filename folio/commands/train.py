@@ -12,14 +12,15 @@ from folio.config.options import TrainConfig as Options
 from folio.config.table import options_with, override
 from folio.config.values import COMMAND_LINE
 from folio.records.console import say
+from folio.training.signals import EXIT_CODES, exit_on_signal
 
 _FINEWEB = "train_gpt2_124m_fineweb"
 
 
+@exit_on_signal()
 def main(options: Options) -> int:
     from folio.training.loop import fit
     from folio.training.start import running
-    from folio.training.stopping import EXIT_CODES
 
     with running(_with_fineweb_preset(options)) as run:
         return EXIT_CODES.get(fit(run), 0)

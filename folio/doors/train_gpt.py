@@ -11,6 +11,7 @@ from folio.config.options import Sampling, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
 from folio.model.config import PADDED_GPT2
+from folio.training.signals import EXIT_CODES, exit_on_signal
 
 NAMES = {  # flag → option of folio train with another name
     "data_root": "data_dir",
@@ -83,10 +84,10 @@ def configured(options: Options) -> TrainConfig:
     )
 
 
+@exit_on_signal()
 def main(options: Options) -> int:
     from folio.data.folders import find
     from folio.training.showcase import show
-    from folio.training.stopping import EXIT_CODES
 
     config = configured(options)
     try:

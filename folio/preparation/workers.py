@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def results(
     waiting: deque[tuple[Block, Future[Any]]] = deque()
     try:
         for block in blocks:
-            waiting.append((block, pool.submit(_run, block.spans)))
+            with _interrupts_held():  # it may start a process
+                waiting.append((block, pool.submit(_run, block.spans)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -111,6 +113,19 @@ def results(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds SIGINT back, in a process that is started inside for ever: Ctrl-C reaches it too, before ``_begin``."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _job: Callable[[Spans], Any]

@@ -18,8 +18,9 @@ from folio.training.batches import MicroBatch, batches
 from folio.training.memory_advice import advise_on_memory
 from folio.training.run import Figures, Run
 from folio.training.schedule import learning_rate
+from folio.training.signals import save_on_signal
 from folio.training.skipping import skip_update
-from folio.training.stopping import STOP_REQUESTS, as_numbers, finished, requested, signals, stop_request
+from folio.training.stopping import STOP_REQUESTS, agreed_signal, as_numbers, finished, requested, stop_request
 from folio.training.work import measure_once, run_scheduled_work
 
 
@@ -36,7 +37,7 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
         return run.stop
     config, state, runtime = run.config.optimizer, run.state, run.runtime
     advice = partial(advise_on_memory, run.config, run.model.config, runtime)
-    with shortage.explained("training", advice), signals(run), read(run) as steps:
+    with shortage.explained("training", advice), save_on_signal(run), read(run) as steps:
         run.log.start(state.step, run.tokens_per_step)
         run.clock.begin_lap(state.step)
         while True:
@@ -45,11 +46,9 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             if run.stop:
                 return run.stop
 
-            sums = torch.zeros(2, device=runtime.device)
-            micro_batches = next(steps)
-            for batch in micro_batches:
-                last = batch is micro_batches[-1]
-                sums += micro_step(runtime, run.loss, batch, run.tokens_per_step, last)
+            sums = accumulate(run, next(steps))
+            if sums is None:
+                continue
             sums = runtime.reduce(torch.cat([sums, as_numbers(stop_request(run), runtime.device)]))
             rate = learning_rate(state.step, config)
             result = runtime.step(run.optimizer, rate, config.grad_clip, sums[:2])
@@ -60,6 +59,22 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             state.step += 1
             state.rows += run.rows_per_step
             state.tokens += run.tokens_per_step
+
+
+def accumulate(run: Run, micro_batches: list[MicroBatch]) -> Tensor | None:
+    """The micro steps of a step: their sum of [nats, tokens counted], (2,), on the device.
+
+    None if any rank received a signal before the last of them, which stops the run: a step may take minutes, and a
+    launcher kills a process half a minute after a signal. The resumed run makes the whole step.
+    """
+    runtime, sums = run.runtime, torch.zeros(2, device=run.runtime.device)
+    for number, batch in enumerate(micro_batches, 1):
+        if number > 1 and (signal := agreed_signal(run)):
+            log_step(run)
+            run.stop = signal
+            return None
+        sums += micro_step(runtime, run.loss, batch, run.tokens_per_step, number == len(micro_batches))
+    return sums
 
 
 def micro_step(runtime: Runtime, loss: Loss, batch: MicroBatch, tokens_per_step: int, last: bool = True) -> Tensor:

@@ -164,7 +164,7 @@ def restore(run: Run, former: FormerRun) -> list[str]:
     if mine != theirs:
         run.owed.discard("ema")  # the average starts again too, after the next update
     run.runtime.guard.restore(run.skipped.losses)
-    run.begun = run.state.step
+    run.begun = run.saved = run.state.step
     run.clock.started -= run.state.seconds
     notes.append(f"resuming {found.path if isinstance(found, PtFile) else run.out_dir} at step {run.begun}")
     if run.begun and mine == theirs and not run.optimizer.state:

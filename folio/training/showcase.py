@@ -9,8 +9,8 @@ from folio.records.plot import draw
 from folio.records.run_folder import PICTURE
 from folio.training.loop import fit
 from folio.training.run import Run
+from folio.training.signals import EXIT_CODES
 from folio.training.start import running
-from folio.training.stopping import EXIT_CODES
 
 
 def show(config: TrainConfig, how: Sampling) -> Run:

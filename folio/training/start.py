@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,8 +62,7 @@ def build(config: TrainConfig) -> Run:
     read_only = config.evaluation.eval_only
     lock = None if read_only else _hold(config)
     try:
-        with _released_at_sigterm(lock):
-            return _build(config, lock, read_only)
+        return _build(config, lock, read_only)
     except BaseException:
         if lock:
             lock.release()
@@ -83,25 +79,6 @@ def _hold(config: TrainConfig) -> Lock | None:
         return run_folder.hold(out_dir)
     except OSError as error:
         raise unwritable(out_dir, error) from None
-
-
-@contextmanager
-def _released_at_sigterm(lock: Lock | None) -> Iterator[None]:
-    """SIGTERM releases the lock before it ends the process: a launcher sends it when another process fails."""
-    if lock is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def release(number: int, frame: Any) -> None:
-        lock.release()
-        signal.signal(number, before)
-        os.kill(os.getpid(), number)
-
-    before = signal.signal(signal.SIGTERM, release) or signal.SIG_DFL
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:

@@ -1,12 +1,8 @@
-"""Why a run stops: its stop reasons, signals, and numbers that are not finite."""
+"""Why a run stops: its stop reasons, and numbers that are not finite."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,9 +10,6 @@ from torch import Tensor
 from folio.records import run_folder
 from folio.training.run import Run
 
-# those that this system has
-_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")]
-EXIT_CODES = {s.name: 128 + s for s in _SIGNALS}  # stop reason → exit code of the process, else 0
 ENDS = ("max_iters", "patience", "max_minutes")  # stop reasons after which everything is measured once more
 # reasons that one rank may have alone, the most urgent first; each has a number in the small reduction of a step
 STOP_REQUESTS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT", "max_minutes")
@@ -33,6 +26,13 @@ def finished(run: Run) -> str:
 def stop_request(run: Run) -> str:
     """Why this rank asks all ranks to stop, or ""."""
     return run.signal or ("max_minutes" if run.clock.expired else "")
+
+
+def agreed_signal(run: Run) -> str:
+    """The most urgent signal that any rank received, or "": the same on every rank, without waiting for the device."""
+    if not run.runtime.sum(float(bool(run.signal))):
+        return ""
+    return most_urgent(run.runtime.gather(run.signal))
 
 
 def as_numbers(request: str, device: torch.device) -> Tensor:
@@ -69,30 +69,3 @@ def not_finite_error(run: Run, what: str, updates: int) -> FloatingPointError:
             else "begin with other weights, or with another --dtype"
         )
     return FloatingPointError(f"{what}, so training stopped: {remedy}")
-
-
-@contextmanager
-def signals(run: Run) -> Iterator[None]:
-    """Inside, a signal ends the run after the step, with a checkpoint; a second SIGINT ends it at once.
-
-    The signals are SIGINT, SIGTERM, SIGHUP (a lost connection) and SIGUSR1 (Slurm's warning). One that the caller
-    ignores, as nohup ignores SIGHUP, stays ignored; but not SIGINT, which a shell ignores for every background job.
-    """
-
-    def receive(number: int, frame: Any) -> None:
-        if run.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.signal = signal.Signals(number).name
-        with suppress(RuntimeError):  # the signal came while another line was being written
-            run.log.say(f"{run.signal}: finishing the step and saving; press Ctrl-C to exit at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handled = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
-    before = {s: signal.signal(s, receive) for s in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -15,7 +15,7 @@ from folio.machine.profiler import WARM_UP, Peak, Profiler
 from folio.training.batches import MicroBatch, batches
 from folio.training.loop import fit
 from folio.training.run import Run, Work
-from folio.training.stopping import EXIT_CODES
+from folio.training.signals import EXIT_CODES
 
 OURS = "Folio"
 PARTS = ("rows", "forward", "backward", "update", "host", "other")

@@ -23,7 +23,8 @@ from folio.records import run_folder
 from folio.records.record import Record
 from folio.training.run import Run, Work
 from folio.training.schedule import learning_rate
-from folio.training.stopping import ENDS, EXIT_CODES, finished, most_urgent, not_finite_error
+from folio.training.signals import EXIT_CODES
+from folio.training.stopping import ENDS, agreed_signal, finished, not_finite_error
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ def run_scheduled_work(run: Run) -> None:
                 for record in work.do(run):
                     run.log.write(record)
             run.stop = run.stop or finished(run)
+        run.worked = run.state.step
         if not run.stop:
             run.owed.clear()
 
@@ -70,10 +72,11 @@ def measure_once(run: Run) -> None:
 def scheduled(run: Run, interval: int, *, at_end: bool, first: int = 0, again: bool = False) -> bool:
     """Whether the step is a multiple of ``interval``, or ``at_end``; not before step ``first``.
 
-    An earlier process did the work of the step at which this one resumed, unless it is to be done ``again``.
+    The work is done once at a step, unless it is to be done ``again``: an earlier process did that of the step at which
+    this one resumed, and a signal between two micro steps returns to the step whose work is done.
     """
     step = run.state.step
-    new = again or run.begun == 0 or step != run.begun
+    new = again or (step != run.worked and (run.begun == 0 or step != run.begun))
     return new and step >= first and (step % interval == 0 or at_end)
 
 
@@ -150,8 +153,8 @@ def watched(run: Run, what: str) -> Callable[[Sequence[T]], Iterator[T]]:
 
     def track(parts: Sequence[T]) -> Iterator[T]:
         for number, part in enumerate(parts, 1):
-            if run.runtime.sum(float(bool(run.signal))):
-                run.stop = most_urgent(run.runtime.gather(run.signal))
+            if stop := agreed_signal(run):
+                run.stop = stop
                 raise _AbandonedError
             run.log.busy(f"{what} {number} of {len(parts)}")
             yield part
@@ -232,7 +235,8 @@ def sample(run: Run, tokenizer: Tokenizer, how: Sampling) -> list[Record]:
 
 
 def _replicas_scheduled(run: Run) -> bool:
-    return scheduled(run, run.config.processes.check_replicas_every, at_end=bool(run.stop), first=1)
+    ends = bool(run.stop)
+    return scheduled(run, run.config.processes.check_replicas_every, at_end=ends, first=1, again=ends)
 
 
 def check_replicas(run: Run) -> tuple[()]:
@@ -245,8 +249,9 @@ def _checkpoint_scheduled(run: Run) -> bool:
     interval = run.config.output.checkpoint_interval
     if interval == "auto":
         interval = run.config.evaluation.eval_interval
-    best = run.state.best is not None and run.state.best["step"] == run.state.step
-    return scheduled(run, interval, at_end=best or bool(run.stop), first=1, again=run.caught_up)
+    step, best = run.state.step, run.state.best is not None and run.state.best["step"] == run.state.step
+    due = step % interval == 0 or best or bool(run.stop)
+    return due and step > 0 and (step != run.saved or run.caught_up)
 
 
 def save_checkpoint(run: Run) -> tuple[()]:
@@ -296,6 +301,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
 
     run.log.say(f"saving checkpoint to {run_folder.checkpoint_folder(run.out_dir, step)}")
     runtime.write(write, wait=not meanwhile)
+    run.saved = step
     return ()
 
 
@@ -326,4 +332,4 @@ def profiling(run: Run) -> tuple[Work, Work]:
     def begins(run: Run) -> bool:
         return run.state.step == first or (bool(run.stop) and run.state.step < last)
 
-    return Work(lambda run: run.state.step == last, end), Work(begins, begin)
+    return Work(lambda run: run.state.step == last != run.worked, end), Work(begins, begin)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from children import Child
+from children import Child, free_port
 from conftest import ROOT, SMALL
 
 from folio import cli
@@ -73,17 +72,6 @@ def go(data: Path, out: Path, *flags: str) -> int:
     """A run in this process."""
     argv = [*RUN, f"--data_dir={data}", f"--out_dir={out}", *flags]
     return train.main(cli.parse(train.Options, argv, "folio train", files=True))
-
-
-def by_hand_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in there.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def together(*commands: tuple[list[Any], dict[str, str]]) -> list[subprocess.CompletedProcess[str]]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import GROUP, Child, Spawn, group, reached, to_its_end
+from children import GROUP, Child, Spawn, by_hand_variables, free_port, group, reached, to_its_end
 from conftest import ROOT, SMALL, python
-from launches import ENDLESS, by_hand_variables, faulty, free_port, said_at_its_end
+from launches import ENDLESS, faulty, said_at_its_end
 from run_results import timeless
 
 from folio import cli

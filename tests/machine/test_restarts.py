@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import Spawn, group, reached, to_its_end
-from launches import by_hand_variables, free_port, go, saved
+from children import Spawn, by_hand_variables, free_port, group, reached, to_its_end
+from launches import go, saved
 from run_results import assert_same_bits, timeless
 
 from folio.machine import launch

@@ -147,23 +147,6 @@ def test_a_signal_in_a_long_evaluation(spawn: Spawn, story: Path, tmp_path: Path
     assert find.choose(out, "latest").state["owed"] == []
 
 
-@pytest.mark.slow
-def test_a_second_interrupt_leaves_at_once(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """In the middle of a long step, without a checkpoint."""
-    out = tmp_path / "out"
-    large = ("--n_embd=256", "--block_size=128", "--batch_size=16", "--gradient_accumulation_steps=200")
-    child = spawn(*alone(out, story), *large, "--eval_iters=1")
-    child.wait_until(lambda: "step 0: train loss" in child.output())
-    child.kill([child.process.pid], signal.SIGINT)
-    child.wait_until(lambda: "SIGINT: finishing the step and saving; press Ctrl-C to exit at once" in child.output())
-    time.sleep(0.2)
-    assert child.process.poll() is None  # the step continues
-    child.kill([child.process.pid], signal.SIGINT)
-    assert child.end(5) == 130
-    assert run_folder.steps(out) == []
-    assert "Traceback" not in child.output()
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_in_the_last_step(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The run, or the one that resumes it, makes the same last evaluation as an uninterrupted one."""

@@ -48,7 +48,7 @@ class Skipped:
 
     updates: int = 0
     in_a_row: int = 0  # since the last loss and gradient that were finite
-    losses: list[float] = field(default_factory=list)  # with which the next one is compared: the window of the guard
+    losses: list[float] = field(default_factory=list)  # the guard's window of recent losses
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Skipped:

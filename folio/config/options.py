@@ -265,17 +265,17 @@ class Optimizer:
     )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
-        "stop | skip: after a loss or gradient that is not finite",
-        details="stop: the run ends, and the checkpoints stay; skip: the update is left out, and training continues; "
-        "it ends after ten in a row. A gradient that overflows float16 does not count: the loss scale is lowered.",
+        "stop | skip: what to do after a loss or gradient that is not finite",
+        details="stop: the run ends, and its checkpoints stay. skip: the update is left out and training continues; "
+        "ten such updates in a row end the run. A gradient that overflows float16 does not count: its update is left "
+        "out, and the loss scale is lowered.",
         public=True,
         advanced=True,
     )
     max_loss_z: float = option(
         0.0,
-        "above the mean of the last 128 losses, from which an update is left out; 0: no limit",
-        unit="standard deviations",
-        details="Such a spike is skipped as in OLMo-core, where the limit is 6.",
+        "leave out the update of a loss this many standard deviations above the mean; 0: never",
+        details="The mean is that of the last 128 losses. As in OLMo-core, where the limit is 6.",
         min=0,
         public=True,
         advanced=True,

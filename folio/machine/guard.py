@@ -11,14 +11,15 @@ WINDOW = 128  # losses with which one is compared: OLMo-core's rolling_interval_
 class Guard:
     """Leaves out an update whose loss or gradient is not finite, or whose loss is a spike.
 
-    With ``skips``, later updates are made again; without, none is once a loss or gradient was not finite. With
-    ``scaled``, as in float16, a gradient that is not finite leaves out its own update only: the scaler then lowers its
-    scale.
+    With ``skips``, updates resume with the next finite loss and gradient. Without it, the first loss or gradient that
+    is not finite ends all updates. With ``scaled``, as in float16, a gradient that is not finite leaves out its own
+    update only: the scaler then lowers its scale.
 
-    A spike is a loss more than ``max_z`` (0: infinitely many) standard deviations above the mean of the last ``WINDOW``
-    losses, once there are so many. Its update is left out as in OLMo-core (``SkipStepOptimizer``, which also looks at
-    the gradient's norm, and downwards). In the window it counts as the limit that it passed, so a single spike hides no
-    later one, and a loss that stays high is soon no spike any more.
+    A spike is a loss more than ``max_z`` (0: no limit) standard deviations above the mean of the last ``WINDOW``
+    losses, once there are so many. Its update is left out as in OLMo-core (``SkipStepOptimizer``, which starts after
+    half a window, stores spikes as they are, and also checks the gradient's norm and falls). The window stores a spike
+    as the limit that it exceeded. So one spike does not hide the next, and a loss that stays high is accepted after
+    some steps.
     """
 
     def __init__(self, device: torch.device, scaled: bool, skips: bool = False, max_z: float = 0.0) -> None:
@@ -51,8 +52,9 @@ class Guard:
 
     def restore(self, losses: list[float]) -> None:
         """Takes the window of a checkpoint."""
-        recent = torch.tensor(losses[-WINDOW:])
-        self._losses[WINDOW - len(recent) :] = recent
+        if self._max_z:
+            recent = torch.tensor(losses[-WINDOW:])
+            self._losses[WINDOW - len(recent) :] = recent
 
 
 def _not_finite(value: Tensor) -> Tensor:

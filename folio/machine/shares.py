@@ -115,6 +115,8 @@ def update_averages(optimizer: torch.optim.Optimizer, decay: float, left_out: Te
     Where ``left_out`` is 1 instead of 0, the averages stay as they are.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if left_out is not None and not any(optimizer.state[p] for p in params):
+        return  # the first update, left out by an optimizer that was not called: its state must stay empty
     for p in params:
         if AVERAGE not in optimizer.state[p]:
             optimizer.state[p][AVERAGE] = p.detach().clone()
@@ -127,6 +129,8 @@ def update_averages(optimizer: torch.optim.Optimizer, decay: float, left_out: Te
 def swap_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Exchanges the values of the weights and of their moving averages."""
     for p in model.parameters():
+        if AVERAGE not in optimizer.state[p]:
+            continue
         weight, average = local_part(p), local_part(optimizer.state[p][AVERAGE])
         before = weight.clone()
         weight.copy_(average)

@@ -44,6 +44,7 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             run.stop = stop_reason(run)
             run_scheduled_work(run)
             if run.stop:
+                runtime.wait_for_write()  # of this step's checkpoint, if a signal came between its micro steps
                 return run.stop
 
             sums = accumulate(run, next(steps))

@@ -54,7 +54,8 @@ class _Watcher:
         while byte := self._reader.recv(1):
             if not (name := numbers.get(byte[0])):
                 continue  # of another handler
-            if first and not self.training and not (self.run and self.run.signal):  # else ``fit`` has just ended by it
+            ended = self.run is not None and (self.run.signal or self.run.stop in EXIT_CODES)
+            if first and not self.training and not ended:  # else ``fit`` has just ended by a signal
                 _exit(name)
             elif first:
                 self._exit_later(name, _TO_AGREE, self._has_no_update)
@@ -163,7 +164,8 @@ def _forget() -> None:
         _WATCHERS.pop()
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if callable(signal.getsignal(number)):  # what the caller ignores stays ignored
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 if hasattr(os, "register_at_fork"):

@@ -234,14 +234,14 @@ def test_items_with_characters_outside_the_vocabulary(folio: Run, finished: Path
     )
 
 
-@pytest.mark.parametrize("argv", [["eval"], ["eval", "hellaswag"], ["sample"], ["train", "--eval_only"]], ids=" ".join)
+@pytest.mark.parametrize("argv", [["eval"], ["eval", "hellaswag"], ["sample"]], ids=" ".join)
 def test_an_interrupt_is_one_line(
-    folio: Run, finished: Path, items: Path, story: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+    folio: Run, finished: Path, items: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
 ) -> None:
     """Ctrl-C while the model computes."""
     before, kill = tree(finished), signal.SIGINT
     monkeypatch.setattr(GPT, "hidden", lambda *_, **__: os.kill(os.getpid(), kill))
-    more = {"hellaswag": [f"--data={items}"], "--eval_only": [f"--data_dir={story}", "--init_from=resume"]}
+    more = {"hellaswag": [f"--data={items}"]}
     handler = signal.signal(kill, signal.default_int_handler)
     try:
         outcome = folio(*argv, *more.get(argv[-1], []), *HERE, f"--out_dir={finished}")

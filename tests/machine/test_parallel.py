@@ -210,15 +210,18 @@ def test_an_error_on_every_rank_is_one_line(story: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_exchanged_once_a_step(three: Callable[..., list[dict[str, Any]]], parallel: str) -> None:
-    """For any number of micro steps: each bucket of gradients, or each group of parameters, and the loss."""
+    """For any number of micro steps: each bucket of gradients, or each group of parameters, and the loss.
+
+    Before each further micro step the ranks also ask on their CPUs whether any of them received a signal.
+    """
     for seen in three(parallel):
         calls = seen["calls"]
         if parallel == "ddp":
             assert seen["buckets"] > 1
-            assert calls["c10d::allreduce_"] == 3 * (seen["buckets"] + 1)
+            assert calls["c10d::allreduce_"] == 3 * (seen["buckets"] + 1 + 3)
         else:
             assert calls["c10d::_reduce_scatter_base_"] == 3 * (2 + 1)  # two blocks, and the other weights
-            assert calls["c10d::allreduce_"] == 3 * (1 + 1)  # the norm's too
+            assert calls["c10d::allreduce_"] == 3 * (1 + 1 + 3)  # the norm's too
             assert calls["c10d::_allgather_base_"] > 3 * 4  # every micro step
 
 

@@ -2,15 +2,19 @@
 PYTHON ?= python3
 MARK ?= not slow and not gpu
 WORKERS ?= 0
+KILLS ?= 20
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test torture check clean
 
 demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
 	$(BIN)/folio demo
 
 test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too; WORKERS=2: two at a time
 	$(BIN)/python -m pytest -m "$(MARK)" -n $(WORKERS)
+
+torture: .venv/installed  ## kills training and preparation KILLS times at random moments, and compares
+	PYTHONPATH=.:tests $(BIN)/python -m torture $(if $(REPLAY),--replay="$(REPLAY)",--kills=$(KILLS) --seed=$(SEED))
 
 check: .venv/installed  ## lint, types, layers
 	$(BIN)/ruff format --check .

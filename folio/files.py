@@ -1,6 +1,7 @@
 """Reads and replaces whole files. A written file appears whole or not at all, and survives a loss of power.
 
-Every rename, removal and fsync of Folio is in this module, so that a test can make each of them fail.
+Every change that Folio makes to the file system is one of the functions under "Changes", by name, so that a test can
+make each of them fail, stop or die half done.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -26,18 +28,18 @@ _TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: strings, a
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file atomically and durably; after an error the old file is unchanged. Raises OSError."""
+    """Replaces a file atomically and durably, or leaves the old one unchanged. Raises OSError, with the path."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            file.write(content)
+        make_folder(path.parent)
+        with open_to_write(unfinished, "wb") as file:
+            write_to(file, content)
             sync_open(file)
         rename(unfinished, path)
-    except OSError:
+        sync(path.parent)
+    except OSError as error:
         discard(unfinished)
-        raise
-    sync(path.parent)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -176,7 +178,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         discard(unfinished)
         yield unfinished
         for part in (*unfinished.rglob("*"), unfinished):
@@ -184,13 +186,13 @@ def written_atomically(path: Path) -> Iterator[Path]:
         rename(unfinished, path)
     except BaseException as error:
         discard(unfinished)
-        if reason := _reason(error):
-            raise UnwrittenError(path, reason, "make room, or choose another place") from None
+        if why := reason(error):
+            raise UnwrittenError(path, why, "make room, or choose another place") from None
         raise
     sync(path.parent)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Why a file could not be written; "" if the error is of another kind."""
     match error:
         case UnwrittenError():
@@ -211,48 +213,6 @@ class UnwrittenError(OSError):
 
     def __reduce__(self) -> tuple[type[UnwrittenError], tuple[Path | str, str, str]]:
         return UnwrittenError, (self.path, self.reason, self.remedy)
-
-
-def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder atomically, over a file or an empty folder of that name. Raises OSError."""
-    source.replace(target)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or link, or a folder with its content, if it exists. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def discard(path: Path) -> None:
-    """Removes like ``remove``, but ignores errors."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def remove_empty(folder: Path) -> None:
-    """Removes an empty folder. Raises OSError if it is not empty."""
-    folder.rmdir()
-
-
-def sync(path: Path) -> None:
-    """Makes the content of a file durable, or the entries of a folder. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_open(file: IO[Any]) -> None:
-    """Makes the content of an open file durable. Raises OSError."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def download(url: str, digest: str, path: Path, remedy: str) -> None:
@@ -282,3 +242,66 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Changes
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, if it does not exist. Raises OSError."""
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def open_to_write(path: Path, mode: Literal["wb", "ab", "a+b", "r+b"]) -> FileIO:
+    """Opens a file without a buffer, so that ``write_to`` reports a full disk at once. Raises OSError."""
+    return path.open(mode, buffering=0)
+
+
+def write_to(file: FileIO, content: bytes) -> None:
+    """Writes to an open file. Raises OSError; then a part may have been written."""
+    while content:
+        content = content[file.write(content) :]
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls another library's function that writes a file. Raises what it raises; then a part may have been written."""
+    write(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames a file or folder atomically, over a file or an empty folder of that name. Raises OSError."""
+    source.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or link, or a folder with its content, if it exists. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Removes like ``remove``, but ignores errors."""
+    with suppress(OSError):
+        remove(path)
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes an empty folder. Raises OSError if it is not empty."""
+    folder.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Makes the content of a file durable, or the entries of a folder. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_open(file: IO[Any]) -> None:
+    """Makes the content of an open file durable. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -38,7 +38,7 @@ class Lock:
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
         for _ in range(100):  # the holder may remove the file and the folder between two of these calls
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except FileNotFoundError:

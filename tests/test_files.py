@@ -144,10 +144,11 @@ def test_changed_content_is_refused(content: str, tmp_path: Path) -> None:
 # Changes to the file system
 
 CHANGES = {"rename", "replace", "renames", "unlink", "rmdir", "removedirs", "rmtree", "fsync", "fdatasync"}
+CHANGES |= {"mkdir", "makedirs", "write_text", "write_bytes", "copyfile", "save_file"}
 
 
 def changes(path: Path) -> list[str]:
-    """The calls in a module that rename, remove or sync files."""
+    """The calls in a module that make, write, rename, remove or sync files or folders."""
     calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     found = []
     for call in calls:
@@ -158,12 +159,22 @@ def changes(path: Path) -> list[str]:
                 found.append(name)
             case ast.Attribute(attr="replace") if len(call.args) != 1 or call.keywords:
                 continue  # str.replace or dataclasses.replace
+            case ast.Attribute(attr="open") if any(_writes(argument) for argument in call.args):
+                found.append("open")
             case ast.Attribute(attr=name) if name in CHANGES:
+                found.append(name)
+            case ast.Name("save_file" | "copyfile" as name):
                 found.append(name)
     return found
 
 
-def test_no_other_module_renames_removes_or_syncs_files() -> None:
+def _writes(argument: ast.expr) -> bool:
+    """Whether this is the mode of a file that is opened to be written."""
+    mode = argument.value if isinstance(argument, ast.Constant) else None
+    return isinstance(mode, str) and len(mode) < 4 and bool(set(mode) & set("wax+"))
+
+
+def test_no_other_module_changes_files() -> None:
     """Tests make each function of ``folio.files`` fail, and so each change."""
     package = ROOT / "folio"
     found = {str(path): made for path in package.rglob("*.py") if (made := changes(path))}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -187,9 +188,9 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
     unfinished = final.with_name(f".{final.name}.unfinished")
     files.discard(unfinished)
     try:
-        unfinished.mkdir(parents=True)
-        save_file(weights, unfinished / MODEL)
-        save_file(slots, unfinished / OPTIMIZER)
+        files.make_folder(unfinished)
+        files.write_with(unfinished / MODEL, partial(save_file, weights))
+        files.write_with(unfinished / OPTIMIZER, partial(save_file, slots))
         hashes = {name: files.sha256(unfinished / name) for name in (MODEL, OPTIMIZER)}
         files.write_sealed(unfinished / STATE, {**state, "sha256": hashes})
         for name in (MODEL, OPTIMIZER):
@@ -208,8 +209,8 @@ def save(out_dir: Path, step: int, weights: dict[str, Tensor], slots: dict[str, 
             files.sync(final.parent)
     except (OSError, SafetensorError) as error:
         files.discard(unfinished)
-        reason = getattr(error, "strerror", None) or str(error)
-        raise files.UnwrittenError(final, reason, "make room there or choose another --out_dir") from None
+        why, remedy = files.reason(error) or str(error), "make room there or choose another --out_dir"
+        raise files.UnwrittenError(final, why, remedy) from None
     files.discard(unfinished)
     if replaced.exists():
         run_folder.remove_checkpoint(replaced)

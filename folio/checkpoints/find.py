@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,13 +186,13 @@ def prune(out_dir: Path, keep: int, interval: int = 1) -> None:
     """Removes all but the best checkpoint, the two newest, and the ``keep`` newest at multiples of ``interval``.
 
     With ``keep`` 1 only the newest stays, not the two newest. Unfinished folders of a killed ``save`` are removed too.
+    What cannot be removed stays, with a warning, until the next call.
     """
     for path in (out_dir / CHECKPOINTS).glob(".step-*"):
         if not path.name.endswith(run_folder.REPLACED):
-            files.discard(path)
+            run_folder.delete(path)
     there = run_folder.steps(out_dir)
     kept = {best_step(out_dir), *there[-min(keep, 2) :], *[step for step in there if step % interval == 0][-keep:]}
     for step in there:
         if step not in kept:
-            with suppress(OSError):
-                run_folder.remove_checkpoint(run_folder.checkpoint_folder(out_dir, step))
+            run_folder.remove_checkpoint(run_folder.checkpoint_folder(out_dir, step))

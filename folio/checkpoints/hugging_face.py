@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +217,14 @@ def export(found: Checkpoint, folder: Path, dtype: str = "float32", name: str = 
         for name, weight in architecture.converted(complete_weights(found, architecture, size))
     }
     with files.written_atomically(folder) as unfinished:
-        unfinished.mkdir()
-        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        files.make_folder(unfinished)
+        files.write_with(unfinished / "model.safetensors", partial(save_file, weights, metadata={"format": "pt"}))
         for config in configs:
             config.save_pretrained(unfinished)
         # safetensors makes a file that only its owner can read
         shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
         text = model_card.card(found, architecture, name or folder.name, size, tokenizer, asked)
-        (unfinished / "README.md").write_text(text, encoding="utf-8")
+        files.write(unfinished / "README.md", text.encode())
 
 
 def _configs(

@@ -62,7 +62,7 @@ class Profiler:
     def start(self) -> None:
         """Raises OSError if the folder cannot be written."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._folder)
             self._unfinished().cleanup()
         except OSError as error:
             raise OSError(
@@ -93,7 +93,7 @@ class Profiler:
             except (ValueError, FileNotFoundError):  # the profiler does not report a full disk
                 raise OSError(f"{self._folder} could not be written: make room there, or write elsewhere") from None
             text = self._operations()
-            trace.with_name(OPERATIONS).write_text(text, encoding="utf-8")
+            files.write(trace.with_name(OPERATIONS), text.encode())
             self.peak = peak = self._find_peak(events)
             if peak:
                 files.write_json(trace.with_name(MEMORY), {**peak._asdict(), "total": peak.total})

@@ -27,17 +27,17 @@ class PartWriter(Counted):
         self.tokens: int = state.get("tokens", 0)
         self._files = {}
         for name in ("ids", "lengths", "blocks"):
-            self._files[name] = (folder / name).open("a+b")
+            self._files[name] = files.open_to_write(folder / name, "a+b")
             self._files[name].truncate(state.get("sizes", {}).get(name, 0))
             self._files[name].seek(0, io.SEEK_END)
 
     def add(self, found: Tokenized, block: Block) -> None:
         """Adds the ids of the next block."""
-        self._files["ids"].write(found.ids.data)
-        self._files["lengths"].write(found.lengths.astype("<i8").data)
+        files.write_to(self._files["ids"], found.ids.tobytes())
+        files.write_to(self._files["lengths"], found.lengths.astype("<i8").tobytes())
         split = 0 if block.split is None else 1 + SPLITS.index(block.split)
         row = [len(found.ids), len(found.lengths), found.continues, split, found.size, block.size]
-        self._files["blocks"].write(np.array(row, dtype="<i8").data)
+        files.write_to(self._files["blocks"], np.array(row, dtype="<i8").tobytes())
         self.tokens += len(found.ids)
         self.count(found, block)
 

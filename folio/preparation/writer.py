@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +36,12 @@ class Stream:
         self.done: list[dict[str, Any]] = state["done"]
         self.tokens: int = state["tokens"]  # in the file that grows
         self.documents: int = state["documents"]
-        self._file: BinaryIO | None = None
+        self._file: io.FileIO | None = None
         if self.tokens:
             size = self._offset + self.tokens * dtype.itemsize
             if not self._path.is_file() or self._path.stat().st_size < size:
                 raise UserError(f"{self._path} is damaged: remove {folder} to begin again")
-            self._file = self._path.open("r+b")
+            self._file = files.open_to_write(self._path, "r+b")
             self._file.truncate(size)
             self._file.seek(0, io.SEEK_END)
 
@@ -68,9 +68,9 @@ class Stream:
         while len(ids):
             room = self.layout.shard_size - self.tokens if self.layout.shard_size else len(ids)
             if self._file is None:
-                self._file = self._path.open("wb")
-                self._file.write(bytes(self._offset))
-            self._file.write(ids[:room].data)
+                self._file = files.open_to_write(self._path, "wb")
+                files.write_to(self._file, bytes(self._offset))
+            files.write_to(self._file, ids[:room].tobytes())
             self.tokens += len(ids[:room])
             self.documents += int((starts < room).sum())
             ids, starts = ids[room:], starts[starts >= room] - room
@@ -87,14 +87,14 @@ class Stream:
         self.done.append(entry)
         self.tokens = self.documents = 0
 
-    def _finish(self, file: BinaryIO) -> None:
+    def _finish(self, file: io.FileIO) -> None:
         if self._offset:
             header = io.BytesIO()
             described = {"descr": self.dtype.newbyteorder("<").str, "fortran_order": False, "shape": (self.tokens,)}
             np.lib.format.write_array_header_1_0(header, described)
             assert header.tell() == _NPY_HEADER
             file.seek(0)
-            file.write(header.getvalue())
+            files.write_to(file, header.getvalue())
         files.sync_open(file)
         file.close()
 
@@ -238,7 +238,7 @@ class Writer(Counted):
         ends = np.append(np.flatnonzero(ids == eot)[1:], len(ids))
         whole = Tokenized(ids, np.diff(ends, prepend=0), False, 0, Counter())
         self.place = self.folder / "divided"  # committed files stay unchanged until all is done
-        self.place.mkdir(exist_ok=True)
+        files.make_folder(self.place)
         divided = Writer(self.place, replace(self.layout, val_fraction=fraction), self.dtype, False, {})
         divided.add(whole, Block((), None, 0))
         self.streams, self.documents = divided.streams, divided.documents

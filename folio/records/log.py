@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -64,10 +64,10 @@ class Log:
         if not self.main:
             return
         before = read_metrics(out_dir / METRICS) if log_txt and (out_dir / METRICS).exists() else []
-        self._files = [_File(out_dir / METRICS, "a", to_json)]
+        self._files = [_File(out_dir / METRICS, "ab", to_json)]
         if log_txt:
             line = partial(gpt_from_scratch, epoch) if log_txt == "gpt-from-scratch" else build_nanogpt
-            self._files.append(_File(out_dir / LOG_TXT, "w", line))
+            self._files.append(_File(out_dir / LOG_TXT, "wb", line))
             for record in before:
                 self._files[-1].write(record)
 
@@ -171,23 +171,27 @@ def hellaswag_line(record: Record) -> str:
 class _File:
     """A file with a line for each record. Its errors are raised, unlike a tracker's."""
 
-    def __init__(self, path: Path, mode: Literal["a", "w"], line: Callable[[Record], str]) -> None:
+    def __init__(self, path: Path, mode: Literal["ab", "wb"], line: Callable[[Record], str]) -> None:
         self._line = line
-        self._file = path.open(mode, encoding="utf-8")
+        self._path, self._file = path, files.open_to_write(path, mode)
 
     def write(self, record: Record) -> None:
         if line := self._line(record):
-            try:
-                self._file.write(f"{line}\n")
-                self._file.flush()
-            except OSError as error:
-                with suppress(OSError):
-                    self._file.close()  # a later close would raise again and hide this error
-                reason = error.strerror or str(error)
-                raise files.UnwrittenError(self._file.name, reason, "make room, or choose another --out_dir") from None
+            with self._named():
+                files.write_to(self._file, f"{line}\n".encode())
 
     def sync(self) -> None:
-        files.sync_open(self._file)
+        with self._named():
+            files.sync_open(self._file)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Adds the file and the remedy to an error."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room, or choose another --out_dir"
+            raise files.UnwrittenError(self._path, files.reason(error), remedy) from None
 
     def close(self) -> None:
         self._file.close()

@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1)
     if lines.damaged:
         beside = (path.with_name(f"{path.name}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
         original = next(other for other in beside if not other.exists())
-        shutil.copyfile(path, original)
+        files.write_with(original, partial(shutil.copyfile, path))
         notes.append(f"{_damage(path, lines.damaged)}, and left out; the original is kept as {original.name}")
     reached = max((record["step"] for _, record in kept), default=-1)
     if interval and reached < (step - 1) // interval * interval:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +65,27 @@ def existing_folder(out_dir: Path, step: int) -> Path:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Renames a checkpoint, then deletes its files, so that no reader finds half a checkpoint. Raises OSError."""
+    """Renames a checkpoint, then deletes its files, so that no reader finds half a checkpoint. Warns if that fails."""
     gone = path.with_name(f".{path.name.removeprefix('.')}.gone")
-    files.discard(gone)
-    files.rename(path, gone)
-    files.discard(gone)
+    try:
+        files.remove(gone)
+        files.rename(path, gone)
+    except OSError as error:
+        _warn_of_rest(path, error)
+    else:
+        delete(gone)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or folder that no reader looks at. Warns if that fails."""
+    try:
+        files.remove(path)
+    except OSError as error:
+        _warn_of_rest(path, error)
+
+
+def _warn_of_rest(path: Path, error: OSError) -> None:
+    warnings.warn(f"{path} could not be removed ({files.reason(error)}), and takes up disk space", stacklevel=3)
 
 
 def hold(out_dir: Path) -> Lock:

@@ -80,7 +80,7 @@ def move_aside(out_dir: Path, log_txt: bool) -> str:
     if not there:
         return ""
     moving = out_dir / MOVING
-    moving.mkdir()
+    files.make_folder(moving)
     for path in there:
         files.rename(path, moving / path.name)
     aside = next_previous(out_dir)

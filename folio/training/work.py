@@ -257,10 +257,12 @@ def _checkpoint_scheduled(run: Run) -> bool:
 def save_checkpoint(run: Run) -> tuple[()]:
     """Writes a checkpoint of this step, then ``best.json``, then removes older checkpoints.
 
-    Training may continue while a thread writes it from a copy on the CPU; there is one such copy at a time.
+    Training may continue while a thread writes it from a copy on the CPU; there is one such copy at a time. If it
+    cannot be written, older checkpoints stay, and training continues until the next one, unless the run ends here.
 
     Raises:
         FloatingPointError: a weight or moment is not finite; nothing is saved.
+        OSError: the checkpoint with which the run ends cannot be written; names it.
     """
     output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
     if name := runtime.find_not_finite(run.model, run.optimizer):
@@ -289,10 +291,21 @@ def save_checkpoint(run: Run) -> tuple[()]:
         "resolved": runtime.resolved,
     }
 
+    ends = bool(run.stop)
+
     def write() -> None:
-        checkpoint.save(run.out_dir, step, weights, slots, state)
-        if best:
-            files.write_sealed(run.out_dir / run_folder.BEST, best)
+        try:
+            checkpoint.save(run.out_dir, step, weights, slots, state)
+            if best:
+                files.write_sealed(run.out_dir / run_folder.BEST, best)
+        except OSError as error:
+            if ends:
+                raise
+            run.log.say(
+                f"warning: step {step} could not be saved ({files.reason(error)}): training continues, and the next "
+                "checkpoint tries again"
+            )
+            return
         if output.always_save_checkpoint:
             interval = 1 if output.checkpoint_interval == "auto" else output.checkpoint_interval
             find.prune(run.out_dir, output.keep_checkpoints, interval)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from children import Spawn, group, reached, to_its_end
 from conftest import Outcome, assert_refused
-from launches import ENDLESS, RUN, faulty, go, said_at_its_end, saved
+from launches import RUN, faulty, go, said_at_its_end, saved
 from run_results import assert_same_bits, timeless
 
 from folio.checkpoints import checkpoint
@@ -54,7 +54,7 @@ def test_a_checkpoint_that_is_written_slowly(
         assert slow == fast
 
 
-@pytest.mark.parametrize(("fails", "kept"), [(4, []), (8, [4]), (12, [4, 8])])
+@pytest.mark.parametrize(("fails", "kept"), [(4, [8, 12]), (8, [4, 12]), (12, [4, 8])])
 def test_a_write_that_fails_in_the_thread(
     folio: Callable[..., Outcome],
     story: Path,
@@ -63,7 +63,7 @@ def test_a_write_that_fails_in_the_thread(
     fails: int,
     kept: list[int],
 ) -> None:
-    """The run ends at the next checkpoint with one line; earlier checkpoints stay as they are."""
+    """The run says so and continues, or ends if that is its last one; other checkpoints stay as they are."""
     out, save_file = tmp_path / "out", checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -72,28 +72,32 @@ def test_a_write_that_fails_in_the_thread(
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    argv = (*RUN, f"--data_dir={story}", f"--out_dir={out}", "--async_checkpoint=True")
-    assert_refused(folio("train", *argv), run_folder.checkpoint_folder(out, fails), "No space left", "--out_dir")
+    outcome = folio("train", *RUN, f"--data_dir={story}", f"--out_dir={out}", "--async_checkpoint=True")
+    if fails == 12:
+        assert_refused(outcome, run_folder.checkpoint_folder(out, fails), "No space left", "--out_dir")
+    else:
+        assert outcome.code == 0
+        assert f"warning: step {fails} could not be saved (No space left on device): training continues" in outcome.out
     assert run_folder.steps(out) == kept
     assert all(checkpoint.verify(run_folder.checkpoint_folder(out, step)) for step in kept)
     saved(out)
-    assert timeless(out)[-1]["step"] == min(fails + 4, 12)
+    assert timeless(out)[-1]["step"] == 12
 
 
 @pytest.mark.slow
 def test_a_failed_write_ends_all_ranks(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """It fails in the thread of rank 0, which reports it, and no rank waits for another."""
+    """Each write fails on rank 0: in its thread, where training continues, and at the end, which no rank waits for."""
     out = tmp_path / "out"
     script = faulty(
         tmp_path,
         "def fail(*args):\n    raise OSError(28, 'No space left on device')\n"
         "if rank == 0:\n    checkpoint.save_file = fail",
     )
-    said = said_at_its_end(spawn(*group(out, story, *ENDLESS, script=script), threads=1))
+    said = said_at_its_end(spawn(*group(out, story, script=script), threads=1))
     assert len(said) == 1, said
-    assert said[0].startswith(f"train.py: {run_folder.checkpoint_folder(out, 20)} could not be written")
+    assert said[0].startswith(f"train.py: {run_folder.checkpoint_folder(out, 70)} could not be written")
     assert saved(out) == {}
-    assert timeless(out)[-1]["step"] == 35
+    assert timeless(out)[-1]["step"] == 70
 
 
 @pytest.mark.slow

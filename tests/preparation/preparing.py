@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, Outcome
+from torture.starts import Server
 
 from folio.data.folders import open_folder
 
@@ -38,46 +40,7 @@ job.move = held
 cli.main()
 """,
 )
-# For each line of stdin, [n, log, *argv], prepares in a fork, which dies just before its n-th change of the file system
-DYING = """
-import json, os, sys, traceback
-from folio import cli
-from folio.commands import prepare as _
-from folio.preparation import job, sources, workers
-from folio.data.tokenizers import Tiktoken
-Tiktoken("gpt2")
-job.COMMIT_EVERY, sources.BLOCK = 0.0, 2**17  # many steps in a small text
-left = documents = 0
-def dying(call):
-    def counted(*args, **kwargs):
-        global left
-        left -= 1
-        return call(*args, **kwargs) if left else os._exit(9)
-    return counted
-def tokenize(self, spans, call=workers.Tokenize.__call__):
-    global documents
-    found = call(self, spans)
-    documents += len(found.lengths)
-    return found
-for line in sys.stdin:
-    left, log, *sys.argv[1:] = json.loads(line)
-    if (child := os.fork()) == 0:
-        os.dup2(file := os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1), os.dup2(file, 2)
-        workers.Tokenize.__call__ = tokenize
-        for name in ("mkdir", "fsync", "replace", "unlink", "rmdir"):
-            setattr(os, name, dying(getattr(os, name)))
-        code = 1
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        print(f"tokenized {documents} documents", flush=True)
-        os._exit(code)  # at once: the interpreter needs half a second to exit
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-DIED, ENDED = 9, 0
+DIED, ENDED = -signal.SIGKILL, 0
 
 
 class Process(subprocess.Popen[str]):
@@ -127,24 +90,26 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.wait()
 
 
+@pytest.fixture(scope="session")
+def servers() -> Iterator[list[Server]]:
+    """The server that ``dying`` has started, if any."""
+    made: list[Server] = []
+    yield made
+    for server in made:
+        server.__exit__()
+
+
 @pytest.fixture
-def dying(tmp_path: Path) -> Iterator[Dying]:
-    """``dying(n, *argv)``: exit code and output of a process that dies at its n-th step; it lives if n is 0."""
-    servers: list[subprocess.Popen[str]] = []
+def dying(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Dying:
+    """``dying(fault, *argv)``: exit code and output of a process that is killed by a fault; it lives if that is ""."""
 
-    def go(n: int, *argv: object) -> tuple[int, str]:
+    def go(fault: str, *argv: object) -> tuple[int, str]:
         if not servers:
-            pipe = subprocess.PIPE
-            servers.append(subprocess.Popen([sys.executable, "-c", DYING], stdin=pipe, stdout=pipe, text=True))
-        log = tmp_path / "dying.txt"
-        assert servers[0].stdin is not None
-        assert servers[0].stdout is not None
-        print(json.dumps([n, str(log), *map(str, argv)]), file=servers[0].stdin, flush=True)
-        return int(servers[0].stdout.readline()), log.read_text()
+            servers.append(Server(tmp_path_factory.mktemp("server"), "gpt2"))
+        ended = servers[0].start(*map(str, argv), faults=[fault] if fault else [], block=2**17)
+        return ended.codes[0], ended.said
 
-    yield go
-    for server in servers:
-        server.communicate()
+    return go
 
 
 def write(place: Path, kind: str, documents: list[str]) -> Path:

@@ -33,6 +33,7 @@ from folio.data.token_files import UNFINISHED
 _places = preparing._places
 articles = preparing.articles
 dying = preparing.dying
+servers = preparing.servers
 start = preparing.start
 
 
@@ -61,7 +62,7 @@ def test_other_settings_are_refused(
     if change == "merges":
         made(folio("tokenizer", "train", STORY, "--vocab_size=300", "--out", tok))
     if begun:
-        assert dying(18, *argv, *was)[0] == DIED
+        assert dying("rename .preparing/state.json 3 kill", *argv, *was)[0] == DIED
         assert committed(out / UNFINISHED)[0] > 0
     else:
         made(folio(*argv, *was))
@@ -76,9 +77,9 @@ def test_other_settings_are_refused(
     refused(folio(*argv, *now), out, words, "→", "--overwrite")
     assert tree(out) == before
     if begun:  # and killed again
-        assert dying(18, *argv, *now, "--overwrite")[0] == DIED
+        assert dying("rename .preparing/state.json 3 kill", *argv, *now, "--overwrite")[0] == DIED
         tokens = committed(out / UNFINISHED)[0]
-        code, said = dying(0, *argv, *now, "--overwrite")
+        code, said = dying("", *argv, *now, "--overwrite")
         assert (code, f"continuing after {tokens:,} tokens" in said) == (ENDED, True), said
     else:
         made(folio(*argv, *now, "--overwrite"))

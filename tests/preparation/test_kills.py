@@ -40,6 +40,7 @@ from folio.data.token_files import UNFINISHED
 _places = preparing._places
 articles = preparing.articles
 dying = preparing.dying
+servers = preparing.servers
 start = preparing.start
 
 
@@ -63,37 +64,37 @@ def test_killed_at_every_step(dying: Dying, articles: list[str], tmp_path: Path,
     out, old, new, base = (tmp_path / name for name in ("out", "old", "new", "base"))
     source, other = write(tmp_path / "source", kind, texts), write(tmp_path / "other", kind, texts[::-1])
     argv = ["prepare", source, *flags, "--workers=1", "--name=x", "--data_dir"]
-    assert dying(0, *argv, new)[0] == ENDED
-    assert dying(0, "prepare", other, *argv[2:], old)[0] == ENDED
+    assert dying("", *argv, new)[0] == ENDED
+    assert dying("", "prepare", other, *argv[2:], old)[0] == ENDED
     base.mkdir()
     if there == "another":
         base, argv = old, [*argv[:2], "--overwrite", *argv[2:]]
     elif there == "parts":
-        assert [dying(0, *argv, base, f"--shard_of={i}/3")[0] for i in (0, 2)] == [ENDED] * 2
+        assert [dying("", *argv, base, f"--shard_of={i}/3")[0] for i in (0, 2)] == [ENDED] * 2
         argv = [*argv[:2], "--shard_of=1/3", *argv[2:]]
     for step in itertools.count(1):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(base, out)
-        code, said = dying(step, *argv, out)
+        code, said = dying(f"* * {step} kill", *argv, out)
         if code == ENDED:
             break
         assert code == DIED, said
         assert_whole(out, new, *([old] if there == "another" else []))
         tokens, documents = committed(out / UNFINISHED)
-        code, said = dying(0, *argv, out)
+        code, said = dying("", *argv, out)
         assert code == ENDED, f"after step {step}: {said}"
         found = {name: content for name, content in tree(out).items() if name != ".preparing/lock"}
         assert found == tree(new), f"after step {step}"
         if documents and "continuing" in said:
             assert f"continuing after {tokens:,} tokens of {documents:,} documents" in said
-            assert f"tokenized {len(texts) - documents} documents" in said or kind in ("txt", "files")
     assert step > 25
 
 
-WAYS: dict[str, list[tuple[int, str]]] = {  # steps until it dies, part
-    "whole, then in parts": [(30, ""), (0, "0/3"), (0, "1/3"), (0, "2/3")],
-    "in parts, then whole": [(0, "0/3"), (0, "1/3"), (60, "2/3"), (0, "")],
-    "in other parts": [(0, "0/3"), (0, "1/3"), (60, "2/3"), (0, "1/2"), (0, "0/2")],
+WHOLE, JOINING = "rename .preparing/state.json 5 kill", "write_to .preparing/train.bin 2 kill"
+WAYS: dict[str, list[tuple[str, str]]] = {  # the fault by which it dies, part
+    "whole, then in parts": [(WHOLE, ""), ("", "0/3"), ("", "1/3"), ("", "2/3")],
+    "in parts, then whole": [("", "0/3"), ("", "1/3"), (JOINING, "2/3"), ("", "")],
+    "in other parts": [("", "0/3"), ("", "1/3"), (JOINING, "2/3"), ("", "1/2"), ("", "0/2")],
 }
 
 
@@ -102,10 +103,10 @@ WAYS: dict[str, list[tuple[int, str]]] = {  # steps until it dies, part
 def test_killed_and_divided_into_other_parts(dying: Dying, articles: list[str], tmp_path: Path, way: str) -> None:
     """Unfinished parts of one division do not affect another division."""
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
-    assert dying(0, *argv, tmp_path / "new")[0] == ENDED
-    for step, part in WAYS[way]:
-        code, said = dying(step, *argv, tmp_path / "out", f"--shard_of={part}")
-        assert code == (DIED if step else ENDED), said
+    assert dying("", *argv, tmp_path / "new")[0] == ENDED
+    for fault, part in WAYS[way]:
+        code, said = dying(fault, *argv, tmp_path / "out", f"--shard_of={part}")
+        assert code == (DIED if fault else ENDED), said
     assert tree(tmp_path / "out") == tree(tmp_path / "new")
 
 
@@ -117,10 +118,10 @@ def test_killed_and_repeated_with_or_without_streaming(
     """The second run makes the same bytes, or is refused with the difference."""
     source = write(tmp_path / "source", "parquet", articles * 20)
     argv = ["prepare", f"hf:{source}", "--workers=1", "--name=x", "--data_dir"]
-    assert dying(0, *argv, tmp_path / "new", *first)[0] == ENDED
-    assert dying(24, *argv, tmp_path / "out", *first)[0] == DIED
+    assert dying("", *argv, tmp_path / "new", *first)[0] == ENDED
+    assert dying("rename .preparing/state.json 4 kill", *argv, tmp_path / "out", *first)[0] == DIED
     assert committed(tmp_path / "out" / UNFINISHED)[0] > 0
-    code, said = dying(0, *argv, tmp_path / "out", *then)
+    code, said = dying("", *argv, tmp_path / "out", *then)
     if code == ENDED:
         assert arrays(tmp_path / "out") == arrays(tmp_path / "new")
     assert code == ENDED or (code == 2 and "streaming: " in said), said
@@ -130,13 +131,13 @@ def test_damaged_after_a_kill(dying: Dying, articles: list[str], tmp_path: Path)
     """An unfinished file that was cut short is refused, and the remedy in the line works."""
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
     work = tmp_path / "out" / UNFINISHED
-    assert dying(0, *argv, tmp_path / "new")[0] == ENDED
-    assert dying(20, *argv, tmp_path / "out")[0] == DIED
+    assert dying("", *argv, tmp_path / "new")[0] == ENDED
+    assert dying("rename .preparing/state.json 3 kill", *argv, tmp_path / "out")[0] == DIED
     os.truncate(work / "train.bin", 99)
-    code, said = dying(0, *argv, tmp_path / "out")
+    code, said = dying("", *argv, tmp_path / "out")
     assert (code, str(work / "train.bin") in said, f"remove {work} " in said) == (2, True, True), said
     shutil.rmtree(work)
-    assert dying(0, *argv, tmp_path / "out")[0] == ENDED
+    assert dying("", *argv, tmp_path / "out")[0] == ENDED
     assert tree(tmp_path / "out") == tree(tmp_path / "new")
 
 
@@ -167,7 +168,7 @@ def test_a_damaged_state(folio: Folio, dying: Dying, articles: list[str], tmp_pa
     argv = ["prepare", write(tmp_path / "source", "jsonl", articles), "--workers=1", "--data_dir"]
     flags = ["--shard_of=0/2"] if part else []
     work = tmp_path / "out" / UNFINISHED / ("part-0-of-2" if part else "")
-    assert dying(20, *argv, tmp_path / "out", *flags)[0] == DIED
+    assert dying("rename */state.json 3 kill", *argv, tmp_path / "out", *flags)[0] == DIED
     assert committed(work)[0] > 0
     damaged(work / "state.json", how)
     refused(folio(*argv, tmp_path / "out", *flags), work / "state.json", "is damaged", f"remove {work} to begin again")

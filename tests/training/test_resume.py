@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import ALONE, Spawn, alone, group, reached, to_its_end
+from children import Spawn, alone, group, reached, to_its_end
 from conftest import SMALL
 from run_results import assert_same_bits, timeless
 
@@ -23,28 +23,6 @@ from folio.records import run_folder
 from folio.training import start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
-
-# Trains, and kills itself without warning when a function is called for the nth time, or after it
-SUICIDE = """
-import os, signal, sys
-from folio import cli, files
-from folio.checkpoints import checkpoint, find
-from folio.records import log
-name, count, after = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "after"
-owner = {"checkpoint": checkpoint, "find": find, "files": files, "log": log.Log}[name.split(".")[0]]
-function, calls = getattr(owner, name.split(".")[1]), 0
-def wrapped(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == count and not after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = function(*args, **kwargs)
-    if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-setattr(owner, name.split(".")[1], wrapped)
-cli.main("train")
-"""
 
 
 @pytest.mark.slow
@@ -60,29 +38,6 @@ def test_killed_at_three_moments(spawn: Spawn, undisturbed: Callable[[str], Path
     said = to_its_end(spawn(*alone(out, story)))
     assert f"resuming {out} at step " in said
     assert "exact to rounding" not in said
-    assert_same_bits(out, undisturbed("alone"))
-
-
-@pytest.mark.slow
-def test_killed_within_a_checkpoint(
-    spawn: Spawn, undisturbed: Callable[[str], Path], story: Path, tmp_path: Path
-) -> None:
-    """SIGKILL while files are written, before they count, after that, before and after best.json, and in a line."""
-    out = tmp_path / "out"
-    moments = [  # and the newest checkpoint that counts then; each process begins at the one before
-        ("checkpoint.save_file", 4, "before", 20),  # the checkpoint of 40 lacks its optimizer
-        ("files.sync", 3, "before", 20),  # all files of 40 are there, the folder is not renamed
-        ("checkpoint.save", 1, "after", 40),  # it is renamed, and nothing else is done
-        ("files.write_json", 4, "before", 50),  # after config.json and two state.json, before best.json
-        ("find.prune", 2, "before", 80),  # nothing old is gone yet
-        ("log.write", 12, "after", 80),  # between two checkpoints
-    ]
-    for name, count, when, kept in moments:
-        child = spawn("-c", SUICIDE, name, str(count), when, *ALONE, f"--data_dir={story}", f"--out_dir={out}")
-        assert child.end() == -signal.SIGKILL, child.output()
-        assert run_folder.steps(out)[-1] == kept, name
-    assert [p.name for p in (out / "checkpoints").iterdir() if p.name.endswith(".damaged")] == []
-    to_its_end(spawn(*alone(out, story)))
     assert_same_bits(out, undisturbed("alone"))
 
 

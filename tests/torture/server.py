@@ -1,0 +1,104 @@
+"""Starts processes of Folio in milliseconds: imports everything once, and forks each of them.
+
+For each line of stdin, a start as JSON, it runs the command line with its faults, on one or more ranks, until all have
+ended, and prints their exit codes, those of a signal negative.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+PATIENCE = 240.0  # seconds until a process that hangs is killed
+
+
+def main() -> None:
+    import torch._dynamo  # which every optimizer imports
+    import torch._inductor.compile_fx  # noqa: F401
+
+    from folio.commands import prepare, train  # noqa: F401
+    from folio.data.tokenizers import Tiktoken
+    from folio.preparation import job  # noqa: F401
+    from folio.training import loop, start  # noqa: F401
+
+    for name in sys.argv[1:]:
+        Tiktoken(name)
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), flush=True)
+
+
+def run(argv: list[str], ranks: int, **how: Any) -> list[int]:
+    """The exit codes of the ranks, by rank."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes: dict[int, int] = {}  # process → rank
+    leader = 0  # of their process group: the last rank
+    for rank in reversed(range(ranks)):
+        if (process := os.fork()) == 0:
+            os.setpgid(0, leader)
+            if ranks > 1:
+                variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            begin(argv, **how)
+        leader = leader or process
+        with suppress(ProcessLookupError):  # it has ended
+            os.setpgid(process, leader)  # it does so too, perhaps after the next one needs the group
+        processes[process] = rank
+    codes: dict[int, int] = {}
+    end = time.monotonic() + PATIENCE
+    while processes:
+        for process in list(processes):
+            if (found := os.waitpid(process, os.WNOHANG))[0]:
+                codes[processes.pop(process)] = os.waitstatus_to_exitcode(found[1])
+        if time.monotonic() > end:
+            os.killpg(leader, signal.SIGKILL)
+            raise SystemExit(f"hangs: {' '.join(argv)}")
+        time.sleep(0.001)
+    return [codes[rank] for rank in range(ranks)]
+
+
+def begin(
+    argv: list[str], log: str, faults: list[list[str]], chance: list[Any] | None, limit: int = 0, block: int = 2**11
+) -> NoReturn:
+    """Runs a command in this process. A preparation reads and commits blocks of ``block`` bytes.
+
+    Files can have at most ``limit`` bytes; 0: any number.
+    """
+    from torture.faults import Chance, Fault, Plan
+
+    from folio import cli
+    from folio.preparation import job, sources
+
+    job.COMMIT_EVERY, sources.BLOCK = 0.0, block
+
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    Plan([Fault(*f) for f in faults], Chance(*chance) if chance else None, Path(f"{log}.faults")).install()
+    sys.argv = ["folio", *argv]
+    code = 1
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: the interpreter needs half a second to exit
+
+
+if __name__ == "__main__":
+    main()

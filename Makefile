@@ -3,9 +3,11 @@ PYTHON ?= python3
 MARK ?= not slow and not gpu
 WORKERS ?= 0
 KILLS ?= 20
+SECONDS ?= 60
+DAMAGES ?= 500
 BIN := .venv/bin
 
-.PHONY: demo test torture check clean
+.PHONY: demo test torture check fuzz clean
 
 demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
 	$(BIN)/folio demo
@@ -21,6 +23,10 @@ check: .venv/installed  ## lint, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+
+fuzz: .venv/installed   ## random and damaged input for every reader, for SECONDS
+	$(BIN)/python tests/torture/damage.py --damages=$(DAMAGES)
+	$(BIN)/python tests/torture/fuzz.py --seconds=$(SECONDS)
 
 clean:                  ## removes the venv and what was built; data and runs stay
 	rm -rf .venv build dist *.egg-info

@@ -66,7 +66,7 @@ def main(command: str | None = None, first: Sequence[str] = ()) -> NoReturn:
     """
     line = ""
     console.open_streams()
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {console.printable(str(message))}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {console.printable(_shortened(str(message)))}\n"
     silent: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if os.environ.get("RANK", "0") != "0":
         warnings.simplefilter("ignore")
@@ -97,10 +97,12 @@ def _requirement(package: str) -> str:
     """The argument of ``pip install`` that provides a package: the whole clone, if Folio always needs the package."""
     import tomllib  # in Python 3.11 and later, which _line_about has checked
 
+    from folio.files import read_text
+
     clone = Path(__file__).resolve().parent.parent
     project = clone / "pyproject.toml"
     if project.is_file():
-        needs = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        needs = tomllib.loads(read_text(project))["project"]["dependencies"]
         if package.replace("_", "-") in (need.partition(">=")[0] for need in needs):
             return f"-e {shlex.quote(str(clone))}"
     return package
@@ -227,4 +229,9 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         return line.replace("\n", "\\n")
-    return " ".join(str(error).split())
+    return _shortened(" ".join(str(error).split()))
+
+
+def _shortened(line: str) -> str:
+    """A line without its middle if it is long, as it may be where it quotes a file."""
+    return line if len(line) <= 1500 else f"{line[:1000]} … {line[-400:]}"

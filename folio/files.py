@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -24,7 +24,13 @@ from safetensors import SafetensorError
 
 from folio.errors import UserError
 
-_TOKENS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^\s"]+')  # of JSON: strings, and the tokens between them
+_TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s"]++')  # of JSON: strings, and the tokens between them
+_DEEPEST = 64  # lists and objects inside each other, in a JSON text
+_MOST_TEXT = 1 << 30  # bytes of a text that is read whole
+_MOST_SEALED = 1 << 28  # bytes of a file with a checksum of itself: it may contain a tokenizer
+_MOST_DOWNLOAD = 1 << 28  # bytes
+_MOST_VALUES = 1 << 22  # in a JSON text: three bytes can become a value of a hundred
+_KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
 
 
 def write(path: Path, content: bytes) -> None:
@@ -32,7 +38,8 @@ def write(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         make_folder(path.parent)
-        with open_to_write(unfinished, "wb") as file:
+        discard(unfinished)
+        with open_to_write(unfinished, "xb") as file:
             write_to(file, content)
             sync_open(file)
         rename(unfinished, path)
@@ -63,7 +70,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         FileNotFoundError: nothing is there. ValueError: its checksum does not match, or as ``read_json``.
     """
-    content = _content(path, 1 << 28)
+    content = read_bytes(path, _MOST_SEALED)
     try:
         value = parse_json(content)
         if not isinstance(value, dict):
@@ -89,14 +96,73 @@ def require_file(path: Path) -> Path:
     """Returns the path if it is a regular file, or a link to one.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device.
+        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, or no name of a file.
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
-        kind = next((kind for kind, is_it in kinds.items() if is_it(mode)), "a device")
-        raise UserError(f"{path} is {kind}, not a file")
+    try:
+        found = path.stat()
+    except ValueError:
+        raise UserError(f"{str(path)[:80]!r} has characters that no file's name can have") from None
+    _require_regular(path, found.st_mode)
     return path
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((kind for kind, is_it in _KINDS.items() if is_it(mode)), "a device")
+        raise UserError(f"{path} is {kind}, not a file")
+
+
+def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
+    """Opens a regular file. It never waits for a pipe or a device, and does not write through a link.
+
+    Every file that Folio reads or writes itself is opened here.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device; to be written, a link.
+    """
+    reads = mode == "rb"
+    if not reads and path.is_symlink():
+        raise UserError(f"{path} is a link, and a file is not written through links: remove it")
+    if reads or path.exists():
+        require_file(path)
+
+    def opened(name: str, flags: int) -> int:  # what was found may have been replaced by a pipe or a link
+        no_link = 0 if reads else getattr(os, "O_NOFOLLOW", 0)
+        return os.open(name, flags | no_link | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+    file = open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opened)  # noqa: SIM115
+    try:
+        _require_regular(path, os.fstat(file.fileno()).st_mode)
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def is_name(text: str) -> bool:
+    """Whether a text from a file names something in a folder, and nothing elsewhere."""
+    return Path(text).name == text and text not in ("", "..") and "\0" not in text
+
+
+def require_own_folder(path: Path) -> Path:
+    """Returns the path of a folder to write into. Raises ValueError if it is a link, which may lead anywhere."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and files are not written through links: remove it")
+    return path
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        FileNotFoundError: nothing is there. ValueError: it is not a file, or is longer than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
+        content: bytes = file.read(max(size, 1 << 16))  # the kernel's own files state no size
+    return content
 
 
 def read_json(path: Path, most: int = 1 << 28) -> Any:
@@ -106,24 +172,21 @@ def read_json(path: Path, most: int = 1 << 28) -> Any:
         FileNotFoundError: nothing is there. ValueError: it is not a file, longer than ``most`` bytes, not JSON, nested
             too deeply, or has a number that is not finite; names the file.
     """
-    content = _content(path, most)
+    content = read_bytes(path, most)
     try:
         return parse_json(content)
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def read_text(path: Path, most: int | None = None) -> str:
+def read_text(path: Path, most: int = _MOST_TEXT) -> str:
     """The text of a UTF-8 file, as ``decode_text`` reads it.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is not a file, longer than ``most`` bytes, or not UTF-8; names the file.
     """
-    size = require_file(path).stat().st_size
-    if most is not None and size > most:
-        raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a text can have")
-    raw = path.read_bytes()
+    raw = read_bytes(path, most)
     try:
         return decode_text(raw)
     except UnicodeDecodeError as error:
@@ -146,19 +209,29 @@ def other_encoding(raw: bytes) -> str:
     return ""
 
 
-def _content(path: Path, most: int) -> bytes:
-    if (size := require_file(path).stat().st_size) > most:
-        raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
-    return path.read_bytes()
-
-
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value. Raises ValueError if it is not JSON, is nested too deeply, or has a number that is not finite."""
+    """A JSON value, of four million parts at most.
+
+    Raises:
+        ValueError: it is not JSON, has more parts, is nested too deeply, or has a number that is not finite.
+    """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if sum(map(text.count, ",[{")) > _MOST_VALUES:
+            raise UserError(f"it has more than {_MOST_VALUES:,} values")
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise UserError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [part for whole in level for part in _parts(whole) if isinstance(part, (dict, list))]
+        if not level:
+            return value
+    raise UserError("it is nested too deeply")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _finite(digits: str) -> float:
@@ -228,7 +301,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     remedy = f"download {url} by other means and {remedy}"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read()
+            content = response.read(_MOST_DOWNLOAD)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -240,7 +313,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -252,9 +325,10 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def open_to_write(path: Path, mode: Literal["wb", "ab", "a+b", "r+b"]) -> FileIO:
-    """Opens a file without a buffer, so that ``write_to`` reports a full disk at once. Raises OSError."""
-    return path.open(mode, buffering=0)
+def open_to_write(path: Path, mode: Literal["wb", "xb", "ab", "a+b", "r+b"]) -> FileIO:
+    """``open_regular`` without a buffer, so that ``write_to`` reports a full disk at once. Raises OSError too."""
+    file: FileIO = open_regular(path, mode, buffering=0)
+    return file
 
 
 def write_to(file: FileIO, content: bytes) -> None:

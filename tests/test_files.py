@@ -16,6 +16,7 @@ from conftest import ROOT
 from folio import files
 from folio.files import (
     UnwrittenError,
+    open_regular,
     parse_json,
     read_json,
     read_sealed,
@@ -200,3 +201,62 @@ def test_remove(tmp_path: Path) -> None:
         for name in ("folder", "file", "link", "nothing", "other"):
             act(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+# Opening
+
+
+def test_a_file_is_opened_only_if_it_is_regular(tmp_path: Path) -> None:
+    """Also if it became a pipe after it was looked at, and to be written never through a link."""
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"1"
+    for name in ("link", "dangling"):
+        for mode in ("wb", "ab", "r+b", "a"):
+            with pytest.raises(ValueError, match=f"{name} is a link"):
+                open_regular(tmp_path / name, mode)
+    for mode in ("rb", "wb", "r+b", "a"):
+        with pytest.raises(ValueError, match="is a pipe"):
+            open_regular(tmp_path / "pipe", mode)
+    with open_regular(tmp_path / "new", "w") as file:
+        file.write("é")
+    assert (tmp_path / "new").read_bytes() == "é".encode()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_becomes_a_pipe_meanwhile_is_not_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files, "require_file", lambda path: path)
+    with pytest.raises(ValueError, match="is a pipe"):
+        open_regular(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"), [("a.bin", True), ("", False), ("..", False), ("a/b", False), ("a\0", False)]
+)
+def test_plain_names(text: str, plain: bool) -> None:
+    assert files.is_name(text) is plain
+
+
+NO_FILES = {"Tokens.open", "run.log.open", "self._trackers.open", "opener.open", "archive.open"}  # methods of that name
+
+
+def opened(path: Path) -> list[str]:
+    """The calls in a module that open a file by its name."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    names = [ast.unparse(call.func) for call in calls]
+    methods = (".open", ".read_bytes", ".read_text")
+    return [
+        n for n in names if n == "open" or (n.endswith(methods) and not n.startswith("files.") and n not in NO_FILES)
+    ]
+
+
+def test_no_other_module_opens_files() -> None:
+    """So that nothing waits for a pipe or writes through a link. The lock file has its own way, the console devices."""
+    package = ROOT / "folio"
+    found = {str(path.relative_to(package)): made for path in package.rglob("*.py") if (made := opened(path))}
+    assert found.pop("files.py") == ["open", "os.open", "os.open"]
+    assert found == {"locks.py": ["os.open"], "records/console.py": ["os.open", "os.open", "os.open", "open"]}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from folio import files
 from folio.checkpoints.safetensors_files import OpenFile, Tensors, read
-from folio.checkpoints.state import State
+from folio.checkpoints.state import State, check_entries
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.compose import model_config
 from folio.config.declare import Weights
@@ -113,8 +113,20 @@ class Checkpoint:
             )
 
     def slots(self) -> Tensors:
-        """The optimizer's tensors, as ``<parameter>/<slot>``; none if its state is unknown."""
-        return _floating(self.path, read(self.path / OPTIMIZER, opened=self.opened.get(OPTIMIZER)))
+        """The optimizer's tensors, as ``<parameter>/<slot>``; none if its state is unknown.
+
+        Raises:
+            ValueError: what is stored is damaged, or not of a parameter; names the file.
+        """
+        shapes = self.parameters()
+        for key, slot in _floating(self.path, read(self.path / OPTIMIZER, opened=self.opened.get(OPTIMIZER))):
+            shape = shapes.get(key.rpartition("/")[0])
+            if shape is None or slot.numel() > shape.numel():
+                raise UserError(
+                    f"{self.path}: {key[:100]} of its optimizer has the shape {tuple(slot.shape)}, but the model has "
+                    "no such parameter, or a smaller one"
+                )
+            yield key, slot
 
     def config(self) -> GPTConfig:
         return model_config(self.path, self.state["model"])
@@ -238,11 +250,12 @@ def state_of(path: Path) -> tuple[dict[str, Any], bool]:
         own = run_folder.checkpoint_folder, run_folder.replaced_folder
         if path.name not in [folder(path.parent, state["step"]).name for folder in own]:
             raise UserError(f"its state.json is of step {state['step']}")
+        check_entries(state)
         if not sealed:
             known = State.of(state)
             if known.rows * int(state.get("row", 0)) > known.tokens:
                 raise UserError(f"its {known.rows} rows need more than its {known.tokens} tokens")
-            model_config(path, state["model"])
+        model_config(path, state["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     return state, sealed

@@ -91,22 +91,24 @@ def _the_only(found: Checkpoint, which: str) -> Checkpoint:
 def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line about each newer one that does not.
 
-    With ``aside`` the damaged ones are renamed to ``….damaged``, so that they are not found again.
+    With ``aside`` those are renamed to ``….damaged``, so that they are not found again. If none verifies, none is
+    renamed: the damage may be in another file, such as a ``config.json`` of another run.
     """
-    lines: list[str] = []
+    damaged: dict[Path, str] = {}
     for step in reversed(run_folder.steps(out_dir)):
         path = run_folder.existing_folder(out_dir, step)
         try:
             found = checkpoint.verify(path, run_id)
-            return found, [*lines, *filter(None, [checkpoint.unsealed(found)])]
         except ValueError as error:
-            lines.append(str(error))
-        if aside:
+            damaged[path] = str(error)
+            continue
+        for path in damaged if aside else ():
             other = path.with_name(f"{path.name}.damaged")
             files.discard(other)
             files.rename(path, other)
-            lines[-1] += f"; set aside as {other.name}"
-    return None, lines
+            damaged[path] += f"; set aside as {other.name}"
+        return found, [*damaged.values(), *filter(None, [checkpoint.unsealed(found)])]
+    return None, list(damaged.values())
 
 
 def best_step(out_dir: Path) -> int | None:

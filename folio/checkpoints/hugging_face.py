@@ -67,7 +67,7 @@ def weight_files(folder: Path) -> list[Path]:
             raw = files.read_json(index)
             try:
                 names = sorted(set(raw["weight_map"].values()))
-                if any(Path(name).name != name for name in names):
+                if not all(map(files.is_name, names)):
                     raise UserError("it names files of other folders")
                 if odd := [name for name in names if not name.endswith(Path(base).suffix)]:
                     raise UserError(f"it names {odd[0][:80]!r}, which is no {Path(base).suffix} file")

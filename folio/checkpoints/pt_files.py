@@ -12,21 +12,21 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from folio import files
 from folio.checkpoints import torch_files
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.checkpoints.safetensors_files import Tensors
 from folio.checkpoints.state import State, foreign_state
 from folio.checkpoints.torch_files import StoredTensor, number, unfit
-from folio.config.compose import model_config
+from folio.config.compose import checked_value, model_config
 from folio.config.options import TrainConfig
 from folio.config.table import options_with, table
-from folio.config.values import convert
 from folio.data.folders import open_folder
 from folio.data.meta_files import read_meta_pkl
 from folio.data.pickled_values import Fields, fields_of
@@ -68,7 +68,7 @@ class PtFile(Checkpoint):
     def slots(self) -> Tensors:
         """AdamW's tensors. The file numbers its parameters: first those of two and more dimensions, then the others."""
         names = sorted(self.tensors, key=lambda name: len(self.tensors[name].shape) < 2)
-        found = {}
+        found: dict[str, StoredTensor | float] = {}
         try:
             for key, slots in self.optimizer.get("state", {}).items():
                 if key not in range(len(names)) or slots.keys() != _SLOTS:
@@ -77,16 +77,17 @@ class PtFile(Checkpoint):
                     name = f"{names[key]}/{slot}"
                     if isinstance(value, StoredTensor) and (reason := unfit(value)):
                         raise UserError(f"{name} is {reason}")
-                    shape = value.shape if isinstance(value, StoredTensor) else torch.tensor(number(value)).shape
+                    value = value if isinstance(value, StoredTensor) else float(number(value))
+                    shape = value.shape if isinstance(value, StoredTensor) else ()
                     if shape != (() if slot == "step" else self.tensors[names[key]].shape):
                         raise UserError(f"{slot} of {names[key]} has the shape {tuple(shape)}")
                     found[name] = value
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise UserError(
                 f"{self.path}: its optimizer does not fit its model: {error}; --init_from={self.path} "
                 "loads the weights alone"
             ) from None
-        yield from ((name, torch.tensor(float(v))) for name, v in found.items() if not isinstance(v, StoredTensor))
+        yield from ((name, torch.tensor(v)) for name, v in found.items() if not isinstance(v, StoredTensor))
         stored = {name: v for name, v in found.items() if isinstance(v, StoredTensor)}
         yield from ((name, tensor.float()) for name, tensor in _loaded(self.path, stored))
 
@@ -129,6 +130,10 @@ def read(path: Path) -> PtFile:
         val_loss=best,
         best=None if best is None else {"step": step, "loss": best},
     )
+    try:
+        State.of(asdict(known))
+    except ValueError as error:
+        raise _foreign(path, str(error)) from None
     state = foreign_state(config, _tokenizer(path, config, asked.get("dataset", "")), known)
     made = PtFile(path, state, {**asked, **shape}, found, content.get("optimizer") or {})
     for _ in made.fitting(found.items()):  # checks them all
@@ -232,7 +237,7 @@ def _asked(path: Path, config: Any) -> dict[str, Any]:
             if isinstance(value, float) and value.is_integer():
                 value = int(value)  # max_iters = 6e5
             with contextlib.suppress(ValueError):  # nanoGPT checks no types
-                kept[name] = convert(path, name, value, TrainConfig)
+                kept[name] = checked_value(path, name, value)
     return {**kept, "warmup": "nanogpt"}
 
 
@@ -241,7 +246,8 @@ def _tokenizer(path: Path, config: GPTConfig, dataset: str) -> dict[str, Any] | 
 
     The ``meta.json`` of a data set that Folio prepared under that name is used too.
     """
-    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if 0 < len(dataset) < 200)):
+    named = len(dataset) < 200 and files.is_name(dataset)
+    for folder in (path.parent, *(base / "data" / dataset for base in (Path(), CLONE) if named)):
         if (pickled := folder / META_PKL).is_file():
             size, found = read_meta_pkl(pickled)
             if size == config.vocab_size:

@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import NoneType
 from typing import Any
 
 from folio.errors import UserError
@@ -32,12 +33,12 @@ class State:
             state = cls(**{f.name: values[f.name] for f in fields(cls)})
             best = (state.best["step"], state.best["loss"]) if state.best else ()
             counts = (state.step, state.rows, state.tokens, state.evaluations_without_improvement)
-            if not all(type(n) is int and n >= 0 for n in counts):
+            if not all(type(n) is int and 0 <= n < 2**63 for n in counts):
                 raise UserError("its counts are not all whole numbers of at least 0")
             losses = (loss for loss in (state.train_loss, state.val_loss) if loss is not None)
             if not all(map(math.isfinite, (state.seconds, *losses, *best))):
                 raise UserError("its losses or seconds are not finite")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"not the state of a run: {error}") from None
         return state
 
@@ -59,6 +60,42 @@ class Skipped:
         if not known or not all(type(n) is int and n >= 0 for n in counts):
             raise UserError("its count of skipped updates, or a loss beside it, is impossible")
         return skipped
+
+
+_NUMBER, _SCALAR = (int, float), (bool, int, float, str)
+_ENTRIES: dict[str, Any] = {  # of a state.json: an entry's type, or that of each part of it
+    "run": str,
+    "optimizer": str,
+    "row": int,
+    "tokenizer": (dict, NoneType),
+    "data": (dict, str, NoneType),
+    "owed": [str],
+    "scaler": {"": _NUMBER},
+    "resolved": {"": _SCALAR},
+    "facts": {"": str},
+    "sources": [{"name": str, "share": _NUMBER, "tokens": int}],
+}
+
+
+def check_entries(values: Mapping[str, Any]) -> None:
+    """Raises ValueError if an entry of a ``state.json`` besides the progress is of a type that no run writes."""
+    for name, kind in _ENTRIES.items():
+        if name in values and not _fits(values[name], kind):
+            raise UserError(f"its {name} is not that of a run")
+    if "row" in values and not 0 < values["row"] < 2**53:
+        raise UserError(f"its row is {values['row']}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a type; of a list, each part; of a dict, the named parts, or with "" all."""
+    match kind:
+        case [part]:
+            return isinstance(value, list) and all(_fits(inner, part) for inner in value)
+        case {"": part}:
+            return isinstance(value, dict) and all(_fits(inner, part) for inner in value.values())
+        case dict():
+            return isinstance(value, dict) and all(_fits(value.get(name), part) for name, part in kind.items())
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def foreign_state(config: GPTConfig, tokenizer: dict[str, Any] | None, state: State | None = None) -> dict[str, Any]:

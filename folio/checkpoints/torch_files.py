@@ -8,6 +8,7 @@ Source: torch/serialization.py and torch/_utils.py.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
 import zlib
@@ -23,7 +24,7 @@ from torch import Tensor
 from folio.data import pickles
 from folio.data.pickled_values import opaque
 from folio.errors import UserError, first_line
-from folio.files import require_file
+from folio.files import open_regular
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a legacy file
@@ -124,8 +125,8 @@ def unfit(tensor: StoredTensor) -> str:
 
 def number(value: Any) -> float | int:
     """A number, or the only one of a tensor or list. Raises TypeError, or ValueError where the file is damaged."""
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    for _ in range(8):  # a pickled list may contain itself
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(value, StoredTensor) and value.shape.numel() == 1 and not value.problem:
         value = value.load().item()
     if not isinstance(value, (int, float)):
@@ -142,7 +143,7 @@ def load(path: Path, known: Mapping[str, Any] = {}) -> Any:
         FileNotFoundError: there is no such file. ValueError: it is not a file of ``torch.save``, is damaged, or names
             code (which is not run); names the file.
     """
-    with require_file(path).open("rb") as file:
+    with open_regular(path) as file:
         begins_as_pickle = file.read(2) == b"\x80\x02"
     try:
         read = _legacy if begins_as_pickle or not zipfile.is_zipfile(path) else _archive
@@ -207,7 +208,7 @@ def _opener(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> Callable[[], I
 
 def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     """The format before torch 1.6: five pickles, then each storage as its length and its numbers."""
-    with path.open("rb") as raw:
+    with open_regular(path) as raw:
         stream = io.BytesIO(raw.read(pickles.MOST))
     if pickles.load(stream) != _MAGIC or pickles.load(stream) != 1001:
         raise UserError("it is in neither of torch's formats")
@@ -223,12 +224,12 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
     keys, at, end = pickles.load(stream), stream.tell(), path.stat().st_size
     if not isinstance(keys, list) or not used.keys() <= set(map(str, keys)):
         raise UserError("it lacks some of its storages")
-    with path.open("rb") as raw:
+    with open_regular(path) as raw:
         for key in map(str, keys):
             raw.seek(at)
             (count,) = struct.unpack("<q", raw.read(8))
             size = used[key].dtype.itemsize * count
-            if count < used[key].first + used[key].count or at + 8 + size > end:
+            if count < 0 or count < used[key].first + used[key].count or at + 8 + size > end:
                 raise UserError(f"its storage {key} is cut short")
             file.records[key] = (size, _opener_at(path, at + 8))
             at += 8 + size
@@ -237,7 +238,7 @@ def _legacy(path: Path, known: Mapping[str, Any]) -> Any:
 
 def _opener_at(path: Path, place: int) -> Callable[[], IO[bytes]]:
     def opened() -> IO[bytes]:
-        file = path.open("rb")
+        file = open_regular(path)
         file.seek(place)
         return file
 
@@ -272,7 +273,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
         return StoredTensor(torch.Size(), problem="of an impossible shape")
     dtype = next((value for value in more if isinstance(value, torch.dtype)), storage.dtype)
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    if 0 not in shape and end * dtype.itemsize > storage.count * storage.dtype.itemsize:
+    largest = max(end, math.prod(shape))  # a stride of 0 repeats numbers
+    if 0 not in shape and largest * dtype.itemsize > storage.count * storage.dtype.itemsize:
         return StoredTensor(torch.Size(shape), problem="larger than its storage")
     if len(more) > 2 and isinstance(more[-1], dict) and more[-1]:
         return StoredTensor(torch.Size(shape), problem="stored with a lazy negation or conjugation")

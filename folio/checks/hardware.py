@@ -16,6 +16,7 @@ import torch
 
 from folio.checks.finding import Finding, findings, gigabytes, python_command
 from folio.config.options import System
+from folio.files import read_text
 from folio.machine import probe
 from folio.machine.choices import Choices, resolve
 
@@ -106,7 +107,7 @@ def _compiler(on_gpu: bool, compiled: bool) -> Finding:
 def memory() -> Iterator[Finding]:
     total = available = probe.memory()
     meminfo = Path("/proc/meminfo")
-    if meminfo.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)):
+    if meminfo.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB", read_text(meminfo), re.MULTILINE)):
         available = min(total, 1024 * int(found[1]))
     text = f"{gigabytes(available, total)} available"
     if available >= _STATE:

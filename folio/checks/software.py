@@ -18,6 +18,7 @@ from packaging.version import Version
 from folio import __version__
 from folio.checks.finding import Finding, python_command
 from folio.data.token_files import CLONE
+from folio.files import read_text
 
 # What does not work without an extra. The project's metadata lists the packages
 CONSEQUENCES = {
@@ -77,7 +78,7 @@ def requirements() -> dict[str, list[str]]:
 def _project() -> dict[str, Any]:
     """The project's table in the clone's pyproject.toml; empty if Folio is installed without a clone."""
     path = CLONE / "pyproject.toml"
-    found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {}) if path.is_file() else {}
+    found: dict[str, Any] = tomllib.loads(read_text(path)).get("project", {}) if path.is_file() else {}
     return found if found.get("name") == "folio" else {}
 
 

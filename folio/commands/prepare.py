@@ -104,6 +104,6 @@ def _part(text: str) -> tuple[int, int]:
     if not text:
         return 0, 1
     index, slash, count = text.partition("/")
-    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+    if len(text) < 20 and slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
     raise UserError(f"shard_of={text}: must be I/N with I from 0 to N − 1, such as 0/4")

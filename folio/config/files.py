@@ -14,7 +14,7 @@ from folio.config.options import TrainConfig
 from folio.config.table import defaults, table
 from folio.config.values import LONGEST, convert
 from folio.errors import UserError
-from folio.files import parse_json, require_file
+from folio.files import decode_text, open_regular, parse_json, require_file
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -53,14 +53,14 @@ def read_file(
 
 
 def _text(path: Path) -> str:
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            text = file.read(LONGEST + 1)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
-    if len(text) > LONGEST:
-        raise UserError(f"{path} has more than {LONGEST:,} characters: a config file is shorter")
-    return text
+    with open_regular(path) as file:
+        raw = file.read(LONGEST + 1)
+    if len(raw) > LONGEST:
+        raise UserError(f"{path} has more than {LONGEST:,} bytes: a config file is shorter")
+    try:
+        return decode_text(raw).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text, at byte {error.start}: save it as UTF-8") from None
 
 
 def _table(path: Path, text: str, parse: Callable[[str], Any]) -> dict[str, Any]:

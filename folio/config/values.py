@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import os
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,13 +39,22 @@ def convert(path: Path | str, name: str, value: Any, options: type) -> Any:
     if value is None:
         stands_for = "auto" if AUTO in choices else "" if known[name].field.default == "" else None
         value = metadata.get("none", stands_for)
-    for choice in choices:
+    fits = not isinstance(value, str) or _can_be_passed_on(value)
+    for choice in choices if fits else ():
         if (found := _as(choice, value)) is not MISSING:
             return found
-    shown = repr(value)
+    shown = ascii(value) if isinstance(value, str) and not fits else repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
     given = f"--{name}={shown}" if path == COMMAND_LINE else f"{path}: {name} = {shown}"
-    raise UserError(f"{given}: must be {_wanted(kind)}")
+    raise UserError(f"{given}: must be {_wanted(kind) if fits else 'text without null and half characters'}")
+
+
+def _can_be_passed_on(text: str) -> bool:
+    """Whether the system takes a text: without null characters, and without halves of surrogate pairs."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def parse_text(name: str, text: str, options: type) -> Any:

@@ -35,6 +35,7 @@ from folio.data.token_files import (
 )
 from folio.data.tokenizers import IDS_ONLY, from_json
 from folio.errors import UserError
+from folio.files import open_regular
 
 _ALSO = {"fineweb_edu": ("edu_fineweb10B",)}  # the names that other programs give to a data set
 
@@ -160,7 +161,8 @@ def _by_split(path: Path, files: list[TokenFile]) -> dict[Split, tuple[TokenFile
 def _last_documents(file: TokenFile) -> int:
     """The tokens of the whole documents in about the last tenth of a datatrove file, at most ten million."""
     index = file.path.with_name(file.path.name + ".index")
-    ends = np.memmap(index, "<u8", "r")
+    with open_regular(index) as opened:
+        ends = np.memmap(opened, "<u8", "r")
     if (ends[1:] < ends[:-1]).any():
         raise UserError(f"{index}: a document in it ends before the one that it follows: {AGAIN}")
     wanted = file.tokens - min(max(1, file.tokens // 10), 10_000_000)

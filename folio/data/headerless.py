@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from folio.data.token_files import BARE, GPT2_SIZES, META_PKL, TokenFile
 from folio.errors import UserError
+from folio.files import open_regular
 
 _LOOKS = (2**12, 2**20)  # 16-bit values to read: first a few, then more
 _FEWEST = 16  # 16-bit values; in fewer, zeros do not show a type
@@ -47,7 +48,8 @@ def _type_seen(path: Path, vocab_size: int | None) -> np.dtype[Any]:
     """The type of a file's ids: uint16, unless its first values, few and then many, are ids of another type."""
     found = BARE
     for count in _LOOKS:
-        found = _looks_like(np.fromfile(path, "u1", 2 * count), vocab_size)
+        with open_regular(path) as file:
+            found = _looks_like(np.fromfile(file, "u1", 2 * count), vocab_size)
         if found == BARE:
             break
     return found

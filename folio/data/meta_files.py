@@ -23,9 +23,9 @@ from folio.data.token_files import (
 )
 from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
-from folio.files import read_json, require_file, sha256
+from folio.files import is_name, read_bytes, read_json, read_sealed, require_file, sha256
 
-_REHASH = 64 * 2**20  # bytes: a changed file of at most this size is hashed again when it is opened
+_REHASH = 64 * 2**20  # bytes of a data set, or of a changed file, that are hashed again when it is opened
 
 
 class Meta(NamedTuple):
@@ -47,7 +47,7 @@ def read_meta_json(path: Path) -> Meta:
     """
     meta = path / META
     try:
-        raw = read_json(meta)
+        raw, _ = read_sealed(meta)
         dtype, eot = raw["dtype"], raw["eot"]
         if set(raw["splits"]) != set(SPLITS) or dtype not in ("uint16", "uint32"):
             raise UserError("its splits or dtype are unknown")
@@ -55,17 +55,20 @@ def read_meta_json(path: Path) -> Meta:
         if eot not in ("before", "after", "none"):
             raise UserError(f"eot={str(eot)[:20]}")
         listed = {split: [_entry(entry) for entry in raw["splits"][split]["files"]] for split in SPLITS}
-        if not all(listed.values()) or any(Path(name).name != name for files in listed.values() for name, *_ in files):
+        if not all(listed.values()) or not all(is_name(name) for files in listed.values() for name, *_ in files):
             raise UserError("its splits list no files, or files outside the folder")
         tokenizer = dict(raw["tokenizer"])
+        if not isinstance(tokenizer["kind"], str):
+            raise UserError("its tokenizer's kind is not text")
         _check_counts(raw)
     except FileNotFoundError:
         raise FileNotFoundError(f"{meta} is a link to a file that is not there: {AGAIN}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{meta}: not a meta file of Folio: {error}; {AGAIN}") from None
+    tokens = sum(count for split in SPLITS for _, count, _ in listed[split])
+    small = tokens * np.dtype(dtype).itemsize <= _REHASH
     splits = {
-        split: tuple(_listed(path / name, np.dtype(dtype), tokens, digest) for name, tokens, digest in listed[split])
-        for split in SPLITS
+        split: tuple(_listed(path, np.dtype(dtype), small, *entry) for entry in listed[split]) for split in SPLITS
     }
     return Meta(splits, vocab_size, dtype, tokenizer, eot, raw)
 
@@ -76,15 +79,21 @@ def _entry(entry: Mapping[str, Any]) -> tuple[str, int, str]:
 
 def _check_counts(raw: Mapping[str, Any]) -> None:
     """Raises ValueError if a number that is only displayed is not a count."""
-    whole_number(raw.get("text_bytes") or 0, "text_bytes", 0)
-    for reason, count in dict(raw.get("skipped") or {}).items():
-        whole_number(count, f"skipped {reason}", 0)
-    for split in SPLITS:
-        whole_number(raw["splits"][split].get("documents") or 0, "documents", 0)
+    if not isinstance(skipped := raw.get("skipped", {}), dict):
+        raise UserError("its skipped is not an object")
+    counts = [("text_bytes", raw.get("text_bytes")), *((f"skipped {reason[:80]}", n) for reason, n in skipped.items())]
+    counts += [("documents", raw["splits"][split].get("documents")) for split in SPLITS]
+    for name, count in counts:
+        if count is not None:
+            whole_number(count, name, 0)
 
 
-def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> TokenFile:
-    """A file that ``meta.json`` lists. Raises FileNotFoundError or ValueError if it is not as listed."""
+def _listed(folder: Path, dtype: np.dtype[Any], small: bool, name: str, tokens: int, digest: str) -> TokenFile:
+    """A file that ``meta.json`` lists. Raises FileNotFoundError or ValueError if it is not as listed.
+
+    Its content is compared if the data set is ``small``, or if the file is small and was changed after ``meta.json``.
+    """
+    path = folder / name
     if not os.path.lexists(path) or path.is_dir():
         raise FileNotFoundError(f"{path} is missing: {AGAIN}")
     require_file(path)
@@ -93,7 +102,7 @@ def _listed(path: Path, dtype: np.dtype[Any], tokens: int, digest: str) -> Token
         raise UserError(f"{path}: {file.tokens:,} tokens, but its {META} says {tokens:,}: {AGAIN}")
     stat = path.stat()
     changed = stat.st_mtime_ns > path.with_name(META).stat().st_mtime_ns
-    if changed and stat.st_size <= _REHASH and sha256(path) != digest:
+    if (small or changed) and stat.st_size <= _REHASH and sha256(path) != digest:
         raise UserError(f"{path} is not what its {META} describes: {AGAIN}")
     return file._replace(sha256=digest)
 
@@ -139,9 +148,7 @@ def whole_number(value: object, name: str, least: int, most: int = 2**63 - 1) ->
 def _read_pickle(path: Path) -> Any:
     """A pickle as plain values; nothing that it names is imported or called."""
     try:
-        if (size := require_file(path).stat().st_size) > pickles.MOST:
-            raise UserError(f"it has {size:,} bytes, more than the {pickles.MOST:,} that such a file can have")
-        return pickles.loads(path.read_bytes())
+        return pickles.loads(read_bytes(path, pickles.MOST))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is a link to a file that is not there: {AGAIN}") from None
     except ValueError as error:
@@ -153,6 +160,8 @@ def datatrove_tokenizer(path: Path) -> dict[str, Any] | None:
     name, _ = datatrove_metadata(path)
     if name in ("", "gpt2", "openai-community/gpt2", "Unknown Tokenizer"):
         return None
+    if ".." in Path(name).parts:
+        raise UserError(f"{path}.metadata names the tokenizer {name[:80]!r}, outside of this folder: {AGAIN}")
     if Path(name).is_file():
         return {"kind": "tokenizers", "file": read_json(Path(name))}
     return {"kind": "datatrove", "name": name}

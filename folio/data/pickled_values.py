@@ -62,12 +62,18 @@ def fill(target: Any, keys: list[Any], values: list[Any]) -> Any:
         raise TypeError
     for key, value in zip(keys, values, strict=True):
         flat = key if type(key) is tuple else (key,)
-        if len(flat) > 64 or not all(part is None or isinstance(part, (str, bytes, int, float)) for part in flat):
-            raise UserError("a key is neither text nor a number")
+        if len(flat) > 64 or not all(map(_is_quick_to_hash, flat)):
+            raise UserError("a key is neither text nor a number of 64 bits")
         if not isinstance(key, str) and len(target) >= _KEYS:
             raise UserError(f"one dict has more than {_KEYS:,} keys that are not text")
         target[key] = value
     return target
+
+
+def _is_quick_to_hash(part: Any) -> bool:
+    if isinstance(part, int):
+        return part.bit_length() <= 64
+    return part is None or isinstance(part, (str, bytes, float))
 
 
 def call(function: Any, arguments: Iterable[Any], named: Mapping[str, Any] | None = None) -> Any:

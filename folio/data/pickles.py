@@ -15,7 +15,7 @@ from folio.data.pickled_values import PLAIN, Opaque, build, call, fill
 from folio.errors import UserError
 
 MOST = 8 * 2**20  # bytes of a pickle; that of GPT-2 XL with its optimizer has a quarter of a million
-_MOST_OPCODES = 5_000_000
+_MOST_OPCODES = 1_000_000
 _MOST_COPIED = 1 << 24  # values and bytes that calls may copy, in addition to MOST
 _VALUES = ("INT", "LONG", "FLOAT", "STRING", "UNICODE", "BYTEARRAY", "BYTES")  # opcodes whose argument is a value
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from folio.config.declare import TokenDtype
 from folio.errors import UserError
-from folio.files import require_file
+from folio.files import open_regular, require_file
 
 Split = Literal["train", "val"]
 Array = NDArray[np.integer[Any]]
@@ -38,7 +38,7 @@ _HEADERS: dict[int, tuple[np.dtype[Any], tuple[int, ...]]] = {
 }  # llm.c's magic numbers, types and versions: dev/data/data_common.py
 _HEADER = 256 * 4  # bytes
 _NPY_HEADER = 1 << 14  # bytes, more than the longest header that numpy itself reads
-_LINE = 4096  # characters
+_LINE = 4096  # bytes
 _DATES = range(20240101, 20241232)  # magic numbers of llm.c's other files, such as models, are dates
 _OTHERS = {
     b"\x93NUMPY": "a .npy file",
@@ -58,8 +58,12 @@ class TokenFile(NamedTuple):
     sha256: str | None = None
 
     def map(self) -> Array:
-        """The ids (n) as a memmap. The process keeps the file open while this array exists."""
-        return np.memmap(self.path, self.dtype, "r", self.offset, (self.tokens,))
+        """The ids (n) as a memmap. Raises ValueError if the file has become shorter than it was."""
+        with open_regular(self.path) as file:
+            try:
+                return np.memmap(file, self.dtype, "r", self.offset, (self.tokens,))
+            except ValueError:  # longer than the file
+                raise UserError(f"{self.path} became shorter while it was in use: {AGAIN}") from None
 
 
 def open_file(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:
@@ -94,7 +98,7 @@ def bare_file(path: Path, dtype: np.dtype[Any], offset: int = 0) -> TokenFile:
 
 def _bin(path: Path, bare: np.dtype[Any] = BARE) -> TokenFile:
     """Ids alone as in nanoGPT's files, or after llm.c's header of 256 int32: magic number, version, count."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(12)
     if other := next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None):
         raise UserError(f"{path} is {other}, not a .bin file of token ids: {AGAIN}")
@@ -125,7 +129,7 @@ def _check_count(path: Path, tokens: int, stated: int) -> None:
 def npy_file(path: Path) -> TokenFile:
     """A one-dimensional ``.npy`` array of integers. Raises ValueError for any other."""
     try:
-        with path.open("rb") as whole:
+        with open_regular(path) as whole:
             file = io.BytesIO(whole.read(_NPY_HEADER))
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -148,7 +152,7 @@ def _datatrove(path: Path) -> TokenFile:
         raise FileNotFoundError(f"{index} is missing: datatrove writes it with save_index=True")
     if index.stat().st_size % 8:
         raise UserError(f"{index}: {index.stat().st_size} bytes are not a multiple of 8: it is cut short; {AGAIN}")
-    with index.open("rb") as file:
+    with open_regular(index) as file:
         file.seek(-8, io.SEEK_END)
         tokens = int.from_bytes(file.read(8), "little")
     width, rest = divmod(path.stat().st_size, max(tokens, 1))
@@ -165,8 +169,8 @@ def datatrove_metadata(path: Path) -> tuple[str, str]:
     metadata = path.with_name(path.name + ".metadata")
     if not os.path.lexists(metadata):
         return "", ""
-    with require_file(metadata).open(encoding="utf-8", errors="replace") as file:
-        first = file.readline(_LINE).rstrip("\n")
+    with open_regular(metadata) as file:
+        first = file.readline(_LINE).decode("utf-8", "replace").rstrip("\r\n")
     name, _, width = first.rpartition("|")
     return name, width
 

@@ -14,9 +14,9 @@ def describe(spec: dict[str, Any]) -> str:
             return f"{len(characters)} characters"
         case {"kind": "tiktoken", "name": str(name)}:
             return f"{name} of tiktoken"
-        case {"kind": "tokenizers", "file": dict(file)}:
-            return f"a {(file.get('model') or {}).get('type', 'tokenizer')} file of the tokenizers library"
-    return str(spec.get("name") or spec.get("kind"))
+        case {"kind": "tokenizers", "file": {"model": {"type": str(model)}}}:
+            return f"a {model} file of the tokenizers library"
+    return str(spec.get("name") or spec.get("kind"))[:80]
 
 
 def difference(ids_of: dict[str, Any], known_to: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
-    if (size := files.require_file(path).stat().st_size) > _MOST:
-        raise UserError(f"{path} has {size:,} bytes, more than the {_MOST:,} that such a file can have")
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from None
+    return files.read_text(path, _MOST).removesuffix("\n").split("\n")
 
 
 def _byte_pairs(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +155,11 @@ def _added(folder: Path, config: dict[str, Any], vocabulary: dict[str, int], def
     flags: dict[str, dict[str, Any]] = {}
     decoder = config.get("added_tokens_decoder") or {}
     for i, token in decoder.items() if isinstance(decoder, dict) else [("", None)]:
-        if not isinstance(token, dict) or not isinstance(content := token.get("content"), str) or not i.isdecimal():
+        if (
+            not isinstance(token, dict)
+            or not isinstance(content := token.get("content"), str)
+            or not re.fullmatch("[0-9]{1,9}", i)
+        ):
             raise UserError(
                 f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry that is not a token"
             )

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from folio.errors import UserError
-from folio.files import require_file
+from folio.errors import UserError, first_line
+from folio.files import parse_json, read_text
 
 if TYPE_CHECKING:
     import tokenizers
 
 Ids = NDArray[np.integer[Any]]
 _LARGEST_FILE = 1 << 28  # bytes
+_MOST_IDS = 1 << 22
 IDS_ONLY = {"kind": "ids"}  # instead of a tokenizer, where only the number of ids is known
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -207,17 +209,17 @@ class TokenizersFile:
     def __init__(self, text: str) -> None:
         import tokenizers
 
-        try:
+        spec = parse_json(text)
+        with _refused("not a file of the tokenizers library"):
             self._fast = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exceptions
-            raise UserError(f"not a file of the tokenizers library ({error})") from None
         self._fast.no_truncation()
         self._fast.no_padding()
         self._text = text
         self.size = max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.size > _MOST_IDS:
+            raise UserError(f"it has the token id {self.size - 1:,}, above the {_MOST_IDS:,} of any tokenizer")
         found = (self._fast.token_to_id(name) for name in END_OF_TEXT)
         self.eot: int | None = next((i for i in found if i is not None), None)
-        spec = json.loads(text)
         pattern = spec.get("pre_tokenizer") or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         # added tokens match across spaces too
@@ -233,12 +235,8 @@ class TokenizersFile:
     def encode(self, text: str, *, special: bool = False) -> Ids:
         text.encode()  # raises for half of a surrogate pair, for which the library raises a TypeError
         self._fast.encode_special_tokens = not special  # True: they are encoded as text
-        try:
+        with _refused("the tokenizer cannot encode it"):
             return np.array(self._fast.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-        except BaseException as error:  # the library raises plain Exceptions, and panics if a pattern takes too long
-            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-                raise UserError(f"the tokenizer cannot encode it: {error}") from None
-            raise
 
     def bytes(self, ids: Iterable[int]) -> bytes:
         pieces = [piece for i in ids if (piece := self._fast.id_to_token(i)) is not None]
@@ -249,11 +247,16 @@ class TokenizersFile:
             )
         if self._fast.decoder is None:
             return " ".join(pieces).encode()
+        with _refused("the tokenizer cannot decode it"):
+            return self._decoded(self._fast.decoder, pieces)
+
+    def _decoded(self, decoder: Any, pieces: list[str]) -> Any:
         lone = [self._lone[piece] for piece in pieces if piece in self._lone]
-        text = self._fast.decoder.decode(["<0x00>" if piece in self._lone else piece for piece in pieces])
+        text: str = decoder.decode(["<0x00>" if piece in self._lone else piece for piece in pieces])
         between = text.encode().split(b"\0")  # the library's decoder replaces parts of characters
         if len(between) != len(lone) + 1:
-            return self._fast.decoder.decode(pieces).encode()
+            whole: str = decoder.decode(pieces)
+            return whole.encode()
         return between[0] + b"".join(bytes([byte]) + rest for byte, rest in zip(lone, between[1:], strict=True))
 
     def to_json(self) -> dict[str, Any]:
@@ -263,6 +266,17 @@ class TokenizersFile:
         import tokenizers
 
         return tokenizers.Tokenizer.from_str(self._text)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raises ValueError for the tokenizers library's plain Exceptions, and for its panics, as at a slow pattern."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{what}: {first_line(error)[:200]}") from None
+        raise
 
 
 def byte_characters() -> dict[int, str]:
@@ -306,9 +320,7 @@ def named(name: str) -> Tokenizer:
     if not name.endswith(".json"):
         return Tiktoken(name)
     try:
-        if (size := require_file(Path(name)).stat().st_size) > _LARGEST_FILE:
-            raise UserError(f"it has {size:,} bytes, more than the {_LARGEST_FILE:,} that such a file can have")
-        return TokenizersFile(Path(name).read_text(encoding="utf-8-sig"))
+        return TokenizersFile(read_text(Path(name), _LARGEST_FILE).removeprefix("\ufeff"))
     except OSError as error:
         raise FileNotFoundError(f"tokenizer {name}: {error.strerror}: folio tokenizer train makes one") from None
     except ValueError as error:

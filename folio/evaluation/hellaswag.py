@@ -87,7 +87,7 @@ def read(path: Path, style: HellaSwagStyle, limit: int = 0) -> list[Item]:
         ValueError: a line is not an item, or there are no items; names the file and the line.
     """
     items: list[Item] = []
-    with path.open("rb") as file:
+    with files.open_regular(path) as file:
         lines = iter(lambda: file.readline(_LONGEST_LINE + 1), b"")
         for number, line in enumerate(lines, 1):
             if limit and len(items) == limit:

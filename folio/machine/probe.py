@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from folio.files import read_text
+
 if sys.platform != "win32":
     import resource
 
@@ -32,7 +34,7 @@ def memory() -> float:
 def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
     """Bytes that a container may use; infinity outside of one."""
     try:
-        return float(path.read_text())
+        return float(read_text(path))
     except (OSError, ValueError):  # no such file, or "max"
         return float("inf")
 
@@ -40,8 +42,8 @@ def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
 def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
     """The model of this CPU, as Linux names it; elsewhere its kind, such as arm."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-    except OSError:
+        found = re.search(r"^model name\s*:\s*(.+)$", read_text(path), re.MULTILINE)
+    except (OSError, ValueError):
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
 

@@ -89,7 +89,7 @@ class Profiler:
             trace = Path(unfinished, TRACE)
             self._profile.export_chrome_trace(str(trace))
             try:
-                events = json.loads(trace.read_bytes())["traceEvents"]
+                events = json.loads(files.read_bytes(trace, 1 << 33))["traceEvents"]
             except (ValueError, FileNotFoundError):  # the profiler does not report a full disk
                 raise OSError(f"{self._folder} could not be written: make room there, or write elsewhere") from None
             text = self._operations()

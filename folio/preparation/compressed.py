@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from folio.files import open_regular
 from folio.preparation import sources
 from folio.preparation.documents import LONGEST_LINE, Span
 from folio.preparation.sources import Piece
@@ -24,7 +25,7 @@ def packed_lines(path: Path) -> Iterator[Piece]:
         number, before, held = number + held.count(b"\n"), packed.tell(), bytearray()
         return made
 
-    with path.open("rb") as packed:
+    with open_regular(path) as packed:
         try:
             for line in _lines(_unpack(path, packed)):
                 held += line

@@ -6,10 +6,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from folio.errors import UserError
-from folio.files import decode_text, other_encoding
+from folio.files import decode_text, open_regular, other_encoding
 
 LONGEST_LINE = 2**27  # bytes: a longer line is a mistake or an attack, not a document
 
@@ -71,7 +72,7 @@ def documents(span: Span, settings: WorkerSettings) -> Numbered:
 
 
 def _text(span: Span, key: str) -> Numbered:
-    with open(span.path, "rb") as file:
+    with open_regular(Path(span.path)) as file:
         file.seek(span.start)
         raw = file.read(span.stop - span.start)
     try:
@@ -92,7 +93,7 @@ def _lines(span: Span, key: str) -> Numbered:
 
 def _own_lines(span: Span) -> bytes:
     """The lines that begin within a span. A line that is too long is cut just above the limit."""
-    with open(span.path, "rb") as file:
+    with open_regular(Path(span.path)) as file:
         if span.start:
             file.seek(span.start - 1)
             if not file.readline(span.stop - span.start + 1).endswith(b"\n"):
@@ -207,7 +208,7 @@ def place(span: Span, i: int) -> str:
 def _line_number(path: str, start: int) -> int:
     """The number, from 1, of the first line that begins at byte ``start`` or later."""
     count, last = 0, b"\n"
-    with open(path, "rb") as file:
+    with open_regular(Path(path)) as file:
         while start > 0 and (raw := file.read(min(start, 2**24))):
             start -= len(raw)
             count, last = count + raw.count(b"\n"), raw[-1:]

@@ -7,7 +7,7 @@ from typing import Any
 
 from folio.data.token_files import META, SPLITS, UNFINISHED
 from folio.errors import UserError
-from folio.files import read_json
+from folio.files import read_sealed
 from folio.preparation.recipe import Recipe
 from folio.preparation.sources import Source
 from folio.preparation.text_files import Files
@@ -20,7 +20,7 @@ def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwri
     if overwrite:
         return False
     try:
-        meta = read_json(folder / META)
+        meta, _ = read_sealed(folder / META)
         made = dict(meta["made"])
         names = [str(f["name"]) for split in meta["splits"].values() for f in split["files"]]
         counts = {split: int(meta["splits"][split]["tokens"]) for split in SPLITS}

@@ -33,7 +33,7 @@ from folio.preparation.progress import progress
 from folio.preparation.recipe import Recipe
 from folio.preparation.sources import Block
 from folio.preparation.workers import Alphabet, Tokenize, Tokenized, results
-from folio.preparation.writer import STATE, Writer, listed, move, read_state, save_state
+from folio.preparation.writer import DIVIDED, STATE, Writer, listed, move, read_state, save_state
 from folio.records.console import say
 
 COMMIT_EVERY = 1.0  # seconds
@@ -105,6 +105,7 @@ def _remove(work: Path) -> None:
 @contextlib.contextmanager
 def _lock(work: Path) -> Iterator[None]:
     """Locks the folder for this process. If the process fails before its first commit, the folder is removed."""
+    files.require_own_folder(work)
     lock = Lock(work / _LOCK, "another process is preparing this data set", "wait until it has finished")
     try:
         yield
@@ -156,7 +157,8 @@ class _Job:
                 save_state(work, state)
             meta = state["meta"]
             names = [f["name"] for split in meta["splits"].values() for f in split["files"]]
-            move(work / state["place"], names, meta, folder, state["replaces"])
+            place = work / DIVIDED if state["place"] else work
+            move(place, names, meta, folder, state["replaces"])
             _remove(work)
         for split in SPLITS:
             say(f"{split} has {meta['splits'][split]['tokens']:,} tokens")

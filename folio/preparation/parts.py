@@ -70,10 +70,11 @@ class Parts:
             for name, size in read_state(folder)["sizes"].items():
                 if (folder / name).stat().st_size != size:
                     raise UserError(f"{folder / name} is damaged: remove {folder} to make that part again")
-            rows = np.fromfile(folder / "blocks", "<i8").reshape(-1, 6)
+            with files.open_regular(folder / "blocks") as blocks:
+                rows = np.fromfile(blocks, "<i8").reshape(-1, 6)
             skip = rows[: done if number == first else 0].sum(axis=0)
             skipped = Counter[str](read_state(folder)["skipped"])
-            with (folder / "ids").open("rb") as ids, (folder / "lengths").open("rb") as lengths:
+            with files.open_regular(folder / "ids") as ids, files.open_regular(folder / "lengths") as lengths:
                 ids.seek(int(skip[0]) * self.dtype.itemsize if len(rows) else 0)
                 lengths.seek(int(skip[1]) * 8 if len(rows) else 0)
                 for i, (tokens, documents, continues, split, size, disk) in enumerate(rows.tolist()):

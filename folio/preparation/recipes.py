@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import platform
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from folio.config.names import did_you_mean
 from folio.errors import UserError
-from folio.files import decode_text, download, read_text
+from folio.files import download, read_text
 from folio.preparation.finding import find
 from folio.preparation.hub import Hub
 from folio.preparation.recipe import Layout, Recipe
@@ -156,6 +157,8 @@ def named_by_user(
     """
     from folio.data.tokenizers import named
 
+    if shard_size and not re.fullmatch(r"[^/{}]+", name):
+        raise UserError(f"name={name}: it begins the names of the shards, so it cannot have /, {{ or }}")
     tokens = None if tokenizer == "char" else named(tokenizer)
     source: Source
     if sources[0].startswith("hf:"):
@@ -200,8 +203,8 @@ def _python_sources(root: Path) -> Iterator[str]:
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         if _NOT_SOURCES.isdisjoint(path.relative_to(root).parts) and path.is_file():
             try:
-                yield decode_text(path.read_bytes())
-            except UnicodeDecodeError:
+                yield read_text(path)
+            except ValueError:  # not UTF-8
                 continue
 
 

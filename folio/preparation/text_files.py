@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from folio.files import other_encoding
+from folio.files import open_regular, other_encoding
 from folio.preparation import sources
 from folio.preparation.compressed import packed_lines
 from folio.preparation.documents import Span, find_cut
@@ -60,7 +60,7 @@ class Files:
     def reads_as_before(self) -> bool:
         """Whether no text has a \\r or a byte order mark, so that older versions, which kept them, read the same."""
         for path in self._texts():
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 start = True
                 while raw := file.read(2**20):
                     if b"\r" in raw or (start and raw.startswith(codecs.BOM_UTF8)):
@@ -113,7 +113,7 @@ def _text(source: Files, path: Path) -> Iterator[Piece]:
         line, what = wrong
         yield Piece(Span(f"{name}:{line}", "flaw", held=what), 0, size)
         return
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         val = _validation_start(file, int(size * (1 - source.val_fraction)), size) if source.single else size
         cuts = _cuts(file, size) if source.divisible else []
     marks = sorted({0, val, size, *cuts})
@@ -146,7 +146,7 @@ def _validation_start(file: BinaryIO, at: int, size: int) -> int:
 def _first_invalid_line(path: Path) -> tuple[int, str] | None:
     """The first line that is not UTF-8, and the reason to report."""
     line = 1
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while raw := file.readline(2**24):
             try:
                 raw.decode("utf-8")

@@ -19,12 +19,13 @@ from folio import files
 from folio.data.token_files import META, SPLITS, Split
 from folio.data.tokenizers import Ids
 from folio.errors import UserError
-from folio.files import read_json, read_sealed, sha256, write_json, write_sealed
+from folio.files import read_json, read_sealed, sha256, write_sealed
 from folio.preparation.recipe import Layout
 from folio.preparation.sources import Block
 from folio.preparation.workers import Tokenized
 
 STATE = "state.json"
+DIVIDED = "divided"  # the folder of the files of a small data set, whose documents are divided at the end
 _NPY_HEADER = 128  # bytes, whatever the number of tokens
 
 
@@ -234,10 +235,12 @@ class Writer(Counted):
 
     def _divide(self, only: dict[str, Any], eot: int, fraction: float) -> None:
         path = self.place / only["name"]
-        ids = np.load(path) if path.suffix == ".npy" else np.fromfile(path, self.dtype)
+        with files.open_regular(path) as file:
+            ids = np.load(file) if path.suffix == ".npy" else np.fromfile(file, self.dtype)
         ends = np.append(np.flatnonzero(ids == eot)[1:], len(ids))
         whole = Tokenized(ids, np.diff(ends, prepend=0), False, 0, Counter())
-        self.place = self.folder / "divided"  # committed files stay unchanged until all is done
+        self.place = self.folder / DIVIDED  # committed files stay unchanged until all is done
+        files.remove(self.place)
         files.make_folder(self.place)
         divided = Writer(self.place, replace(self.layout, val_fraction=fraction), self.dtype, False, {})
         divided.add(whole, Block((), None, 0))
@@ -246,13 +249,15 @@ class Writer(Counted):
 
 def move(folder: Path, names: list[str], meta: dict[str, Any], to: Path, replaces: Sequence[str]) -> None:
     """Moves finished files to their place, ``meta.json`` last; an older ``meta.json`` is removed first."""
+    if odd := [name for name in (*names, *replaces) if not files.is_name(name)]:
+        raise UserError(f"{folder} names {odd[0][:80]!r}, outside of {to}: remove {folder} to begin again")
     files.remove(to / META)
     for name in names:
         if (folder / name).exists():
             files.rename(folder / name, to / name)
     for name in set(replaces) - set(names):
         files.remove(to / name)
-    write_json(to / META, meta)
+    write_sealed(to / META, meta)
 
 
 def listed(folder: Path) -> set[str]:

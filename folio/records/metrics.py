@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Collection
@@ -48,7 +49,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 def holds_records(path: Path) -> bool | None:
     """Whether a file begins with a record; None if it is empty, or its beginning cannot be read."""
-    with files.require_file(path).open("rb") as file:
+    with files.open_regular(path) as file:
         line = file.readline(_LONGEST)
     if _record(line) is not None:
         return True
@@ -76,7 +77,7 @@ def rewind(path: Path, step: int, owed: Collection[str] = (), interval: int = 1)
     notes = []
     if lines.damaged:
         beside = (path.with_name(f"{path.name}.damaged{f'-{n}' * (n > 1)}") for n in itertools.count(1))
-        original = next(other for other in beside if not other.exists())
+        original = next(other for other in beside if not os.path.lexists(other))
         files.write_with(original, partial(shutil.copyfile, path))
         notes.append(f"{_damage(path, lines.damaged)}, and left out; the original is kept as {original.name}")
     reached = max((record["step"] for _, record in kept), default=-1)
@@ -101,7 +102,7 @@ def _lines(path: Path) -> _Lines:
     """Reads a file of records. If a line is half a record followed by a whole one, the whole one is kept."""
     whole: list[tuple[bytes, Record]] = []
     damaged, number, line = [], 0, b""
-    with files.require_file(path).open("rb") as file:
+    with files.open_regular(path) as file:
         while (line := file.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
             number += 1
             while not line.endswith(b"\n") and (more := file.readline(_LONGEST)):

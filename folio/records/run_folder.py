@@ -92,8 +92,11 @@ def hold(out_dir: Path) -> Lock:
     """Locks the folder for one run until the lock is released. Undoes moves that a killed run did not finish.
 
     Raises:
-        InUseError: another run has the lock; names it. OSError: the folder cannot be written.
+        InUseError: another run has the lock; names it. UserError: one of its folders is a link.
+        OSError: the folder cannot be written.
     """
+    for name in (CHECKPOINTS, MOVING, PROFILE, TENSORBOARD):
+        files.require_own_folder(out_dir / name)
     lock = Lock(out_dir / _LOCK, "another run trains there", "wait for its end, or choose another --out_dir")
     try:
         _put_back_files(out_dir)

@@ -147,7 +147,7 @@ def _has_state(path: Path) -> bool:
 def _is_log(path: Path) -> bool:
     """Whether the first line of a ``log.txt`` is in one of the known formats."""
     try:
-        with files.require_file(path).open("rb") as file:
+        with files.open_regular(path) as file:
             return bool(LINE.fullmatch(file.readline(1 << 16)))
     except (ValueError, OSError):
         return False

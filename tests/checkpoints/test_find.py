@@ -103,11 +103,23 @@ def test_the_latest_that_verifies(tmp_path: Path, damage: Damage) -> None:
 
 def test_damaged_again(tmp_path: Path) -> None:
     """A second damaged checkpoint of the same step takes the place of the first."""
+    save(tmp_path, 4)
     for _ in range(2):
         cut("model.safetensors")(save(tmp_path, 5))
         found, lines = find.latest(tmp_path, "a1")
-        assert (found, len(lines)) == (None, 1)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005.damaged"]
+        assert found is not None
+        assert (found.step, len(lines)) == (4, 1)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005.damaged"]
+
+
+def test_if_none_is_whole_none_is_set_aside(tmp_path: Path) -> None:
+    """The damage may be in another file: here, config.json would be that of another run."""
+    save(tmp_path, 5)
+    found, lines = find.latest(tmp_path, "of another run")
+    assert found is None
+    assert "it is of another run, a1" in lines[0]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

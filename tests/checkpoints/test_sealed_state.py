@@ -121,7 +121,7 @@ def test_what_an_older_state_cannot_say(full: Path, changes: dict[str, Any], wor
         checkpoint.state_of(path)
     found, lines = find.latest(full, "a1")
     assert found is None
-    assert lines[0].endswith("; set aside as step-00000060.damaged")
+    assert words in lines[0] or lines[0].startswith(str(path))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from conftest import SMALL, Outcome
 from written import IDS, PAIR, SHARDS, lay, npy
 
 from folio.data.folders import open_folder
+from folio.files import sha256, write_sealed
 
 shards = written.shards
 
@@ -123,8 +124,8 @@ def test_a_glob_of_a_wide_data_set(shards: Path, tmp_path: Path) -> None:
             path = folder / file["name"]
             np.load(path).astype(np.uint32).tofile(path.with_suffix(".bin"))
             path.unlink()
-            file["name"] = path.with_suffix(".bin").name
-    (folder / "meta.json").write_text(json.dumps(meta | {"dtype": "uint32"}))
+            file |= {"name": path.with_suffix(".bin").name, "sha256": sha256(path.with_suffix(".bin"))}
+    write_sealed(folder / "meta.json", meta | {"dtype": "uint32"})
     for place in (folder, folder / "*.bin", folder / "*_00000[012].bin"):
         found = open_folder(place, "uint32")
         assert found == open_folder(place)

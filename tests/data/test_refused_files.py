@@ -16,6 +16,7 @@ from conftest import SMALL, Outcome
 from written import IDS, Ids, Write, bare, cut, ds, headed, npy
 
 from folio.data.folders import open_folder
+from folio.files import write_sealed
 
 shards = written.shards
 
@@ -37,7 +38,7 @@ def relisted(d: Path, name: str) -> None:
     meta = json.loads(path.read_text())
     (d / meta["splits"]["train"]["files"][0]["name"]).rename(d / name)
     meta["splits"]["train"]["files"][0]["name"] = name
-    path.write_text(json.dumps(meta))
+    write_sealed(path, meta)
 
 
 def changed(path: Path) -> None:

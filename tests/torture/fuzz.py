@@ -1,0 +1,139 @@
+"""Feeds each reader random input: it returns, or raises the one clear error, in little time and memory.
+
+    python tests/torture/fuzz.py --seconds=600 [TARGET …]
+
+prints each kind of failure once, with an input that causes it, and how many inputs were tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    for folder in ("tests/checkpoints", "tests", "."):
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+
+from fuzz_targets import TARGETS, Target
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from folio.cli import _describe, _shortened
+from folio.errors import UserError
+
+LONGEST = 2000  # characters of an error or a warning
+SECONDS = 5.0  # that one input may take
+_BATCH = 500  # inputs
+
+
+def check(target: Target, value: Any, folder: Path) -> bool:
+    """Whether the reader refuses the value. Raises what is no clear refusal; fails if it takes long."""
+    begin = time.perf_counter()
+    refused = False
+    with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("always")
+        try:
+            target.read(value, folder)
+        except (UserError, OSError) as error:
+            refused = True
+            line = _describe(error)
+            assert 0 < len(line) <= LONGEST, f"an error of {len(line):,} characters: {line[:200]}"
+    for warning in said:
+        assert 0 < len(_shortened(str(warning.message))) <= LONGEST
+    assert (took := time.perf_counter() - begin) <= SECONDS, f"{took:.1f} s"
+    return refused
+
+
+def fuzz(target: Target, count: int, number: int | None = None, failed: Callable[[Any], None] | None = None) -> int:
+    """Tries ``count`` inputs, the same in each run without a seed ``number``; returns how many were refused.
+
+    A failure is raised with the smallest such input, or handed to ``failed``.
+    """
+    refused = 0
+    folder = Path(tempfile.mkdtemp(prefix="folio-fuzz-"))
+    phases = [Phase.generate] if failed else [Phase.generate, Phase.shrink]
+
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=number is None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(target.inputs())
+    def each(value: Any) -> None:
+        nonlocal refused
+        try:
+            refused += check(target, value, folder)
+        except BaseException as error:
+            if failed is None or isinstance(error, KeyboardInterrupt):
+                raise
+            failed(value)
+
+    try:
+        (each if number is None else seed(number)(each))()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return refused
+
+
+def _kind() -> str:
+    """The error that is being handled, and the last line of Folio's that it passed."""
+    kind, error, trace = sys.exc_info()
+    frames = [f for f in traceback.extract_tb(trace) if "/folio/" in f.filename]
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+    return f"{kind.__name__ if kind else ''} at {place}: {str(error)[:100]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Feeds each reader random input.")
+    parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    how = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.RLIM_INFINITY))
+    end, number = time.monotonic() + how.seconds, how.seed
+    tried, refused = Counter[str](), Counter[str]()
+    failures: dict[str, tuple[int, str]] = {}
+    names = how.targets or list(TARGETS)
+    while time.monotonic() < end:
+        for name in names:
+
+            def failed(value: Any, name: str = name) -> None:
+                kind = f"{name}: {_kind()}"
+                shown = repr(value)
+                before = failures.get(kind, (0, shown))
+                failures[kind] = before[0] + 1, min(before[1], shown, key=len)
+                if not before[0]:
+                    print(f"{kind}\n    {shown[:1000]}\n{traceback.format_exc()}", flush=True)
+
+            faulthandler.dump_traceback_later(120, exit=True)
+            refused[name] += fuzz(TARGETS[name], _BATCH, number, failed)
+            tried[name] += _BATCH
+            faulthandler.cancel_dump_traceback_later()
+            if time.monotonic() > end:
+                break
+        number += 1
+    for name in names:
+        print(f"{name:16} {tried[name]:9,} inputs, {refused[name]:9,} refused")
+    print("\n".join(f"{count:6} × {kind}\n    {shown[:600]}" for kind, (count, shown) in sorted(failures.items())))
+    print(f"{sum(tried.values()):,} inputs, {len(failures)} kinds of failure")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -123,6 +123,18 @@ def test_while_it_compiles(spawn: Spawn, run: Callable[..., list[str]], tmp_path
     to_its_end(spawn("train.py", *run("out"), threads=1))
 
 
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_while_it_only_evaluates(
+    spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Nothing is saved, since nothing is new."""
+    large = ["--eval_iters=9999", "--n_embd=256", "--n_layer=4", "--batch_size=1"]
+    child = spawn("train.py", *run("out", "--eval_only", *large), threads=1)
+    child.wait_until(lambda: "evaluating" in child.output())
+    ends_soon(child, child.process.pid, number, code)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("interval", "number", "code"), [(4, *CODES[0]), (3, *CODES[1])])
 def test_between_two_micro_steps(
     spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path, interval: int, number: signal.Signals, code: int

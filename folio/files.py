@@ -20,8 +20,6 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from safetensors import SafetensorError
-
 from folio.errors import UserError
 
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s"]++')  # of JSON: strings, and the tokens between them
@@ -270,7 +268,7 @@ def reason(error: BaseException) -> str:
     match error:
         case UnwrittenError():
             return error.reason
-        case SafetensorError():
+        case Exception() if type(error).__name__ == "SafetensorError":  # not imported for it: every command comes here
             return str(error)
         case OSError():
             return error.strerror or ""
@@ -302,6 +300,8 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read(_MOST_DOWNLOAD)
+            if response.length:
+                raise http.client.IncompleteRead(content, response.length)
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()

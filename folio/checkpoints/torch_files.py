@@ -27,6 +27,7 @@ from folio.errors import UserError, first_line
 from folio.files import open_regular
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
+_MOST_REPEATED = 1 << 24  # numbers of a tensor that are one in its storage, by strides of 0
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a legacy file
 _PIECE = 2**20  # bytes read at once
 _DENSE = 16  # an archive may expand to a gigabyte and this many times its size: more is a zip bomb
@@ -273,8 +274,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> 
         return StoredTensor(torch.Size(), problem="of an impossible shape")
     dtype = next((value for value in more if isinstance(value, torch.dtype)), storage.dtype)
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    largest = max(end, math.prod(shape))  # a stride of 0 repeats numbers
-    if 0 not in shape and largest * dtype.itemsize > storage.count * storage.dtype.itemsize:
+    inside = end * dtype.itemsize <= storage.count * storage.dtype.itemsize
+    if 0 not in shape and not (inside and math.prod(shape) <= max(storage.count, _MOST_REPEATED)):
         return StoredTensor(torch.Size(shape), problem="larger than its storage")
     if len(more) > 2 and isinstance(more[-1], dict) and more[-1]:
         return StoredTensor(torch.Size(shape), problem="stored with a lazy negation or conjugation")

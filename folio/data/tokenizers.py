@@ -209,8 +209,8 @@ class TokenizersFile:
     def __init__(self, text: str) -> None:
         import tokenizers
 
-        spec = parse_json(text)
         with _refused("not a file of the tokenizers library"):
+            spec = parse_json(text)
             self._fast = tokenizers.Tokenizer.from_str(text)
         self._fast.no_truncation()
         self._fast.no_padding()

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from folio import files
+from folio.errors import UserError
 from folio.records.metrics import to_json
 from folio.records.record import Record
 from folio.records.run_folder import EVALUATIONS
@@ -20,5 +21,6 @@ def append(out_dir: Path, record: Record) -> None:
         before = files.read_bytes(path, _MOST) if path.exists() else b""
         whole = before[: before.rfind(b"\n") + 1]
         files.write(path, whole + f"{to_json(record)}\n".encode())
-    except OSError as error:
-        warnings.warn(f"{path} could not be written ({error.strerror}): the result is not kept", stacklevel=2)
+    except (OSError, UserError) as error:
+        why = getattr(error, "strerror", None) or error
+        warnings.warn(f"{path} could not be written ({why}): the result is not kept", stacklevel=2)

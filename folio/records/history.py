@@ -65,7 +65,7 @@ def read(out_dir: Path) -> Records:
         ValueError: a run that has not begun.
     """
     path = out_dir / METRICS
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing: train with --out_dir={out_dir} first")
     records: Records = defaultdict(list)
     found = sorted(read_metrics(path), key=lambda r: r["step"])

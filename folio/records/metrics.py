@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from folio import files
+from folio.errors import UserError
 from folio.records.record import Record
 
 REWRITTEN = ("train", "start", "skipped")  # kinds of records that a resumed run writes again for its first step
 _BEGINNING = b'{"kind": '  # how a record begins; it cannot occur inside one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
+_MOST_DAMAGED = 1 << 28  # bytes of a line that is skipped
 
 
 def to_json(record: Record) -> str:
@@ -104,9 +106,11 @@ def _lines(path: Path) -> _Lines:
     damaged, number, line = [], 0, b""
     with files.open_regular(path) as file:
         while (line := file.readline(_LONGEST)).endswith(b"\n") or len(line) == _LONGEST:
-            number += 1
+            number, begin = number + 1, file.tell()
             while not line.endswith(b"\n") and (more := file.readline(_LONGEST)):
                 line = more
+                if file.tell() - begin > _MOST_DAMAGED:
+                    raise UserError(f"{path}: line {number:,} has no end: remove the line, or the file")
             record = _record(line)
             if record is None and line.strip():
                 damaged.append(number)

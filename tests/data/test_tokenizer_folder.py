@@ -167,7 +167,7 @@ DAMAGES: dict[str, tuple[str, str, str]] = {
     "an id below 0": ("vocab.json", '{"a": -1}', "vocab.json: the id of 'a' is not a whole number"),
     "not byte-level": ("vocab.json", '{"a</w>": 0}', "vocab.json is not byte-level, since it lacks 256"),
     "a merge of three": ("merges.txt", "a b c", "'a b c' is not a pair of tokens"),
-    "merges not UTF-8": ("merges.txt", "", "merges.txt is not UTF-8"),
+    "merges not UTF-8": ("merges.txt", "", "merges.txt: not UTF-8"),
     "an added token far off": ("added_tokens.json", '{"<x>": 700}', "'<x>' has the id 700, and not the next one, 600"),
     "an added token in place of another": ("added_tokens.json", '{"<x>": 3}', "'<x>' has the id 3"),
     "a config no JSON": ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),

@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[object, str]] = {
     "label 2.0": (GOOD | {"label": 2.0}, "label is 2.0"),
     "a label that is long": (GOOD | {"label": "2" * 10**6}, f"label is '{'2' * 39}: must"),
     "a label that is a list": (GOOD | {"label": [2]}, "label is a list"),
-    "a label that is deep": (json.dumps(GOOD).replace(" 2}", "[" * 900 + "]" * 900 + "}"), "label is a list"),
+    "a label that is deep": (json.dumps(GOOD).replace(" 2}", "[" * 900 + "]" * 900 + "}"), "nested too deeply"),
     "deep": ("[" * 100_000, "nested too deeply"),
     "beyond float": (json.dumps(GOOD)[:-1] + ', "ind": 1e999}', "1e999"),
     "beyond int": (json.dumps(GOOD)[:-1] + f', "ind": {"9" * 5000}}}', "digits"),

@@ -2,7 +2,8 @@
 
 ``make torture KILLS=1000 SEED=7``. Each round runs one of ``starts.RUNS`` until it is finished; what it has written
 must then equal the files of an undisturbed run. Some of the faults are errors of the disk. A failure ends the program
-and prints the round's faults, which ``make torture REPLAY="RUN: FAULT; FAULT"`` repeats, each in its own process.
+and prints the round's faults, which ``make torture REPLAY="RUN: FAULT; FAULT + FAULT"`` repeats: a semicolon is between
+processes, a plus between faults in one.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Torture:
                 how = self._next(run, done < kills, left if replay else None)
                 ended = self.server.start(*argv, ranks=run.ranks, **how)
                 self.starts += 1
-                met += [str(fault) for fault, _ in ended.faults]
+                met.append(" + ".join(str(fault) for fault, _ in ended.faults))
                 killed = -signal.SIGKILL in ended.codes
                 check_end(ended, killed)
                 self.errors += len(ended.faults) - killed
@@ -73,6 +74,8 @@ class Torture:
                 if not any(ended.codes):
                     break
                 step = check_folder(run, out, step)
+            if replay and met[: len(replay)] != replay:
+                raise FailureError(f"not all of these faults happened: {'; '.join(replay)}")
             for part, content in results(run, out).items():
                 if expected.get(part) != content:
                     raise FailureError(f"{part} is not that of an undisturbed run")
@@ -85,7 +88,7 @@ class Torture:
     def _next(self, run: Disturbed, more: bool, left: list[str] | None) -> dict[str, Any]:
         """The faults of the next start."""
         if left is not None:
-            return {"faults": [left.pop(0)] if left else []}
+            return {"faults": left.pop(0).split(" + ") if left else []}
         whom = ("", "-all", "-last") if run.ranks > 1 else ("",)
         chance = Chance(f"{self.seed}/{self.starts}", RATE, ERRORS, run.longest, whom)
         return {"chance": chance} if more else {}
@@ -113,7 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make torture")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", default="")
-    parser.add_argument("--replay", default="", help="RUN: FAULT; FAULT …")
+    parser.add_argument("--replay", default="", help="RUN: FAULT; FAULT + FAULT; …")
     options = parser.parse_args()
     seed = options.seed or secrets.token_hex(3)
     chance = random.Random(seed)

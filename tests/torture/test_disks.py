@@ -107,6 +107,14 @@ def test_metrics_that_cannot_be_written(
     assert results(RUNS[name], out) == undisturbed[name]
 
 
+def test_a_log_txt_that_cannot_be_written(server: Server, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = go(server, "alone", out, "write_to out/log.txt 9 ENOSPC", more=("--log_txt",))
+    refusal(ended, out / "log.txt", "could not be written (No space left on device)", "make room")
+    assert go(server, "alone", out).codes == [0]
+    assert results(RUNS["alone"], out) == undisturbed["alone"]
+
+
 # Folders that cannot be written
 
 

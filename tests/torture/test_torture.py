@@ -60,8 +60,8 @@ def test_twenty_kills() -> None:
 
 
 def test_named_faults_are_repeated() -> None:
-    faults = "write_with */model.safetensors 2 half; sync checkpoints/step-* 1 kill; write_to out/metrics.jsonl 7 0.002"
+    faults = "write_with */model.safetensors 2 half; sync out/checkpoints 1 kill; write_to out/metrics.jsonl 3 kill"
     code, line = tortured(f"--replay=alone: {faults}")
     assert code == 0, line
     assert line.startswith("3 kills (")
-    assert "2 in checkpoint" in line
+    assert "2 in checkpoint, 1 in step" in line

@@ -2,7 +2,9 @@
 
     python tests/torture/fuzz.py --seconds=600 [TARGET …]
 
-prints each kind of failure once, with an input that causes it, and how many inputs were tried.
+prints each kind of failure once, with an input that causes it, and how many inputs were tried. With ``--guided`` and
+atheris (``pip install atheris``), the inputs of one target are changed towards code that no input has reached, until
+the first failure.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import io
 import resource
 import shutil
@@ -27,11 +30,15 @@ if __name__ == "__main__":
     for folder in ("tests/checkpoints", "tests", "."):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
 
-from fuzz_targets import TARGETS, Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from folio.cli import _describe, _shortened
-from folio.errors import UserError
+# which must see the readers being imported
+GUIDE = importlib.import_module("atheris") if __name__ == "__main__" and "--guided" in sys.argv else None
+with GUIDE.instrument_imports(include=["folio"]) if GUIDE else contextlib.nullcontext():
+    from fuzz_targets import TARGETS, Target
+
+    from folio.cli import _describe, _shortened
+    from folio.errors import UserError
 
 LONGEST = 2000  # characters of an error or a warning
 SECONDS = 5.0  # that one input may take
@@ -91,6 +98,20 @@ def fuzz(target: Target, count: int, number: int | None = None, failed: Callable
     return refused
 
 
+def guided(target: Target, seconds: float) -> None:
+    """Fuzzes with atheris, which ends the process."""
+    folder = Path(tempfile.gettempdir()) / "folio-fuzz-guided"
+    folder.mkdir(exist_ok=True)
+
+    @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(target.inputs())
+    def each(value: Any) -> None:
+        check(target, value, folder)
+
+    GUIDE.Setup([sys.argv[0], f"-max_total_time={seconds:.0f}"], each.hypothesis.fuzz_one_input)  # type: ignore[union-attr]
+    GUIDE.Fuzz()  # type: ignore[union-attr]
+
+
 def _kind() -> str:
     """The error that is being handled, and the last line of Folio's that it passed."""
     kind, error, trace = sys.exc_info()
@@ -104,7 +125,14 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--guided", action="store_true", help="by coverage, with atheris; for one TARGET")
     how = parser.parse_args()
+    if unknown := set(how.targets) - TARGETS.keys():
+        parser.error(f"no target {', '.join(sorted(unknown))}: there are {', '.join(TARGETS)}")
+    if how.guided and len(how.targets) != 1:
+        parser.error("--guided needs one TARGET")
+    if how.guided:
+        guided(TARGETS[how.targets[0]], how.seconds)
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, resource.RLIM_INFINITY))
     end, number = time.monotonic() + how.seconds, how.seed
     tried, refused = Counter[str](), Counter[str]()

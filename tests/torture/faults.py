@@ -19,6 +19,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
@@ -149,7 +150,8 @@ def kill(whom: str = "") -> None:
     """SIGKILL to this process, to ``all`` of its ranks, or to the ``last``, which leads their process group."""
     if whom == "all":
         os.killpg(0, signal.SIGKILL)
-    os.kill(os.getpgrp() if whom == "last" else os.getpid(), signal.SIGKILL)
+    with suppress(ProcessLookupError):  # the last rank may have ended
+        os.kill(os.getpgrp() if whom == "last" else os.getpid(), signal.SIGKILL)
 
 
 def _half(change: Callable[..., Any], args: tuple[Any, ...]) -> None:

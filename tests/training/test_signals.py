@@ -130,7 +130,8 @@ def test_while_it_only_evaluates(
     """Nothing is saved, since nothing is new."""
     large = ["--eval_iters=9999", "--n_embd=256", "--n_layer=4", "--batch_size=1"]
     child = spawn("train.py", *run("out", "--eval_only", *large), threads=1)
-    child.wait_until(lambda: "evaluating" in child.output())
+    child.wait_until(lambda: "device cpu" in child.output())
+    time.sleep(0.5)
     ends_soon(child, child.process.pid, number, code)
     assert not (tmp_path / "out").exists()
 

@@ -125,10 +125,10 @@ def group(
     data: Path,
     *flags: str,
     launcher: Sequence[str] = ("--standalone", "--nproc_per_node=3"),
-    script: Any = "",
+    script: Sequence[object] = ("train.py",),
 ) -> list[str]:
-    """The command of a run on three ranks, or as the launcher's options say; ``train.py`` or another script."""
-    command = ["-m", "torch.distributed.run", *launcher, str(script or "train.py")]
+    """The command of a run on three ranks, or as the launcher's options say; by ``train.py`` or another script."""
+    command = ["-m", "torch.distributed.run", *launcher, *map(str, script)]
     return [*command, *GROUP, *flags, f"--data_dir={data}", f"--out_dir={out}"]
 
 

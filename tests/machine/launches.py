@@ -26,10 +26,9 @@ RUN = (*SMALL, "--max_iters=12", "--lr_decay_iters=12", "--eval_interval=4", "--
 
 # train.py with a fault: lines that run before the training
 FAULTY = """
-import os, sys, time
+import os, sys
 from itertools import count
-from folio import cli, files
-from folio.checkpoints import checkpoint
+from folio import cli
 from folio.machine.runtime import Runtime
 rank = int(os.environ["RANK"])
 
@@ -47,11 +46,11 @@ cli.main("train")
 """
 
 
-def faulty(folder: Path, fault: str) -> Path:
+def faulty(folder: Path, fault: str) -> tuple[Path]:
     """A script that runs the lines of ``fault`` and then trains."""
     path = folder / "train.py"
     path.write_text(FAULTY.replace("{fault}", fault))
-    return path
+    return (path,)
 
 
 def said_at_its_end(child: Child, timeout: float = 60) -> list[str]:
@@ -59,7 +58,7 @@ def said_at_its_end(child: Child, timeout: float = 60) -> list[str]:
     assert child.end(timeout) != 0, child.output()
     assert child.left() == []
     assert f'File "{ROOT / "folio"}' not in child.output(), child.output()
-    return [line for line in child.output().splitlines() if line.startswith("train.py: ")]
+    return [line for line in child.output().splitlines() if line.startswith(("train.py: ", "folio: "))]
 
 
 def saved(out: Path) -> dict[str, bytes]:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from children import Spawn, group, reached, to_its_end
 from conftest import Outcome, assert_refused
-from launches import RUN, faulty, go, said_at_its_end, saved
+from launches import RUN, go, said_at_its_end, saved
 from run_results import assert_same_bits, timeless
+from torture.faulty import SCRIPT
 
 from folio.checkpoints import checkpoint
 from folio.records import run_folder
@@ -88,14 +89,10 @@ def test_a_write_that_fails_in_the_thread(
 def test_a_failed_write_ends_all_ranks(spawn: Spawn, story: Path, tmp_path: Path) -> None:
     """Each write fails on rank 0: in its thread, where training continues, and at the end, which no rank waits for."""
     out = tmp_path / "out"
-    script = faulty(
-        tmp_path,
-        "def fail(*args):\n    raise OSError(28, 'No space left on device')\n"
-        "if rank == 0:\n    checkpoint.save_file = fail",
-    )
+    script = (SCRIPT, "write_with */model.safetensors 1+ ENOSPC", "train")
     said = said_at_its_end(spawn(*group(out, story, script=script), threads=1))
     assert len(said) == 1, said
-    assert said[0].startswith(f"train.py: {run_folder.checkpoint_folder(out, 70)} could not be written")
+    assert said[0].startswith(f"folio: {run_folder.checkpoint_folder(out, 70)} could not be written")
     assert saved(out) == {}
     assert timeless(out)[-1]["step"] == 70
 
@@ -106,13 +103,7 @@ def test_a_kill_while_a_checkpoint_is_written(
 ) -> None:
     """The run resumes from the previous checkpoint, which was written while training was steps ahead."""
     out = tmp_path / "out"
-    script = faulty(
-        tmp_path,
-        "save, sync = checkpoint.save, files.sync\n"
-        "def late(*args):\n    time.sleep(1)\n    save(*args)\n"
-        "def stuck(path):\n    time.sleep(600 if path.name == '.step-00000040.unfinished' else 0)\n    sync(path)\n"
-        "checkpoint.save, files.sync = late, stuck",
-    )
+    script = (SCRIPT, "sync checkpoints/.step-00000040.unfinished 1 hang", "train")
     child = spawn(*group(out, story, "--log_interval=1", script=script), threads=1)
     unfinished = out / "checkpoints" / ".step-00000040.unfinished"
     child.wait_until(lambda: unfinished.exists() and reached(out, 44)())

@@ -143,7 +143,7 @@ def test_processes_that_do_not_meet(story: Path, tmp_path: Path, rank: int, port
         if port_is == "taken":
             other.bind(("", port))
             other.listen()
-        done = python(script, *argv, timeout=60, **by_hand_variables(rank, 2, port))
+        done = python(*script, *argv, timeout=60, **by_hand_variables(rank, 2, port))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]

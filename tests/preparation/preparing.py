@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, Outcome
+from torture.faulty import SCRIPT
 from torture.starts import Server
 
 from folio.data.folders import open_folder
@@ -27,19 +28,7 @@ NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 
 ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïve – 渡し船, 🚢\r\n", "'" * 99]
 PLAIN = ("-m", "folio")
 OFTEN = ("-c", "from folio import cli; from folio.preparation import job; job.COMMIT_EVERY = 0.0; cli.main()")
-HELD = (  # stops itself before it moves the finished files
-    "-c",
-    """
-import os, signal
-from folio import cli
-from folio.preparation import job
-def held(*args, move=job.move):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    move(*args)
-job.move = held
-cli.main()
-""",
-)
+HELD = (str(SCRIPT), "remove */meta.json 1 stop")  # stops itself before it moves the finished files
 DIED, ENDED = -signal.SIGKILL, 0
 
 

@@ -7,7 +7,8 @@ The name is four words, ``OPERATION PLACE COUNT EFFECT``:
 - the number of such changes in this process, counted from 1; ``3+`` is the third and all after it;
 - what happens: ``kill`` before the change, ``half`` (half of it is made, then ``kill``), ``0.012`` (it is made, and
   ``kill`` follows so many seconds later), or an error, such as ``ENOSPC``, after half of it. ``-all`` after a kill
-  kills all ranks at once, ``-last`` only the last one.
+  kills all ranks at once, ``-last`` only the last one. Before a change, ``stop`` is SIGSTOP to this process, and
+  ``hang`` a disk that does not answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -120,6 +122,11 @@ class Plan:
                 _half(change, args)
             named = [] if change.__name__.startswith(("write", "sync")) else [str(path)]
             raise OSError(number, os.strerror(number), *named)
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return change(*args)
+        if how == "hang":
+            time.sleep(3600)
         if how == "half" and whom != "last":
             _half(change, args)
         if how in ("kill", "half"):

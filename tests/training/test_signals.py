@@ -14,6 +14,7 @@ import pytest
 from children import Child, Spawn, by_hand_variables, free_port, reached, to_its_end
 from conftest import SMALL
 from run_results import timeless
+from torture.faulty import SCRIPT
 
 from folio.checkpoints import find
 from folio.records import run_folder
@@ -26,7 +27,6 @@ RUN = [*SMALL, "--init_from=auto", "--log_interval=1", "--dropout=0.1", "--learn
 FAULTY = """
 import sys, time
 from folio import cli
-from folio.checkpoints import checkpoint
 from folio.training import loop
 {fault}
 cli.main("train")
@@ -38,12 +38,6 @@ def slow(*args):
     time.sleep(1 if next(calls) >= {calls} else 0)
     return micro_step(*args)
 loop.micro_step = slow
-"""
-STUCK = """
-def stuck(*args):
-    print("writing", flush=True)
-    time.sleep(600)
-checkpoint.save_file = stuck
 """
 
 
@@ -205,8 +199,9 @@ def test_a_second_interrupt_while_a_checkpoint_is_written(
 ) -> None:
     """To a disk that hangs, in the main thread or another one."""
     flags = ["--eval_interval=3", f"--async_checkpoint={meanwhile}"]
-    child = spawn(*faulty(STUCK), *run("out", *flags, "--max_iters=100000"), threads=1)
-    child.wait_until(lambda: "writing" in child.output())
+    hangs = (str(SCRIPT), "write_with */model.safetensors 1 hang", "train")
+    child = spawn(*hangs, *run("out", *flags, "--max_iters=100000"), threads=1)
+    child.wait_until(lambda: any(tmp_path.glob("out/checkpoints/.*.unfinished")))
     for _ in range(2):
         time.sleep(0.5)
         child.kill([child.process.pid], signal.SIGINT)

@@ -38,7 +38,7 @@ class Guard:
         return torch.maximum(left_out, _not_finite(norm)) if self._scaled else left_out
 
     def _without_spike(self, loss: Tensor, left_out: Tensor) -> Tensor:
-        """``left_out``, or 1 if the loss is a spike. While the window has NaN, so has the limit, and nothing exceeds it."""
+        """``left_out``, or 1 if the loss is a spike. While the window has NaN in it, no loss is."""
         deviation, mean = torch.std_mean(self._losses)
         limit = mean + self._max_z * deviation
         spike = loss > limit

@@ -1,8 +1,8 @@
-"""Feeds each reader random input: it returns, or raises the one clear error, in little time and memory.
+"""Gives each reader random input, which it must read, or refuse with one clear error, in little time and memory.
 
     python tests/torture/fuzz.py --seconds=600 [TARGET …]
 
-prints each kind of failure once, with an input that causes it, and how many inputs were tried.
+prints each kind of failure once, with an input that causes it, and the number of inputs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BATCH = 500  # inputs
 
 
 def check(target: Target, value: Any, folder: Path) -> bool:
-    """Whether the reader refuses the value. Raises what is no clear refusal; fails if it takes long."""
+    """Whether the reader refuses the value. Raises any other error, and AssertionError if it is long or takes long."""
     begin = time.perf_counter()
     refused = False
     with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
@@ -57,9 +57,10 @@ def check(target: Target, value: Any, folder: Path) -> bool:
 
 
 def fuzz(target: Target, count: int, number: int | None = None, failed: Callable[[Any], None] | None = None) -> int:
-    """Tries ``count`` inputs, the same in each run without a seed ``number``; returns how many were refused.
+    """Tries ``count`` inputs, by the seed ``number`` if there is one; returns how many were refused.
 
-    A failure is raised with the smallest such input, or handed to ``failed``.
+    A failure is raised for the smallest input that causes it. If ``failed`` is given, it is called with each such
+    input instead.
     """
     refused = 0
     folder = Path(tempfile.mkdtemp(prefix="folio-fuzz-"))
@@ -92,7 +93,7 @@ def fuzz(target: Target, count: int, number: int | None = None, failed: Callable
 
 
 def _kind() -> str:
-    """The error that is being handled, and the last line of Folio's that it passed."""
+    """The error that is being handled, and the last line of Folio's in its traceback."""
     kind, error, trace = sys.exc_info()
     frames = [f for f in traceback.extract_tb(trace) if "/folio/" in f.filename]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
@@ -100,7 +101,7 @@ def _kind() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Feeds each reader random input.")
+    parser = argparse.ArgumentParser(description="Gives each reader random input.")
     parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
@@ -129,7 +130,7 @@ def main() -> int:
                 break
         number += 1
     for name in names:
-        print(f"{name:16} {tried[name]:9,} inputs, {refused[name]:9,} refused")
+        print(f"{name:19} {tried[name]:9,} inputs, {refused[name]:9,} refused")
     print("\n".join(f"{count:6} × {kind}\n    {shown[:600]}" for kind, (count, shown) in sorted(failures.items())))
     print(f"{sum(tried.values()):,} inputs, {len(failures)} kinds of failure")
     return int(bool(failures))

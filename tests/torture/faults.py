@@ -54,7 +54,7 @@ class Fault(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """Draws faults from a seed: at each change one with probability ``rate``; of these, a share ``errors`` are errors."""
+    """Draws faults from a seed: at each change one with probability ``rate``; a share ``errors`` of them are errors."""
 
     seed: str
     rate: float

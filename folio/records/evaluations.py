@@ -20,5 +20,5 @@ def append(out_dir: Path, record: Record) -> None:
         whole = before[: before.rfind(b"\n") + 1]
         files.write(path, whole + f"{to_json(record)}\n".encode())
     except (OSError, UserError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = files.reason(error) or error
         warnings.warn(f"{path} could not be written ({why}): the result is not kept", stacklevel=2)

@@ -345,4 +345,4 @@ def profiling(run: Run) -> tuple[Work, Work]:
     def begins(run: Run) -> bool:
         return run.state.step == first or (bool(run.stop) and run.state.step < last)
 
-    return Work(lambda run: run.state.step == last != run.worked, end), Work(begins, begin)
+    return Work(lambda run: run.state.step == last and run.worked != last, end), Work(begins, begin)

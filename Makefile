@@ -15,7 +15,7 @@ demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
 test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too; WORKERS=2: two at a time
 	$(BIN)/python -m pytest -m "$(MARK)" -n $(WORKERS)
 
-torture: .venv/installed  ## kills training and preparation KILLS times at random moments, and compares
+torture: .venv/installed  ## kills training and preparation KILLS times at random, and compares the results
 	PYTHONPATH=.:tests $(BIN)/python -m torture $(if $(REPLAY),--replay="$(REPLAY)",--kills=$(KILLS) --seed=$(SEED))
 
 check: .venv/installed  ## lint, types, layers
@@ -24,7 +24,7 @@ check: .venv/installed  ## lint, types, layers
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-fuzz: .venv/installed   ## random and damaged input for every reader, for SECONDS
+fuzz: .venv/installed   ## DAMAGES to runs and data sets, then random input for every reader for SECONDS
 	$(BIN)/python tests/torture/damage.py --damages=$(DAMAGES)
 	$(BIN)/python tests/torture/fuzz.py --seconds=$(SECONDS)
 

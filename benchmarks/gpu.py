@@ -158,7 +158,7 @@ def exact(options: Options, preset: str = "train_shakespeare_char") -> Result:
 
 
 def kills(options: Options) -> Result:
-    """The same after several kills at random moments, many of them within an evaluation or a checkpoint."""
+    """The same with several kills, each soon after a random step, in a run that evaluates and saves every few steps."""
     steps = sorted(random.Random(1).sample(range(290), 2 if options.smoke else 6))
     flags = ["--compile=False", "--max_iters=300", "--eval_interval=10", "--checkpoint_interval=5"]
     return _killed(options, "train_shakespeare_char", flags, steps, LIMITS["kills"])

@@ -48,7 +48,7 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
-    After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its micro step, saves a checkpoint, and the program exits.
+    After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its micro step and saves a checkpoint; the program exits.
     ``init_from="resume"`` continues the run, to the same bits.
 
     Raises:

@@ -1,7 +1,7 @@
 """Reads and replaces whole files. A written file appears whole or not at all, and survives a loss of power.
 
-Every change that Folio makes to the file system is one of the functions under "Changes", by name, so that a test can
-make each of them fail, stop or die half done.
+Every change that Folio makes to the file system, other than its locks, is one of the functions under "Changes". A test
+replaces these functions by their names, so that a change fails, or the process dies before, in or after it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import IO, Any, Literal
 from folio.errors import UserError
 
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s"]++')  # of JSON: strings, and the tokens between them
-_DEEPEST = 64  # lists and objects inside each other, in a JSON text
+_MOST = 1 << 28  # bytes of a file that is read whole, or downloaded; it may contain a tokenizer
 _MOST_TEXT = 1 << 30  # bytes of a text that is read whole
-_MOST_SEALED = 1 << 28  # bytes of a file with a checksum of itself: it may contain a tokenizer
-_MOST_DOWNLOAD = 1 << 28  # bytes
-_MOST_VALUES = 1 << 22  # in a JSON text: three bytes can become a value of a hundred
+_MOST_VALUES = 1 << 22  # of a JSON text: three bytes of it can become a value of a hundred bytes
+_DEEPEST = 64  # levels of lists and objects in a JSON text
 _KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
 
 
@@ -68,7 +67,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         FileNotFoundError: nothing is there. ValueError: its checksum does not match, or as ``read_json``.
     """
-    content = read_bytes(path, _MOST_SEALED)
+    content = read_bytes(path)
     try:
         value = parse_json(content)
         if not isinstance(value, dict):
@@ -94,7 +93,8 @@ def require_file(path: Path) -> Path:
     """Returns the path if it is a regular file, or a link to one.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device, or no name of a file.
+        FileNotFoundError: nothing is there.
+        ValueError: a folder, pipe, socket or device, or a path with characters that no file's name can have.
     """
     try:
         found = path.stat()
@@ -111,12 +111,12 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
-    """Opens a regular file. It never waits for a pipe or a device, and does not write through a link.
+    """Opens a regular file, without waiting for a pipe or a device, and without writing through a link.
 
-    Every file that Folio reads or writes itself is opened here.
+    Every file that Folio itself reads or writes is opened here, except its locks.
 
     Raises:
-        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device; to be written, a link.
+        FileNotFoundError: nothing is there. ValueError: a folder, pipe, socket or device; for writing also a link.
     """
     reads = mode == "rb"
     if not reads and path.is_symlink():
@@ -124,7 +124,7 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
     if reads or path.exists():
         require_file(path)
 
-    def opened(name: str, flags: int) -> int:  # what was found may have been replaced by a pipe or a link
+    def opened(name: str, flags: int) -> int:  # the path may have become a pipe or a link meanwhile
         no_link = 0 if reads else getattr(os, "O_NOFOLLOW", 0)
         return os.open(name, flags | no_link | getattr(os, "O_NONBLOCK", 0), 0o666)
 
@@ -138,18 +138,18 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
 
 
 def is_name(text: str) -> bool:
-    """Whether a text from a file names something in a folder, and nothing elsewhere."""
+    """Whether a text is the name of something in a folder, and not a path that may lead out of it."""
     return Path(text).name == text and text not in ("", "..") and "\0" not in text
 
 
 def require_own_folder(path: Path) -> Path:
-    """Returns the path of a folder to write into. Raises ValueError if it is a link, which may lead anywhere."""
+    """Returns the path of a folder that will be written to. Raises ValueError if it is a link."""
     if path.is_symlink():
         raise UserError(f"{path} is a link, and files are not written through links: remove it")
     return path
 
 
-def read_bytes(path: Path, most: int) -> bytes:
+def read_bytes(path: Path, most: int = _MOST) -> bytes:
     """The content of a regular file.
 
     Raises:
@@ -159,11 +159,11 @@ def read_bytes(path: Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise UserError(f"{path} has {size:,} bytes, more than the {most:,} that such a file can have")
-        content: bytes = file.read(max(size, 1 << 16))  # the kernel's own files state no size
+        content: bytes = file.read(max(size, 1 << 16))  # files in /proc and /sys have a size of 0
     return content
 
 
-def read_json(path: Path, most: int = 1 << 28) -> Any:
+def read_json(path: Path, most: int = _MOST) -> Any:
     """The value in a JSON file, with or without a byte order mark.
 
     Raises:
@@ -208,10 +208,10 @@ def other_encoding(raw: bytes) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A JSON value, of four million parts at most.
+    """A JSON value.
 
     Raises:
-        ValueError: it is not JSON, has more parts, is nested too deeply, or has a number that is not finite.
+        ValueError: it is not JSON, has more than four million values or 64 levels, or a number that is not finite.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8-sig")
@@ -268,7 +268,7 @@ def reason(error: BaseException) -> str:
     match error:
         case UnwrittenError():
             return error.reason
-        case Exception() if type(error).__name__ == "SafetensorError":  # not imported for it: every command comes here
+        case Exception() if type(error).__name__ == "SafetensorError":  # its import would slow down every command
             return str(error)
         case OSError():
             return error.strerror or ""
@@ -299,7 +299,7 @@ def download(url: str, digest: str, path: Path, remedy: str) -> None:
     remedy = f"download {url} by other means and {remedy}"
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            content = response.read(_MOST_DOWNLOAD)
+            content = response.read(_MOST)
             if response.length:
                 raise http.client.IncompleteRead(content, response.length)
     except (OSError, http.client.HTTPException) as error:
@@ -326,19 +326,23 @@ def make_folder(path: Path) -> None:
 
 
 def open_to_write(path: Path, mode: Literal["wb", "xb", "ab", "a+b", "r+b"]) -> FileIO:
-    """``open_regular`` without a buffer, so that ``write_to`` reports a full disk at once. Raises OSError too."""
+    """Opens as ``open_regular``, without a buffer, so that ``write_to`` reports a full disk at once.
+
+    Raises:
+        OSError: it cannot be opened. ValueError: as ``open_regular``.
+    """
     file: FileIO = open_regular(path, mode, buffering=0)
     return file
 
 
 def write_to(file: FileIO, content: bytes) -> None:
-    """Writes to an open file. Raises OSError; then a part may have been written."""
+    """Writes to an open file. After an OSError, a part of it may have been written."""
     while content:
         content = content[file.write(content) :]
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls another library's function that writes a file. Raises what it raises; then a part may have been written."""
+    """Calls another library's function, which writes a file. After an error, a part of it may have been written."""
     write(path)
 
 

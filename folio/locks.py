@@ -72,7 +72,7 @@ _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def release_all() -> None:
-    """Releases every lock of this process, which is about to end without unwinding."""
+    """Releases every lock of this process, before it ends by ``os._exit``."""
     for lock in list(_HELD):
         lock.release()
 

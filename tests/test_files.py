@@ -207,7 +207,7 @@ def test_remove(tmp_path: Path) -> None:
 
 
 def test_a_file_is_opened_only_if_it_is_regular(tmp_path: Path) -> None:
-    """Also if it became a pipe after it was looked at, and to be written never through a link."""
+    """It may be read through a link, but not written."""
     (tmp_path / "file").write_text("1")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "dangling").symlink_to("nowhere")
@@ -227,7 +227,7 @@ def test_a_file_is_opened_only_if_it_is_regular(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_becomes_a_pipe_meanwhile_is_not_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_a_pipe_meanwhile_is_not_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr(files, "require_file", lambda path: path)
     with pytest.raises(ValueError, match="is a pipe"):
@@ -255,7 +255,7 @@ def opened(path: Path) -> list[str]:
 
 
 def test_no_other_module_opens_files() -> None:
-    """So that nothing waits for a pipe or writes through a link. The lock file has its own way, the console devices."""
+    """So that nothing waits for a pipe or writes through a link. Locks and the console open files in their own way."""
     package = ROOT / "folio"
     found = {str(path.relative_to(package)): made for path in package.rglob("*.py") if (made := opened(path))}
     assert found.pop("files.py") == ["open", "os.open", "os.open"]

@@ -23,6 +23,8 @@ import torch
 from conftest import SMALL, STORY, Outcome, assert_refused, tree
 
 from folio import files
+from folio.data.tokenizers import byte_characters
+from folio.preparation import sources
 from folio.records import run_folder
 
 Folio = Callable[..., Outcome]
@@ -30,8 +32,9 @@ Make = Callable[[Path], object]
 
 
 @pytest.fixture
-def room(finished: Path, story: Path, items: Path, tmp_path: Path) -> Path:
-    """A run, its data and texts, to be replaced by hostile ones; and a folder that must stay as it is."""
+def room(finished: Path, story: Path, items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: a run, its data and texts, to be replaced by hostile files; ``outside`` must not change."""
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "out")
     shutil.copytree(story, tmp_path / "data")
     shutil.copy(items, tmp_path / "items.jsonl")
@@ -44,7 +47,7 @@ def room(finished: Path, story: Path, items: Path, tmp_path: Path) -> Path:
 
 @contextmanager
 def little(seconds: float = 8.0, gigabytes: float = 1.2) -> Iterator[None]:
-    """Asserts that little time passes inside, and that the process does not grow much."""
+    """Asserts that the code inside takes little time of a processor, and little memory."""
     begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert time.process_time() - begin < seconds
@@ -52,6 +55,7 @@ def little(seconds: float = 8.0, gigabytes: float = 1.2) -> Iterator[None]:
 
 
 def assert_harmless(folio: Folio, room: Path, *argv: object, words: tuple[object, ...] = ()) -> None:
+    """The command is refused in one line with these words, at little cost, and ``outside`` is as before."""
     before = tree(room / "outside")
     with little():
         assert_refused(folio(*argv), *words)
@@ -92,11 +96,11 @@ READERS: dict[str, tuple[object, ...]] = {
     "prompt": ("sample", "--out_dir=out", "--start=FILE:prompt", "--device=cpu"),
     "new/.preparing/state.json": ("prepare", "data/input.txt", "--tokenizer=bytes", "--data_dir=new"),
 }
-JSON = [name for name in READERS if name.endswith((".json", ".jsonl")) and name not in ("text.jsonl",)]
+JSON = [name for name in READERS if name.endswith((".json", ".jsonl")) and name != "text.jsonl"]
 
 
 def lay(room: Path, name: str, make: Make) -> Path:
-    """Puts a hostile file in the place of one that is read, with what must be beside it."""
+    """Puts a hostile file in the place of one that is read, with the other files that its reader needs."""
     path = room / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if name.startswith("model/"):
@@ -105,8 +109,6 @@ def lay(room: Path, name: str, make: Make) -> Path:
         if "index" not in name:
             (room / "model" / "model.safetensors").write_bytes(b"")
         if name.endswith("merges.txt"):
-            from folio.data.tokenizers import byte_characters
-
             (room / "model" / "vocab.json").write_text(json.dumps({c: b for b, c in byte_characters().items()}))
         if name.endswith(("vocab.json", "special_tokens_map.json", "added_tokens.json")):
             (room / "model" / "vocab.txt").write_text("[UNK]\na\n")
@@ -142,8 +144,7 @@ ENDLESS: dict[str, Make] = {"a pipe": pipe, "a device": device, "a socket": sock
 
 @pytest.mark.parametrize("kind", ENDLESS)
 @pytest.mark.parametrize("name", READERS)
-def test_nothing_is_awaited(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
-    monkeypatch.chdir(room)
+def test_nothing_is_awaited(folio: Folio, room: Path, name: str, kind: str) -> None:
     path = lay(room, name, ENDLESS[kind])
     assert_harmless(folio, room, *READERS[name], words=(path.name, kind))
 
@@ -171,12 +172,9 @@ TEXTS: dict[str, Make] = {"a hole": hole, "deep": deep, "less deep": deep_but_re
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("name", JSON)
-def test_json_that_would_fill_memory(
-    folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
-) -> None:
-    monkeypatch.chdir(room)
+def test_json_that_would_fill_memory(folio: Folio, room: Path, name: str, kind: str) -> None:
     path = lay(room, name, TEXTS[kind])
-    if name == "out/metrics.jsonl":  # a line that is not a record is left out
+    if name == "out/metrics.jsonl":  # a line that is not a record is skipped, and no record is left
         with little(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert folio(*READERS[name]).code == 2
@@ -215,9 +213,8 @@ SAFETENSORS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", SAFETENSORS)
-def test_safetensors_that_lie(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_safetensors_that_lie(folio: Folio, room: Path, kind: str) -> None:
     """In a model of Hugging Face, and in a checkpoint whose checksums fit, as an attacker would write it."""
-    monkeypatch.chdir(room)
     lay(room, "model/model.safetensors", lambda path: path.write_bytes(SAFETENSORS[kind]))
     assert_harmless(folio, room, *READERS["model/model.safetensors"], words=("model",))
     place = run_folder.checkpoint_folder(room / "out", 10)
@@ -271,7 +268,7 @@ def saved(content: Any) -> Make:
 
 
 def in_itself() -> dict[str, Any]:
-    """A number that is the only one in a list that is the only one in itself."""
+    """A step that is a list with one item: itself."""
     endless: list[Any] = []
     endless.append(endless)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 128, "bias": True}
@@ -279,13 +276,13 @@ def in_itself() -> dict[str, Any]:
 
 
 def expanded() -> dict[str, Any]:
-    """A number that stands for a terabyte of them."""
+    """A weight of one number that is expanded to a terabyte."""
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 16, "vocab_size": 128, "bias": True}
     return {"model": {"transformer.wte.weight": torch.ones(1).expand(1 << 38)}, "model_args": shape, "iter_num": 0}
 
 
 def slow_keys(count: int) -> bytes:
-    """A number of a megabyte, which is hashed again for each item that it is the key of."""
+    """An integer of a megabyte, which is hashed for each of ``count`` items that have it as their key."""
     number = b"\x8b" + (1 << 20).to_bytes(4, "little") + b"\x7f" * (1 << 20)
     return b"\x80\x04" + number + b"q\0" + b"0}" + b"h\0Ns" * count + b"."
 
@@ -321,15 +318,13 @@ def _lying_archive() -> bytes:
 
 
 @pytest.mark.parametrize("kind", PICKLES)
-def test_pickles_that_would_fill_memory(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.chdir(room)
+def test_pickles_that_would_fill_memory(folio: Folio, room: Path, kind: str) -> None:
     path = lay(room, "bare/meta.pkl", PICKLES[kind])
     assert_harmless(folio, room, *READERS["bare/meta.pkl"], words=(path.name,))
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_archives_that_would_fill_memory(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.chdir(room)
+def test_archives_that_would_fill_memory(folio: Folio, room: Path, kind: str) -> None:
     path = lay(room, "ckpt/ckpt.pt", ARCHIVES[kind])
     assert_harmless(folio, room, *READERS["ckpt/ckpt.pt"], words=(path.name,))
 
@@ -345,9 +340,8 @@ def _meta(room: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "../outside/precious", "/etc/passwd", "", ".", "a\0b", "\ud800"])
-def test_names_of_shards(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """They are not read, and are not removed when the data set is made anew."""
-    monkeypatch.chdir(room)
+def test_names_of_shards(folio: Folio, room: Path, name: str) -> None:
+    """Files of such names are neither read nor, when the data set is made again, removed."""
     _meta(room, lambda meta: meta["splits"]["train"]["files"][0].update(name=name))
     assert_harmless(folio, room, "data", "info", "data", words=("data",))
     before = tree(room / "outside"), sorted(p.name for p in room.iterdir())
@@ -357,18 +351,12 @@ def test_names_of_shards(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("entry", ["replaces", "names", "place"])
-def test_names_in_an_unfinished_preparation(
-    folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, entry: str
-) -> None:
-    """A folder that says it is nearly finished: its files are moved only from and to their own folder."""
-    monkeypatch.chdir(room)
+def test_names_in_an_unfinished_preparation(folio: Folio, room: Path, entry: str) -> None:
+    """Of which only the moves are left: files are moved only from and to its own folders."""
     argv = ("prepare", "shakespeare_char", f"--source={STORY}", "--data_dir=new")
     assert folio(*argv).code == 0
     meta = json.loads((room / "new" / "meta.json").read_text())
-    state = {"made": meta["made"], "block": 1 << 22, "meta": meta, "place": "", "replaces": []}
-    from folio.preparation import sources
-
-    state["block"] = sources.BLOCK
+    state = {"made": meta["made"], "block": sources.BLOCK, "meta": meta, "place": "", "replaces": []}
     match entry:
         case "replaces":
             state["replaces"] = ["../outside"]
@@ -387,8 +375,7 @@ def test_names_in_an_unfinished_preparation(
     assert tree(room / "outside") == before
 
 
-def test_a_tokenizer_elsewhere(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(room)
+def test_a_tokenizer_elsewhere(folio: Folio, room: Path) -> None:
     (room / "ds").mkdir()
     for split in ("train", "val"):
         path = room / "ds" / f"{split}_0.ds"
@@ -402,9 +389,8 @@ def test_a_tokenizer_elsewhere(folio: Folio, room: Path, monkeypatch: pytest.Mon
     "name",
     ["metrics.jsonl", "log.txt", "checkpoints", "tensorboard", ".previous.unfinished", ".folio.lock"],
 )
-def test_links_out_of_a_run(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A run does not write through a link, nor take what a link leads to for its own."""
-    monkeypatch.chdir(room)
+def test_links_out_of_a_run(folio: Folio, room: Path, name: str) -> None:
+    """A run neither writes through a link nor moves the files that it leads to."""
     path = room / "out" / name
     files.remove(path)
     files.remove(room / "elsewhere")
@@ -423,10 +409,7 @@ def test_links_out_of_a_run(folio: Folio, room: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "name", [".best.json.unfinished", ".config.json.unfinished", "checkpoints/.step-00000011.unfinished"]
 )
-def test_links_in_the_place_of_unfinished_files(
-    folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(room)
+def test_links_in_the_place_of_unfinished_files(folio: Folio, room: Path, name: str) -> None:
     (room / "out" / name).symlink_to(room / "outside" / ("precious" if name.startswith(".") else ""))
     before = tree(room / "outside")
     assert folio(*RESUME).code == 0
@@ -434,8 +417,7 @@ def test_links_in_the_place_of_unfinished_files(
 
 
 @pytest.mark.parametrize("name", ["", "train.bin", "divided"])
-def test_links_out_of_a_preparation(folio: Folio, room: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(room)
+def test_links_out_of_a_preparation(folio: Folio, room: Path, name: str) -> None:
     work = room / "new" / ".preparing"
     work.parent.mkdir()
     if name:

@@ -116,7 +116,7 @@ class Checkpoint:
         """The optimizer's tensors, as ``<parameter>/<slot>``; none if its state is unknown.
 
         Raises:
-            ValueError: what is stored is damaged, or not of a parameter; names the file.
+            ValueError: the file is damaged, or a tensor in it does not fit a parameter of the model; names the file.
         """
         shapes = self.parameters()
         for key, slot in _floating(self.path, read(self.path / OPTIMIZER, opened=self.opened.get(OPTIMIZER))):

@@ -91,8 +91,8 @@ def _the_only(found: Checkpoint, which: str) -> Checkpoint:
 def latest(out_dir: Path, run_id: str | None = None, aside: bool = True) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line about each newer one that does not.
 
-    With ``aside`` those are renamed to ``….damaged``, so that they are not found again. If none verifies, none is
-    renamed: the damage may be in another file, such as a ``config.json`` of another run.
+    With ``aside``, those newer ones are renamed to ``….damaged``, so that they are not found again. If none verifies,
+    none is renamed: the damage may be in another file, as if ``config.json`` is that of another run.
     """
     damaged: dict[Path, str] = {}
     for step in reversed(run_folder.steps(out_dir)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from folio import files
 from folio.errors import UserError
 
-_MAPPED = 64 * 2**20  # bytes of tensors after which the file is mapped anew
+_MAPPED = 64 * 2**20  # bytes: after so many of tensors, the file is closed and mapped again
 _HEADER = 16 * 2**20  # bytes, at most, of the list of tensors that a file begins with
 Tensors = Iterator[tuple[str, Tensor]]
 
@@ -35,7 +35,7 @@ class OpenFile:
 
 
 def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: OpenFile | None = None) -> Tensors:
-    """Yields the ``wanted`` tensors of a file, the largest first; no more than one, or 64 MB, are mapped at once.
+    """Yields the ``wanted`` tensors of a file, the largest first; few of them are mapped at the same time.
 
     Copying them into a model therefore needs little more memory than the model. ``opened`` is the file, already open.
 

@@ -53,7 +53,7 @@ class Skipped:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Skipped:
-        """Reads that part of a ``state.json``, which older ones lack. Raises ValueError for an impossible value."""
+        """Reads ``skipped`` of a ``state.json``, {} in older ones. Raises ValueError for an impossible value."""
         skipped = cls(**values)
         counts = (skipped.updates, skipped.in_a_row)
         known = all(type(loss) is float and math.isfinite(loss) for loss in skipped.losses)
@@ -63,7 +63,7 @@ class Skipped:
 
 
 _NUMBER, _SCALAR = (int, float), (bool, int, float, str)
-_ENTRIES: dict[str, Any] = {  # of a state.json: an entry's type, or that of each part of it
+_ENTRIES: dict[str, Any] = {  # entry of a state.json → its type, as ``_fits`` reads it
     "run": str,
     "optimizer": str,
     "row": int,
@@ -78,7 +78,7 @@ _ENTRIES: dict[str, Any] = {  # of a state.json: an entry's type, or that of eac
 
 
 def check_entries(values: Mapping[str, Any]) -> None:
-    """Raises ValueError if an entry of a ``state.json`` besides the progress is of a type that no run writes."""
+    """Raises ValueError if an entry of a ``state.json`` that ``State`` does not read has a type that no run writes."""
     for name, kind in _ENTRIES.items():
         if name in values and not _fits(values[name], kind):
             raise UserError(f"its {name} is not that of a run")
@@ -87,7 +87,7 @@ def check_entries(values: Mapping[str, Any]) -> None:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a type; of a list, each part; of a dict, the named parts, or with "" all."""
+    """Whether a JSON value has a type: [T] is a list of T, {"": T} an object of T, {"a": T} an object with T at "a"."""
     match kind:
         case [part]:
             return isinstance(value, list) and all(_fits(inner, part) for inner in value)

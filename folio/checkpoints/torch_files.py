@@ -27,7 +27,7 @@ from folio.errors import UserError, first_line
 from folio.files import open_regular
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what weights and optimizer state may be
-_MOST_REPEATED = 1 << 24  # numbers of a tensor that are one in its storage, by strides of 0
+_MOST_REPEATED = 1 << 24  # numbers of a tensor that has more of them than its storage, by strides of 0
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a legacy file
 _PIECE = 2**20  # bytes read at once
 _DENSE = 16  # an archive may expand to a gigabyte and this many times its size: more is a zip bomb

@@ -46,11 +46,11 @@ def convert(path: Path | str, name: str, value: Any, options: type) -> Any:
     shown = ascii(value) if isinstance(value, str) and not fits else repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:79]}…"
     given = f"--{name}={shown}" if path == COMMAND_LINE else f"{path}: {name} = {shown}"
-    raise UserError(f"{given}: must be {_wanted(kind) if fits else 'text without null and half characters'}")
+    raise UserError(f"{given}: must be {_wanted(kind) if fits else 'text without null characters and lone surrogates'}")
 
 
 def _can_be_passed_on(text: str) -> bool:
-    """Whether the system takes a text: without null characters, and without halves of surrogate pairs."""
+    """Whether a text can be a path or an argument: one without null characters and lone surrogates."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

@@ -25,7 +25,7 @@ from folio.data.tokenizers import IDS_ONLY
 from folio.errors import UserError
 from folio.files import is_name, read_bytes, read_json, read_sealed, require_file, sha256
 
-_REHASH = 64 * 2**20  # bytes of a data set, or of a changed file, that are hashed again when it is opened
+_REHASH = 64 * 2**20  # bytes: data sets up to this size, and changed files, are hashed when they are opened
 
 
 class Meta(NamedTuple):
@@ -91,7 +91,7 @@ def _check_counts(raw: Mapping[str, Any]) -> None:
 def _listed(folder: Path, dtype: np.dtype[Any], small: bool, name: str, tokens: int, digest: str) -> TokenFile:
     """A file that ``meta.json`` lists. Raises FileNotFoundError or ValueError if it is not as listed.
 
-    Its content is compared if the data set is ``small``, or if the file is small and was changed after ``meta.json``.
+    Its hash is compared if the data set is ``small``, or if the file is small and was changed after ``meta.json``.
     """
     path = folder / name
     if not os.path.lexists(path) or path.is_dir():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.integer[Any]]
 _LARGEST_FILE = 1 << 28  # bytes
-_MOST_IDS = 1 << 22
+_MOST_IDS = 1 << 22  # tokens of a vocabulary
 IDS_ONLY = {"kind": "ids"}  # instead of a tokenizer, where only the number of ids is known
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 
@@ -270,7 +270,7 @@ class TokenizersFile:
 
 @contextmanager
 def _refused(what: str) -> Iterator[None]:
-    """Raises ValueError for the tokenizers library's plain Exceptions, and for its panics, as at a slow pattern."""
+    """Raises ValueError instead of the tokenizers library's plain Exceptions and its panics, as from a slow pattern."""
     try:
         yield
     except BaseException as error:

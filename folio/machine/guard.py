@@ -16,14 +16,14 @@ class Guard:
     update only: the scaler then lowers its scale.
 
     A spike is a loss more than ``max_z`` (0: no limit) standard deviations above the mean of the last ``WINDOW``
-    losses, once there are so many. Its update is left out as in OLMo-core (``SkipStepOptimizer``, which starts after
-    half a window, stores spikes as they are, and also checks the gradient's norm and falls). The window stores a spike
-    as the limit that it exceeded. So one spike does not hide the next, and a loss that stays high is accepted after
-    some steps.
+    losses, once there are so many. The window stores a spike as the limit that it exceeded. So one spike does not hide
+    the next, and a loss that stays high is accepted after some steps. OLMo-core (``SkipStepOptimizer``) leaves out such
+    updates too, but starts after half a window, stores spikes as they are, and also checks the gradient's norm and
+    sudden falls.
     """
 
     def __init__(self, device: torch.device, scaled: bool, skips: bool = False, max_z: float = 0.0) -> None:
-        self.continues = skips or scaled or max_z > 0  # some updates that are left out are followed by others
+        self.continues = skips or scaled or max_z > 0  # updates may follow one that is left out
         self.closed = torch.zeros((), device=device)  # 1: no update is made
         self._scaled, self._skips, self._max_z = scaled, skips, max_z
         self._losses = torch.full((WINDOW,), torch.nan, device=device)  # the newest is the last
@@ -38,7 +38,7 @@ class Guard:
         return torch.maximum(left_out, _not_finite(norm)) if self._scaled else left_out
 
     def _without_spike(self, loss: Tensor, left_out: Tensor) -> Tensor:
-        """``left_out``, or 1 if the loss is a spike. While the window has NaN in it, the limit is NaN and none is."""
+        """``left_out``, or 1 if the loss is a spike. While the window has NaN in it, no loss is."""
         deviation, mean = torch.std_mean(self._losses)
         limit = mean + self._max_z * deviation
         spike = loss > limit

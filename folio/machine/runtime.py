@@ -124,7 +124,7 @@ class Runtime(Ranks, Updates):
         return next((name for name, mark in zip(tensors, marks.tolist(), strict=True) if mark), "")
 
     def gradient_not_finite(self, model: GPT, norms: Sequence[float]) -> str:
-        """The first parameter whose gradient had NaN or infinity, or "", by the norms that ``step`` returned."""
+        """The first parameter whose gradient had NaN or infinity, or ""; ``norms`` are those that ``step`` returned."""
         bad = {p for p, norm in zip(self._measured, norms, strict=True) if not math.isfinite(norm)}
         return next((name for name, p in model.named_parameters() if p in bad), "")
 

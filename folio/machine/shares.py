@@ -112,11 +112,11 @@ def slots(model: nn.Module, optimizer: torch.optim.Optimizer, scalars: bool = Tr
 def update_averages(optimizer: torch.optim.Optimizer, decay: float, left_out: Tensor | None = None) -> None:
     """average = decay · average + (1 − decay) · weight, in ``state[parameter]``; the first average is the weight.
 
-    Where ``left_out`` is 1 instead of 0, the averages stay as they are.
+    If ``left_out``, on the device, is 1 and not 0, the averages stay as they are.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if left_out is not None and not any(optimizer.state[p] for p in params):
-        return  # the first update, left out by an optimizer that was not called: its state must stay empty
+        return  # no update was made yet: the optimizer's state must stay empty
     for p in params:
         if AVERAGE not in optimizer.state[p]:
             optimizer.state[p][AVERAGE] = p.detach().clone()

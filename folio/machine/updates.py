@@ -24,7 +24,7 @@ class Updates:
         self._graphs: StepGraphs | None = None
         self._rate = torch.zeros((), device=device) if graphed else None  # the learning rate, where graphs read it
         self.guard = Guard(device, self.scaler.is_enabled())
-        # 1 if the last update was left out, else 0; None where no other follows such an update
+        # 1 if the last update was left out, else 0; None if no update can follow one that is left out
         self.left_out: Tensor | None = None
         self._measured: list[nn.Parameter] = []  # those with a gradient in the last update
 
@@ -72,8 +72,8 @@ class Updates:
         ``sums``, (2,), are the nats and the tokens counted of this step, over all ranks. ``max_norm`` is that of
         ``clip``, and graphs keep that of the first call.
 
-        Returns [1 if the update was left out, else 0; the norm of all gradients; that of each parameter's], on the
-        device, which the next call may overwrite.
+        Returns [1 if the update was left out, else 0; the norm of all gradients; the norm of each parameter's
+        gradient], on the device. The next call may overwrite it.
         """
         for group in optimizer.param_groups:
             group["lr"] = rate if self._rate is None or not _recordable(optimizer) else self._rate.fill_(rate)
@@ -119,7 +119,7 @@ class Updates:
     def _update(self, optimizer: torch.optim.Optimizer, sums: Tensor, norm: Tensor) -> Tensor:
         """One step of the optimizer, or none; returns 1 if it was left out, else 0, on the device.
 
-        The fused kernels change nothing where ``found_inf`` is 1. Only for other optimizers must the device be asked.
+        The fused kernels change nothing if ``found_inf`` is 1. For other optimizers, the host waits for the decision.
         """
         left_out = self.guard.leaves_out(sums, norm)
         if optimizer.defaults.get("fused"):

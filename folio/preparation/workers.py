@@ -99,7 +99,7 @@ def results(
     waiting: deque[tuple[Block, Future[Any]]] = deque()
     try:
         for block in blocks:
-            with _interrupts_held():  # it may start a process
+            with _without_interrupts():  # which may start a process
                 waiting.append((block, pool.submit(_run, block.spans)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
@@ -116,8 +116,11 @@ def results(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Holds SIGINT back, in a process that is started inside for ever: Ctrl-C reaches it too, before ``_begin``."""
+def _without_interrupts() -> Iterator[None]:
+    """Inside, SIGINT is blocked; in a process that is started inside, it stays blocked.
+
+    Ctrl-C in a terminal goes to the workers too, and would end one with a traceback before ``_begin`` ignores it.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

@@ -11,16 +11,14 @@ from folio.records.metrics import to_json
 from folio.records.record import Record
 from folio.records.run_folder import EVALUATIONS
 
-_MOST = 1 << 28  # bytes of the file
-
 
 def append(out_dir: Path, record: Record) -> None:
     """Adds a line to the file, after its last whole line; warns if the file cannot be written."""
     path = out_dir / EVALUATIONS
     try:
-        before = files.read_bytes(path, _MOST) if path.exists() else b""
+        before = files.read_bytes(path) if path.exists() else b""
         whole = before[: before.rfind(b"\n") + 1]
         files.write(path, whole + f"{to_json(record)}\n".encode())
     except (OSError, UserError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = files.reason(error) or error
         warnings.warn(f"{path} could not be written ({why}): the result is not kept", stacklevel=2)

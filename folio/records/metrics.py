@@ -21,7 +21,7 @@ from folio.records.record import Record
 REWRITTEN = ("train", "start", "skipped")  # kinds of records that a resumed run writes again for its first step
 _BEGINNING = b'{"kind": '  # how a record begins; it cannot occur inside one, where quotes are escaped
 _LONGEST = 1 << 24  # bytes of a line
-_MOST_DAMAGED = 1 << 28  # bytes of a line that is skipped
+_MOST_DAMAGED = 1 << 28  # bytes in which a longer line, which is damaged, must end
 
 
 def to_json(record: Record) -> str:

@@ -44,7 +44,7 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
             run.stop = stop_reason(run)
             run_scheduled_work(run)
             if run.stop:
-                runtime.wait_for_write()  # of this step's checkpoint, if a signal came between its micro steps
+                runtime.wait_for_write()  # a signal between micro steps may find this step's checkpoint being written
                 return run.stop
 
             sums = accumulate(run, next(steps))
@@ -65,8 +65,8 @@ def fit(run: Run, read: Callable[[Run], AbstractContextManager[Iterator[list[Mic
 def accumulate(run: Run, micro_batches: list[MicroBatch]) -> Tensor | None:
     """The micro steps of a step: their sum of [nats, tokens counted], (2,), on the device.
 
-    None if any rank received a signal before the last of them, which stops the run: a step may take minutes, and a
-    launcher kills a process half a minute after a signal. The resumed run makes the whole step.
+    None if any rank received a signal between two of them, which stops the run: a step may take minutes, and a launcher
+    kills a process half a minute after its signal. The resumed run makes the whole step.
     """
     runtime, sums = run.runtime, torch.zeros(2, device=run.runtime.device)
     for number, batch in enumerate(micro_batches, 1):

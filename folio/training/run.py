@@ -105,8 +105,8 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     skipped: Skipped = field(default_factory=Skipped)
     begun: int = 0  # the step this process began at
-    worked: int = -1  # the last step at which this process did the work that was scheduled
-    saved: int = 0  # the step of the newest checkpoint; 0: there is none
+    worked: int = -1  # the last step at which this process did the scheduled work
+    saved: int = 0  # the last step at which a checkpoint was to be written, or from which the run resumed; 0: none
     stop: str = ""  # why the loop ends: one of stopping.ENDS or signals.EXIT_CODES
     signal: str = ""  # the name of the one that this rank received
     owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted

@@ -34,7 +34,7 @@ class _Watcher:
 
     def __init__(self) -> None:
         self.run: Run | None = None  # the last that was in ``save_on_signal``
-        self.training = False  # it is in there
+        self.training = False  # that run is in there now
         self._over = threading.Event()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -54,8 +54,9 @@ class _Watcher:
         while byte := self._reader.recv(1):
             if not (name := numbers.get(byte[0])):
                 continue  # of another handler
+            # ``fit`` has just ended by a signal, and the process is about to exit
             ended = self.run is not None and (self.run.signal or self.run.stop in EXIT_CODES)
-            if first and not self.training and not ended:  # else ``fit`` has just ended by a signal
+            if first and not self.training and not ended:
                 _exit(name)
             elif first:
                 self._exit_later(name, _TO_AGREE, self._has_no_update)
@@ -78,8 +79,8 @@ class _Watcher:
 def exit_on_signal() -> Iterator[None]:
     """Inside, a signal ends this process at once, with 128 plus its number, except in ``save_on_signal``.
 
-    There is nothing to save then. Of several ranks, one reports it. For a process that does nothing else: the command
-    line's. In other threads than the main thread, this does nothing.
+    There is nothing to save then. If several ranks get the signal, one of them reports it. Only for a process of a
+    command, since its other threads end too. Outside of the main thread, this does nothing.
     """
     if _WATCHERS or threading.current_thread() is not threading.main_thread():
         yield
@@ -97,7 +98,7 @@ def save_on_signal(run: Run) -> Iterator[None]:
     """Inside, a signal ends the run after the micro step, with a checkpoint; a second SIGINT ends it at once.
 
     The signals are SIGINT, SIGTERM, SIGHUP (a lost connection) and SIGUSR1 (Slurm's warning). Inside
-    ``exit_on_signal`` the process also exits if it has made no update some seconds later: compiling may take minutes.
+    ``exit_on_signal``, the process also exits if it makes no update within seconds, since compiling may take minutes.
     """
 
     def receive(number: int, frame: Any) -> None:
@@ -124,8 +125,8 @@ def save_on_signal(run: Run) -> Iterator[None]:
 def _handling(receive: Callable[[int, Any], None]) -> Iterator[None]:
     """Inside, ``receive`` handles the signals.
 
-    One that the caller ignores, as nohup ignores SIGHUP, stays ignored; but not SIGINT, which a shell ignores for every
-    background job.
+    A signal that the caller ignores stays ignored, as nohup ignores SIGHUP. SIGINT does not, since a shell ignores it
+    for every background job.
     """
     handled = [s for s in _SIGNALS if s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, receive) for s in handled}
@@ -140,7 +141,7 @@ def _exit(name: str) -> None:
     """Ends the process without waiting for the main thread."""
     reporter = threading.Thread(target=_report, args=(name,), daemon=True)
     reporter.start()
-    reporter.join(4)  # nobody may read the output, and another rank may not answer
+    reporter.join(4)  # seconds: the output may be a full pipe, and another rank may not answer
     locks.release_all()
     os._exit(EXIT_CODES[name])
 
@@ -159,7 +160,7 @@ def _report(name: str) -> None:
 
 
 def _forget() -> None:
-    """A child process has the usual handlers, and its signals do not wake this process."""
+    """In a forked child: restores the usual handlers, so that a signal ends it and not its parent."""
     while _WATCHERS:
         _WATCHERS.pop()
         signal.set_wakeup_fd(-1)

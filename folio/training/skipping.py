@@ -9,18 +9,17 @@ from folio.records.log import counted
 from folio.training.run import Run
 from folio.training.stopping import not_finite_error
 
-MOST_IN_A_ROW = 10  # with --on_nonfinite=skip: more of them are not the fault of a batch, and cost time only
+MOST_IN_A_ROW = 10  # with --on_nonfinite=skip; single batches do not cause a longer row
 
 
 def skip_update(run: Run, step: int, rate: float, loss: float, norm: float, norms: Sequence[float]) -> None:
-    """Counts and logs an update that was left out, at this learning rate.
+    """Counts and logs an update that was left out.
 
-    ``norm`` is that of the gradient, ``norms`` those of its parameters. A gradient that overflows float16 does not
-    count: that is its scaler's business.
+    ``rate`` is its learning rate, ``norm`` that of the whole gradient, ``norms`` those of each parameter's. A gradient
+    that overflows float16 is not counted: the scaler handles it.
 
     Raises:
-        FloatingPointError: the loss or the gradient is not finite, and the run is to stop then, or it is the last of
-            ``MOST_IN_A_ROW``.
+        FloatingPointError: the loss or the gradient is not finite, and this ends the run.
     """
     why = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else "spike"
     if why == "gradient" and run.runtime.scaler.is_enabled():

@@ -72,8 +72,8 @@ def measure_once(run: Run) -> None:
 def scheduled(run: Run, interval: int, *, at_end: bool, first: int = 0, again: bool = False) -> bool:
     """Whether the step is a multiple of ``interval``, or ``at_end``; not before step ``first``.
 
-    The work is done once at a step, unless it is to be done ``again``: an earlier process did that of the step at which
-    this one resumed, and a signal between two micro steps returns to the step whose work is done.
+    The work of a step is done once, unless it is to be done ``again``. An earlier process did that of the step at which
+    this one resumed. After a signal between two micro steps, the loop returns to a step whose work is done.
     """
     step = run.state.step
     new = again or (step != run.worked and (run.begun == 0 or step != run.begun))
@@ -345,4 +345,4 @@ def profiling(run: Run) -> tuple[Work, Work]:
     def begins(run: Run) -> bool:
         return run.state.step == first or (bool(run.stop) and run.state.step < last)
 
-    return Work(lambda run: run.state.step == last != run.worked, end), Work(begins, begin)
+    return Work(lambda run: run.state.step == last and run.worked != last, end), Work(begins, begin)

@@ -64,7 +64,7 @@ def test_a_write_that_fails_in_the_thread(
     fails: int,
     kept: list[int],
 ) -> None:
-    """The run says so and continues, or ends if that is its last one; other checkpoints stay as they are."""
+    """A warning says so and the run continues, or ends after its last one; other checkpoints stay as they are."""
     out, save_file = tmp_path / "out", checkpoint.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_write_that_fails_in_the_thread(
 
 @pytest.mark.slow
 def test_a_failed_write_ends_all_ranks(spawn: Spawn, story: Path, tmp_path: Path) -> None:
-    """Each write fails on rank 0: in its thread, where training continues, and at the end, which no rank waits for."""
+    """Every write fails on rank 0. Training continues after the first, and all ranks end after the last."""
     out = tmp_path / "out"
     script = (SCRIPT, "write_with */model.safetensors 1+ ENOSPC", "train")
     said = said_at_its_end(spawn(*group(out, story, script=script), threads=1))

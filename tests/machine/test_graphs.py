@@ -173,7 +173,7 @@ def test_nothing_is_updated_after_a_loss_that_is_not_finite(device: str) -> None
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optimizer", [None, _muon], ids=["adamw", "muon"])
 def test_updates_that_are_left_out(device: str, optimizer: Any) -> None:
-    """Of a loss that is not finite and of a spike: the other steps are those of a run without them."""
+    """For a loss that is not finite, and for a spike: the other steps are those of a run without them."""
     plain, graphed = Steps(device, False, optimizer), Steps(device, True, optimizer)
     for steps in (plain, graphed):
         steps.runtime.guard = Guard(steps.runtime.device, False, skips=True, max_z=100.0)

@@ -90,7 +90,7 @@ def servers() -> Iterator[list[Server]]:
 
 @pytest.fixture
 def dying(servers: list[Server], tmp_path_factory: pytest.TempPathFactory) -> Dying:
-    """``dying(fault, *argv)``: exit code and output of a process that is killed by a fault; it lives if that is ""."""
+    """``dying(fault, *argv)``: exit code and output of a process that a fault kills; with "" nothing kills it."""
 
     def go(fault: str, *argv: object) -> tuple[int, str]:
         if not servers:

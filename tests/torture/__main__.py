@@ -1,9 +1,9 @@
 """Kills ``folio prepare`` and ``folio train`` at random moments, starts them again, and compares their results.
 
-``make torture KILLS=1000 SEED=7``. Each round runs one of ``starts.RUNS`` until it is finished; what it has written
-must then equal the files of an undisturbed run. Some of the faults are errors of the disk. A failure ends the program
-and prints the round's faults, which ``make torture REPLAY="RUN: FAULT; FAULT + FAULT"`` repeats: a semicolon is between
-processes, a plus between faults in one.
+``make torture KILLS=1000 SEED=7``. Each round starts one of ``starts.RUNS`` again and again until it is finished. Its
+files must then equal those of an undisturbed run. Some of the faults are errors of the disk. The program ends at the
+first promise that does not hold, and prints the round's faults. ``make torture REPLAY="RUN: FAULT; FAULT + FAULT"``
+repeats them: a semicolon separates processes, a plus separates faults of one process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torture.starts import RUNS, Disturbed, Ended, Server, arguments, results
 from folio.checkpoints import checkpoint
 from folio.records import run_folder
 
-RATE, ERRORS = 1 / 40, 0.1  # faults per change; of these, errors of the disk
+RATE, ERRORS = 1 / 40, 0.1  # faults per change of the file system; the share of them that are errors of the disk
 
 
 class FailureError(Exception):
@@ -51,7 +51,7 @@ class Torture:
         return self._undisturbed[name]
 
     def round(self, name: str, kills: int, replay: list[str] | None = None) -> int:
-        """Disturbs a run, with up to so many kills, until it is finished, and compares; returns the number of kills."""
+        """Disturbs a run by at most ``kills`` kills, or by ``replay``, and compares; returns the number of kills."""
         run, out, met = RUNS[name], self.server.folder / "out", list[str]()
         expected = self.undisturbed(name)
         shutil.rmtree(out, ignore_errors=True)
@@ -76,11 +76,12 @@ class Torture:
                 step = check_folder(run, out, step)
             if replay and met[: len(replay)] != replay:
                 raise FailureError(f"not all of these faults happened: {'; '.join(replay)}")
-            for part, content in results(run, out).items():
-                if expected.get(part) != content:
+            found = results(run, out)
+            if found.keys() != expected.keys():
+                raise FailureError(f"{sorted(found)} are there, not {sorted(expected)}")
+            for part, content in found.items():
+                if expected[part] != content:
                     raise FailureError(f"{part} is not that of an undisturbed run")
-            if len(expected) != len(results(run, out)):
-                raise FailureError(f"{sorted(results(run, out))} are there, not {sorted(expected)}")
         except (FailureError, AssertionError, OSError, ValueError) as error:
             raise FailureError(f"{error}\nseed {self.seed}, {name}: {'; '.join(met)}") from error
         return done
@@ -95,7 +96,7 @@ class Torture:
 
 
 def check_end(ended: Ended, killed: bool) -> None:
-    """A process ends by a kill, well, or with one line about the disk's error; never with a traceback."""
+    """A process ends by a kill, with success, or with one line about the disk's error; never with a traceback."""
     if "Traceback" in ended.said:
         raise FailureError(ended.said)
     if not killed and any(ended.codes) and not (ended.codes[0] == 2 and ended.faults):
@@ -103,7 +104,7 @@ def check_end(ended: Ended, killed: bool) -> None:
 
 
 def check_folder(run: Disturbed, out: Path, before: int) -> int:
-    """Every checkpoint that a reader sees is whole, and the newest is not older than before; returns its step."""
+    """All visible checkpoints are whole, and the newest is not older than step ``before``; returns its step."""
     steps = run_folder.steps(out)
     for step in steps:
         checkpoint.verify(run_folder.existing_folder(out, step))

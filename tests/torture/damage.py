@@ -1,4 +1,4 @@
-"""Damages files of runs and data sets at random: each damage is named, and nothing that is damaged is used.
+"""Damages files of runs and data sets at random: each damage is reported, and no damaged file is used.
 
 python tests/torture/damage.py --damages=500 --seed=1
 """
@@ -66,20 +66,17 @@ KINDS = (*CHANGES, "delete", "swap", "foreign", "folder", "pipe", "link")
 
 def _require(condition: bool, error: Exception) -> None:
     if not condition:
-        raise AssertionError(f"it does not name what is damaged: {error}") from error
+        raise AssertionError(f"the damaged file is not named: {error}") from error
 
 
 def content_of(folder: Path) -> Content:
     """The files below a folder, by their names; without white space at the ends of JSON, which is no damage."""
-    return {
-        str(path.relative_to(folder)): raw.strip() if path.suffix == ".json" else raw
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and (raw := path.read_bytes()) is not None
-    }
+    found = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(p.relative_to(folder)): raw.strip() if p.suffix == ".json" else raw for p, raw in found.items()}
 
 
 def damage(folder: Path, other: Path, chance: random.Random) -> str:
-    """Damages one file below a folder, and says how. ``other`` is the same of another run or data set."""
+    """Damages one file below a folder, and returns how. ``other`` is the same folder of another run or data set."""
     path = chance.choice([path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size])
     name, kind, times = path.relative_to(folder), chance.choice(KINDS), path.stat()
     match kind:
@@ -142,7 +139,7 @@ class Runs:
         return tensors, json.dumps(found.state, sort_keys=True)
 
     def check(self, out: Path) -> str:
-        """What the readers make of a damaged run. Asserts that they use nothing damaged, and name what is."""
+        """What a reader does with a damaged run. Asserts that it uses no damaged file, and names the damage."""
         now = content_of(out)
         damaged = {name for name, content in self.content.items() if now.get(name) != content}
         steps = {int(Path(name).parts[1].removeprefix("step-")) for name in damaged if name.startswith(CHECKPOINTS)}
@@ -185,7 +182,7 @@ class DataSet:
         self.content = content_of(self.good)
 
     def check(self, data: Path) -> str:
-        """A damaged data set is refused, by the name of a damaged file or of the meta file."""
+        """What a reader does with a damaged data set. Asserts that it is refused by a damaged file or ``meta.json``."""
         now = content_of(data)
         damaged = [name for name, content in self.content.items() if now.get(name) != content]
         if not damaged:
@@ -204,7 +201,7 @@ class DataSet:
 
 
 def torture(room: Path, count: int, seed: int) -> Counter[str]:
-    """Damages copies of runs and data sets ``count`` times; returns how often what came of it."""
+    """Damages copies of runs and data sets ``count`` times; returns the number of each outcome."""
     kinds: list[Runs | DataSet] = [Runs(room), DataSet(room, "pair"), DataSet(room, "shards", shard_size=4000)]
     outcomes: Counter[str] = Counter()
     for number in range(count):

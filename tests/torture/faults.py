@@ -1,14 +1,14 @@
-"""Faults: what goes wrong at one change of the file system. Each has a name, by which it can be repeated.
+"""Faults: each makes one change of the file system go wrong, and has a name by which it can be repeated.
 
 The name is four words, ``OPERATION PLACE COUNT EFFECT``:
 
 - the function of ``folio.files`` that makes the change, or ``*``;
-- a pattern of the path, its last two parts: ``checkpoints/step-00000010``, ``*/metrics.jsonl``;
-- the number of such changes in this process, counted from 1; ``3+`` is the third and all after it;
-- what happens: ``kill`` before the change, ``half`` (half of it is made, then ``kill``), ``0.012`` (it is made, and
-  ``kill`` follows so many seconds later), or an error, such as ``ENOSPC``, after half of it. ``-all`` after a kill
-  kills all ranks at once, ``-last`` only the last one. Before a change, ``stop`` is SIGSTOP to this process, and
-  ``hang`` a disk that does not answer.
+- a pattern of the last two parts of the path: ``checkpoints/step-00000010``, ``*/metrics.jsonl``;
+- which of such changes in this process, from 1; ``3+`` is the third and all after it;
+- what happens: ``kill`` (before the change), ``half`` (a kill after half of it), ``0.012`` (a kill so many seconds
+  after it), or an error such as ``ENOSPC`` (after half of it). ``kill-all`` kills all ranks at once, ``kill-last`` only
+  the last one; so with ``half`` and ``0.012``. Before a change, ``stop`` is SIGSTOP to this process, and ``hang`` a
+  disk that does not answer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """Draws faults from a seed: at each change one with probability ``rate``; of these ``errors`` are no kills."""
+    """Draws faults from a seed: at each change one with probability ``rate``; a share ``errors`` of them are errors."""
 
     seed: str
     rate: float
@@ -81,7 +81,7 @@ class Chance(NamedTuple):
 
 
 class Plan:
-    """The faults of this process. Each that happens is noted in ``notes``: its name, a tab, what was being done."""
+    """The faults of this process. Those that happen are written to ``notes``: name, tab, what the process was doing."""
 
     def __init__(self, faults: list[Fault], chance: Chance | None, notes: Path) -> None:
         self.faults, self.draw, self.notes = faults, chance.draws() if chance else str, notes
@@ -162,7 +162,7 @@ def kill(whom: str = "") -> None:
 
 
 def _half(change: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Makes half of a change, as a loss of power or a full disk would; all of it if it is atomic."""
+    """Makes half of a change, as a full disk would, or all of it if it is atomic."""
     match change.__name__, args:
         case "write_to", (file, content):
             change(file, content[: len(content) // 2])

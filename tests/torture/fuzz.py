@@ -1,10 +1,10 @@
-"""Feeds each reader random input: it returns, or raises the one clear error, in little time and memory.
+"""Gives each reader random input, which it must read, or refuse with one clear error, in little time and memory.
 
     python tests/torture/fuzz.py --seconds=600 [TARGET …]
 
-prints each kind of failure once, with an input that causes it, and how many inputs were tried. With ``--guided`` and
-atheris (``pip install atheris``), the inputs of one target are changed towards code that no input has reached, until
-the first failure.
+prints each kind of failure once, with an input that causes it, and the number of inputs. With ``--guided`` and atheris
+(``pip install atheris``), the inputs of one target are changed towards code that no input has reached, until the first
+failure.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _BATCH = 500  # inputs
 
 
 def check(target: Target, value: Any, folder: Path) -> bool:
-    """Whether the reader refuses the value. Raises what is no clear refusal; fails if it takes long."""
-    begin = time.perf_counter()
+    """Whether the reader refuses the value. Raises any other error, and AssertionError if it is long or takes long."""
+    begin = time.process_time()
     refused = False
     with warnings.catch_warnings(record=True) as said, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
@@ -59,14 +59,15 @@ def check(target: Target, value: Any, folder: Path) -> bool:
             assert 0 < len(line) <= LONGEST, f"an error of {len(line):,} characters: {line[:200]}"
     for warning in said:
         assert 0 < len(_shortened(str(warning.message))) <= LONGEST
-    assert (took := time.perf_counter() - begin) <= SECONDS, f"{took:.1f} s"
+    assert (took := time.process_time() - begin) <= SECONDS, f"{took:.1f} s"
     return refused
 
 
 def fuzz(target: Target, count: int, number: int | None = None, failed: Callable[[Any], None] | None = None) -> int:
-    """Tries ``count`` inputs, the same in each run without a seed ``number``; returns how many were refused.
+    """Tries ``count`` inputs, by the seed ``number`` if there is one; returns how many were refused.
 
-    A failure is raised with the smallest such input, or handed to ``failed``.
+    A failure is raised for the smallest input that causes it. If ``failed`` is given, it is called with each such
+    input instead.
     """
     refused = 0
     folder = Path(tempfile.mkdtemp(prefix="folio-fuzz-"))
@@ -113,7 +114,7 @@ def guided(target: Target, seconds: float) -> None:
 
 
 def _kind() -> str:
-    """The error that is being handled, and the last line of Folio's that it passed."""
+    """The error that is being handled, and the last line of Folio's in its traceback."""
     kind, error, trace = sys.exc_info()
     frames = [f for f in traceback.extract_tb(trace) if "/folio/" in f.filename]
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
@@ -121,7 +122,7 @@ def _kind() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Feeds each reader random input.")
+    parser = argparse.ArgumentParser(description="Gives each reader random input.")
     parser.add_argument("targets", nargs="*", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
@@ -157,7 +158,7 @@ def main() -> int:
                 break
         number += 1
     for name in names:
-        print(f"{name:16} {tried[name]:9,} inputs, {refused[name]:9,} refused")
+        print(f"{name:19} {tried[name]:9,} inputs, {refused[name]:9,} refused")
     print("\n".join(f"{count:6} × {kind}\n    {shown[:600]}" for kind, (count, shown) in sorted(failures.items())))
     print(f"{sum(tried.values()):,} inputs, {len(failures)} kinds of failure")
     return int(bool(failures))

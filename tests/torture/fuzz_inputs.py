@@ -1,4 +1,4 @@
-"""Random input for readers: valid content with changes, in bytes or in JSON values, and odd values."""
+"""Random input for readers: valid content with changes, in bytes or in JSON values; odd values; random pickles."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-_LENGTHS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 2**31, 2**32 - 1)] + [
-    b"\xff" * 8,
-    (2**63 - 1).to_bytes(8, "little"),
-    (10**12).to_bytes(8, "little"),
-]
+_LENGTHS = [n.to_bytes(size, "little") for size in (4, 8) for n in (0, 1, 2**31, 2**32 - 1)]
+_LENGTHS += [n.to_bytes(8, "little") for n in (2**64 - 1, 2**63 - 1, 10**12)]
 _PIECES = [
     b"",
     b"\0",
@@ -68,7 +65,7 @@ VALUES = st.recursive(
 
 
 class Choice(NamedTuple):
-    """Values to choose from, whose names are not printed at length."""
+    """Values to choose from, which hypothesis does not print at length."""
 
     values: Sequence[Any]
 
@@ -138,7 +135,26 @@ def _changed_json(draw: Any, values: Choice) -> Any:
     return value
 
 
-def changed_text(values: Sequence[Any], contents: Sequence[bytes] = ()) -> st.SearchStrategy[bytes]:
+def changed_text(values: Sequence[Any]) -> st.SearchStrategy[bytes]:
     """JSON with changed parts, or with changed bytes."""
     dumped = changed_json(values).map(lambda value: json.dumps(value).encode())
-    return dumped | changed_bytes([*(json.dumps(value).encode() for value in values), *contents])
+    return dumped | changed_bytes([json.dumps(value).encode() for value in values])
+
+
+_OPCODES = [bytes([code]) for code in b".N}])(tldsuaeRbo\x81\x92201\x85\x86\x87\x94Q\x93\x8f\x91\x90\x97"]
+_OPCODES += [b"h\0", b"h\1", b"q\0", b"K\1", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 8, b"\x8a\x01\x05"]
+_OPCODES += [b"U\x03abc", b"X\x01\0\0\0a", b"\x8c\x07storage", b"G" + b"\0" * 8, b"I1\n", b"L5L\n", b"F1.5\n"]
+_OPCODES += [b"S'a'\n", b"Va\n", b"B\x04\0\0\0abcd"]
+_NAMES_IN_PICKLES = """
+builtins list, builtins dict, numpy dtype, numpy.core.multiarray scalar, numpy.core.multiarray _reconstruct,
+numpy.core.numeric _frombuffer, copyreg _reconstructor, pathlib PurePosixPath, collections OrderedDict,
+collections defaultdict, _codecs encode, torch FloatStorage, torch._utils _rebuild_tensor_v2, torch Size,
+argparse Namespace, os system
+"""
+_OPCODES += [b"c%s\n%s\n" % tuple(name.encode().split()) for name in _NAMES_IN_PICKLES.split(",")]
+
+
+def pickles(contents: Sequence[bytes]) -> st.SearchStrategy[bytes]:
+    """Pickles of random opcodes, and the contents after some changes."""
+    made = st.lists(st.sampled_from(_OPCODES), max_size=30).map(lambda parts: b"\x80\x04" + b"".join(parts) + b".")
+    return changed_bytes(contents) | made if contents else made

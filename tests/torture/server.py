@@ -1,7 +1,7 @@
 """Starts processes of Folio in milliseconds: imports everything once, and forks each of them.
 
-For each line of stdin, a start as JSON, it runs the command line with its faults, on one or more ranks, until all have
-ended, and prints their exit codes, those of a signal negative.
+Each line of stdin is one start, as JSON. The server runs this command line with its faults on one or more ranks, waits
+until all have ended, and prints their exit codes; that of a signal is negative.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server of processes, seen from a test or from the program ``torture``; and the runs that are disturbed."""
+"""Starts processes by ``torture.server``, for a test or for ``make torture``; and the runs that are disturbed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Ended(NamedTuple):
 
     codes: list[int]  # of the ranks
     said: str
-    faults: list[tuple[Fault, str]]  # those that happened, and what was being done
+    faults: list[tuple[Fault, str]]  # those that happened, and what the process was doing
 
 
 class Server(AbstractContextManager["Server"]):
@@ -112,7 +112,7 @@ def arguments(server: Server, run: Disturbed, out: Path) -> list[str]:
 
 
 def results(run: Disturbed, out: Path) -> dict[str, Any]:
-    """What must not depend on kills: weights, optimizer, records and the best evaluation; or all token files."""
+    """What must not depend on kills: weights, optimizer, records and best evaluation; of a preparation all files."""
     if run.argv[0] == "prepare":
         return {
             str(path.relative_to(out)): path.read_bytes()

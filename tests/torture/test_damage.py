@@ -1,4 +1,4 @@
-"""No damaged file of a run or a data set is used, in this process or by a command."""
+"""No damaged file of a run or a data set is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every reader of files, and of the command line, takes random input without a crash; ``make fuzz`` tries many more."""
+"""No reader of files or of the command line crashes at random input; ``make fuzz`` tries much more."""
 
 from __future__ import annotations
 

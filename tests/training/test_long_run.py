@@ -1,4 +1,4 @@
-"""A long run: memory, handles and threads stay what they are; its speed is printed.
+"""In a long run, memory, file handles and threads do not grow; its speed is printed.
 
 FOLIO_LONG_STEPS sets the number of steps, by default 3,000.
 """
@@ -21,7 +21,7 @@ STEPS = int(os.environ.get("FOLIO_LONG_STEPS", "3000"))
 
 
 class Held(NamedTuple):
-    """What a process holds when it has done so many steps."""
+    """The resources of a process after ``step`` steps."""
 
     step: int
     memory: int  # bytes that are resident
@@ -30,7 +30,7 @@ class Held(NamedTuple):
 
 
 def held(child: Child, metrics: Path) -> Held | None:
-    """None before the first line and after the process's end."""
+    """The resources now; None before the first line and after the end of the process."""
     proc = Path(f"/proc/{child.process.pid}")
     try:
         lines = metrics.read_bytes()[-2000:].splitlines()
@@ -45,7 +45,7 @@ def held(child: Child, metrics: Path) -> Held | None:
 @pytest.mark.timeout(600 + STEPS // 10)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_nothing_grows(spawn: Spawn, story: Path, items: Path, tmp_path: Path) -> None:
-    """With evaluations, HellaSwag, samples, checkpoints in a thread and a log: memory to 2 %, after a fifth of it."""
+    """With evaluations, HellaSwag, samples, checkpoints in a thread and a log; memory to 2 % after the first fifth."""
     out, found = tmp_path / "out", list[Held]()
     work = [f"--hellaswag_data={items}", "--hellaswag_interval=100", "--sample_interval=100", "--sample_tokens=14"]
     work += ["--eval_interval=50", "--checkpoint_interval=50", "--async_checkpoint=True", "--sample_prompt=The ferry"]

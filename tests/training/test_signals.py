@@ -1,4 +1,4 @@
-"""A signal at any moment: the process ends soon with 128 plus its number, and the next start continues."""
+"""A signal at any moment: the process ends soon, with 128 plus the signal's number, and the next start continues."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="no such signal
 
 SOON = 10.0  # seconds in which a tiny run must end
 RUN = [*SMALL, "--init_from=auto", "--log_interval=1", "--dropout=0.1", "--learning_rate=1e-2"]
-# Trains, after the lines of a fault
+# Trains; ``fault`` replaces a function before
 FAULTY = """
 import sys, time
 from folio import cli
@@ -68,7 +68,7 @@ CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 128 + sig
 def test_before_training(
     spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    """While rank 0 waits, in C code, for a rank that never comes; its lock and its new folder are gone."""
+    """While rank 0 waits, in C code, for a rank that never starts; it removes its lock and its new folder."""
     child = spawn("train.py", *run("out"), threads=1, **by_hand_variables(0, 2, free_port()))
     child.wait_until((tmp_path / "out").exists)
     time.sleep(1)
@@ -106,7 +106,7 @@ def test_while_it_starts(
 
 
 def test_while_it_compiles(spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path) -> None:
-    """With a compiler that takes long; the next start, without it, trains."""
+    """With a compiler that takes 20 s; the next start, without it, trains."""
     compiler = tmp_path / "compiler"
     compiler.write_text(f"#!/bin/sh\ntouch {tmp_path / 'compiling'}\nexec sleep 20\n")
     compiler.chmod(0o755)
@@ -134,7 +134,7 @@ def test_while_it_only_evaluates(
 def test_between_two_micro_steps(
     spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path, interval: int, number: signal.Signals, code: int
 ) -> None:
-    """Of a long step: it is not finished, the one before is saved, and the evaluation there is not made twice."""
+    """Of a long step, which is not finished: the step before is saved, and its evaluation is not made twice."""
     flags = [f"--eval_interval={interval}", "--gradient_accumulation_steps=20"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     to_its_end(spawn("train.py", *run("whole", *flags), threads=1))
@@ -177,7 +177,7 @@ def test_between_two_micro_steps_of_one_rank(spawn: Spawn, run: Callable[..., li
 
 
 def test_a_second_interrupt_of_a_rank_that_waits(spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path) -> None:
-    """For another rank that hangs, in C code: it exits at once, and its lock is free."""
+    """In C code, for another rank that hangs: it exits at once and releases its lock."""
     out, port = tmp_path / "out", free_port()
     words = ["train.py", *run("out", "--max_iters=100000")]
     first, second = [spawn(*words, threads=1, **by_hand_variables(rank, 2, port)) for rank in (0, 1)]
@@ -197,7 +197,7 @@ def test_a_second_interrupt_of_a_rank_that_waits(spawn: Spawn, run: Callable[...
 def test_a_second_interrupt_while_a_checkpoint_is_written(
     spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path, meanwhile: bool
 ) -> None:
-    """To a disk that hangs, in the main thread or another one."""
+    """To a disk that hangs, by the main thread or another one."""
     flags = ["--eval_interval=3", f"--async_checkpoint={meanwhile}"]
     hangs = (str(SCRIPT), "write_with */model.safetensors 1 hang", "train")
     child = spawn(*hangs, *run("out", *flags, "--max_iters=100000"), threads=1)
@@ -212,7 +212,7 @@ def test_a_second_interrupt_while_a_checkpoint_is_written(
 
 
 def test_a_forked_child_dies_of_a_signal(spawn: Spawn, run: Callable[..., list[str]], tmp_path: Path) -> None:
-    """As the worker of a library would; the run does not take the signal for its own."""
+    """Such as a library's worker; the run does not handle the signal as one to itself."""
     fork = (
         "import os, signal\nmicro_step = loop.micro_step\nforked = []\n"
         "def once(*args):\n"

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and loss spikes, in real runs: what is left out, counted and kept.
+"""Losses and gradients that are not finite, and loss spikes, in real runs: which updates are left out and counted.
 
 The cause is a checkpoint whose embedding of one rare token is finite but overflows float32 when it is normalized: only
 the batches that read this token have a loss that is not finite, and with two processes only one of them.
@@ -52,7 +52,7 @@ class Damaged(NamedTuple):
 
 
 def rare_token(story: Path) -> tuple[int, list[int]]:
-    """A token that three steps or more read, never two in a row and one with one rank only, and no evaluation."""
+    """A token that at least three steps read, no two of them in a row, each on one rank only, and no evaluation."""
     tokens = Tokens.open(Data(data_dir=str(story), batch_size=4), 16, 1337)
     read = tokens.rows("train", 8 * BEGUN, 8 * (END - BEGUN))[:, :-1].reshape(-1, 2, 4 * 16)  # step, rank, token
     evaluated = {int(t) for split in ("train", "val") for t in tokens.windows(split, tokens.spread(split, 8)).ravel()}
@@ -81,7 +81,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="module")
 def begun(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Damaged]:
-    """A run of five steps with this optimizer, then damaged; each is run once."""
+    """A damaged run of five steps with this optimizer; it is made once."""
     folder = tmp_path_factory.mktemp("begun")
 
     def made(optimizer: str) -> Damaged:
@@ -113,7 +113,7 @@ def saved(out: Path, step: int = END) -> dict[str, Tensor]:
 
 
 def without_these_updates(out: Path, story: Path, *flags: str) -> dict[str, Tensor]:
-    """The weights, moments and averages of a loop that calls neither guard nor optimizer where the loss is bad."""
+    """The weights, moments and averages of a loop that makes no update if the loss is not finite."""
     argv = [*FLAGS, *RESUMED, f"--data_dir={story}", f"--out_dir={out}", *flags]
     with running(cli.parse(TrainConfig, argv, "folio train", files=True)) as run, batches(run) as steps:
         config = run.config.optimizer
@@ -136,7 +136,7 @@ def without_these_updates(out: Path, story: Path, *flags: str) -> dict[str, Tens
 def test_skip_is_a_run_without_these_updates(
     train: Train, damaged: Callable[..., Damaged], story: Path, optimizer: str, grad_clip: float
 ) -> None:
-    """Weights, moments and averages to the bit, and the same data; they are counted and logged."""
+    """Weights, moments and averages to the bit, and the same data. The updates left out are counted and logged."""
     out, steps = damaged("out", optimizer)
     how = (f"--grad_clip={grad_clip}", f"--optimizer={optimizer}")
     train("out", *FLAGS, *RESUMED, *how, "--on_nonfinite=skip")
@@ -154,7 +154,7 @@ def test_skip_is_a_run_without_these_updates(
 
 
 def test_skip_resumes_to_the_same_bits(train: Train, damaged: Callable[..., Damaged]) -> None:
-    """Also what is counted."""
+    """Also the counts."""
     whole, halves = (damaged(name).out for name in ("whole", "halves"))
     flags = [*FLAGS, *RESUMED, "--on_nonfinite=skip"]
     train("whole", *flags)
@@ -181,7 +181,7 @@ def test_stop_names_step_rate_and_parameter(folio: Folio, damaged: Callable[...,
 def test_two_processes_agree(
     damaged: Callable[..., Damaged], story: Path, train: Train, parallel: str, optimizer: str
 ) -> None:
-    """Only one of them reads the token; both leave the update out, as one process does, and go on together."""
+    """Only one of them reads the token. Both leave the update out, as one process does, and continue."""
     alone, steps = damaged("alone", optimizer)
     flags = [*FLAGS, *RESUMED, f"--optimizer={optimizer}", "--on_nonfinite=skip"]
     train("alone", *flags)
@@ -196,7 +196,7 @@ def test_two_processes_agree(
 
 
 def test_two_processes_stop_together(damaged: Callable[..., Damaged], story: Path) -> None:
-    """With one line that says the same as that of one process."""
+    """With the same line as one process."""
     out, steps = damaged("out")
     before = tree(out / "checkpoints")
     flags = [*FLAGS, *RESUMED, "--decay_lr=False", "--eval_interval=100", f"--data_dir={story}", f"--out_dir={out}"]
@@ -208,7 +208,7 @@ def test_two_processes_stop_together(damaged: Callable[..., Damaged], story: Pat
 
 
 def test_ten_in_a_row_end_the_run(folio: Folio, story: Path, tmp_path: Path) -> None:
-    """Of a learning rate that ruins the weights: no later update would mend them."""
+    """With a learning rate that makes the weights useless, so that every later loss is not finite."""
     ruin = ["--learning_rate=1e30", "--decay_lr=False", "--weight_decay=0", "--eval_interval=100", "--max_iters=90"]
     outcome = folio("train", *SMALL, *ruin, "--on_nonfinite=skip", f"--data_dir={story}", f"--out_dir={tmp_path}")
     row = f"the last of {MOST_IN_A_ROW} in a row"
@@ -220,7 +220,7 @@ def test_ten_in_a_row_end_the_run(folio: Folio, story: Path, tmp_path: Path) -> 
 def test_those_in_a_row_are_counted_over_a_resume(
     folio: Folio, damaged: Callable[..., Damaged], story: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint within the row holds the good weights; before the first update, they are the cause."""
+    """The run makes no update, so the error names its first weights as the cause, and after a resume an older step."""
     out = damaged("out").out
     change(out, WPE, 3, 3e38)  # every batch reads it
     good = saved(out, BEGUN)
@@ -234,7 +234,7 @@ def test_those_in_a_row_are_counted_over_a_resume(
 
 
 def test_spikes_are_left_out(train: Train) -> None:
-    """Those above the limit by the losses that the run logged; it resumes to the same bits."""
+    """Exactly those above the limit, computed from the logged losses; the run resumes to the same bits."""
     flags = ["--learning_rate=1e-2", "--max_iters=220", "--lr_decay_iters=220", "--eval_interval=50", "--max_loss_z=1"]
     whole, halves = train("whole", *flags), train("halves", *flags, "--max_iters=150")
     window: list[float] = []
@@ -256,7 +256,7 @@ def test_spikes_are_left_out(train: Train) -> None:
 
 
 def test_an_overflow_of_float16_is_not_counted(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scaler lowers its scale until the gradients fit; until then nothing is updated, and nothing is said."""
+    """The scaler lowers its scale until the gradients fit. Until then no update is made, and no line reports it."""
     monkeypatch.setattr(flops, "peak", lambda device, dtype: None)  # slow to measure where float16 is
     flags = ("--dtype=float16", "--learning_rate=1e-2", "--ema_decay=0.9", "--eval_interval=100")
     out = train("out", *flags, "--max_iters=5")

@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from folio import files
 from folio.checkpoints import checkpoint, find
@@ -251,7 +252,14 @@ def _checkpoint_scheduled(run: Run) -> bool:
         interval = run.config.evaluation.eval_interval
     step, best = run.state.step, run.state.best is not None and run.state.best["step"] == run.state.step
     due = step % interval == 0 or best or bool(run.stop)
-    return due and step > 0 and (step != run.saved or run.caught_up)
+    return due and step > 0 and (step != run.saved or run.caught_up or (bool(run.stop) and _write_failed(run)))
+
+
+def _write_failed(run: Run) -> bool:
+    """Whether the checkpoint of this step could not be written; the same on every rank."""
+    run.runtime.wait_for_write()
+    written = run_folder.checkpoint_folder(run.out_dir, run.state.step).exists
+    return run.saved > run.begun and not run.runtime.broadcast(written)
 
 
 def save_checkpoint(run: Run) -> tuple[()]:
@@ -264,7 +272,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         FloatingPointError: a weight or moment is not finite; nothing is saved.
         OSError: the checkpoint with which the run ends cannot be written; names it.
     """
-    output, runtime, step, best = run.config.output, run.runtime, run.state.step, run.state.best
+    output, runtime, step = run.config.output, run.runtime, run.state.step
     if name := runtime.find_not_finite(run.model, run.optimizer):
         raise not_finite_error(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()
@@ -291,18 +299,20 @@ def save_checkpoint(run: Run) -> tuple[()]:
         "resolved": runtime.resolved,
     }
 
-    ends = bool(run.stop)
+    ends, best = bool(run.stop), run.state.best
 
     def write() -> None:
+        what = f"step {step}"
         try:
             checkpoint.save(run.out_dir, step, weights, slots, state)
+            what = run_folder.BEST
             if best:
-                files.write_sealed(run.out_dir / run_folder.BEST, best)
+                update_best(run.out_dir, best)
         except OSError as error:
             if ends:
                 raise
             run.log.say(
-                f"warning: step {step} could not be saved ({files.reason(error)}): training continues, and the next "
+                f"warning: {what} could not be saved ({files.reason(error)}): training continues, and the next "
                 "checkpoint tries again"
             )
             return
@@ -316,6 +326,17 @@ def save_checkpoint(run: Run) -> tuple[()]:
     runtime.write(write, wait=not meanwhile)
     run.saved = step
     return ()
+
+
+def update_best(out_dir: Path, best: dict[str, Any]) -> None:
+    """Writes ``best.json`` if it is of another evaluation, or lost, and the checkpoint of the best one is there."""
+    path = out_dir / run_folder.BEST
+    try:
+        now, _ = files.read_sealed(path)
+    except (OSError, ValueError):
+        now = {}
+    if {name: now.get(name) for name in best} != best and best["step"] in run_folder.steps(out_dir):
+        files.write_sealed(path, best)
 
 
 def profiling(run: Run) -> tuple[Work, Work]:

@@ -28,7 +28,7 @@ NANOGPT = {  # what nanoGPT's data/shakespeare/prepare.py writes, at its commit 
 ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïve – 渡し船, 🚢\r\n", "'" * 99]
 PLAIN = ("-m", "folio")
 OFTEN = ("-c", "from folio import cli; from folio.preparation import job; job.COMMIT_EVERY = 0.0; cli.main()")
-HELD = (str(SCRIPT), "remove */meta.json 1 stop")  # stops itself before it moves the finished files
+HELD = (str(SCRIPT), "remove */meta.json 1 SIGSTOP")  # stops itself before it moves the finished files
 DIED, ENDED = -signal.SIGKILL, 0
 
 

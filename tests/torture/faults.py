@@ -7,8 +7,8 @@ The name is four words, ``OPERATION PLACE COUNT EFFECT``:
 - which of such changes in this process, from 1; ``3+`` is the third and all after it;
 - what happens: ``kill`` (before the change), ``half`` (a kill after half of it), ``0.012`` (a kill so many seconds
   after it), or an error such as ``ENOSPC`` (after half of it). ``kill-all`` kills all ranks at once, ``kill-last`` only
-  the last one; so with ``half`` and ``0.012``. Before a change, ``stop`` is SIGSTOP to this process, and ``hang`` a
-  disk that does not answer.
+  the last one; so with ``half`` and ``0.012``. Before a change, ``SIGTERM`` or another signal is sent to this
+  process, and ``hang`` is a disk that does not answer.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class Plan:
                 _half(change, args)
             named = [] if change.__name__.startswith(("write", "sync")) else [str(path)]
             raise OSError(number, os.strerror(number), *named)
-        if how == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if how.startswith("SIG"):
+            self._note(fault, sys._getframe())
+            os.kill(os.getpid(), signal.Signals[how])
             return change(*args)
         if how == "hang":
             time.sleep(3600)

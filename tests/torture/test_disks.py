@@ -60,7 +60,8 @@ def test_a_checkpoint_that_fails_once(
     why = {"ENOSPC": "No space left on device", "EIO": "Input/output error"}[error]
     assert [doing for _, doing in ended.faults] == ["checkpoint"]
     assert ended.codes == [0]
-    assert f"warning: step 10 could not be saved ({why}): {UNSAVED}\n" in ended.said
+    what = "best.json" if "best.json" in change else "step 10"
+    assert f"warning: {what} could not be saved ({why}): {UNSAVED}\n" in ended.said
     assert whole(out)[-1] == 30
     assert results(RUNS["alone"], out) == undisturbed["alone"]
 
@@ -75,6 +76,18 @@ def test_a_disk_that_stays_full(server: Server, undisturbed: dict[str, Any], tmp
     assert whole(out) == [5]
     assert f"resuming {out} at step 5" in go(server, name, out).said
     assert results(RUNS[name], out) == undisturbed[name]
+
+
+def test_a_signal_after_a_checkpoint_that_failed(server: Server, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    """Between two micro steps: the checkpoint is tried again before the run ends."""
+    out, folder = tmp_path / "out", ".step-00000010.unfinished"
+    faults = f"write_with {folder}/model.safetensors 1 SIGTERM", f"write_with {folder}/optimizer.safetensors 1 ENOSPC"
+    ended = go(server, "alone", out, *faults)
+    assert ended.codes == [143], ended.said
+    assert "step 10 could not be saved" in ended.said
+    assert whole(out)[-1] == 10
+    assert go(server, "alone", out).codes == [0]
+    assert results(RUNS["alone"], out) == undisturbed["alone"]
 
 
 def test_a_limit_of_file_sizes(server: Server, undisturbed: dict[str, Any], tmp_path: Path) -> None:

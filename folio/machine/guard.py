@@ -18,8 +18,7 @@ class Guard:
     A spike is a loss more than ``max_z`` (0: no limit) standard deviations above the mean of the last ``WINDOW``
     losses, once there are so many. The window stores a spike as the limit that it exceeded. So one spike does not hide
     the next, and a loss that stays high is accepted after some steps. OLMo-core (``SkipStepOptimizer``) leaves out such
-    updates too, but starts after half a window, stores spikes as they are, and also checks the gradient's norm and
-    sudden falls.
+    updates too, but starts after half a window, stores spikes as they are, and also checks the gradient's norm.
     """
 
     def __init__(self, device: torch.device, scaled: bool, skips: bool = False, max_z: float = 0.0) -> None:

@@ -6,6 +6,7 @@ until all have ended, and prints their exit codes; that of a signal is negative.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -84,6 +85,7 @@ def begin(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.dump_traceback_later(PATIENCE - 10)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     Plan([Fault(*f) for f in faults], Chance(*chance) if chance else None, Path(f"{log}.faults")).install()

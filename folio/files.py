@@ -137,6 +137,14 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
     return file
 
 
+def is_same_file(path: Path, handle: int) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_name(text: str) -> bool:
     """Whether a text from a file names something in a folder, and nothing elsewhere."""
     return Path(text).name == text and text not in ("", "..") and "\0" not in text
@@ -145,7 +153,10 @@ def is_name(text: str) -> bool:
 def require_own_folder(path: Path) -> Path:
     """Returns the path of a folder to write into. Raises ValueError if it is a link, which may lead anywhere."""
     if path.is_symlink():
-        raise UserError(f"{path} is a link, and files are not written through links: remove it")
+        raise UserError(
+            f"{path} is a link, and files are not written through links: remove it; the folder {path.parent} itself "
+            "may be a link to another disk"
+        )
     return path
 
 

@@ -256,7 +256,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: ``path`` exists and is not an empty folder. OSError: the disk is full or not writable.
     """
-    if not path.name or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not path.name or (os.path.lexists(path) and not empty):
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:

@@ -137,6 +137,14 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
     return file
 
 
+def is_same_file(path: Path, handle: int) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_name(text: str) -> bool:
     """Whether a text is the name of something in a folder, and not a path that may lead out of it."""
     return Path(text).name == text and text not in ("", "..") and "\0" not in text
@@ -145,7 +153,10 @@ def is_name(text: str) -> bool:
 def require_own_folder(path: Path) -> Path:
     """Returns the path of a folder that will be written to. Raises ValueError if it is a link."""
     if path.is_symlink():
-        raise UserError(f"{path} is a link, and files are not written through links: remove it")
+        raise UserError(
+            f"{path} is a link, and files are not written through links: remove it; the folder {path.parent} itself "
+            "may be a link to another disk"
+        )
     return path
 
 
@@ -245,7 +256,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: ``path`` exists and is not an empty folder. OSError: the disk is full or not writable.
     """
-    if not path.name or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+    empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if not path.name or (os.path.lexists(path) and not empty):
         raise FileExistsError(f"{path} is there already: remove it, or choose another name")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:

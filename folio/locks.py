@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 import warnings
 import weakref
@@ -32,19 +33,22 @@ class Lock:
 
     Raises:
         InUseError: another process holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
-        OSError: the file cannot be created.
+        UserError: a link, a folder or the like has its name. OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
         for _ in range(100):  # the holder may remove the file and the folder between two of these calls
             files.make_folder(path.parent)
+            with suppress(FileNotFoundError):
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    raise UserError(f"{path} is not a file of its own, as a lock must be: remove it")
             try:
                 handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             except FileNotFoundError:
                 continue
             try:
-                held, here = _flock(handle, path), _is_same_file(path, handle)
+                held, here = _flock(handle, path), files.is_same_file(path, handle)
                 who = "" if held or not here else _describe_holder(handle)
             except BaseException:
                 os.close(handle)
@@ -110,14 +114,6 @@ def _flock(handle: int, path: Path) -> bool:
     return True
 
 
-def _is_same_file(path: Path, handle: int) -> bool:
-    """Whether the path still leads to the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
 def _describe_holder(handle: int) -> str:
     """The host, process and start time of a lock's holder, in parentheses; "" if the file does not have them."""
     for _ in range(10):
@@ -130,7 +126,7 @@ def _describe_holder(handle: int) -> str:
 
 
 def _release(handle: int, path: Path, made: list[Path]) -> None:
-    if _is_same_file(path, handle):
+    if files.is_same_file(path, handle):
         files.discard(path)
     os.close(handle)
     for folder in made:

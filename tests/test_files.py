@@ -260,3 +260,13 @@ def test_no_other_module_opens_files() -> None:
     found = {str(path.relative_to(package)): made for path in package.rglob("*.py") if (made := opened(path))}
     assert found.pop("files.py") == ["open", "os.open", "os.open"]
     assert found == {"locks.py": ["os.open"], "records/console.py": ["os.open", "os.open", "os.open", "open"]}
+
+
+@pytest.mark.parametrize("target", ["empty folder", "nothing"])
+def test_a_link_in_the_place_of_a_new_folder_is_refused_as_such(tmp_path: Path, target: str) -> None:
+    (tmp_path / "empty folder").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(FileExistsError, match="link is there already: remove it"), files.written_atomically(link):
+        pass
+    assert link.is_symlink()

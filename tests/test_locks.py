@@ -20,6 +20,7 @@ import pytest
 from children import Spawn
 from conftest import ROOT
 
+from folio.errors import UserError
 from folio.locks import InUseError, Lock
 
 HOLDER = """
@@ -174,16 +175,23 @@ def test_a_lock_file_without_a_holders_name(content: str, tmp_path: Path) -> Non
     lock.release()
 
 
-@pytest.mark.parametrize("what", ["folder", "link", "below a file"])
-def test_a_lock_file_that_cannot_be_created(what: str, tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    if what == "folder":
-        path.mkdir()
-    elif what == "link":
-        path.symlink_to(tmp_path / "elsewhere")
-    else:
-        path = tmp_path / "file" / "lock"
-        path.parent.write_text("")
-    with pytest.raises(OSError, match=r"director|symbolic|exists"):
-        taken(path)
+def test_a_lock_file_that_cannot_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"director|exists"):
+        taken(tmp_path / "file" / "lock")
+
+
+@pytest.mark.parametrize("other", ["folder", "link", "pipe", "socket"])
+def test_something_else_has_the_name_of_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    with socket.socket(socket.AF_UNIX) as there:
+        make: dict[str, Callable[[str], object]] = {
+            "folder": os.mkdir,
+            "link": lambda name: os.symlink(tmp_path / "elsewhere", name),
+            "pipe": os.mkfifo,
+            "socket": there.bind,
+        }
+        make[other]("lock")
+        with pytest.raises(UserError, match=r"lock is not a file of its own, as a lock must be: remove it$"):
+            taken(tmp_path / "lock")
     assert not (tmp_path / "elsewhere").exists()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from folio import files
-from folio.checkpoints.safetensors_files import OpenFile, Tensors, read
+from folio.checkpoints.safetensors_files import OpenFile, Tensors, has_stated_length, read
 from folio.checkpoints.state import State, check_entries
 from folio.checkpoints.torch_files import FLOATS, StoredTensor
 from folio.config.compose import model_config
@@ -274,7 +274,7 @@ def verify(path: Path, run_id: str | None = None) -> Checkpoint:
     state, _ = state_of(path)
     try:
         for name, file in opened.items():
-            if files.sha256(file.path) != state["sha256"][name]:
+            if not has_stated_length(file) or files.sha256(file.path) != state["sha256"][name]:
                 raise UserError(f"{name} does not match its checksum")
         if run_id is not None and state["run"] != run_id:
             raise UserError(f"it is of another run, {state['run']}")

@@ -43,10 +43,7 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
         ValueError: the file is damaged, or is not a regular file.
     """
     here = opened.path if opened else path
-    with files.open_regular(here) as raw:
-        header = int.from_bytes(raw.read(8), "little")
-    if header > _HEADER:
-        raise UserError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")
+    _require_header(path, here)
     try:
         with safe_open(here, "pt") as file:
             chosen = filter(wanted, file.keys())
@@ -61,3 +58,20 @@ def read(path: Path, wanted: Callable[[str], bool] = lambda name: True, opened: 
                     yield name, tensor
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def has_stated_length(file: OpenFile) -> bool:
+    """Whether a file is as long as its list of tensors says. Reads the list alone: a sparse file may have terabytes."""
+    try:
+        _require_header(file.name, file.path)
+        with safe_open(file.path, "pt"):
+            return True
+    except (SafetensorError, UserError):
+        return False
+
+
+def _require_header(path: Path, here: Path) -> None:
+    with files.open_regular(here) as raw:
+        header = int.from_bytes(raw.read(8), "little")
+    if header > _HEADER:
+        raise UserError(f"{path} is damaged: its header has {header:,} bytes, more than the {_HEADER:,} of any model")

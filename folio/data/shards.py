@@ -151,12 +151,13 @@ class Shards:
         """``width`` tokens from each of these positions (n) on, (n, width), −1 beyond the end of a file.
 
         Raises:
-            ValueError: an id is outside the vocabulary, if its size is given.
+            ValueError: an id is outside the vocabulary, if its size is given, or a file was cut since it was opened.
         """
         out = np.full((len(positions), width), -1, dtype=np.int64)
         shards = np.searchsorted(self.starts, positions, side="right") - 1
         for shard in np.unique(shards):
             data = self.maps[self.files[shard]]
+            self.files[shard].require_whole(data)
             here = np.flatnonzero(shards == shard)
             local = positions[here] - self.starts[shard]
             inside = local <= len(data) - width

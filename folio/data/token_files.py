@@ -7,6 +7,7 @@ modded-nanogpt, ``.npy`` (build-nanogpt, GPT-from-scratch) and datatrove's ``.ds
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,15 @@ class TokenFile(NamedTuple):
             try:
                 return np.memmap(file, self.dtype, "r", self.offset, (self.tokens,))
             except ValueError:  # longer than the file
-                raise UserError(f"{self.path} became shorter while it was in use: {AGAIN}") from None
+                raise self._cut() from None
+
+    def require_whole(self, ids: Array) -> None:
+        """Raises ValueError if the file of a map has become shorter: reading the map would end the process."""
+        if isinstance(ids.base, mmap.mmap) and ids.base.size() < self.offset + ids.nbytes:
+            raise self._cut()
+
+    def _cut(self) -> UserError:
+        return UserError(f"{self.path} became shorter while it was in use: {AGAIN}")
 
 
 def open_file(path: Path, token_dtype: TokenDtype = "auto") -> TokenFile:

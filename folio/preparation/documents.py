@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from folio.errors import UserError
 from folio.files import decode_text, open_regular, other_encoding
 
+_SEARCHED = 2**20  # bytes in which a place to cut a text is searched
 LONGEST_LINE = 2**27  # bytes: a longer line is a mistake or an attack, not a document
 
 # Where a text can be cut: in the patterns of GPT-2, cl100k and o200k, no token crosses from a non-space to a space, or
@@ -169,7 +170,11 @@ _READERS: dict[str, Callable[[Span, str], Numbered]] = {
 
 
 def find_cut(file: BinaryIO, at: int, size: int) -> int:
-    """The first byte from ``at`` on where a text can be cut without changing its tokens; ``size`` if none."""
+    """The first byte from ``at`` on where a text can be cut without changing its tokens; ``size`` if none.
+
+    If there is none in a megabyte, which no language has, it is the first byte of a character: some tokens may change
+    there, but the memory that is needed does not grow with the text.
+    """
     if at <= 0 or at >= size:
         return min(max(at, 0), size)
     length = 2**12
@@ -182,6 +187,8 @@ def find_cut(file: BinaryIO, at: int, size: int) -> int:
             return at + lead + len(text[: found.end()].encode())
         if at + length >= size:
             return size
+        if length >= _SEARCHED:
+            return at + lead + raw.startswith(b"\n")  # perhaps of \r\n
         length *= 2
 
 

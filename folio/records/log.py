@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from folio import files
+from folio.errors import UserError
 from folio.records.console import best_effort, printable, say
 from folio.records.log_txt import build_nanogpt, gpt_from_scratch
 from folio.records.metrics import REWRITTEN, read_metrics, to_json
@@ -177,10 +178,19 @@ class _File:
 
     def write(self, record: Record) -> None:
         if line := self._line(record):
+            self._require_there()
             with self._named():
                 files.write_to(self._file, f"{line}\n".encode())
 
+    def _require_there(self) -> None:
+        if not files.is_same_file(self._path, self._file.fileno()):
+            raise UserError(
+                f"{self._path} was moved, removed or replaced while the run wrote to it, so training stopped: put it "
+                "back, and --init_from=resume continues"
+            )
+
     def sync(self) -> None:
+        self._require_there()
         with self._named():
             files.sync_open(self._file)
 

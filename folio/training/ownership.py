@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -155,4 +156,5 @@ def _is_log(path: Path) -> bool:
 
 def unwritable(out_dir: Path, error: OSError) -> OSError:
     """The error for a folder that cannot be written, with the remedy."""
-    return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): choose another --out_dir")
+    room = "make room there, or " * (error.errno in (errno.ENOSPC, errno.EDQUOT))
+    return OSError(f"out_dir={out_dir} cannot be written ({error.strerror}): {room}choose another --out_dir")

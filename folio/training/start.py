@@ -47,6 +47,9 @@ def running(config: TrainConfig) -> Iterator[Run]:
     run = build(config)
     try:
         yield run
+    except BaseException:
+        run.stop = ""  # its last line would say that it can be resumed there
+        raise
     finally:
         finish(run)
 

@@ -163,3 +163,15 @@ def test_a_large_text_has_the_ids_of_the_whole(folio, tok, tmp_path, monkeypatch
     fast = tokenizers.Tokenizer.from_file(str(tmp_path / "any.json"))
     end = [fast.token_to_id("<|endoftext|>")] if fast.token_to_id("<|endoftext|>") is not None else []
     assert np.fromfile(out / "train.bin", np.uint16).tolist() == fast.encode(text).ids + end
+
+
+@pytest.mark.parametrize(("character", "before"), [("a", 0), ("é", 1), ("\r\n", 1), ("\n", 0)])
+def test_a_text_without_a_place_to_cut(character: str, before: int) -> None:
+    """It is cut between any characters, but not within one or within a line end, so that it is never read whole."""
+    raw = (character * 2**20).encode() * 3
+    at = 2**19 + before
+    place = find_cut(io.BytesIO(raw), at, len(raw))
+    assert at <= place <= at + 1
+    assert raw[:place].decode() + raw[place:].decode() == raw.decode()
+    assert not (raw[:place].endswith(b"\r") and raw[place:].startswith(b"\n"))
+    assert find_cut(io.BytesIO(raw), len(raw) - 2**19, len(raw)) == len(raw)

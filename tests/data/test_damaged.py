@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 from conftest import SMALL, assert_refused, tree
 
+from folio.config.options import Data
+from folio.data.rows import Tokens
+from folio.errors import UserError
+
 
 @pytest.fixture
 def data(story: Path, tmp_path: Path) -> Path:
@@ -168,3 +172,12 @@ def test_nanogpts_own_pickle_is_read(folio, data, tmp_path) -> None:
     code, said, err = folio("sample", out, "--device=cpu", "--start=The ", "--num_samples=2", "--max_new_tokens=5")
     assert (code, err) == (0, "")
     assert set(said) <= set(characters) | set("-\n")
+
+
+def test_a_file_that_is_cut_while_it_is_read(data: Path) -> None:
+    """Reading the rest of its map would end the process by SIGBUS."""
+    tokens = Tokens.open(Data(data_dir=str(data)), 16, seed=1)
+    tokens.rows("train", 0, 100)
+    _cut(data, 1 << 12)
+    with pytest.raises(UserError, match=r"train.bin became shorter while it was in use: prepare the data set again"):
+        tokens.rows("train", 0, 100)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from folio.errors import UserError
 from folio.records.log import Log
 from folio.records.metrics import read_metrics, rewind, to_json
 from folio.records.run_folder import LOG_TXT, METRICS
@@ -335,3 +336,23 @@ def test_odd_records_have_no_line_in_log_txt(tmp_path: Path) -> None:
     for how in (True, "gpt-from-scratch"):
         written(tmp_path, log_txt=how)
         assert (tmp_path / LOG_TXT).read_text() == ""
+
+
+@pytest.mark.parametrize("change", ["removed", "folder moved", "replaced"])
+def test_a_file_that_is_no_longer_there(tmp_path: Path, change: str) -> None:
+    """Later records would be lost, and checkpoints would go to another folder than the file."""
+    out = tmp_path / "out"
+    out.mkdir()
+    log = Log(True, total=10)
+    log.open(out)
+    log.write(evaluation(0))
+    if change == "folder moved":
+        out.rename(tmp_path / "elsewhere")
+    else:
+        (out / METRICS).unlink()
+    if change == "replaced":
+        (out / METRICS).write_text("")
+    for later in (log.sync, lambda: log.write(evaluation(5))):
+        with pytest.raises(UserError, match=r"metrics.jsonl was moved, removed or replaced .* --init_from=resume"):
+            later()
+    log.close()

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torture.faults import Chance
+from torture.faults import Chance, Fault
 from torture.starts import RUNS, Disturbed, Ended, Server, arguments, results
 
 from folio.checkpoints import checkpoint
@@ -89,7 +89,7 @@ class Torture:
     def _next(self, run: Disturbed, more: bool, left: list[str] | None) -> dict[str, Any]:
         """The faults of the next start."""
         if left is not None:
-            return {"faults": left.pop(0).split(" + ") if left else []}
+            return {"faults": [fault for fault in left.pop(0).split(" + ") if fault] if left else []}
         whom = ("", "-all", "-last") if run.ranks > 1 else ("",)
         chance = Chance(f"{self.seed}/{self.starts}", RATE, ERRORS, run.longest, whom)
         return {"chance": chance} if more else {}
@@ -119,14 +119,24 @@ def main() -> int:
     parser.add_argument("--seed", default="")
     parser.add_argument("--replay", default="", help="RUN: FAULT; FAULT + FAULT; …")
     options = parser.parse_args()
+    name, _, faults = options.replay.partition(":")
+    replay = [fault.strip() for fault in faults.split(";")]
+    if options.kills < 1:
+        parser.error(f"--kills={options.kills}: must be at least 1")
+    if options.replay and name not in RUNS:
+        parser.error(f"--replay={options.replay}: there is no run {name!r}: there are {', '.join(RUNS)}")
+    try:
+        for fault in " + ".join(filter(None, replay)).split(" + ") if options.replay else ():
+            Fault.named(fault)
+    except ValueError as error:
+        parser.error(f"--replay={options.replay}: {error}")
     seed = options.seed or secrets.token_hex(3)
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="torture-") as folder, Server(Path(folder)) as server:
         torture = Torture(server, seed)
         try:
             if options.replay:
-                name, _, faults = options.replay.partition(": ")
-                torture.round(name, 0, [fault.strip() for fault in faults.split(";")])
+                torture.round(name, 0, replay)
             shares = [run.share for run in RUNS.values()]
             while not options.replay and (left := options.kills - torture.kills.total()) > 0:
                 (name,) = chance.choices(list(RUNS), shares)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -54,6 +55,20 @@ class Fault(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join(self)
+
+    @classmethod
+    def named(cls, name: str) -> Fault:
+        """The fault of this name. Raises ValueError if no fault has it."""
+        match name.split():
+            case [operation, place, count, effect] if (
+                operation in ("*", *OPERATIONS)
+                and re.fullmatch(r"[1-9][0-9]*\+?", count)
+                and (
+                    re.fullmatch(r"(kill|half|[0-9.]*[0-9])(-all|-last)?", effect) or effect in errno.errorcode.values()
+                )
+            ):
+                return cls(operation, place, count, effect)
+        raise ValueError(f"{name!r} is no fault: it is like 'rename checkpoints/step-00000010 1 kill'")
 
 
 class Chance(NamedTuple):

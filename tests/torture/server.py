@@ -33,6 +33,7 @@ def main() -> None:
 
     for name in sys.argv[1:]:
         Tiktoken(name)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
@@ -57,14 +58,17 @@ def run(argv: list[str], ranks: int, **how: Any) -> list[int]:
         processes[process] = rank
     codes: dict[int, int] = {}
     end = time.monotonic() + PATIENCE
-    while processes:
-        for process in list(processes):
-            if (found := os.waitpid(process, os.WNOHANG))[0]:
-                codes[processes.pop(process)] = os.waitstatus_to_exitcode(found[1])
-        if time.monotonic() > end:
+    try:
+        while processes:
+            for process in list(processes):
+                if (found := os.waitpid(process, os.WNOHANG))[0]:
+                    codes[processes.pop(process)] = os.waitstatus_to_exitcode(found[1])
+            if time.monotonic() > end:
+                raise SystemExit(f"hangs: {' '.join(argv)}")
+            time.sleep(0.001)
+    finally:
+        if processes:  # also if a signal ends this process, which does not reach theirs
             os.killpg(leader, signal.SIGKILL)
-            raise SystemExit(f"hangs: {' '.join(argv)}")
-        time.sleep(0.001)
     return [codes[rank] for rank in range(ranks)]
 
 
@@ -82,6 +86,7 @@ def begin(
 
     job.COMMIT_EVERY, sources.BLOCK = 0.0, block
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

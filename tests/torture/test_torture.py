@@ -65,3 +65,20 @@ def test_named_faults_are_repeated() -> None:
     assert code == 0, line
     assert line.startswith("3 kills (")
     assert "2 in checkpoint, 1 in step" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--replay=nobody: rename * 1 kill", "there is no run 'nobody': there are alone, two ranks"),
+        ("--replay=alone: rename", "'rename' is no fault"),
+        ("--replay=alone: rename * 0 kill", "is no fault"),
+        ("--replay=alone: rename * 1 ENOTHING", "is no fault"),
+        ("--kills=0", "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_tried(option: str, words: str) -> None:
+    """A typing error must not look like a promise that was held, or broken."""
+    ended = python("-m", "torture", option, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    assert ended.returncode == 2
+    assert words in ended.stderr

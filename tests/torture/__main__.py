@@ -141,6 +141,9 @@ def main() -> int:
             while not options.replay and (left := options.kills - torture.kills.total()) > 0:
                 (name,) = chance.choices(list(RUNS), shares)
                 print(f"{name}: {torture.round(name, left)} kills", flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted after {torture.kills.total():,} kills, seed {seed}")
+            return 130
         except FailureError as failure:
             print(f"FAILED: {failure}")
             return 1

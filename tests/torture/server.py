@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import resource
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PATIENCE = 240.0  # seconds until a process that hangs is killed
+GRACE = 60.0  # seconds until the ranks of a rank that was killed are killed too, as a launcher would
 
 
 def main() -> None:
@@ -57,12 +59,15 @@ def run(argv: list[str], ranks: int, **how: Any) -> list[int]:
             os.setpgid(process, leader)  # it does so too, perhaps after the next one needs the group
         processes[process] = rank
     codes: dict[int, int] = {}
-    end = time.monotonic() + PATIENCE
+    end, killed = time.monotonic() + PATIENCE, math.inf
     try:
         while processes:
             for process in list(processes):
                 if (found := os.waitpid(process, os.WNOHANG))[0]:
-                    codes[processes.pop(process)] = os.waitstatus_to_exitcode(found[1])
+                    codes[processes.pop(process)] = code = os.waitstatus_to_exitcode(found[1])
+                    killed = min(killed, time.monotonic() if code < 0 else math.inf)
+            if processes and time.monotonic() > killed + GRACE:
+                os.killpg(leader, signal.SIGKILL)
             if time.monotonic() > end:
                 raise SystemExit(f"hangs: {' '.join(argv)}")
             time.sleep(0.001)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PATIENCE = 240.0  # seconds until a process that hangs is killed
-GRACE = 60.0  # seconds until the ranks of a rank that was killed are killed too, as a launcher would
+GRACE = 20.0  # seconds until the ranks of a rank that was killed are killed too, as a launcher would
 
 
 def main() -> None:

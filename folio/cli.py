@@ -228,7 +228,7 @@ def _overview() -> str:
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return line.replace("\n", "\\n")
+        return _shortened(line.replace("\n", "\\n"))
     return _shortened(" ".join(str(error).split()))
 
 

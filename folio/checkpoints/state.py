@@ -75,10 +75,13 @@ _ENTRIES: dict[str, Any] = {  # entry of a state.json → its type, as ``_fits``
     "facts": {"": str},
     "sources": [{"name": str, "share": _NUMBER, "tokens": int}],
 }
+_REQUIRED = ("run", "tokenizer", "data", "scaler", "resolved")  # older files may lack the others
 
 
 def check_entries(values: Mapping[str, Any]) -> None:
-    """Raises ValueError if an entry of a ``state.json`` that ``State`` does not read has a type that no run writes."""
+    """Raises ValueError if an entry of a ``state.json`` that ``State`` does not read is missing, or of a wrong type."""
+    if missing := [name for name in _REQUIRED if name not in values]:
+        raise UserError(f"it has no {missing[0]}")
     for name, kind in _ENTRIES.items():
         if name in values and not _fits(values[name], kind):
             raise UserError(f"its {name} is not that of a run")

@@ -220,14 +220,14 @@ class TokenizersFile:
             raise UserError(f"it has the token id {self.size - 1:,}, above the {_MOST_IDS:,} of any tokenizer")
         found = (self._fast.token_to_id(name) for name in END_OF_TEXT)
         self.eot: int | None = next((i for i in found if i is not None), None)
-        pattern = spec.get("pre_tokenizer") or {}
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        # added tokens match across spaces too
-        found_anywhere = [t for t in spec.get("added_tokens") or [] if not t["special"]]
+        with _refused("not a file of the tokenizers library"):  # which also takes lists for objects
+            pattern, decoder = dict(spec.get("pre_tokenizer") or {}), dict(spec.get("decoder") or {})
+            added = [(token["id"], token["special"]) for token in spec.get("added_tokens") or []]
+            kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        found_anywhere = not all(special for _, special in added)  # these tokens match across spaces too
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
-        self.special: Collection[int] = frozenset(t["id"] for t in spec.get("added_tokens") or [] if t["special"])
-        decoder = spec.get("decoder") or {}
-        kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
+        self.special: Collection[int] = frozenset(i for i, special in added if special)
         self.by_bytes = kinds == ["ByteLevel"]
         self._bytes = {c: b for b, c in byte_characters().items()}
         self._lone = {f"<0x{b:02X}>": b for b in range(256)} if "ByteFallback" in kinds else {}

@@ -12,7 +12,6 @@ import argparse
 import random
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from collections import Counter
@@ -66,11 +65,10 @@ class Torture:
                 ended = self.server.start(*argv, ranks=run.ranks, **how)
                 self.starts += 1
                 met.append(" + ".join(str(fault) for fault, _ in ended.faults))
-                killed = -signal.SIGKILL in ended.codes
-                check_end(ended, killed)
+                check_end(ended)
                 unsaved |= "could not be saved" in ended.said
-                self.errors += len(ended.faults) - killed
-                if killed:
+                self.errors += len(ended.faults) - ended.killed
+                if ended.killed:
                     done += 1
                     self.kills[ended.faults[-1][1]] += 1
                 if not any(ended.codes):
@@ -98,11 +96,11 @@ class Torture:
         return {"chance": chance} if more else {}
 
 
-def check_end(ended: Ended, killed: bool) -> None:
+def check_end(ended: Ended) -> None:
     """A process ends by a kill, with success, or with one line about the disk's error; never with a traceback."""
     if "Traceback" in ended.said:
         raise FailureError(ended.said)
-    if not killed and any(ended.codes) and not (ended.codes[0] == 2 and ended.faults):
+    if not ended.killed and any(ended.codes) and not (ended.codes[0] == 2 and ended.faults):
         raise FailureError(f"exit codes {ended.codes}: {ended.said}")
 
 

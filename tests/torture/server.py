@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PATIENCE = 240.0  # seconds until a process that hangs is killed
-GRACE = 20.0  # seconds until the ranks of a rank that was killed are killed too, as a launcher would
+GRACE = 20.0  # seconds until the other ranks of one that failed are killed, as by a launcher
 
 
 def main() -> None:
@@ -59,14 +59,14 @@ def run(argv: list[str], ranks: int, **how: Any) -> list[int]:
             os.setpgid(process, leader)  # it does so too, perhaps after the next one needs the group
         processes[process] = rank
     codes: dict[int, int] = {}
-    end, killed = time.monotonic() + PATIENCE, math.inf
+    end, failed = time.monotonic() + PATIENCE, math.inf
     try:
         while processes:
             for process in list(processes):
                 if (found := os.waitpid(process, os.WNOHANG))[0]:
                     codes[processes.pop(process)] = code = os.waitstatus_to_exitcode(found[1])
-                    killed = min(killed, time.monotonic() if code < 0 else math.inf)
-            if processes and time.monotonic() > killed + GRACE:
+                    failed = min(failed, time.monotonic() if code else math.inf)
+            if processes and time.monotonic() > failed + GRACE:
                 os.killpg(leader, signal.SIGKILL)
             if time.monotonic() > end:
                 raise SystemExit(f"hangs: {' '.join(argv)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -62,6 +63,11 @@ class Ended(NamedTuple):
     codes: list[int]  # of the ranks
     said: str
     faults: list[tuple[Fault, str]]  # those that happened, and what the process was doing
+
+    @property
+    def killed(self) -> bool:
+        """Whether a fault killed a rank."""
+        return any(fault.effect not in errno.errorcode.values() for fault, _ in self.faults)
 
 
 class Server(AbstractContextManager["Server"]):

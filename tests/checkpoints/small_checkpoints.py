@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,8 @@ def tensors(model: GPT, optimizer: torch.optim.AdamW) -> tuple[dict[str, Tensor]
 def save(out_dir: Path, step: int, *, run: str = "a1", best: tuple[int, float] | None = None, seed: int = 0) -> Path:
     """A checkpoint as a run writes it."""
     model, optimizer = trained(seed)
-    state = {
-        "run": run,
-        "step": step,
-        "best": {"step": best[0], "loss": best[1]} if best else None,
-        "model": asdict(model.config),
-    }
+    known = State(step=step, best={"step": best[0], "loss": best[1]} if best else None)
+    state = {**foreign_state(model.config, None, known), "run": run}
     checkpoint.save(out_dir, step, *tensors(model, optimizer), state)
     return run_folder.checkpoint_folder(out_dir, step)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from small_checkpoints import SHAPE, save, tensors, trained
 
 from folio.checkpoints import checkpoint, find
+from folio.checkpoints.state import State, foreign_state
 from folio.model.config import GPTConfig
 from folio.model.gpt import GPT
 from folio.training.optimizers import adamw
@@ -23,7 +23,8 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
     shape = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8, tie_weights=tied)
     model, optimizer = trained(1, shape)
     weights, slots = tensors(model, optimizer)
-    checkpoint.save(tmp_path, 2, weights, slots, {"run": "a1", "step": 2, "model": asdict(model.config)})
+    state = {**foreign_state(model.config, None, State(step=2)), "run": "a1"}
+    checkpoint.save(tmp_path, 2, weights, slots, state)
     found = find.choose(tmp_path, "latest")
     assert (found.step, found.state["run"]) == (2, "a1")
     assert found.model().config == shape

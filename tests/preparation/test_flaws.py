@@ -193,12 +193,14 @@ def test_bombs(corpus, tmp_path, end) -> None:
     assert "a line of more than 134,217,728 bytes" in done.stderr
 
 
-def test_a_text_without_a_place_to_cut_is_searched_once(corpus, monkeypatch) -> None:
-    """The time does not grow with the square of the number of blocks."""
-    monkeypatch.setattr(sources, "BLOCK", 10)
+def test_a_text_without_a_place_to_cut_is_searched_in_linear_time(corpus, monkeypatch) -> None:
+    """And its blocks are as large as others."""
+    monkeypatch.setattr(sources, "BLOCK", 4000)
+    monkeypatch.setattr(reading, "_SEARCHED", 1000)
     (corpus / "a.txt").write_text("渡" * 10**6)
     begun = time.process_time()
-    assert len(list(Files(*find([str(corpus)])).blocks())) == 1
+    blocks = list(Files(*find([str(corpus)])).blocks())
+    assert 700 <= len(blocks) <= 800
     assert time.process_time() - begun < 5
 
 

@@ -39,7 +39,12 @@ class Lock:
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
         made = [folder for folder in path.parents if not folder.exists()]
         for _ in range(100):  # the holder may remove the file and the folder between two of these calls
-            files.make_folder(path.parent)
+            try:
+                files.make_folder(path.parent)
+            except FileExistsError:
+                if path.parent.is_symlink() or path.parent.is_file():
+                    raise
+                continue
             with suppress(FileNotFoundError):
                 if not stat.S_ISREG(path.lstat().st_mode):
                     raise UserError(f"{path} is not a file of its own, as a lock must be: remove it")

@@ -63,7 +63,7 @@ def test_nothing_grows(spawn: Spawn, story: Path, items: Path, tmp_path: Path) -
         [h for h in found if first * STEPS <= h.step < last * STEPS] for first, last in ((0.2, 0.4), (0.8, 1.0))
     )
     memory, handles, threads = (
-        [(median(h[i] for h in part), max(h[i] for h in part)) for part in (early, late)] for i in (1, 2, 3)
+        [(median(h[i] for h in part), min(h[i] for h in part)) for part in (early, late)] for i in (1, 2, 3)
     )
     speeds = [
         median(

@@ -111,7 +111,7 @@ def _require_regular(path: Path, mode: int) -> None:
 
 
 def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
-    """Opens a regular file, without waiting for a pipe or a device, and without writing through a link.
+    """Opens a regular file, in a binary mode. It waits for no pipe or device, and writes through no link.
 
     Every file that Folio itself reads or writes is opened here, except its locks.
 
@@ -128,7 +128,7 @@ def open_regular(path: Path, mode: str = "rb", buffering: int = -1) -> Any:
         no_link = 0 if reads else getattr(os, "O_NOFOLLOW", 0)
         return os.open(name, flags | no_link | getattr(os, "O_NONBLOCK", 0), 0o666)
 
-    file = open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opened)  # noqa: SIM115
+    file = open(path, mode, buffering, opener=opened)  # noqa: SIM115
     try:
         _require_regular(path, os.fstat(file.fileno()).st_mode)
     except ValueError:

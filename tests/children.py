@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -141,14 +140,3 @@ def reached(out: Path, step: int) -> Callable[[], bool]:
         return any(r["kind"] == "train" and r["step"] >= step for r in lines)
 
     return look
-
-
-def by_hand_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {name: str(value) for name, value in there.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

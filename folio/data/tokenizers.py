@@ -211,7 +211,10 @@ class TokenizersFile:
 
         with _refused("not a file of the tokenizers library"):
             spec = parse_json(text)
-            self._fast = tokenizers.Tokenizer.from_str(text)
+            self._fast = tokenizers.Tokenizer.from_str(text)  # which also takes lists for objects
+            pattern, decoder = dict(spec.get("pre_tokenizer") or {}), dict(spec.get("decoder") or {})
+            added = [(token["id"], token["special"]) for token in spec.get("added_tokens") or []]
+            kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
         self._fast.no_truncation()
         self._fast.no_padding()
         self._text = text
@@ -221,10 +224,6 @@ class TokenizersFile:
         found = (self._fast.token_to_id(name) for name in END_OF_TEXT)
         self.eot: int | None = next((i for i in found if i is not None), None)
         gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-        with _refused("not a file of the tokenizers library"):  # which also takes lists for objects
-            pattern, decoder = dict(spec.get("pre_tokenizer") or {}), dict(spec.get("decoder") or {})
-            added = [(token["id"], token["special"]) for token in spec.get("added_tokens") or []]
-            kinds = [part.get("type") for part in decoder.get("decoders", [decoder])]
         found_anywhere = not all(special for _, special in added)  # these tokens match across spaces too
         self.divisible = not (spec.get("normalizer") or found_anywhere) and gpt2.items() <= pattern.items()
         self.special: Collection[int] = frozenset(i for i, special in added if special)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from children import Child, free_port
+from by_hand import free_port
+from children import Child
 from conftest import ROOT, SMALL
 
 from folio import cli

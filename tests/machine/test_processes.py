@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from children import GROUP, Child, Spawn, by_hand_variables, free_port, group, reached, to_its_end
+from by_hand import by_hand_variables, free_port
+from children import GROUP, Child, Spawn, group, reached, to_its_end
 from conftest import ROOT, SMALL, python
 from launches import ENDLESS, faulty, said_at_its_end
 from run_results import timeless

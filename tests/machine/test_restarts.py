@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import Spawn, by_hand_variables, free_port, group, reached, to_its_end
+from by_hand import by_hand_variables, free_port
+from children import Spawn, group, reached, to_its_end
 from launches import go, saved
 from run_results import assert_same_bits, timeless
 

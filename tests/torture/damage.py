@@ -227,6 +227,8 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     how = parser.parse_args()
+    if how.damages < 1:
+        parser.error(f"--damages={how.damages}: must be at least 1")
     with tempfile.TemporaryDirectory(prefix="folio-damage-") as room:
         outcomes = torture(Path(room), how.damages, how.seed)
     print(f"{how.damages} damages held: " + ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items())))

@@ -128,6 +128,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--guided", action="store_true", help="by coverage, with atheris; for one TARGET")
     how = parser.parse_args()
+    if not how.seconds > 0:
+        parser.error(f"--seconds={how.seconds:g}: must be more than 0")
     if unknown := set(how.targets) - TARGETS.keys():
         parser.error(f"no target {', '.join(sorted(unknown))}: there are {', '.join(TARGETS)}")
     if how.guided and len(how.targets) != 1:

@@ -12,13 +12,14 @@ import math
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
+
+from by_hand import by_hand_variables, free_port
 
 PATIENCE = 240.0  # seconds until a process that hangs is killed
 GRACE = 20.0  # seconds until the other ranks of one that failed are killed, as by a launcher
@@ -42,17 +43,14 @@ def main() -> None:
 
 def run(argv: list[str], ranks: int, **how: Any) -> list[int]:
     """The exit codes of the ranks, by rank."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     processes: dict[int, int] = {}  # process → rank
     leader = 0  # of their process group: the last rank
     for rank in reversed(range(ranks)):
         if (process := os.fork()) == 0:
             os.setpgid(0, leader)
             if ranks > 1:
-                variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-                os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
+                os.environ |= by_hand_variables(rank, ranks, port)
             begin(argv, **how)
         leader = leader or process
         with suppress(ProcessLookupError):  # it has ended

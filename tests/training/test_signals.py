@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from children import Child, Spawn, by_hand_variables, free_port, reached, to_its_end
+from by_hand import by_hand_variables, free_port
+from children import Child, Spawn, reached, to_its_end
 from conftest import SMALL
 from run_results import timeless
 from torture.faulty import SCRIPT

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from folio.config import depth
 from folio.config.compose import accumulated, with_depth
-from folio.config.declare import depth_option, option
+from folio.config.declare import MFU, depth_option, max_flops_option, option
 from folio.config.options import Data, Optimizer, Processes, System, TrainConfig
 from folio.config.table import override
 from folio.errors import UserError
@@ -43,7 +44,7 @@ class Options:
         "h100", "kind of device, such as h100, a100, l4, rtx 4090; or cpu", details="cpu: this machine's processor"
     )
     gpus_per_node: int = option(8, "devices in a machine", details="With hsdp they share a copy of the model.", min=1)
-    mfu: float = option(0.4, "share of the devices' peak that training reaches", above=0, max=1)
+    mfu: float = option(MFU, "share of the devices' peak that training reaches", above=0, max=1)
     price: float = option(0.0, "price of a device for an hour; 0: compute no cost", min=0)
     init_from: str = option(
         "scratch",
@@ -51,6 +52,7 @@ class Options:
         details="Other models are not read: give their shape by --n_layer, --n_head and --n_embd.",
     )
     depth: int = depth_option()
+    max_flops: float = max_flops_option()
     data: Data = field(default_factory=Data)
     model: GPTConfig = field(default_factory=lambda: GPTConfig(vocab_size="auto", bias=False))
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -63,8 +65,9 @@ def main(options: Options) -> None:
     from folio.machine.estimate import estimate
 
     device = device_of(options)
-    data, vocab_size = _data(options)
-    options, chosen = with_depth(options, vocab_size, None if isinstance(data, str) else data.length("train"))
+    options, data, vocab_size, chosen = _data(options)
+    options, found = with_depth(options, vocab_size, None if isinstance(data, str) else data.length("train"))
+    chosen += depth.table(options.depth, found) if options.depth else []
     for line in chosen:
         show(line)
     if options.model.vocab_size == "auto":
@@ -72,13 +75,13 @@ def main(options: Options) -> None:
     o = options
     options = replace(o, data=accumulated(o.data, o.data.row(o.model.block_size), o.sources))
     step = step_of(options, device)
-    found = estimate(options.model, options.data, step)
-    lines = [*_model(options, device, step, found), *_memory(found.memory), *_work(options, device, found, data)]
+    needs = estimate(options.model, options.data, step)
+    lines = [*_model(options, device, step, needs), *_memory(needs.memory), *_work(options, device, needs, data)]
     for title, text in lines:
         show(f"{title:9}{text}")
     show(
         "\nComputed for eager mode, without the memory of the device's driver, the allocator and the network library."
-        f"\n{_verdict(options, device, found.memory.total)}"
+        f"\n{_verdict(options, device, needs.memory.total)}"
     )
 
 
@@ -116,17 +119,18 @@ def step_of(options: Options, device: Device) -> Step:
     )
 
 
-def _data(options: Options) -> tuple[Tokens | str, int]:
-    """The data set, or why it cannot be read; and the vocabulary size of training."""
+def _data(options: Options) -> tuple[Options, Tokens | str, int, list[str]]:
+    """The options that fit the data set; the set, or why it cannot be read; the vocabulary size of training; notes."""
     from folio.data.rows import Tokens
-    from folio.training.start import vocab_size_of
+    from folio.training.start import fit_context, vocab_size_of
 
     try:
+        options, notes = fit_context(options)
         tokens = Tokens.open(options.data, options.model.block_size, options.system.seed)
     except FileNotFoundError as error:
         note = f", and vocab_size=auto is taken as {PADDED_GPT2}" if options.model.vocab_size == "auto" else ""
-        return f"{error}\n{'':9}so the number of epochs is unknown{note}", PADDED_GPT2
-    return tokens, vocab_size_of(tokens)[0]
+        return options, f"{error}\n{'':9}so the number of epochs is unknown{note}", PADDED_GPT2, []
+    return options, tokens, vocab_size_of(tokens)[0], notes
 
 
 def _model(options: Options, device: Device, step: Step, found: Estimate) -> Iterator[tuple[str, str]]:

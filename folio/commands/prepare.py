@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from folio.config.declare import ITSELF, option
+from folio.config.files import find_preset
+from folio.data.token_files import META
 from folio.errors import UserError
 from folio.preparation.recipes import KNOWN, help_of, known, named_by_user
+from folio.records.console import say
 
 _CHOICES = (
     "tokenizer",
@@ -54,7 +58,19 @@ class Options:
 
 
 def main(options: Options) -> None:
-    run(options)
+    folder = run(options)
+    if (folder / META).exists():
+        say(f"next: {_next_command(options, folder)}")
+
+
+def _next_command(options: Options, folder: Path) -> str:
+    """The command that trains on a data set: with the preset of its name, else with the one for any machine."""
+    by_name = folder.resolve().parent == Path("data").resolve() or folder.name in KNOWN
+    name = folder.name if by_name else ""
+    if name in KNOWN and (preset := find_preset(name)):
+        return f"folio train {preset.stem.removeprefix('train_')}"
+    data = shlex.quote(f"--dataset={name}" if name else f"--data_dir={folder}")
+    return f"folio train small {data} (minutes on a CPU; medium and gpt2 are for a GPU)"
 
 
 def run(options: Options) -> Path:

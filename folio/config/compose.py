@@ -79,14 +79,14 @@ def _without_replaced(layers: Sequence[Layer]) -> Sequence[Layer]:
     return [*(layer if layer.source == COMMAND_LINE else kept(layer) for layer in before), *after]
 
 
-def with_depth(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) -> tuple[T, list[str]]:
-    """The config with the options that ``depth`` sets and that were not given otherwise, and lines about them.
+def with_depth(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = None) -> tuple[T, dict[str, depth.Rule]]:
+    """The config with the options that ``depth`` sets and that were not given otherwise, and their rules.
 
     ``vocab_size`` stands for auto; ``tokens`` is the number of training tokens, which limits the steps.
     """
     values = flat(config)
     if not values.get("depth"):
-        return config, []
+        return config, {}
     sources, usual = config.sources, defaults(type(config))  # type: ignore[attr-defined]
     given = {
         name: value
@@ -103,7 +103,7 @@ def with_depth(config: T, vocab_size: int = PADDED_GPT2, tokens: int | None = No
     found = {name: rule for name, rule in found.items() if name in values and name not in given}
     config = override(config, {name: rule.value for name, rule in found.items()})
     sources = dict.fromkeys(found, depth.SOURCE) | {name: by for name, by in sources.items() if by != depth.SOURCE}
-    return replace(config, sources=sources), depth.table(values["depth"], found)  # type: ignore[type-var]
+    return replace(config, sources=sources), found  # type: ignore[type-var]
 
 
 def starting_from(options: type[T], layers: Sequence[Layer]) -> T:
@@ -162,6 +162,10 @@ def check(config: Any, merged: bool = False) -> None:
                 f"adam_learning_rate={rate:g} is scaled by the schedule of learning_rate, which is 0: raise "
                 "--learning_rate"
             )
+    if sources.get("max_flops") == COMMAND_LINE and values["max_flops"] and not values["depth"]:
+        raise UserError(
+            f"max_flops={values['max_flops']:g} has no effect with depth=0: set --depth, or remove --max_flops"
+        )
     for name, (other, value) in _NEEDS.items() if isinstance(config, TrainConfig) else ():
         if sources.get(name) == COMMAND_LINE and values[other] != value:  # a preset's may well have no effect
             raise UserError(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 HellaSwagStyle = Literal["completion", "harness"]
 TokenDtype = Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"]
 Weights = Literal["trained", "ema"]
+MFU = 0.4  # share of a device's peak that training reaches, where nothing else is known
 Role = Literal["call", "machine", "data", ""]
 # The part of an option's value that is a path: all of it, each part between commas, or the text after FILE:
 ITSELF, EACH, AFTER_FILE = "itself", "each", "FILE:"
@@ -42,10 +43,21 @@ def depth_option() -> Any:
     return option(
         0,
         "layers; sets size, rates and steps",
-        details="0: off. It sets some 30 options by the rules in docs/depth.md; a run prints them. The command line "
-        "and later files override it; it overrides earlier files.",
+        details="0: off. It sets some 30 options by the rules in docs/depth.md; folio plan lists them. The command "
+        "line and later files override it; it overrides earlier files.",
         min=0,
         max=100,
+    )
+
+
+def max_flops_option() -> Any:
+    return option(
+        0.0,
+        "depth: floating-point operations of the run, at most; 0: no limit",
+        details="It limits the steps that depth sets. Two CPU cores do some 5e13 in five minutes, a laptop's GPU 5e16 "
+        "in an hour.",
+        min=0,
+        advanced=True,
     )
 
 

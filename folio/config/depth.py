@@ -17,7 +17,8 @@ RATIO = 12  # training tokens for each parameter
 PASSES = 4  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
 FEW = 100  # steps; in fewer, weight decay would undo the updates
-MICRO = 2**14  # tokens of a micro step, at most
+MICRO, LOGITS = 2**14, 2**28  # tokens of a micro step and their logits, at most
+WARM_UP, ADAM_WARM_UP = 40, 2000  # steps at most: nanochat's with Muon, nanoGPT's with AdamW
 RATE, ADAM_RATE = 0.12, 0.11  # learning rates · √n_embd
 EVALUATED = 2**16  # tokens of each split in an evaluation
 RECIPE = {
@@ -52,6 +53,8 @@ def rules(
 ) -> dict[str, Rule]:
     """The options that depth sets, by name.
 
+    ``given["max_flops"]``, if it is there and not 0, limits the training tokens.
+
     Args:
         depth: The number of layers.
         given: Values of options that were given: they win, and other options follow from them.
@@ -71,21 +74,27 @@ def rules(
     rule("n_head", heads[-1], f"heads of {WIDTH}")
     for name, value in RECIPE.items():
         rule(name, value)
+    muon = given.get("optimizer", "muon") == "muon"
     rule("momentum", 0.9 if depth < 12 else 0.95, "0.9 below depth 12, else 0.95")
     parameters = 12 * layers * width**2 + vocab_size * width  # of the blocks' matrices and the head
     budget, why = RATIO * parameters, f"{RATIO} tokens for each of {parameters:,} parameters"
     if tokens and budget > PASSES * tokens:
         budget, why = PASSES * tokens, f"{PASSES} passes over {tokens:,} tokens"
+    limit = given.get("max_flops", 0) / (6 * parameters + 12 * layers * width * row)  # as machine.flops counts them
+    if limited := 0 < limit < budget:
+        budget, why = limit, f"at most {given['max_flops']:g} FLOP"
 
     usual = row * _power_of_two(_batch(budget) / row)
     most = max(1, (given.get("total_batch_size") or usual) // row)
-    size = rule("batch_size", min(most, _power_of_two(MICRO / row)), f"at most {MICRO:,} tokens in a micro step")
+    fitting = min(MICRO, LOGITS / vocab_size)
+    size = rule("batch_size", min(most, _power_of_two(fitting / row)), f"about {fitting:,.0f} tokens in a micro step")
     if not (in_step := given.get("total_batch_size")):
         micro_steps = _power_of_two(usual / (size * row))
         in_step = size * row * rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
-    steps = rule("max_iters", max(1, round(budget / in_step)), why)
+    steps = rule("max_iters", max(1, int(budget / in_step) if limited else round(budget / in_step)), why)
     rule("lr_decay_iters", steps, "max_iters")
-    rule("warmup_iters", min(40, steps // 64), "1/64 of max_iters, at most 40")
+    longest = WARM_UP if muon else ADAM_WARM_UP
+    rule("warmup_iters", min(longest, steps // 64), f"1/64 of max_iters, at most {longest:,}")
 
     reference = min(usual, AT_12[1])
     scale = math.sqrt(in_step / reference / width)
@@ -93,8 +102,7 @@ def rules(
     rate = rule("learning_rate", _rounded(RATE * scale), f"{RATE} {how}")
     if "learning_rate" in given:
         scale = rate / RATE  # the two rates keep their ratio
-    muon = rate and given.get("optimizer", "muon") == "muon"
-    rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if muon else "auto", f"{ADAM_RATE} {how}")
+    rule("adam_learning_rate", _rounded(ADAM_RATE * scale) if rate and muon else "auto", f"{ADAM_RATE} {how}")
     decay = _rounded(2 / (rate * max(steps, FEW))) if rate else 0.0
     rule("weight_decay", decay, f"2 / (learning_rate · max_iters), at most that of {FEW} steps")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
@@ -106,6 +114,16 @@ def _batch(tokens: float) -> float:
     """Tokens of a step for a run of so many tokens."""
     most, size = AT_12
     return size * (tokens / most) ** (0.383 if tokens > most else 0.9)
+
+
+def summary(depth: int, found: Mapping[str, Rule], values: Mapping[str, Any]) -> str:
+    """One line about a run that depth sized; ``values`` are all its options."""
+    v = values
+    why = f" ({found['max_iters'].why})" if "max_iters" in found else ""
+    return (
+        f"depth={depth}: n_layer={v['n_layer']}, n_head={v['n_head']}, n_embd={v['n_embd']}, learning_rate="
+        f"{v['learning_rate']:g}, max_iters={v['max_iters']}{why}; folio plan lists all that it sets"
+    )
 
 
 def table(depth: int, found: Mapping[str, Rule]) -> list[str]:

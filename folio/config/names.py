@@ -23,6 +23,7 @@ FOREIGN = {  # another trainer's name of an option → ours
         "num_training_steps iters iterations num_iterations max_iterations train_iters",
         "max_iters, which counts steps": "epochs num_epochs n_epochs max_epochs num_train_epochs max_tokens",
         "max_minutes": "max_time time_limit",
+        "max_flops": "target_flops max_compute",
         "patience": "early_stopping_patience early_stopping",
         "batch_size": "bs batch train_batch_size per_device_train_batch_size per_device_batch_size device_batch_size "
         "micro_batch_size microbatch_size mbs n_batches",

@@ -16,6 +16,7 @@ from folio.config.declare import (
     depth_option,
     hellaswag_data_option,
     hellaswag_style_option,
+    max_flops_option,
     option,
     out_dir_option,
     token_dtype_option,
@@ -437,4 +438,5 @@ class TrainConfig:
     system: System = field(default_factory=System)
     processes: Processes = field(default_factory=Processes)
     depth: int = depth_option()
+    max_flops: float = max_flops_option()
     sources: dict[str, str] = field(default_factory=dict)  # option → the file or call that set it

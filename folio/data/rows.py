@@ -64,8 +64,7 @@ class Tokens:
             FileNotFoundError, ValueError: name the file and the remedy.
         """
         row = config.row(block_size)
-        names = mixture.parse(config.data_mixture) if config.data_mixture else {}
-        folders = [find(config, name) for name in names] if names else [find(config)]
+        folders, weights = _folders(config)
         for folder in folders[1:]:
             if why := difference(folder.tokenizer or GPT2, folders[0].tokenizer or GPT2):
                 raise UserError(
@@ -74,7 +73,7 @@ class Tokens:
         return cls(
             folders,
             row,
-            weights=list(names.values()) or [1.0],
+            weights=weights,
             sampling=config.sampling,
             seed=seed,
             batch_size=config.batch_size,
@@ -181,3 +180,15 @@ class Tokens:
             here = source == s
             out[here] = self._splits[split][s].read(starts[here] - bases[s], self.block_size + 1, self.vocab_size)
         return out
+
+
+def _folders(config: Data) -> tuple[list[Folder], list[float]]:
+    """The data sets that the options name, and their weights."""
+    names = mixture.parse(config.data_mixture) if config.data_mixture else {}
+    return [find(config, name) for name in names] if names else [find(config)], list(names.values()) or [1.0]
+
+
+def longest_row(config: Data) -> int:
+    """Tokens of the longest row that every split of every data set has, at least 1. Raises as ``Tokens.open``."""
+    folders, _ = _folders(config)
+    return max(1, min(max(file.tokens for file in folder.splits[s]) for folder in folders for s in SPLITS) - 1)

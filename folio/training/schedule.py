@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from folio.config.options import Optimizer
 
 
@@ -35,3 +37,26 @@ def _height(done: float, config: Optimizer) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * done))
     return min(1.0, (1.0 - done) / (config.decay_share if config.schedule == "wsd" else 1.0))
+
+
+def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
+    """One line about a warm-up or a decay that ends after the run, if not all their lengths were set on purpose.
+
+    ``sources``: what set each option; without an entry it is at its default.
+    """
+    c, last = config, config.max_iters - 1
+    at_default = {"max_iters", "warmup_iters", "lr_decay_iters"} - sources.keys()
+    if not c.decay_lr or c.restart_interval or last < 0 or not at_default:
+        return []
+    if max(c.warmup_iters, c.lr_decay_iters) <= c.max_iters:
+        return []
+    rate = learning_rate(last, c)
+    if c.warmup_iters > last:
+        what = f"rises to only {rate:.2g} of {c.learning_rate:g} in the last step: its warm-up has {c.warmup_iters:,}"
+    else:
+        what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {c.lr_decay_iters:,} steps"
+    warm_up = c.warmup_iters if "warmup_iters" in sources and c.warmup_iters <= last else c.max_iters // 50
+    return [
+        f"the learning rate {what}; --warmup_iters={warm_up} --lr_decay_iters={c.max_iters} fit a run of "
+        f"{c.max_iters:,} steps"
+    ]

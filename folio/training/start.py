@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from folio import rng
 from folio.checkpoints import checkpoint, find
 from folio.checkpoints.pt_files import PtFile
 from folio.checkpoints.state import State
+from folio.config import depth
 from folio.config.compose import accumulated, check, with_depth
 from folio.config.options import TrainConfig
-from folio.config.table import flat, options_with
+from folio.config.table import flat, options_with, override
 from folio.config.values import COMMAND_LINE
-from folio.data.rows import Tokens
+from folio.data.rows import Tokens, longest_row
 from folio.data.token_files import GPT2
 from folio.errors import UserError
 from folio.locks import Lock
@@ -32,13 +33,16 @@ from folio.model.config import PADDED_GPT2, GPTConfig
 from folio.model.gpt import GPT
 from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
-from folio.training import optimizers, ownership
+from folio.training import forecast, optimizers, ownership
 from folio.training.batches import micro_batches
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
 from folio.training.ownership import unwritable
 from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
+from folio.training.schedule import unreached
 from folio.training.work import save_checkpoint, scheduled_work
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -97,10 +101,15 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     if given:
         shape, more = shape_of(given.config(), config, former)
         notes += more
-    tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
-    if config.depth and not former:
-        config, more = with_depth(config, vocab_size_of(tokens)[0], tokens.length("train"))
+    sized = config.depth and not former
+    if sized:
+        config, more = fit_context(config)
         notes += more
+        shape = config.model
+    tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
+    if sized:
+        config, found = with_depth(config, vocab_size_of(tokens)[0], tokens.length("train"))
+        notes.append(depth.summary(config.depth, found, flat(config)))
         shape, tokens = config.model, replace(tokens, batch_size=config.data.batch_size)
     theirs = former.found.asked if former else {}
     mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
@@ -111,6 +120,9 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     notes += more
     runtime, more = _make_runtime(config, model, tokens, former)
     notes += more
+    if not given:
+        notes += forecast.advise_on_size(config, model, tokens, runtime)
+        notes += unreached(config.optimizer, config.sources) if not read_only else []
     if config.data.gradient_accumulation_steps % runtime.world == 0:
         tokens = replace(tokens, world=runtime.world)
     try:
@@ -245,6 +257,23 @@ def _begin_files(run: Run, former: FormerRun | None) -> list[str]:
     return notes
 
 
+def fit_context(config: T) -> tuple[T, list[str]]:
+    """The config with fewer positions, if depth sizes the model, no row was asked for, and the data is shorter.
+
+    Returns a note as well. Raises as ``Tokens.open``.
+    """
+    c: Any = config
+    if not c.depth or c.data.window or c.sources.get("block_size") == COMMAND_LINE:
+        return config, []
+    longest = longest_row(c.data)
+    if c.model.block_size <= longest:
+        return config, []
+    fitting = 1 << longest.bit_length() - 1
+    return override(config, {"block_size": fitting}), [
+        f"block_size = {fitting}, not {c.model.block_size}: a split of the data has only {longest + 1} tokens"
+    ]
+
+
 def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
     """The value of ``vocab_size=auto`` for this data, and a note about it."""
     found = tokens.known_vocab_size
@@ -293,6 +322,8 @@ def _report_start(run: Run, notes: list[str]) -> None:
         f"float32 matmul precision {resolved['matmul_precision']}, {counted(resolved['threads'], 'thread')}, "
         f"{counted(resolved['world'], 'process')}{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
     )
+    for line in forecast.outlook(run):
+        say(line)
     if not run.read_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
         run.log.write({"kind": "start", "step": run.begun, **chosen})

@@ -22,6 +22,7 @@ from folio.machine import shares
 from folio.machine.profiler import WARM_UP, Profiler
 from folio.records import run_folder
 from folio.records.record import Record
+from folio.training.forecast import time_left
 from folio.training.run import Run, Work
 from folio.training.schedule import learning_rate
 from folio.training.signals import EXIT_CODES
@@ -37,10 +38,11 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
     if run.read_only:
         return [loss], []
     measurements, notes = _measurements_of_text(run)
-    work = [loss, *measurements]
+    work = [*time_left(run), loss, *measurements]
     if config.optimizer.ema_decay:
         update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages, waits=False)
-        work = [update, loss, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1), *work[1:]]
+        average = measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1)
+        work = [*time_left(run), update, loss, average, *measurements]
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))

@@ -235,7 +235,7 @@ def test_gpt2_on_eight_gpus_by_hand(folio, data) -> None:
 
 def test_a_plan_without_data(folio, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = folio("plan", "gpt2", "--dataset=nowhere")
+    code, out, err = folio("plan", "train_gpt2", "--dataset=nowhere")
     assert (code, err) == (0, "")
     assert "nowhere" in out
     assert "the number of epochs is unknown" in out
@@ -255,7 +255,7 @@ def test_the_vocabulary_size_is_that_of_the_data_set(folio, story) -> None:
     ["--gpu=t4", "--gpu=rtx4090 --gpus=2 --batch_size=64", "--gpu=l4 --gpus=4 --n_layer=24 --n_head=16 --n_embd=1024"],
 )
 def test_the_remedies_fit(folio, argv) -> None:
-    argv = ["plan", "gpt2", *argv.split(), "--batch_size=24"]
+    argv = ["plan", "train_gpt2", *argv.split(), "--batch_size=24"]
     last = folio(*argv).out.splitlines()[-1]
     assert last.startswith("does not fit: ")
     ways = last.partition("what fits: ")[2].split(", or ")
@@ -347,7 +347,7 @@ def test_the_plain_names_of_devices_are_unique() -> None:
     ],
 )
 def test_invalid_options_are_refused(folio, argv, words) -> None:
-    assert_refused(folio("plan", "gpt2", *argv.split()), *words)
+    assert_refused(folio("plan", "train_gpt2", *argv.split()), *words)
 
 
 def test_the_total_is_the_sum_of_the_kinds() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Outcome, assert_refused
+import torch
+from conftest import ROOT, STORY, Outcome, assert_refused
 
 from folio import api, cli
 from folio.commands import bench, plan
@@ -18,8 +21,12 @@ from folio.config.compose import with_depth
 from folio.config.depth import PASSES, RECIPE, rules
 from folio.config.options import TrainConfig
 from folio.config.table import flat, table
+from folio.machine.flops import flops_per_token
+from folio.model.config import GPTConfig
+from folio.model.gpt import GPT
 from folio.records import run_folder
 
+SHAPE = {name: RECIPE[name] for name in ("position", "norm", "activation", "tie_weights", "bias")}
 TINY = [
     "--device=cpu",
     "--compile=False",
@@ -81,6 +88,26 @@ def test_a_small_data_set_ends_the_run_after_some_passes() -> None:
     found = values(4, 65, tokens=1_000_000)
     assert found["max_iters"] * in_step(found) == pytest.approx(PASSES * 1_000_000, rel=0.01)
     assert values(1, 65, tokens=1_000_000) == values(1, 65)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 50304])
+def test_a_limit_of_operations_ends_the_run(vocab_size: int) -> None:
+    """The steps need at most as many as ``flops_per_token`` counts; a limit above the usual need changes nothing."""
+    found = values(3, vocab_size, max_flops=5e12)
+    shape = GPTConfig(1024, vocab_size, **{n: found[n] for n in ("n_layer", "n_head", "n_embd")}, **SHAPE)
+    with torch.device("meta"):
+        needed = flops_per_token(GPT(shape)) * in_step(found) * found["max_iters"]
+    assert 0.9 * 5e12 < needed <= 1.01 * 5e12
+    assert found["lr_decay_iters"] == found["max_iters"]
+    assert values(3, vocab_size, max_flops=1e20) == values(3, vocab_size) | {"max_flops": 1e20}
+    assert values(3, vocab_size, max_flops=0) == values(3, vocab_size) | {"max_flops": 0}
+    assert values(3, vocab_size, max_flops=5e12, max_iters=500)["lr_decay_iters"] == 500
+
+
+def test_a_micro_step_has_few_logits() -> None:
+    """Those of GPT-2's vocabulary fit a laptop's GPU."""
+    assert values(12, 50304)["batch_size"] * 1024 * 50304 < 2**28
+    assert values(12, 256)["batch_size"] * 1024 == 2**14
 
 
 def test_the_table_of_the_document_is_that_of_the_rules() -> None:
@@ -177,6 +204,8 @@ def test_a_config_object_keeps_its_values() -> None:
         (["--depth=1000"], ["depth=1000", "at most 100"]),
         (["--depth=many"], ["--depth='many'", "int"]),
         (["--depth=4", "--init_from=gpt2"], ["depth=4", "init_from=gpt2", "--depth=0"]),
+        (["--max_flops=1e15"], ["max_flops=1e+15 has no effect with depth=0", "--depth"]),
+        (["--depth=4", "--max_flops=-1"], ["max_flops=-1", "at least 0"]),
         (["--depth=4", "--batch_size=0"], ["batch_size=0", "at least 1"]),
         (["--depth=4", "--n_head=3"], ["n_embd=256", "n_head=3", "choose n_head=2 or 4"]),
     ],
@@ -190,9 +219,7 @@ def test_a_run_prints_its_values_and_keeps_them(folio: Callable[..., Outcome], s
     out = tmp_path / "out"
     first = folio("train", *TINY, "--depth=2", f"--data_dir={story}", f"--out_dir={out}")
     assert first.code == 0, first.err
-    assert "depth=2 sets the options below" in first.out
-    assert "n_layer = 2" in first.out
-    assert "n_embd = " not in first.out  # it is typed
+    assert "depth=2: n_layer=2, n_head=1, n_embd=8, learning_rate=0.06, max_iters=6; folio plan" in first.out
     kept = run_folder.read_config(out)[1]
     assert {name: kept[name] for name in RECIPE} == RECIPE
     assert (kept["depth"], kept["lr_decay_iters"], kept["vocab_size"]) == (2, 6, "auto")
@@ -214,5 +241,64 @@ def test_the_data_decide_the_steps(folio: Callable[..., Outcome], story: Path) -
     train_tokens = json.loads((story / "meta.json").read_text())["splits"]["train"]["tokens"]
     assert f"{PASSES} passes over {train_tokens:,} tokens" in found.out
     assert "3 layers, 3 heads, width 192" in found.out
+    assert "depth=3 sets the options below" in found.out
+    assert "n_layer = 3" in found.out
+    assert "block_size = " not in found.out  # it is typed
     assert all(word in found.out for word in ("total", "epochs", "time "))
     assert parse("--depth=3", options=plan.Options)["n_layer"] == 3
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "gpt2"])
+def test_warm_up_and_decay_of_a_preset_follow_its_steps(name: str) -> None:
+    usual, short = parse(name), parse(name, "--max_iters=640")
+    assert usual["max_iters"] == usual["lr_decay_iters"]
+    assert (short["lr_decay_iters"], short["warmup_iters"]) == (640, 10)
+    assert {n: v for n, v in flat(TrainConfig()).items() if n in ("out_dir", "dataset", "device")} == {
+        n: usual[n] for n in ("out_dir", "dataset", "device")
+    }
+
+
+def test_gpt2_is_openais_architecture_with_adamw() -> None:
+    found = parse("gpt2")
+    shape = GPTConfig(activation="gelu_tanh")
+    assert {f.name: found[f.name] for f in fields(GPTConfig)} == asdict(shape) | {"vocab_size": "auto"}
+    assert (found["optimizer"], found["learning_rate"], found["adam_learning_rate"]) == ("adamw", 6e-4, "auto")
+    assert found["max_iters"] * in_step(found) == pytest.approx(12 * 123.6e6, rel=0.01)
+
+
+def test_a_preset_fits_a_text_of_a_few_tokens(
+    folio: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The context is lowered to a power of two that each split has; one that is typed is refused, as without depth."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.txt").write_text("To be, or not to be, that is the question.\n" * 4, encoding="utf-8")
+    made = folio("prepare", "tiny.txt", "--tokenizer=bytes")
+    assert made.out.splitlines()[-1].startswith("next: folio train small --dataset=tiny (")
+    counts = {s: n["tokens"] for s, n in json.loads(Path("data/tiny/meta.json").read_text())["splits"].items()}
+    context = 2 ** int(math.log2(min(counts.values()) - 1))
+    again = ["--dataset=tiny", "--device=cpu", "--max_iters=2"]
+    found = folio("train", "small", *again)
+    assert found.code == 0, found.err
+    assert f"block_size = {context}, not 256: a split of the data has only {min(counts.values())} tokens" in found.out
+    assert run_folder.read_config(Path("out"))[1]["block_size"] == context
+    assert f"context {context}, " in folio("plan", "small", *again, "--gpu=h100").out
+    assert folio("sample", "--num_samples=1", "--max_new_tokens=5", "--device=cpu").code == 0
+    assert_refused(folio("train", "small", *again, "--block_size=512"), "fewer than block_size + 1 = 513")
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["story.txt"], "folio train small --dataset=story ("),
+        (["story.txt", "--data_dir=my data"], "folio train small '--data_dir=my data' ("),
+        (["shakespeare_char", "--source=story.txt"], "folio train shakespeare_char"),
+        (["story.txt", "--name=shakespeare"], "folio train small --dataset=shakespeare ("),
+    ],
+)
+def test_prepare_names_the_next_command(
+    folio: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "story.txt").write_bytes(STORY.read_bytes())
+    tokenizer = [] if argv[0] == "shakespeare_char" else ["--tokenizer=char"]
+    assert folio("prepare", *argv, *tokenizer).out.splitlines()[-1].startswith(f"next: {command}")

@@ -52,7 +52,7 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
     able = hours(RATIO * parameters) <= DAY and tokens.length("train") >= parameters
     preset = "small" if device.type == "cpu" else "gpt2" if able else "medium"
     where = sorted(config.sources.keys() & options_with(TrainConfig, role="data")) or ["dataset"]
-    data = " ".join(f"--{name}={shlex.quote(values[name])}" for name in where)
+    data = shlex.join(f"--{name}={values[name]}" for name in where)
     takes = f"about {needed:,.0f} hours" if limit else "more than a day"
     return [
         f"no option names a size, so this is GPT-2 124M for {counted(steps, 'step')}: it takes {takes} on this "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import sys
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import python
+from conftest import LINUX, python
 
 from folio import rng
 from folio.config.options import System
@@ -234,7 +233,8 @@ print(before, faults())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@LINUX
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """The system gives 20 MB again and again before, and once after."""
     before, after = map(int, python("-c", PAGE_FAULTS).stdout.split())

@@ -138,6 +138,12 @@ class Machine:
             return "bfloat16" if fast else "float32"
         return "float32"
 
+    def has_bfloat16(self, device: str) -> bool:
+        """Whether torch computes in bfloat16 there, however slowly: everywhere but on an older macOS's MPS."""
+        import torch
+
+        return device != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
     def fast_precision(self, device: str) -> str:
         """The fastest precision of float32 products that is accurate enough.
 

@@ -212,6 +212,27 @@ def test_full_state_is_gathered_on_rank_0(two: list[dict[str, Any]]) -> None:
     assert two[1]["names"] == []
 
 
+class _IgnoresFoundInf(torch.optim.AdamW):
+    """Fused AdamW on MPS, where torch's kernels ignore ``found_inf``."""
+
+    def step(self, closure: Any = None) -> None:
+        self.found_inf = None
+        super().step(closure)
+
+
+@pytest.mark.parametrize("norm", [1.0, math.nan])
+def test_an_update_is_left_out_on_mps(norm: float) -> None:
+    """By the host, since its kernels do not; here on a CPU, in whose place the runtime believes to have MPS."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), norm)
+    optimizer = _IgnoresFoundInf([weight], lr=0.1, fused=True)
+    runtime = Runtime(resolve(CPU))
+    runtime.device = torch.device("mps")
+    left_out, *_ = runtime.step(optimizer, 0.1, 0.0, torch.tensor([1.0, 1.0])).tolist()
+    assert left_out == math.isnan(norm)
+    assert torch.equal(weight.detach(), torch.ones(3)) == math.isnan(norm)
+
+
 PAGE_FAULTS = """
 import resource, torch
 from folio.machine.runtime import keep_freed_memory

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -22,6 +23,7 @@ from typing import IO, Any, Literal
 
 from folio.errors import UserError
 
+WINDOWS = sys.platform == "win32"  # where a folder is not synced or replaced, nor an open file removed
 _TOKENS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^\s"]++')  # of JSON: strings, and the tokens between them
 _MOST = 1 << 28  # bytes of a file that is read whole, or downloaded; it may contain a tokenizer
 _MOST_TEXT = 1 << 30  # bytes of a text that is read whole
@@ -359,7 +361,12 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Renames a file or folder atomically, over a file or an empty folder of that name. Raises OSError."""
+    """Renames a file or folder atomically, over a file or an empty folder of that name. Raises OSError.
+
+    On Windows, the empty folder is removed first.
+    """
+    if WINDOWS and target.is_dir() and not target.is_symlink():
+        target.rmdir()
     source.replace(target)
 
 
@@ -383,8 +390,10 @@ def remove_empty(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the content of a file durable, or the entries of a folder. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
+    """Makes the content of a file durable, or the entries of a folder, except on Windows. Raises OSError."""
+    if WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import stat
+import sys
 import time
 import warnings
 import weakref
@@ -18,6 +19,7 @@ from folio.errors import UserError
 
 _TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_LOCKED_BYTE = 1 << 30  # on Windows: beyond the content, since nobody else can read a locked byte
 
 
 class InUseError(UserError):
@@ -27,9 +29,9 @@ class InUseError(UserError):
 class Lock:
     """A lock file with one holder at a time. It contains the holder's host, process and start time.
 
-    The lock is ``flock``'s: the kernel releases it when the process ends in any way. NFS makes it a byte-range lock, so
-    it works between machines too. Child processes do not hold it. A file system without locks causes one warning, and
-    every process gets the lock.
+    The lock is ``flock``'s, on Windows a locked byte: the kernel releases it when the process ends in any way. NFS
+    makes it a byte-range lock, so it works between machines too. Child processes do not hold it. A system or a file
+    system without locks causes one warning, and every process gets the lock.
 
     Raises:
         InUseError: another process holds it; the message has the folder, ``taken``, the holder, and the ``remedy``.
@@ -53,7 +55,7 @@ class Lock:
             except FileNotFoundError:
                 continue
             try:
-                held, here = _flock(handle, path), files.is_same_file(path, handle)
+                held, here = _try_to_lock(handle, path), files.is_same_file(path, handle)
                 who = "" if held or not here else _describe_holder(handle)
             except BaseException:
                 os.close(handle)
@@ -97,12 +99,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
 
 
-def _flock(handle: int, path: Path) -> bool:
+def _try_to_lock(handle: int, path: Path) -> bool:
     """Whether this process has the lock now; True if the file system has no locks."""
     try:
-        import fcntl
+        if sys.platform == "win32":
+            import msvcrt
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
             return False
@@ -123,7 +132,8 @@ def _describe_holder(handle: int) -> str:
     """The host, process and start time of a lock's holder, in parentheses; "" if the file does not have them."""
     for _ in range(10):
         with suppress(ValueError, LookupError, TypeError):
-            holder = files.parse_json(os.pread(handle, 4096, 0))
+            os.lseek(handle, 0, os.SEEK_SET)
+            holder = files.parse_json(os.read(handle, 4096))
             who = f" (host {holder['host']}, process {holder['pid']}, since {holder['since']})"
             return "".join(c if c.isprintable() else "?" for c in who[:200])
         time.sleep(0.02)  # the holder may not have written it yet
@@ -131,9 +141,13 @@ def _describe_holder(handle: int) -> str:
 
 
 def _release(handle: int, path: Path, made: list[Path]) -> None:
-    if files.is_same_file(path, handle):
+    if files.WINDOWS:  # which does not remove a file that this process, or the next holder, has open
+        os.close(handle)
         files.discard(path)
-    os.close(handle)
+    else:
+        if files.is_same_file(path, handle):
+            files.discard(path)
+        os.close(handle)
     for folder in made:
         with suppress(OSError):
             files.remove_empty(folder)

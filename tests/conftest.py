@@ -67,6 +67,13 @@ SMALL = shlex.split(
     "--warmup_iters=2 --lr_decay_iters=10"
 )
 
+# What a test needs of the system
+NO_POSIX = "Windows has no signals, pipes, limits and terminals of this kind"
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason=NO_POSIX)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or limits memory or cores as only Linux does")
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+_NO_RIGHT = 1314  # Windows's error for a link that only an administrator or a developer may make
+
 _COMPILED = shutil.ignore_patterns("__pycache__")
 
 # Appended to a training command of the documents, these make it small
@@ -91,6 +98,29 @@ def assert_refused(outcome: Outcome, *words: object, code: int = 2) -> None:
     assert "pytorch.org" not in outcome.err
     for word in words:
         assert str(word) in outcome.err
+
+
+def require_posix() -> None:
+    """Skips the module, or the test, that calls it on Windows."""
+    if sys.platform == "win32":
+        pytest.skip(NO_POSIX, allow_module_level=True)
+
+
+def make_pipe(path: Path | str) -> None:
+    """Makes a pipe with a name, or skips the test on Windows."""
+    require_posix()
+    os.mkfifo(path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skips a test that needs a symbolic link, where Windows refuses to make one."""
+    try:
+        return (yield)
+    except OSError as error:
+        if getattr(error, "winerror", None) == _NO_RIGHT:
+            pytest.skip("this user may not make symbolic links")
+        raise
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, STORY, assert_refused, tree
+from conftest import SMALL, STORY, assert_refused, make_pipe, tree
 from servers import closed_port, server
 
 from folio.preparation import recipes
@@ -115,7 +115,7 @@ def test_a_config_file_that_does_not_fit(folio, story, tmp_path, monkeypatch, te
 
 
 NO_CONFIGS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
-    "a pipe": ("config.py", os.mkfifo, ["a pipe"]),
+    "a pipe": ("config.py", make_pipe, ["a pipe"]),
     "a device": ("config.toml", lambda path: path.symlink_to("/dev/zero"), ["a device"]),
     "megabytes": ("config.py", lambda path: path.write_text("n_layer = 2\n" * 1_000_000), ["more than 65,536"]),
     "UTF-16": ("config.py", lambda path: path.write_text("n_layer = 2", encoding="utf-16"), ["UTF-8"]),
@@ -169,7 +169,7 @@ def test_a_source_that_does_not_fit(folio, tmp_path, content, words) -> None:
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
 def test_a_source_that_never_ends(folio, tmp_path, kind) -> None:
     path = tmp_path / "input.txt"
-    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    {"a pipe": make_pipe, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
     for how in (f"--source={path}", f"--data_dir={tmp_path}"):
         assert_refused(folio("prepare", "shakespeare_char", how), f"{path} is {kind}, not a file")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pickle
 import socket
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_pipe
 
 from folio import files
 from folio.files import (
@@ -66,7 +65,7 @@ def test_a_long_file_is_not_read(tmp_path: Path) -> None:
 
 
 def test_pipes_sockets_and_devices_are_refused(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
+    make_pipe(tmp_path / "fifo")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "folder").mkdir()
     with socket.socket(socket.AF_UNIX) as bound:
@@ -211,7 +210,7 @@ def test_a_file_is_opened_only_if_it_is_regular(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("1")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "dangling").symlink_to("nowhere")
-    os.mkfifo(tmp_path / "pipe")
+    make_pipe(tmp_path / "pipe")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"1"
     for name in ("link", "dangling"):
@@ -228,7 +227,7 @@ def test_a_file_is_opened_only_if_it_is_regular(tmp_path: Path) -> None:
 
 
 def test_a_file_that_becomes_a_pipe_meanwhile_is_not_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.mkfifo(tmp_path / "pipe")
+    make_pipe(tmp_path / "pipe")
     monkeypatch.setattr(files, "require_file", lambda path: path)
     with pytest.raises(ValueError, match="is a pipe"):
         open_regular(tmp_path / "pipe")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import shutil
 import socket
 import struct
@@ -20,12 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, STORY, Outcome, assert_refused, tree
+from conftest import NO_POSIX, SMALL, STORY, Outcome, assert_refused, make_pipe, tree
 
 from folio import files
 from folio.data.tokenizers import byte_characters
 from folio.preparation import sources
 from folio.records import run_folder
+
+resource = pytest.importorskip("resource", reason=NO_POSIX)
 
 Folio = Callable[..., Outcome]
 Make = Callable[[Path], object]
@@ -125,7 +126,7 @@ def lay(room: Path, name: str, make: Make) -> Path:
 
 
 def pipe(path: Path) -> None:
-    os.mkfifo(path)
+    make_pipe(path)
 
 
 def device(path: Path) -> None:

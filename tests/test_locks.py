@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -18,11 +17,12 @@ from typing import Any
 
 import pytest
 from children import Spawn
-from conftest import ROOT
+from conftest import NO_POSIX, ROOT, make_pipe
 
 from folio.errors import UserError
 from folio.locks import InUseError, Lock
 
+fcntl = pytest.importorskip("fcntl", reason=NO_POSIX)
 HOLDER = """
 import sys, time, os, subprocess
 from pathlib import Path
@@ -188,7 +188,7 @@ def test_something_else_has_the_name_of_the_lock(tmp_path: Path, monkeypatch: py
         make: dict[str, Callable[[str], object]] = {
             "folder": os.mkdir,
             "link": lambda name: os.symlink(tmp_path / "elsewhere", name),
-            "pipe": os.mkfifo,
+            "pipe": make_pipe,
             "socket": there.bind,
         }
         make[other]("lock")

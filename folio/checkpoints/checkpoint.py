@@ -305,7 +305,10 @@ def load_weights(model: GPT, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tuple[str, Tensor]]) -> None:
-    """Puts ``<parameter>/<slot>`` tensors back into an optimizer of this model."""
+    """Puts ``<parameter>/<slot>`` tensors back into an optimizer of this model.
+
+    On a CPU it would keep them in the file's map, and the file could then not be removed on Windows: they are copied.
+    """
     by_name: dict[str, dict[str, Tensor]] = {}
     for key, value in slots:
         name, slot = key.rsplit("/", 1)
@@ -314,8 +317,12 @@ def load_slots(optimizer: torch.optim.Optimizer, model: GPT, slots: Iterable[tup
     packed = optimizer.state_dict()
     order: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
     packed["state"] = {
-        i: {slot: shard_like(p, value) for slot, value in by_name[names[p]].items()}
+        i: {slot: _placed(p, value) for slot, value in by_name[names[p]].items()}
         for i, p in enumerate(order)
         if names[p] in by_name
     }
     optimizer.load_state_dict(packed)
+
+
+def _placed(p: nn.Parameter, value: Tensor) -> Tensor:
+    return shard_like(p, value.clone() if p.device.type == "cpu" else value)

@@ -19,11 +19,14 @@ Tensors = Iterator[tuple[str, Tensor]]
 
 
 class OpenFile:
-    """A file that can be read at ``path`` while this object lives, even if the file is removed."""
+    """A file that can be read at ``path`` while this object lives; on Linux even if the file is removed.
+
+    Elsewhere ``/dev/fd`` would share the position in the file, or is missing.
+    """
 
     def __init__(self, name: Path) -> None:
         self.name, self._file = name, files.open_regular(name)
-        path = Path(f"/dev/fd/{self._file.fileno()}")
+        path = Path(f"/proc/self/fd/{self._file.fileno()}")
         self.path = path if path.exists() else name
 
     def __del__(self) -> None:

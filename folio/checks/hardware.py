@@ -22,6 +22,10 @@ from folio.machine.choices import Choices, resolve
 
 _STATE = 2.0e9  # bytes of GPT-2 124M's weights, gradients and AdamW's moments, in float32
 _CHECKPOINTS = 6.0e9  # bytes of at most four checkpoints of it: two, the best, and one being written
+_CPP = {  # the C++ compiler that torch._inductor looks for, and the command that installs it
+    "darwin": ("clang++", "xcode-select --install"),
+    "win32": ("cl", "winget install Microsoft.VisualStudio.2022.BuildTools"),
+}
 _MATMUL = {"highest": "full float32", "high": "TF32", "medium": "faster kernels, as accurate here"}
 
 
@@ -87,8 +91,8 @@ def _dtype(auto: Choices) -> Finding:
 def _compiler(on_gpu: bool, compiled: bool) -> Finding:
     """What torch.compile needs: Triton and a C compiler on a GPU, a C++ compiler on a CPU, Python.h on both."""
     header = Path(sysconfig.get_path("include"), "Python.h")
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch._inductor looks for it
-    missing, remedy = "", "xcode-select --install" if sys.platform == "darwin" else "sudo apt install g++"
+    usual, remedy = _CPP.get(sys.platform, ("g++", "sudo apt install g++"))
+    name, missing = os.environ.get("CXX", usual), ""
     if on_gpu and not compiled and not importlib.util.find_spec("triton"):
         missing, remedy = "Triton", python_command("-m pip install triton")
     elif on_gpu and not compiled:

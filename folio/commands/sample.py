@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from folio.config.options import Sampling, Source, System
+from folio.errors import UserError
 from folio.model.config import GPTConfig
 from folio.records.console import put
 
@@ -24,20 +26,39 @@ class Options:
     source: Source = field(default_factory=Source)
     sampling: Sampling = field(default_factory=Sampling)
     system: System = field(default_factory=System, metadata={"unused": ("autotune",)})
+    sources: dict[str, str] = field(default_factory=dict)  # option → the file or call that set it
 
 
-def main(options: Options) -> None:
+def main(options: Options) -> int:
     from folio.generation.sampling import samples
 
+    if options.sampling.interactive:
+        return _converse(options)
     with _opened(options) as (model, vocabulary):
         for text in samples(model, vocabulary, options.sampling, options.system.seed):
             put(text)
+    return 0
+
+
+def _converse(options: Options) -> int:
+    """The exit code of a session; not 0 if a script sent a prompt that the model cannot encode."""
+    from folio.generation.interactive import converse
+
+    given, how = options.sources, options.sampling
+    if "num_samples" not in given:
+        options = replace(options, sampling=replace(how, num_samples=1))
+    with _opened(options) as (model, vocabulary):
+        start = how.start if "start" in given else None
+        refused = converse(model, vocabulary, options.sampling, options.system.seed, start)
+    return 2 if refused and not sys.stdin.isatty() else 0
 
 
 def texts(options: Options) -> list[str]:
     """The generated texts, each with its prompt."""
     from folio.generation.sampling import continuations
 
+    if options.sampling.interactive:
+        raise UserError("interactive=True is for folio sample: give each prompt to a call of its own")
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 

@@ -346,6 +346,12 @@ class Sampling:
     )
     top_k: int = option(200, "draw from the k most likely tokens; 0: from all", min=0, nanogpt=True)
     top_p: float = option(1.0, "draw from the fewest tokens with this probability", above=0, max=1)
+    interactive: bool = option(
+        False,
+        "continue each prompt that you type, token by token",
+        details="With num_samples=1, unless you set it; start, if you set it, is the first prompt. Prompts may come "
+        "through a pipe, one a line.",
+    )
 
 
 @dataclass(frozen=True)

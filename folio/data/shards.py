@@ -6,7 +6,6 @@ Each file becomes a memmap when it is first read, and the maps used last stay op
 from __future__ import annotations
 
 import errno
-import resource
 import threading
 from collections import OrderedDict
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from folio import rng
 from folio.data.folders import Folder
 from folio.data.token_files import Array, Split, TokenFile
 from folio.errors import UserError
+from folio.machine import probe
 
 Rows = NDArray[np.int64]
 Order = Literal["epoch", "random", "sequential"]
@@ -31,8 +31,7 @@ class Maps:
     def __init__(self) -> None:
         self._arrays: OrderedDict[TokenFile, Array] = OrderedDict()
         self._lock = threading.Lock()  # rows are read ahead while an evaluation reads too
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = _MAPPED if limit == resource.RLIM_INFINITY else max(1, min(_MAPPED, limit // 4))
+        self._most = int(max(1, min(_MAPPED, probe.open_files() // 4)))
 
     def __getitem__(self, file: TokenFile) -> Array:
         with self._lock:

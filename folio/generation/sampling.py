@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,21 @@ def samples(model: GPT, tokenizer: Tokenizer, o: Sampling, seed: int) -> Iterato
     if o.num_samples > 1:
         yield from (f"{text}\n{LINE}\n" for text in continuations(model, tokenizer, o, seed))
         return
-    prompt, ids = encode_prompt("start", o.start, tokenizer, model.config)
-    yield prompt
-    yield from decoding.stream(tokenizer, map(int, _drawn(model, tokenizer, ids, o, seed)), ids)
+    yield from streamed(model, tokenizer, encode_prompt("start", o.start, tokenizer, model.config), o, seed)
     yield f"\n{LINE}\n"
+
+
+def streamed(
+    model: GPT, tokenizer: Tokenizer, encoded: tuple[str, list[int]], o: Sampling, seed: int, number: int = 0
+) -> Iterator[str]:
+    """Yields a prompt, given with its ids, and the text of each token as it is drawn, in whole characters.
+
+    Together they are the text of sample ``number``, as ``continuations`` returns it.
+    """
+    prompt, ids = encoded
+    yield prompt
+    drawn = _drawn(model, tokenizer, ids, replace(o, num_samples=1), seed, number)
+    yield from decoding.stream(tokenizer, map(int, drawn), ids)
 
 
 def continuations(
@@ -200,6 +212,8 @@ def encode_prompt(name: str, start: str, tokenizer: Tokenizer, shape: GPTConfig)
     prompt = _prompt(name, start)
     try:
         ids: list[int] = tokenizer.encode(prompt, special=True).tolist()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} has bytes that are not UTF-8 text") from None
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     if not ids:

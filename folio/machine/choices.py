@@ -180,6 +180,10 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
         raise UserError(f"device={asked}: must be auto, cpu, cuda, cuda:0 … or mps") from None
     if not machine.has(device.type):
         raise UserError(f"device={asked}: this machine has none; use --device=cpu or --device=auto")
+    if device.type == "mps" and world > 1:
+        raise UserError(
+            "device=mps: gloo does not support it, so a run has one process there: start it without torchrun"
+        )
     if device.type != "cuda":
         return device.type
     index = local_rank if world > 1 else (device.index or 0)
@@ -194,6 +198,8 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
 
 
 def _dtype(machine: Machine, device: str, asked: str, before: str | None) -> str:
+    if asked == "bfloat16" and not machine.has_bfloat16(device):
+        raise UserError("dtype=bfloat16: MPS has it from macOS 14 on: use --dtype=float16 or --dtype=float32")
     if asked != "auto":
         return asked
     fast = machine.fast_dtype(device)

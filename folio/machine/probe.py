@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -14,9 +16,6 @@ from pathlib import Path
 
 from folio.files import read_text
 
-if sys.platform != "win32":
-    import resource
-
 
 def cores() -> int:
     """Cores that this process may use."""
@@ -24,11 +23,39 @@ def cores() -> int:
 
 
 def memory() -> float:
-    """Bytes that this process may use: the least of the machine's memory, the container's and ``ulimit -v``."""
-    sizes = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), container_memory()]
-    if sys.platform != "win32" and (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        sizes.append(float(limit))
-    return min(sizes)
+    """Bytes that this process may use: the least of the machine's memory, the container's and ``ulimit -v``.
+
+    Infinity if the system says nothing of it.
+    """
+    return min(machine_memory(), container_memory(), _limit("RLIMIT_AS"))
+
+
+def machine_memory() -> float:
+    """Bytes of memory in this machine; infinity if the system does not say."""
+    if sys.platform == "win32":
+        kilobytes = ctypes.c_ulonglong()
+        known = ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024.0 * kilobytes.value if known else math.inf
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def open_files() -> float:
+    """Files that this process may have open at once; infinity without a limit."""
+    return _limit("RLIMIT_NOFILE")
+
+
+def _limit(name: str) -> float:
+    """One of this process's limits; infinity without one, or on a system without limits."""
+    if sys.platform == "win32":
+        return math.inf
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return math.inf
+    limit = resource.getrlimit(getattr(resource, name))[0]
+    return math.inf if limit == resource.RLIM_INFINITY else float(limit)
 
 
 def container_memory(path: Path = Path("/sys/fs/cgroup/memory.max")) -> float:
@@ -110,6 +137,12 @@ class Machine:
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
             return "bfloat16" if fast else "float32"
         return "float32"
+
+    def has_bfloat16(self, device: str) -> bool:
+        """Whether torch computes in bfloat16 there, however slowly: everywhere but on an older macOS's MPS."""
+        import torch
+
+        return device != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
 
     def fast_precision(self, device: str) -> str:
         """The fastest precision of float32 products that is accurate enough.

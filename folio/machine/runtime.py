@@ -143,7 +143,7 @@ class Runtime(Ranks, Updates):
         Raises:
             FloatingPointError: on every rank, if any differ; names the ranks and the first parameter.
         """
-        if not self._grouped:
+        if self.world == 1:
             return
         self._reshard()
         hashes = self.stack(shares.hashes(list(model.parameters())))

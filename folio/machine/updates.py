@@ -119,10 +119,11 @@ class Updates:
     def _update(self, optimizer: torch.optim.Optimizer, sums: Tensor, norm: Tensor) -> Tensor:
         """One step of the optimizer, or none; returns 1 if it was left out, else 0, on the device.
 
-        The fused kernels change nothing if ``found_inf`` is 1. For other optimizers, the host waits for the decision.
+        The fused kernels change nothing if ``found_inf`` is 1, except on MPS, where torch 2.11 ignores it (pytorch's
+        pull request 186360). There, and for other optimizers, the host waits for the decision.
         """
         left_out = self.guard.leaves_out(sums, norm)
-        if optimizer.defaults.get("fused"):
+        if optimizer.defaults.get("fused") and self.device.type != "mps":
             optimizer.found_inf = left_out  # type: ignore[attr-defined]
             optimizer.step()
         elif not left_out.item():

@@ -95,11 +95,14 @@ def _has_settings(state: dict[str, Any], described: dict[str, Any]) -> bool:
 
 
 def _remove(work: Path) -> None:
-    """Removes the folder, its state last: if this process is killed, the next one removes the rest."""
+    """Removes the folder, its state last: if this process is killed, the next one removes the rest.
+
+    On Windows the lock stays, since it is open, and ``_lock`` removes both.
+    """
     for path in work.iterdir():
-        if path.name != STATE:
+        if path.name != STATE and not (files.WINDOWS and path.name == _LOCK):
             files.remove(path)
-    files.remove(work)
+    files.remove(work / STATE if files.WINDOWS else work)
 
 
 @contextlib.contextmanager
@@ -115,9 +118,11 @@ def _lock(work: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to continue") from None
     finally:
-        if not (work / STATE).exists():
+        if unused := not (work / STATE).exists():
             files.discard(work)
         lock.release()
+        if unused and files.WINDOWS:
+            files.discard(work)
 
 
 @dataclass

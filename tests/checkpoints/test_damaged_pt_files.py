@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_pipe
 from pt_contents import (
     LN,
     Content,
@@ -127,7 +127,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "text": lambda path: path.write_text("no model\nbut text\n"),
     "truncated": truncated,
     "another zip": other_zip,
-    "a pipe": os.mkfifo,
+    "a pipe": make_pipe,
     "endless": linked_to_zeros,
     "a folder": Path.mkdir,
     "a memo of 34 GB": lambda path: path.write_bytes(b"\x80\x02Nr\xff\xff\xff\xff"),

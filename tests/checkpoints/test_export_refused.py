@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_refused, tree
+from conftest import NO_POSIX, assert_refused, tree
 from exports import (
     _quiet,  # noqa: F401
 )
@@ -158,6 +157,7 @@ def test_every_field_is_exported_or_refused(tmp_path) -> None:
 @contextmanager
 def small_files(size: int) -> Iterator[None]:
     """Files of this process cannot grow beyond ``size``, as on a disk that is full."""
+    resource = pytest.importorskip("resource", reason=NO_POSIX)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

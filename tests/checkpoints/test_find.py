@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_pipe
 from small_checkpoints import SHAPE, Damage, cut, flip, save
 
 from folio import files
@@ -26,7 +26,7 @@ DAMAGES = {
     "state not ours": lambda path: (path / "state.json").write_text("{}"),
     "state no object": lambda path: (path / "state.json").write_text("[1]"),
     "state no text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
-    "model a pipe": lambda path: [(path / "model.safetensors").unlink(), os.mkfifo(path / "model.safetensors")],
+    "model a pipe": lambda path: [(path / "model.safetensors").unlink(), make_pipe(path / "model.safetensors")],
     "state a device": lambda path: [(path / "state.json").unlink(), (path / "state.json").symlink_to("/dev/zero")],
     "all empty": lambda path: [file.write_bytes(b"") for file in path.iterdir()],
     "no files": lambda path: [file.unlink() for file in path.iterdir()],

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORY, assert_refused, python
+from conftest import LINUX, STORY, assert_refused, python
 from gpt2_folders import SAMPLE, TRAIN, assert_same_logits, logits, random_gpt2, saved
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -306,7 +306,7 @@ def test_fine_tuning(folio, tmp_path, monkeypatch, shared_data) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says what the peak of memory was")
+@LINUX
 @pytest.mark.parametrize("form", ["safetensors", "ckpt.pt", "legacy ckpt.pt"])
 def test_memory_of_loading(tmp_path, form) -> None:
     """The weights, and little more; of a model in the shape of GPT-2 124M."""

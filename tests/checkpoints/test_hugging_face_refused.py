@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import assert_refused, make_pipe
 from gpt2_folders import SAMPLE, TRAIN, configured, saved
 from safetensors.torch import load_file, save_file
 
@@ -211,12 +211,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "config.json").write_text('{"model_type": "gpt2", "n_embd": 1e999}'),
         ["config.json", "1e999 is not a finite number"],
     ),
-    "a config that is a pipe": (in_place("config.json", os.mkfifo), ["config.json is a pipe, not a file"]),
+    "a config that is a pipe": (in_place("config.json", make_pipe), ["config.json is a pipe, not a file"]),
     "a config without end": (in_place("config.json", zeros), ["config.json is a device, not a file"]),
-    "weights that are a pipe": (in_place("model.safetensors", os.mkfifo), ["model.safetensors is a pipe"]),
+    "weights that are a pipe": (in_place("model.safetensors", make_pipe), ["model.safetensors is a pipe"]),
     "weights without end": (in_place("model.safetensors", zeros), ["model.safetensors is a device"]),
     "an index that is a pipe": (
-        lambda f: (index()(f), in_place("model.safetensors.index.json", os.mkfifo)(f)),
+        lambda f: (index()(f), in_place("model.safetensors.index.json", make_pipe)(f)),
         ["model.safetensors.index.json is a pipe"],
     ),
     "a header without end": (

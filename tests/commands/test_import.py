@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, assert_refused, python, tree
+from conftest import POSIX, SMALL, assert_refused, python, tree
 from nanogpt_run import Folio, argv, assert_equal, run_of, slots_of, their_optimizer
 
 from folio.checkpoints import checkpoint, find
@@ -128,7 +127,7 @@ cli.main("import")
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+@POSIX
 def test_import_without_room(out_dir: Path, tmp_path: Path) -> None:
     """If files may not grow to the model's size, the error names the folder, and no files are left."""
     before = tree(tmp_path)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL, Outcome, assert_refused
+from conftest import SMALL, Outcome, assert_refused, make_pipe
 from written import IDS, PAIR, cut, described, ds, lay, npy
 
 from folio.data.folders import open_folder
 
 KINDS: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
+    "a pipe": make_pipe,
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a link to": lambda path: path.symlink_to("nowhere"),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from conftest import LINUX
 
 from folio.config.options import Data
 from folio.data.folders import open_folder
@@ -277,6 +277,8 @@ def test_rows_that_cannot_be_shared(steps: int, size: int, world: int, message: 
 @pytest.fixture(params=[0, 200])
 def few_files(request: pytest.FixtureRequest) -> Iterator[int]:
     """A limit of some twenty files more than this process has open, be those few or many."""
+    import resource
+
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as others:
         for _ in range(request.param):
@@ -289,7 +291,7 @@ def few_files(request: pytest.FixtureRequest) -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list open files")
+@LINUX
 @pytest.mark.parametrize("sampling", ["epoch", "random", "sequential"])
 def test_more_shards_than_the_process_may_open(tmp_path: Path, few_files: int, sampling: Sampling) -> None:
     """Rows of all shards are right, in any order and repeatedly."""

@@ -8,7 +8,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LINUX, NO_POSIX, ROOT
 
 from folio.data import pickles
 from folio.data.pickled_values import Opaque
@@ -222,6 +221,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
+@LINUX
 def test_a_small_file_needs_little_memory_and_time(case: str, tmp_path: Path) -> None:
     """In a process limited to one gigabyte and a minute."""
     (tmp_path / "meta.pkl").write_bytes(BOMBS[case])
@@ -255,4 +255,5 @@ def test_damage_is_never_more_than_a_line() -> None:
             said.append(str(error))
     assert len(said) > 300
     assert not [line for line in said if "\n" in line]
+    resource = pytest.importorskip("resource", reason=NO_POSIX)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**23  # kilobytes

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import written
-from conftest import STORY
+from conftest import LINUX, STORY
 from written import IDS, MAGIC, Write, bare, ds, headed, npy
 
 from folio.config.options import Data
@@ -160,7 +160,7 @@ def resident() -> int:
     return int(re.findall(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell memory in use")
+@LINUX
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
 def test_no_shard_is_loaded_whole(tmp_path: Path, suffix: str) -> None:
     """Reading some rows of three gigabytes of shards needs only some megabytes."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, STORY
+from conftest import SMALL, STORY, make_pipe
 from tokenizer_kinds import SPELLINGS
 from vocabularies import decoders, models, pre, words
 
@@ -236,7 +236,7 @@ def test_names_that_are_no_tokenizer(folio, tmp_path, monkeypatch, name) -> None
     Path("deep.json").write_text('{"model": ' + '{"a":' * 10**5)
     Path("large.json").touch()
     os.truncate("large.json", 300_000_000)
-    os.mkfifo("pipe.json")
+    make_pipe("pipe.json")
     Path("zero.json").symlink_to("/dev/zero")
     code, _, err = folio("prepare", STORY, f"--tokenizer={name}", "--data_dir=out")
     assert (code, err.count("\n")) == (2, 1), err

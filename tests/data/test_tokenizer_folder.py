@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import STORY
+from conftest import STORY, make_pipe
 from tokenizer_kinds import WIDE
 
 from folio.data import tokenizer_folder
@@ -200,6 +199,6 @@ def test_damaged_files(folder: Path, damage: str) -> None:
 
 def test_a_pipe_in_place_of_a_file(folder: Path) -> None:
     (folder / "merges.txt").unlink()
-    os.mkfifo(folder / "merges.txt")
+    make_pipe(folder / "merges.txt")
     with pytest.raises(ValueError, match=r"merges\.txt is a pipe"):
         tokenizer_folder.read(folder)

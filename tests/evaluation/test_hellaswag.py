@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORY, tree
+from conftest import STORY, make_pipe, tree
 from servers import server
 from torch import Tensor
 from torch.nn import functional as F
@@ -327,6 +327,6 @@ def test_no_such_file(empty_folder) -> None:
 
 @pytest.mark.parametrize("kind", ["a folder", "a pipe", "a device"])
 def test_pipes_and_devices_are_refused(empty_folder, kind) -> None:
-    {"a folder": os.mkdir, "a pipe": os.mkfifo, "a device": lambda p: os.symlink("/dev/zero", p)}[kind]("items.jsonl")
+    {"a folder": os.mkdir, "a pipe": make_pipe, "a device": lambda p: os.symlink("/dev/zero", p)}[kind]("items.jsonl")
     with pytest.raises(ValueError, match=f"^items.jsonl is {kind}, not a file"):
         hellaswag.locate("items.jsonl")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STORY, Outcome, assert_refused
+from conftest import ROOT, STORY, Outcome, assert_refused, make_pipe
 from torch import Tensor
 
 from folio import rng
@@ -249,7 +249,7 @@ def test_a_prompt_is_read_as_a_text_is_prepared(finished: Path, tmp_path: Path, 
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder"])
 def test_a_prompt_that_never_ends(folio: Callable[..., Outcome], finished: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "prompt"
-    {"a pipe": os.mkfifo, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
+    {"a pipe": make_pipe, "a folder": os.mkdir, "a device": lambda p: os.symlink("/dev/zero", p)}[kind](path)
     assert_refused(folio("sample", f"--out_dir={finished}", f"--start=FILE:{path}"), f"{path} is {kind}, not a file")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from children import Spawn, group, reached, to_its_end
-from conftest import Outcome, assert_refused
+from conftest import Outcome, assert_refused, require_posix
 from launches import RUN, go, said_at_its_end, saved
 from run_results import assert_same_bits, timeless
 from torture.faulty import SCRIPT
@@ -20,7 +19,7 @@ from torture.faulty import SCRIPT
 from folio.checkpoints import checkpoint
 from folio.records import run_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 
 @pytest.mark.parametrize("meanwhile", [True, False])

@@ -12,6 +12,7 @@ import torch
 from conftest import SMALL, Outcome, assert_refused, python
 
 from folio.config.options import Processes, System
+from folio.errors import UserError
 from folio.machine.choices import resolve
 from folio.machine.probe import Machine
 
@@ -29,6 +30,7 @@ class Fake(Machine):
     count: int = 0
     dtype: str = "float32"
     compiler: bool = True
+    bfloat16: bool = True
 
     def has(self, kind: str) -> bool:
         return kind in self.kinds
@@ -41,6 +43,9 @@ class Fake(Machine):
 
     def fast_dtype(self, device: str) -> str:
         return self.dtype
+
+    def has_bfloat16(self, device: str) -> bool:
+        return self.bfloat16
 
     def can_compile(self) -> bool:
         return self.compiler
@@ -260,3 +265,16 @@ def test_inconsistent_variables_and_options_are_refused(
     outcome = folio("train", *SMALL, f"--data_dir={story}", f"--out_dir={tmp_path / 'out'}", *flags)
     assert_refused(outcome, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_mps_lacks(launched: Callable[..., None]) -> None:
+    """bfloat16 on an older macOS, and other processes; each in one line."""
+    apple = Fake(("mps", "cpu"), bfloat16=False)
+    assert resolve(System(), machine=apple).dtype == "float32"
+    with pytest.raises(UserError, match="dtype=bfloat16: MPS has it from macOS 14 on: use --dtype=float16"):
+        resolve(System(dtype="bfloat16"), machine=apple)
+    assert resolve(System(dtype="bfloat16"), machine=replace(apple, bfloat16=True)).kind == "mps"
+    launched(WORLD_SIZE="2")
+    assert resolve(System(), machine=apple).kind == "cpu"
+    with pytest.raises(UserError, match="device=mps: gloo does not support it"):
+        resolve(System(device="mps"), machine=apple)

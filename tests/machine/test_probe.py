@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LINUX
 
 from folio.machine import probe
 
@@ -19,7 +20,7 @@ def test_the_memory_of_a_container(tmp_path: Path, content: str | None, limit: f
     assert probe.container_memory(tmp_path / "memory.max") == limit
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's sched_setaffinity")
+@LINUX
 def test_cores_that_the_process_may_use() -> None:
     before = os.sched_getaffinity(0)
     try:

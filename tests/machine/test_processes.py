@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from by_hand import by_hand_variables, free_port
 from children import GROUP, Child, Spawn, group, reached, to_its_end
-from conftest import ROOT, SMALL, python
+from conftest import ROOT, SMALL, python, require_posix
 from launches import ENDLESS, faulty, said_at_its_end
 from run_results import timeless
 
@@ -24,7 +23,7 @@ from folio import cli
 from folio.machine import launch
 from folio.records import run_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 
 # Ranks that hang or fail

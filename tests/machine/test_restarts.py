@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from by_hand import by_hand_variables, free_port
 from children import Spawn, group, reached, to_its_end
+from conftest import require_posix
 from launches import go, saved
 from run_results import assert_same_bits, timeless
 
@@ -18,7 +18,7 @@ from folio.machine import launch
 from folio.machine.runtime import Runtime
 from folio.records import run_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 STANDALONE = ("--standalone", "--nproc_per_node=3")
 JOBS: list[launch.Job] = []  # the jobs of this process, whose groups must not be destroyed (see Ranks.close)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import sys
+import platform
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import python
+from conftest import LINUX, python
 
 from folio import rng
 from folio.config.options import System
@@ -213,6 +212,27 @@ def test_full_state_is_gathered_on_rank_0(two: list[dict[str, Any]]) -> None:
     assert two[1]["names"] == []
 
 
+class _IgnoresFoundInf(torch.optim.AdamW):
+    """Fused AdamW on MPS, where torch's kernels ignore ``found_inf``."""
+
+    def step(self, closure: Any = None) -> None:
+        self.found_inf = None
+        super().step(closure)
+
+
+@pytest.mark.parametrize("norm", [1.0, math.nan])
+def test_an_update_is_left_out_on_mps(norm: float) -> None:
+    """By the host, since its kernels do not; here on a CPU, in whose place the runtime believes to have MPS."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.full((3,), norm)
+    optimizer = _IgnoresFoundInf([weight], lr=0.1, fused=True)
+    runtime = Runtime(resolve(CPU))
+    runtime.device = torch.device("mps")
+    left_out, *_ = runtime.step(optimizer, 0.1, 0.0, torch.tensor([1.0, 1.0])).tolist()
+    assert left_out == math.isnan(norm)
+    assert torch.equal(weight.detach(), torch.ones(3)) == math.isnan(norm)
+
+
 PAGE_FAULTS = """
 import resource, torch
 from folio.machine.runtime import keep_freed_memory
@@ -234,7 +254,8 @@ print(before, faults())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@LINUX
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
     """The system gives 20 MB again and again before, and once after."""
     before, after = map(int, python("-c", PAGE_FAULTS).stdout.split())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-import resource
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Outcome, assert_refused
+from conftest import LINUX, NO_POSIX, SMALL, Outcome, assert_refused
 
 from folio import cli
 from folio.machine import shortage
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, limits addresses")
+resource = pytest.importorskip("resource", reason=NO_POSIX)
+pytestmark = LINUX
 
 Folio = Callable[..., Outcome]
 TOO_MUCH: dict[str, Callable[[], Any]] = {

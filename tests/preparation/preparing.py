@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ ODD = ["<|endoftext|>", "text<|endoftext|>more <|endoftext|>", " ", "\n\n  naïv
 PLAIN = ("-m", "folio")
 OFTEN = ("-c", "from folio import cli; from folio.preparation import job; job.COMMIT_EVERY = 0.0; cli.main()")
 HELD = (str(SCRIPT), "remove */meta.json 1 SIGSTOP")  # stops itself before it moves the finished files
-DIED, ENDED = -signal.SIGKILL, 0
+DIED, ENDED = -9, 0  # by SIGKILL, which Windows lacks
 
 
 class Process(subprocess.Popen[str]):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import corpora
 import pytest
+from conftest import make_pipe
 from corpora import GOOD, expected, ids, lines, table, zstandard
 
 from folio.preparation.finding import find
@@ -39,9 +40,9 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("odd").mkdir()
     for end in ("csv", "tsv", "txt.gz", "json"):
         Path(f"odd/a.{end}").write_text("text")
-    os.mkfifo("pipe.txt")
+    make_pipe("pipe.txt")
     Path("only").mkdir()
-    os.mkfifo("only/pipe.txt")
+    make_pipe("only/pipe.txt")
     Path("zero.jsonl").symlink_to("/dev/zero")
     Path("gone.txt").symlink_to("nowhere.txt")
     with socket.socket(socket.AF_UNIX) as bound:
@@ -82,7 +83,7 @@ def test_files_that_are_left_out_are_reported(named, capsys) -> None:
         Path("c", name).write_text("x")
     Path("c/gone.txt").symlink_to("nowhere.txt")
     Path("c/zero.txt").symlink_to("/dev/zero")
-    os.mkfifo("c/pipe.txt")
+    make_pipe("c/pipe.txt")
     find(["c"])
     said = capsys.readouterr().out
     assert said.startswith("c: other files, left out: 10 (2 pipe, socket or device, ")

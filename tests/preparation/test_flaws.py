@@ -13,7 +13,7 @@ from typing import Any
 
 import corpora
 import pytest
-from conftest import python
+from conftest import IS_ROOT, POSIX, python
 from corpora import DOCS, GOOD, WORK, each, expected, ids, lines, pa, pq, table, zstandard
 
 from folio.preparation import compressed, sources
@@ -238,7 +238,8 @@ def test_a_file_that_vanishes(corpus, monkeypatch) -> None:
         assert Path(str(error.value.filename)).parent == corpus
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@POSIX
+@pytest.mark.skipif(IS_ROOT, reason="root reads everything")
 def test_a_file_without_permission(folio, corpus) -> None:
     (corpus / "a.txt").write_text("a b")
     (corpus / "a.txt").chmod(0)

@@ -10,10 +10,11 @@ from pathlib import Path
 import preparing
 import pytest
 from children import Spawn, to_its_end
+from conftest import LINUX
 from preparing import gone, large, tree, until
 
 pytestmark = [
-    pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc"),
+    LINUX,
     pytest.mark.slow,
 ]
 

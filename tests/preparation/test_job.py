@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import preparing
 import pytest
-from conftest import STORY
+from conftest import LINUX, STORY
 from preparing import EOT, REAL, Folio, Process, Start, arrays, encoded, large, made, processes, refused, tree, write
 
 from folio.preparation import sources
@@ -79,7 +79,7 @@ def peak(process: Process) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux to measure memory")
+@LINUX
 @pytest.mark.parametrize("case", ["bin", "packed", "one text", "stream"])
 def test_memory_stays_flat(start: Start, articles: list[str], tmp_path: Path, case: str) -> None:
     """135 MB of text need hardly more memory than 45 MB, workers included."""

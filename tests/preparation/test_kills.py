@@ -11,7 +11,7 @@ from pathlib import Path
 
 import preparing
 import pytest
-from conftest import STORY
+from conftest import STORY, make_pipe
 from preparing import (
     DIED,
     ENDED,
@@ -146,7 +146,7 @@ def damaged(path: Path, how: str) -> None:
     content = path.read_bytes()
     if how == "pipe":
         path.unlink()
-        os.mkfifo(path)
+        make_pipe(path)
         return
     digit = next(i for i in range(content.index(b'"tokens"'), len(content)) if content[i : i + 1] in b"2345678")
     path.write_bytes(

@@ -13,7 +13,7 @@ from pathlib import Path
 import corpora
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LINUX, ROOT
 from corpora import DOCS, expected, ids, tokenizers
 
 corpus = corpora.corpus
@@ -47,7 +47,7 @@ def session(leader: int) -> dict[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@LINUX
 def test_a_worker_that_is_killed(corpus, tok, tmp_path) -> None:
     """One line of error and no orphans; the next run continues, and makes the same ids."""
     texts = [DOCS[4] * 400, *[DOCS[4] * 80] * 40, "end"]  # the first is cut, the others are not

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import os
-import pty
 import shlex
 import subprocess
 import sys
@@ -15,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, Outcome, assert_refused
+from conftest import NO_POSIX, ROOT, SMALL, Outcome, assert_refused
 
 from folio import cli
 from folio.commands import train
 from folio.preparation.job import prepare
 from folio.preparation.recipes import known
 from folio.records import console, run_folder
+
+pty = pytest.importorskip("pty", reason=NO_POSIX)
 
 Folio = Callable[..., Outcome]
 

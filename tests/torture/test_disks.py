@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tree
+from conftest import require_posix, tree
 from torture import disturbing
 from torture.disturbing import go, whole
 from torture.starts import RUNS, Ended, Server, results
 
 from folio.records import run_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 server = disturbing.server
 undisturbed = disturbing.undisturbed

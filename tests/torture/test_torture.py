@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, python, require_posix
 from torture import disturbing
 from torture.disturbing import go, whole
 from torture.starts import RUNS, Server, results
 
 from folio.records import run_folder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 server = disturbing.server
 undisturbed = disturbing.undisturbed

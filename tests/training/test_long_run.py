@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from children import Child, Spawn, to_its_end
-from conftest import SMALL
+from conftest import LINUX, SMALL
 
 from folio.files import parse_json
 from folio.records.metrics import read_metrics
@@ -43,7 +43,7 @@ def held(child: Child, metrics: Path) -> Held | None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600 + STEPS // 10)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@LINUX
 def test_nothing_grows(spawn: Spawn, story: Path, items: Path, tmp_path: Path) -> None:
     """With evaluations, HellaSwag, samples, checkpoints in a thread and a log; memory to 2 % after the first fifth."""
     out, found = tmp_path / "out", list[Held]()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from children import Spawn, reached, to_its_end
-from conftest import SMALL, Outcome, assert_refused, python, tree
+from conftest import SMALL, Outcome, assert_refused, python, require_posix, tree
 from run_results import assert_same_bits, timeless
 
 from folio.checkpoints import find
@@ -22,6 +22,8 @@ from folio.machine.runtime import Runtime
 from folio.records import run_folder
 from folio.records.log import Log
 from folio.records.metrics import read_metrics
+
+require_posix()
 
 Run = Callable[..., Outcome]
 

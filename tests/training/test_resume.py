@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from children import Spawn, alone, group, reached, to_its_end
-from conftest import SMALL
+from conftest import SMALL, require_posix
 from run_results import assert_same_bits, timeless
 
 from folio import cli
@@ -22,7 +21,7 @@ from folio.machine.runtime import Runtime
 from folio.records import run_folder
 from folio.training import start
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+require_posix()
 
 
 @pytest.mark.slow

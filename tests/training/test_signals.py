@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,15 @@ from pathlib import Path
 import pytest
 from by_hand import by_hand_variables, free_port
 from children import Child, Spawn, reached, to_its_end
-from conftest import SMALL
+from conftest import LINUX, SMALL, require_posix
 from run_results import timeless
 from torture.faulty import SCRIPT
 
 from folio.checkpoints import find
 from folio.records import run_folder
 
-pytestmark = [pytest.mark.skipif(sys.platform == "win32", reason="no such signals"), pytest.mark.slow]
+require_posix()
+pytestmark = pytest.mark.slow
 
 SOON = 10.0  # seconds in which a tiny run must end
 RUN = [*SMALL, "--init_from=auto", "--log_interval=1", "--dropout=0.1", "--learning_rate=1e-2"]
@@ -93,7 +93,7 @@ def test_before_training_as_the_first_process_of_a_container(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@LINUX
 @pytest.mark.parametrize("after", [0, 0.5])
 @pytest.mark.parametrize(("number", "code"), CODES[:2])
 def test_while_it_starts(

@@ -34,6 +34,7 @@ from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
 from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
+from folio.training.facts import facts
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
 from folio.training.ownership import unwritable
 from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
@@ -294,8 +295,9 @@ def _report_start(run: Run, notes: list[str]) -> None:
         f"{counted(resolved['world'], 'process')}{'' if resolved['world'] == 1 else ', ' + resolved['parallel']}"
     )
     if not run.read_only:
-        chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
-        run.log.write({"kind": "start", "step": run.begun, **chosen})
+        if run.log.main:
+            chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
+            run.log.write({"kind": "start", "step": run.begun, **facts(run), **chosen})
         o = config.logging
         run.log.follow(
             trackers.parse(o.track) + ("wandb",) * o.wandb_log,

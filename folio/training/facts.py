@@ -32,7 +32,7 @@ def facts(run: Run) -> dict[str, Any]:
 def bytes_per_token(tokens: Tokens) -> float | None:
     """Bytes of text for each token of the data sets, both splits together; None if one of them does not say."""
     metas = [folder.meta for folder in tokens.folders]
-    sizes = [meta.get("text_bytes") for meta in metas]
+    sizes = [meta.get("text_bytes") or 0 for meta in metas]
     if not all(sizes):
         return None
     files = (file for meta in metas for split in meta["splits"].values() for file in split["files"])

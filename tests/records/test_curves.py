@@ -53,6 +53,18 @@ def test_hellaswag_has_error_bars_and_gpt2_where_it_is_within_reach(tmp_path: Pa
     assert far["range"][1] < 0.2955
 
 
+def test_a_long_curve_is_thinned_but_not_its_beginning(tmp_path: Path) -> None:
+    """A logarithmic axis gives the first hundred steps half of its width."""
+    losses = [train(step) for step in range(20_000)]
+    losses[12_345]["loss"] = 9.0
+    (curve,) = panels_of(tmp_path, losses)["loss (nats per token)"]["curves"]
+    assert curve["x"] == sorted(set(curve["x"]))
+    assert curve["x"][:100] == curve["smooth"][0][:100] == list(range(100))
+    assert curve["x"][-1] == curve["smooth"][0][-1] == 19_999
+    assert curve["y"][curve["x"].index(12_345)] == 9.0
+    assert len(curve["x"]) + len(curve["smooth"][0]) < 3300
+
+
 def test_a_spike_of_the_gradient_does_not_flatten_the_rest(tmp_path: Path) -> None:
     records = [{**train(step), "grad_norm": 1 + step % 5 / 10} for step in range(1000)]
     records[500]["grad_norm"] = 1000.0

@@ -74,13 +74,13 @@ function linesOf(panel) {
       stroke: colorOf(curve.run),
       width: curve.bold ? 2.5 : 1.25,
       dash: curve.dashed ? [6, 4] : curve.run >= COLORS ? [2, 3] : undefined,
-      points: { show: curve.x.length <= 50, size: curve.bold ? 6 : 4 },
+      points: { show: curve.x.length <= 50, size: curve.bold ? 6 : 4, fill: css("--paper") },
       value: (_, value) => (value == null ? "" : shown(value)),
       error: curve.error,
     };
     const every = (from, to) => along(curve.run, curve.x.slice(from, to), curve.y.slice(from, to));
     const aside = { ...look, width: 1, alpha: 0.3, class: "aside", points: { show: false } };
-    if (curve.apart) return [[every(0, 1), { ...aside, alpha: 1, points: { show: true, size: 6 } }], [every(1), look]];
+    if (curve.apart) return [[every(0, 1), { ...aside, alpha: 1, points: { ...look.points, show: true } }], [every(1), look]];
     if (!(curve.smooth && chosen.smooth && curve.x.length > 2)) return [[every(0), look]];
     return [[every(0), aside], [along(curve.run, ...curve.smooth), { ...look, points: { show: false } }]];
   });

@@ -34,11 +34,11 @@ from folio.records import run_folder, trackers
 from folio.records.log import Log, counted
 from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
-from folio.training.facts import facts
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
 from folio.training.ownership import unwritable
 from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
+from folio.training.start_record import facts
 from folio.training.work import save_checkpoint, scheduled_work
 
 

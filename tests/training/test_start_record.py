@@ -15,7 +15,7 @@ from folio.checkpoints import find
 from folio.config.options import Data
 from folio.data.rows import Tokens
 from folio.machine.probe import processor_name
-from folio.training.facts import bytes_per_token, commit
+from folio.training.start_record import bytes_per_token, commit
 
 
 def test_each_start_records_date_size_data_and_processor(train: Train, story: Path) -> None:

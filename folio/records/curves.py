@@ -53,6 +53,7 @@ def figure(runs: Sequence[Recorded]) -> dict[str, Any] | None:
             {
                 "title": title,
                 "range": _range(title, curves, histories),
+                "falls": title == LOSS,  # a logarithmic axis has room for its beginning, which ``range`` may cut off
                 "references": _references(title, histories),
                 "curves": [_as_json(curve, most) for curve in curves],
             }

@@ -147,6 +147,7 @@ def test_the_switches_change_axis_scale_and_smoothing(opened: Open, plain: Path)
     page.get_by_label("over steps").check()
     page.get_by_label("logarithmic axis").check()
     assert page.evaluate(ends) == [[1, 100]]
+    assert page.evaluate("charts[0].scales.y.max") >= train(1)["loss"]
     assert hover(page, 0.5)["x"] == "step 10"
 
 

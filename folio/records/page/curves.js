@@ -15,6 +15,10 @@ function shown(value) {
   return size && size < 1e-5 ? value.toExponential(2) : value.toLocaleString("en", { maximumSignificantDigits: 5 });
 }
 
+function tick(value) {
+  return Math.abs(value) < 1e6 ? shown(value) : value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
+}
+
 // The axes: how a run's step becomes x, and in which unit
 
 function largest(kind) {
@@ -79,7 +83,7 @@ function linesOf(panel) {
       error: curve.error,
     };
     const every = (from, to) => along(curve.run, curve.x.slice(from, to), curve.y.slice(from, to));
-    const aside = { ...look, width: 1, alpha: 0.3, class: "aside", points: { show: false } };
+    const aside = { ...look, width: 1, alpha: 0.25, class: "aside", points: { show: false } };
     if (curve.apart) return [[every(0, 1), { ...aside, alpha: 1, points: { ...look.points, show: true } }], [every(1), look]];
     if (!(curve.smooth && chosen.smooth && curve.x.length > 2)) return [[every(0), look]];
     return [[every(0), aside], [along(curve.run, ...curve.smooth), { ...look, points: { show: false } }]];
@@ -103,7 +107,7 @@ function rangeOf(panel) {
   return (chart, low, high) => {
     const [xs, [first]] = [chart.data[0], chart.series];
     const whole = first.min === xs[0] && first.max === xs.at(-1);
-    if (whole && panel.range) return panel.range;
+    if (whole && panel.range && !(chosen.log && panel.falls)) return panel.range;
     return low == null ? [0, 1] : low === high ? [low - (Math.abs(low) / 10 || 1), high + (Math.abs(high) / 10 || 1)]
       : uPlot.rangeNum(low, high, 0.05, true);
   };
@@ -116,8 +120,8 @@ function drawReferences(panel) {
     ctx.strokeStyle = ctx.fillStyle = css("--faint");
     ctx.lineWidth = pixel;
     ctx.font = `${11 * pixel}px system-ui, sans-serif`;
-    ctx.textAlign = "right";
-    panel.references.forEach(([name, value], i) => {
+    [ctx.textAlign, ctx.textBaseline] = ["left", "alphabetic"];
+    panel.references.forEach(([name, value]) => {
       const y = chart.valToPos(value, "y", true);
       if (y < bbox.top || y > bbox.top + bbox.height) return;
       ctx.setLineDash([5 * pixel, 4 * pixel]);
@@ -125,7 +129,7 @@ function drawReferences(panel) {
       ctx.moveTo(bbox.left, y);
       ctx.lineTo(bbox.left + bbox.width, y);
       ctx.stroke();
-      ctx.fillText(`${name} ${value}`, bbox.left + bbox.width - 4 * pixel, y + (i ? -5 : 13) * pixel);
+      ctx.fillText(`${name} ${value}`, bbox.left + 4 * pixel, y - 5 * pixel); // where no curve is yet
     });
     ctx.restore();
   };
@@ -166,12 +170,12 @@ function chartOf(panel, place, ends) {
     scales: { x: { time: false, distr: chosen.log ? 3 : 1, range: (_, low, high) => [low, high] }, y: { range: rangeOf(panel) } },
     axes: [
       { ...axis, space: 72, size: 26, gap: 4, label: title, labelSize: 20, labelGap: 0, labelFont: "12px system-ui, sans-serif",
-        values: (_, splits) => splits.map(at => (at == null ? "" : shown(at))),
+        values: (_, splits) => splits.map(at => (at == null ? "" : tick(at))),
         ...(chosen.log ? { filter: roundOnes } : {}),
         ...(whole.length ? { incrs: whole.sort((a, b) => a - b) } : {}) },
-      { ...axis, size: 62, values: (_, splits) => splits.map(shown) },
+      { ...axis, size: 62, values: (_, splits) => splits.map(tick) },
     ],
-    series: [{ label: "", value: (_, x) => (x == null ? "" : `${title} ${shown(x)}`) }, ...lines.map(([, look]) => look)],
+    series: [{ label: title, value: (_, x) => (x == null ? "" : `${title} ${shown(x)}`) }, ...lines.map(([, look]) => look)],
     cursor: { y: false, sync: { key: "curves", scales: ["x", null] }, dataIdx: nearest, points: { size: 6 } },
     legend: { markers: { width: (chart, i) => 1.5 * chart.series[i].width, stroke: (chart, i) => chart.series[i].stroke(),
       dash: (chart, i) => (chart.series[i].dash ? "dashed" : "solid"), fill: "none" } },

@@ -151,6 +151,15 @@ def test_the_switches_change_axis_scale_and_smoothing(opened: Open, plain: Path)
     assert hover(page, 0.5)["x"] == "step 10"
 
 
+def test_a_name_in_the_legend_hides_its_curve(opened: Open, plain: Path) -> None:
+    page = opened(plain)
+    page.locator(".u-series th", has_text="timed, train").last.click()
+    assert page.evaluate("charts[0].series.filter(s => !s.show).map(s => [s.label, s.class ?? ''])") == [
+        ["timed, train", "aside"],  # each step as it was recorded
+        ["timed, train", ""],
+    ]
+
+
 def test_dragging_zooms_all_panels_and_a_double_click_zooms_out(opened: Open, hostile: dict[int, Path]) -> None:
     page = opened(hostile[1])
     page.evaluate("document.querySelector('.panels').scrollIntoView()")
@@ -166,6 +175,17 @@ def test_dragging_zooms_all_panels_and_a_double_click_zooms_out(opened: Open, ho
     assert all(found == pytest.approx([25, 75], abs=1) for found in zoomed)
     page.mouse.dblclick(left + 50, y)
     assert page.evaluate(ends) == len(zoomed) * [[0, 100]]
+
+
+def test_a_single_point_is_drawn_on_every_axis(opened: Open, tmp_path: Path) -> None:
+    report([run(tmp_path / "run", [{**train(7, 3.0), "seconds": 1.0}])], tmp_path / "page.html")
+    page = opened(tmp_path / "page.html")
+    for axis, x in (("steps", "step 7"), ("tokens", "tokens 700"), ("time", "time (seconds) 1")):
+        page.get_by_label(f"over {axis}").check()
+        for switch in (page.get_by_label("logarithmic axis").check, page.get_by_label("logarithmic axis").uncheck):
+            switch()
+            assert page.evaluate("charts[0].scales.x.max - charts[0].scales.x.min") > 0
+            assert hover(page, 0.5) == {"x": x, "train": "3"}
 
 
 def test_without_seconds_there_is_no_axis_of_time(opened: Open, tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ function nearest(chart, series, hovered, x) {
   return found.sort((a, b) => far(a) - far(b))[0] ?? hovered;
 }
 
+function widened(_, low, high) {
+  if (low !== high) return [low, high];
+  return chosen.log ? [low / 2, high * 2] : [low - 1, high + 1];
+}
+
 function rangeOf(panel) {
   return (chart, low, high) => {
     const [xs, [first]] = [chart.data[0], chart.series];
@@ -167,7 +172,7 @@ function chartOf(panel, place, ends) {
   const options = {
     width: place.querySelector(".chart").clientWidth,
     height: Number(place.dataset.height),
-    scales: { x: { time: false, distr: chosen.log ? 3 : 1, range: (_, low, high) => [low, high] }, y: { range: rangeOf(panel) } },
+    scales: { x: { time: false, distr: chosen.log ? 3 : 1, range: widened }, y: { range: rangeOf(panel) } },
     axes: [
       { ...axis, space: 72, size: 26, gap: 4, label: title, labelSize: 20, labelGap: 0, labelFont: "12px system-ui, sans-serif",
         values: (_, splits) => splits.map(at => (at == null ? "" : tick(at))),

@@ -38,7 +38,6 @@ OWNERS = {
     "torch.utils.tensorboard": {"records.trackers"},
     "transformers": {"checkpoints.hugging_face"},
     "lm_eval": {"evaluation.harness", "evaluation.language_model"},
-    "plotly": {"records.curves"},
 }
 MODULES = {
     ".".join(path.relative_to(ROOT / "folio").with_suffix("").parts).removesuffix("__init__").rstrip("."): path

@@ -26,7 +26,7 @@ CONSEQUENCES = {
     "hf": "models cannot be downloaded from the Hugging Face hub, or exported",
     "eval": "folio eval cannot run the tasks of the lm-evaluation-harness",
     "log": "--track cannot use these trackers",
-    "plot": "folio plot or folio report cannot draw",
+    "plot": "folio plot cannot draw",
 }
 
 

@@ -1,29 +1,36 @@
-"""folio report: a one-page report of a run."""
+"""folio report: a one-page report of runs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from folio.config.declare import ITSELF, option, out_dir_option
+from folio.config.declare import ITSELF, option
 from folio.errors import UserError
 from folio.records.console import say
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write a one-page report of a run, which opens without a network."""
+    """Write a one-page report of one run, or of several beside each other, which opens without a network."""
 
-    out_dir: str = out_dir_option(positional="OUT_DIR")
-    output: str = option("", "page (.html); default: OUT_DIR/report.html", path=ITSELF, short="-o")
+    out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
+    output: str = option(
+        "",
+        "page (.html); default: OUT_DIR/report.html, or compare.html for several runs",
+        path=ITSELF,
+        short="-o",
+    )
 
 
 def main(options: Options) -> None:
     from folio.records.report import report
 
-    out_dir = Path(options.out_dir)
-    page = Path(options.output) if options.output else out_dir / "report.html"
+    out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
+    several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
+    default = Path("compare.html") if several else out_dirs[0] / "report.html"
+    page = Path(options.output) if options.output else default
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"{page}: its suffix must be .html")
-    report(out_dir, page)
+    report(out_dirs, page)
     say(f"wrote {page}")

@@ -1,119 +1,169 @@
-"""The interactive figure of a report: curves of a run over its steps, drawn by plotly in a browser."""
+"""The interactive figure of a report: curves of runs, drawn by uPlot in a browser (``page/curves.js``).
+
+uPlot takes 50 kB of a page and has values at the cursor, zoom and logarithmic axes. Plotly's bundle takes 4.5 MB,
+Bokeh's 1.3 MB. No Python package has uPlot, so its files are here, unchanged from npm's ``uplot`` 1.6.32.
+"""
 
 from __future__ import annotations
 
-from html import escape
-from typing import Any, TypeAlias
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from folio.records.history import (
-    GPT2_HELLASWAG,
-    GPT2_LOSS,
-    History,
-    Points,
-    Records,
-    points,
-    smooth,
-    span,
-    thin,
-)
+from folio.records.facts import AVERAGED, Recorded
+from folio.records.history import GPT2_HELLASWAG, GPT2_LOSS, History, Points, points, smooth, span, thin
 
 LOSS, HELLASWAG = "loss (nats per token)", "HellaSwag accuracy (acc_norm)"  # titles of panels
-BLUE, ORANGE, GRAY, FAINT = "#3a86c8", "#d9731a", "#808080", "rgba(128,128,128,.4)"  # on white and on black
+_POINTS = 60_000  # of all curves together, about a megabyte
+_FIRST = 100  # points that are always kept, since a logarithmic axis gives them much room
+_KNOTS = 300  # at which tokens and seconds are given; between them they grow evenly
+_REACH = 0.05  # of GPT-2's accuracy above the best
 
-Curve: TypeAlias = tuple[str, Points, str]  # name, values, color
+
+class Curve(NamedTuple):
+    """A line of one run."""
+
+    run: int
+    name: str  # within its panel; "" if it is the only one of its run
+    points: Points
+    noisy: bool = False  # drawn as it is and smoothed
+    bold: bool = False
+    dashed: bool = False
+    apart: bool = False  # no line from the first point, of the untrained model, to the second
+    error: NDArray[np.float64] | None = None
 
 
-def curves(h: History, records: Records) -> str:
-    """HTML of one panel above the other over the steps, with the script that draws them; "" if there is nothing."""
-    panels = _panels(h, records)
+def figure(runs: Sequence[Recorded]) -> dict[str, Any] | None:
+    """The data of all panels, as ``page/curves.js`` reads it; None if there is nothing to draw."""
+    panels: dict[str, list[Curve]] = {}
+    for number, run in enumerate(runs):
+        for title, curves in _panels(number, run).items():
+            panels.setdefault(title, []).extend(curve for curve in curves if curve.points.size)
+    panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
-        return ""
-    from plotly import io, subplots
-
-    shares = [2.0 if title == LOSS else 1.0 for title in panels]
-    height = 155 + 165 * sum(shares)
-    figure = subplots.make_subplots(
-        rows=len(panels),
-        cols=1,
-        shared_xaxes=True,
-        row_heights=shares,
-        vertical_spacing=50 / height,
-        subplot_titles=list(panels),
-    )
-    for row, (title, drawn) in enumerate(panels.items(), 1):
-        _draw(figure, row, drawn)
-        _add_references(figure, row, title, h)
-        if title == LOSS:
-            figure.update_yaxes(range=span([h]), row=row)
-    _style(figure, height)
-    figure.update_xaxes(title_text="step", row=len(panels))
-    buttons = ["zoom2d", "pan2d", "resetScale2d", "toImage"]
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": True, "modeBarButtons": [buttons]}
-    return str(io.to_html(figure, config=config, include_plotlyjs=True, full_html=False, div_id="curves"))
-
-
-def _panels(h: History, records: Records) -> dict[str, list[Curve]]:
-    """The curves of each panel, by its title; only those that have values."""
-    train = records["train"]
-    panels: dict[str, list[Curve]] = {
-        LOSS: [*_noisy("train", h.train), ("validation", h.validation, ORANGE)],
-        HELLASWAG: [(f"HellaSwag, {escape(style)}", found[:2], ORANGE) for style, found in h.hellaswag.items()],
-        "learning rate": [("learning rate", thin(points(train, "step", "lr")), BLUE)],
-        "gradient norm": _noisy("gradient norm", points(train, "step", "grad_norm")),
-        "tokens per second": _noisy("tokens per second", points(train, "step", "tokens_per_second")),
-        **{escape(name): [(escape(name), thin(found), BLUE)] for name, found in h.others.items()},
+        return None
+    most = max(100, min(2000, _POINTS // sum(1 + curve.noisy for curves in panels.values() for curve in curves)))
+    histories = [run.history for run in runs]
+    return {
+        "runs": [{"name": run.history.name, **_axes(run)} for run in runs],
+        "panels": [
+            {
+                "title": title,
+                "range": _range(title, curves, histories),
+                "falls": title == LOSS,  # a logarithmic axis has room for its beginning, which ``range`` may cut off
+                "references": _references(title, histories),
+                "curves": [_as_json(curve, most) for curve in curves],
+            }
+            for title, curves in panels.items()
+        ],
     }
-    return {title: drawn for title, found in panels.items() if (drawn := [c for c in found if c[1].size])}
 
 
-def _noisy(name: str, found: Points) -> list[Curve]:
-    """Each step's value in gray, and a smoothed curve in color."""
-    return [(name, thin(found), FAINT), (f"{name}, smoothed", thin(np.stack([found[0], smooth(found[1])])), BLUE)]
+def script_data(value: Any) -> str:
+    """JSON that may stand in a <script> element: no text in it can end the element."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _draw(figure: Any, row: int, drawn: list[Curve]) -> None:
-    from plotly import graph_objects
+def _panels(number: int, run: Recorded) -> dict[str, list[Curve]]:
+    """The curves of a run in each panel, by its title; some may have no points."""
+    h, train = run.history, run.records["train"]
+    averaged = h.others.get(AVERAGED, np.empty((2, 0)))
+    untrained = h.validation.shape[1] > 2 and h.validation[0, 0] == 0
 
-    for name, (steps, values), color in drawn:
-        line = {"color": color, "width": 0.7 if color == FAINT else 1.6}
-        mode = "lines+markers" if len(steps) <= 50 else "lines"
-        curve = graph_objects.Scatter(
-            x=steps, y=values, name=name, mode=mode, line=line, marker={"size": 5}, showlegend=row == 1
-        )
-        figure.add_trace(curve, row=row, col=1)
+    def of_train(key: str) -> list[Curve]:
+        return [Curve(number, "", points(train, "step", key), noisy=True)]
+
+    return {
+        LOSS: [
+            Curve(number, "train", h.train, noisy=True),
+            Curve(number, "validation", h.validation, bold=True, apart=bool(untrained)),
+            Curve(number, "averaged weights", averaged, bold=True, dashed=True),
+        ],
+        HELLASWAG: [
+            Curve(number, style, scored[:2], bold=True, dashed=i > 0, error=scored[2])
+            for i, (style, scored) in enumerate(h.hellaswag.items())
+        ],
+        **{name: [Curve(number, "", found)] for name, found in h.others.items() if name != AVERAGED},
+        "learning rate": [Curve(number, "", points(train, "step", "lr"))],
+        "gradient norm": of_train("grad_norm"),
+        "tokens per second": of_train("tokens_per_second"),
+    }
 
 
-def _add_references(figure: Any, row: int, title: str, h: History) -> None:
-    """Draws GPT-2's own values across a panel."""
-    gpt2 = {}
-    if title == LOSS and h.fineweb:
-        gpt2 = {"loss": GPT2_LOSS}
-    elif title == HELLASWAG:
-        gpt2 = {style: GPT2_HELLASWAG[style] for style in h.hellaswag if style in GPT2_HELLASWAG}
-    for name, value in gpt2.items():
-        label = {"text": f"GPT-2 124M, {name} {value}", "font": {"size": 11}}
-        side = "bottom left" if title == LOSS else "top left"  # away from the curves
-        dash = {"dash": "dash", "width": 1, "color": GRAY}
-        figure.add_hline(value, row=row, col=1, line=dash, annotation=label, annotation_position=side)
+def _as_json(curve: Curve, most: int) -> dict[str, Any]:
+    """A curve of at most ``most`` points, and its smoothed form as ``smooth``."""
+    found = {key: value for key, value in curve._asdict().items() if key not in ("points", "noisy", "error")}
+    if curve.error is None:
+        found["x"], found["y"] = _numbers(_with_first(thin(curve.points, most // 4), curve.points))
+    else:
+        kept = _evenly(curve.points.shape[1], most)
+        found["x"], found["y"] = _numbers(curve.points[:, kept])
+        found["error"] = [_short(value) for value in curve.error[kept].tolist()]
+    if curve.noisy:
+        smoothed = np.stack([curve.points[0], smooth(curve.points[1])])
+        some = smoothed[:, _evenly(smoothed.shape[1], most // 2)]
+        found["smooth"] = _numbers(_with_first(some, smoothed))
+    return found
 
 
-def _style(figure: Any, height: float) -> None:
-    """Colors for light and dark pages, numbers, the legend and the buttons."""
-    number, clear, grid = ",.4~r", "rgba(0,0,0,0)", {"gridcolor": "rgba(128,128,128,.25)", "zeroline": False}
-    figure.update_xaxes(tickformat=",", hoverformat=",", showspikes=True, spikethickness=1, **grid)
-    figure.update_yaxes(tickformat=number, hoverformat=number, nticks=6, **grid)
-    figure.update_layout(
-        template="none",
-        hovermode="x unified",
-        hoverlabel={"bgcolor": "#333", "font": {"color": "#fff"}, "namelength": -1},
-        dragmode=False,  # a finger scrolls the page; the buttons zoom
-        height=height,
-        margin={"l": 60, "r": 8, "t": 60, "b": 95},
-        legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
-        modebar={"bgcolor": clear, "color": GRAY, "activecolor": BLUE},
-        paper_bgcolor=clear,
-        plot_bgcolor=clear,
-        font={"color": GRAY, "family": "system-ui, sans-serif"},
-    )
+def _with_first(some: Points, every: Points) -> Points:
+    """Some points of a curve, and its first ones."""
+    return np.unique(np.hstack([some, every[:, :_FIRST]]), axis=1)
+
+
+def _axes(run: Recorded) -> dict[str, Any]:
+    """Tokens and seconds at some steps, from which a browser computes those of every step."""
+    seconds = np.hstack([points(run.records[kind], "step", "seconds") for kind in ("train", "eval")])
+    seconds = seconds[:, np.lexsort(seconds[::-1])]
+    seconds[1] = np.maximum.accumulate(seconds[1])
+    found = {"tokens": run.history.tokens, "seconds": seconds}
+    return {
+        name: _numbers(knots[:, _evenly(knots.shape[1], _KNOTS)]) if knots.size else None
+        for name, knots in found.items()
+    }
+
+
+def _range(title: str, curves: list[Curve], histories: list[History]) -> list[float] | None:
+    """The values to show before anyone zooms; None: all of them."""
+    if title == LOSS:
+        found = [h for h in histories if h.train.size or h.validation.size]
+        return list(span(found)) if found else None
+    if title == HELLASWAG:
+        bounds = np.hstack([c.points[1] + sign * c.error for c in curves if c.error is not None for sign in (-1, 1)])
+        low, high = float(bounds.min()), float(bounds.max())
+        shown = [value for _, value in _references(title, histories) if low <= value <= high + _REACH]
+        return _with_margin(low, max([high, *shown]))
+    if all(curve.noisy for curve in curves):  # a few values may be much higher than the rest
+        return _with_margin(*np.quantile(np.hstack([curve.points[1] for curve in curves]), (0.005, 0.995)).tolist())
+    return None
+
+
+def _with_margin(low: float, high: float) -> list[float]:
+    margin = 0.05 * (high - low) or abs(low) / 10 or 1.0
+    return [low - margin, high + margin]
+
+
+def _references(title: str, histories: list[History]) -> list[tuple[str, float]]:
+    """GPT-2's own values, which are drawn across a panel if it shows them."""
+    if title == LOSS and any(h.fineweb for h in histories):
+        return [("GPT-2 124M", GPT2_LOSS)]
+    styles = sorted({style for h in histories for style, scored in h.hellaswag.items() if scored.size})
+    known = [style for style in styles if style in GPT2_HELLASWAG]
+    return [(f"GPT-2 124M, {style}", GPT2_HELLASWAG[style]) for style in known if title == HELLASWAG]
+
+
+def _evenly(count: int, most: int) -> NDArray[np.int64]:
+    """At most so many places among ``count``, the first and the last included."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def _numbers(found: Points) -> list[list[float]]:
+    steps, values = found.tolist()
+    return [[int(step) for step in steps], [_short(value) for value in values]]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

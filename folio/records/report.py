@@ -1,7 +1,9 @@
-"""A one-page report of a run: one HTML file, which needs no network."""
+"""A report of runs on one page: one HTML file, which needs no network."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -10,104 +12,161 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import numpy as np
-
+from folio import files
 from folio.config.options import TrainConfig
 from folio.config.table import defaults
-from folio.records.curves import curves
-from folio.records.history import (
-    History,
-    Records,
-    history,
-    names,
-    options_of,
-    points,
-    read,
-    unit_of,
-)
+from folio.records.curves import LOSS, figure, script_data
+from folio.records.facts import SHOWN, Recorded, duration, facts
+from folio.records.history import history, names, options_of, read
+from folio.records.log import counted
 from folio.records.metrics import read_metrics
 from folio.records.plot import write
 from folio.records.record import number
 from folio.records.run_folder import EVALUATIONS
+from folio.records.tables import cards, folded, section, table, with_note
+
+_PAGE = Path(__file__).parent / "page"
+_SAMPLES = 400_000  # characters of all samples together; of more, some steps are left out
 
 
-def report(out_dir: Path, page: Path) -> None:
-    """Writes the page: interactive figures, evaluations, samples, the machine, and the options.
+def report(out_dirs: Sequence[Path], page: Path) -> None:
+    """Writes the page: facts, interactive curves, evaluations, samples, machines and options of the runs.
 
     Raises:
-        FileNotFoundError: no run in ``out_dir``.
-        ValueError: the run has not begun.
+        FileNotFoundError: no run in one of ``out_dirs``.
+        ValueError: a run has not begun.
         OSError: the page cannot be written.
     """
-    records, options = read(out_dir), options_of(out_dir)
-    evaluated = out_dir / EVALUATIONS
-    h = history(names([out_dir.resolve()])[0], records, options)
+    folders = {path.resolve(): path for path in out_dirs}
+    named = zip(names(list(folders)), folders.values(), strict=True)
+    write(page, html([recorded(name, path) for name, path in named]).encode("utf-8", "replace"))
+
+
+def recorded(name: str, out_dir: Path) -> Recorded:
+    """What the run in a folder recorded. Raises as ``report``."""
+    records, options, evaluated = read(out_dir), options_of(out_dir), out_dir / EVALUATIONS
+    measured = read_metrics(evaluated) if evaluated.is_file() else []
+    return Recorded(history(name, records, options), records, options, measured)
+
+
+def html(runs: Sequence[Recorded]) -> str:
+    """The page about these runs, in the order in which they have their colors."""
+    drawn = figure(runs)
+    scripts = [_file("uPlot.iife.min.js"), _file("curves.js")] if drawn else []
     sections = {
-        "": _summary(h, records),
-        "Curves": curves(h, records),
-        "Evaluations": _evaluations(h, records),
-        "HellaSwag": _hellaswag(h),
-        "Measured by folio eval": _evaluated(read_metrics(evaluated) if evaluated.is_file() else []),
-        "Samples": _samples(records["sample"]),
-        "Machine": _machine(records["start"]),
-        "Configuration": _configuration(options),
+        "": _facts(runs),
+        "Curves": _curves(drawn) if drawn else "",
+        "Evaluations": _evaluations(runs),
+        "HellaSwag": _hellaswag(runs),
+        "Measured by folio eval": _evaluated(runs),
+        "Samples": _samples(runs),
+        "Machine": _machine(runs),
+        "Configuration": _configuration(runs),
     }
-    body = "".join(
-        f"<section>{f'<h2>{title}</h2>' * bool(title)}{content}</section>\n"
-        for title, content in sections.items()
-        if content
+    body = "".join(section(title, content) for title, content in sections.items())
+    return Template(_file("page.html")).substitute(
+        title=escape(", ".join(_names(runs))),
+        style=_file("uPlot.min.css") * bool(drawn) + _file("style.css"),
+        body=body + "".join(f"<script>{script}</script>\n" for script in scripts),
+        allowed=" ".join(map(_hash, scripts)) or "'none'",
     )
-    write(page, PAGE.substitute(name=escape(h.name), body=body).encode("utf-8", "replace"))
 
 
-def _summary(h: History, records: Records) -> str:
-    """The most important numbers that the run recorded."""
-    seconds = np.hstack([points(records[kind], "seconds")[0] for kind in ("train", "eval")])
-    speed, share = (points(records["train"], key)[0] for key in ("tokens_per_second", "mfu"))
-    unit, word = unit_of([h])
-    figures = {
-        "best validation loss": f"{h.best[1]:.4f}" if h.validation.size else "",
-        "at step": f"{h.best[0]:,.0f}" if h.validation.size else "",
-        "steps": f"{h.tokens[0].max():,.0f}" if h.tokens.size else "",
-        f"tokens ({word})" if word else "tokens": f"{h.tokens[1].max() / unit:,.5g}" if h.tokens.size else "",
-        **{f"HellaSwag, {style}": f"{found[1][-1]:.4f}" for style, found in h.hellaswag.items() if found.size},
-        **{f"{name}, last": f"{found[1][-1]:.5g}" for name, found in h.others.items()},
-        "time": _time(seconds.max()) if seconds.size else "",
-        "tokens per second (median)": f"{np.median(speed):,.0f}" if speed.size else "",
-        "of the devices’ peak (median MFU)": f"{np.median(share):.1%}" if share.size else "",
-    }
+def _file(name: str) -> str:
+    return files.read_text(_PAGE / name)
+
+
+def _hash(script: str) -> str:
+    """The script as a Content-Security-Policy names it, so that a browser runs no other one."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _names(runs: Sequence[Recorded]) -> list[str]:
+    return [run.history.name for run in runs]
+
+
+def _facts(runs: Sequence[Recorded]) -> str:
+    """Cards about one run; a table with a column for each of several."""
+    found = [facts(run) for run in runs]
+    if len(runs) == 1:
+        return cards(found[0])
+    columns = [{fact.name: with_note(fact.value, fact.note) for fact in of_run} for of_run in found]
+    return table(["", *_names(runs)], [[name, *(c.get(name) for c in columns)] for name in _merged(columns)], "facts")
+
+
+def _merged(columns: Sequence[Iterable[str]]) -> list[str]:
+    """All names, each after the one that comes before it in its own column."""
+    found: list[str] = []
+    for column in columns:
+        at = 0
+        for name in column:
+            if name not in found:
+                found.insert(at, name)
+            at = found.index(name) + 1
+    return found
+
+
+def _curves(drawn: dict[str, Any]) -> str:
+    """The switches, a place for each panel, and the data, which the scripts at the end of the page read."""
+    switches = "".join(
+        f"<label><input type={kind}> {label}</label>\n"
+        for kind, label in (
+            ("radio name=axis value=step checked", "over steps"),
+            ("radio name=axis value=tokens data-needs=tokens", "over tokens"),
+            ("radio name=axis value=time data-needs=seconds", "over time"),
+            ("checkbox name=log", "logarithmic axis"),
+            ("checkbox name=smooth checked", "smoothed"),
+        )
+    )
+    places = "".join(
+        f"<figure class=panel data-height={360 if panel['title'] == LOSS else 230}>"
+        f"<figcaption>{escape(panel['title'])}</figcaption><div class=chart></div></figure>\n"
+        for panel in drawn["panels"]
+    )
     return (
-        "<dl>"
-        + "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in figures.items() if value)
-        + "</dl>"
+        f"<form class=switches autocomplete=off>\n{switches}"
+        "<span class=mouse>drag to zoom, double-click to zoom out</span>\n</form>\n"
+        f"<div class=panels>\n{places}</div>\n<script type=application/json id=data>{script_data(drawn)}</script>\n"
     )
 
 
-def _time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+def _of_runs(runs: Sequence[Recorded], head: list[str], rows: Sequence[Sequence[Sequence[Any]]]) -> str:
+    """A table of the rows of each run; if there are several runs, the first column names the run."""
+    if len(runs) == 1:
+        return table(head, rows[0])
+    return table(
+        ["run", *head], [[name, *row] for name, found in zip(_names(runs), rows, strict=True) for row in found]
+    )
 
 
-def _evaluations(h: History, records: Records) -> str:
+def _evaluations(runs: Sequence[Recorded]) -> str:
     """A table of the best evaluation and the last."""
-    found = records["eval"]
-    if not h.validation.size:
-        return ""
-    best = min((r for r in found if not math.isnan(number(r.get("val_loss")))), key=lambda r: number(r["val_loss"]))
-    keys = ("step", "val_loss", "train_loss", "tokens", "seconds")
-    rows = [[which, *(r.get(key) for key in keys)] for which, r in (("best", best), ("last", found[-1]))]
-    return _table(["", "step", "validation loss", "train loss", "tokens", "seconds"], rows)
+    keys = ("step", "val_loss", "train_loss", "tokens")
+    rows = []
+    for run in runs:
+        found = [r for r in run.records["eval"] if not math.isnan(number(r.get("val_loss")))]
+        best = min(found, key=lambda r: number(r["val_loss"]), default={})
+        both = (("best", best), ("last", run.records["eval"][-1])) if found else ()
+        rows.append([[which, *map(r.get, keys), duration(number(r.get("seconds")))] for which, r in both])
+    return _of_runs(runs, ["", "step", "validation loss", "train loss", "tokens", "time"], rows)
 
 
-def _hellaswag(h: History) -> str:
-    rows = [[int(step), style, *found] for style, all in h.hellaswag.items() for step, *found in all.T.tolist()]
-    table = _table(["step", "style", "acc_norm", "standard error"], rows)
-    return _folded(f"{len(rows)} evaluations", table) if rows else ""
+def _hellaswag(runs: Sequence[Recorded]) -> str:
+    rows = [
+        [[int(step), style, *found] for style, all in run.history.hellaswag.items() for step, *found in all.T.tolist()]
+        for run in runs
+    ]
+    count = sum(map(len, rows))
+    found = _of_runs(runs, ["step", "style", "acc_norm", "standard error"], rows)
+    return folded(counted(count, "evaluation"), found) if found else ""
 
 
-def _evaluated(records: list[dict[str, Any]]) -> str:
+def _evaluated(runs: Sequence[Recorded]) -> str:
     """The results of ``folio eval``, one number per row."""
+    return _of_runs(runs, ["step", "task", "metric", "value"], [_results(run.evaluated) for run in runs])
+
+
+def _results(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     rows = []
     for r in records:
         which = ", ".join(str(r[key]) for key in ("kind", "split", "data", "style") if key in r)
@@ -118,99 +177,67 @@ def _evaluated(records: list[dict[str, Any]]) -> str:
             found = figures.items() if isinstance(figures, dict) else ()
             numbers = ((k, v) for k, v in found if not math.isnan(number(v)) and k != "step")
             rows += [(r["step"], task + more, metric, value) for metric, value in numbers]
-    return _table(["step", "task", "metric", "value"], list(dict.fromkeys(rows)))
+    return list(dict.fromkeys(rows))
 
 
-def _samples(records: list[dict[str, Any]]) -> str:
-    """The samples by step, folded except those of the last step."""
+def _samples(runs: Sequence[Recorded]) -> str:
+    """The samples of each run by step, folded except those of the last step."""
+    found = [_samples_of(run.records["sample"], _SAMPLES // len(runs)) for run in runs]
+    if len(runs) == 1:
+        return found[0]
+    return "".join(
+        f"<h3>{escape(name)}</h3>\n{samples}" for name, samples in zip(_names(runs), found, strict=True) if samples
+    )
+
+
+def _samples_of(records: list[dict[str, Any]], most: int) -> str:
+    """Steps are left out evenly if all samples together have more than ``most`` characters."""
     by_step: dict[int, list[str]] = {}
     for r in records:
         if isinstance(text := r.get("text"), str):
             by_step.setdefault(r["step"], []).append(text)
-    return "".join(
-        _folded(f"step {step:,}", "".join(f"<pre>{escape(text)}</pre>" for text in texts), step == max(by_step))
-        for step, texts in sorted(by_step.items(), reverse=True)
+    last_first = sorted(by_step, reverse=True)
+    size = sum(len(text) for texts in by_step.values() for text in texts)
+    shown = last_first[:: max(1, math.ceil(size / most))]
+    left_out = f"<p>Samples of {len(shown):,} of {len(last_first):,} steps.</p>\n"
+    return left_out * (len(shown) < len(last_first)) + "".join(
+        folded(f"step {step:,}", "".join(f"<pre>{escape(text)}</pre>" for text in by_step[step]), step == shown[0])
+        for step in shown
     )
 
 
-def _machine(starts: list[dict[str, Any]]) -> str:
-    """The machine and the resolved ``auto`` options. Starts with equal values share a column."""
-    columns: dict[str, tuple[list[int], dict[str, Any]]] = {}
-    for start in starts:
-        chosen = {k: v for k, v in start.items() if k not in ("kind", "step")}
-        columns.setdefault(json.dumps(chosen), ([], chosen))[0].append(start["step"])
-    keys = dict.fromkeys(key for _, chosen in columns.values() for key in chosen)
-    head = ["", *("from step " + ", ".join(f"{step:,}" for step in steps) for steps, _ in columns.values())]
-    return _table(head, [[key.replace("_", " "), *(c.get(key) for _, c in columns.values())] for key in keys])
+def _machine(runs: Sequence[Recorded]) -> str:
+    """The machine and the resolved ``auto`` options. Starts of a run with equal values share a column."""
+    columns: dict[tuple[str, str], tuple[list[int], dict[str, Any]]] = {}
+    for run in runs:
+        for start in run.records["start"]:
+            chosen = {k: v for k, v in start.items() if k not in ("kind", "step", *SHOWN)}
+            columns.setdefault((run.history.name, json.dumps(chosen)), ([], chosen))[0].append(start["step"])
+    head = [
+        f"{name}, " * (len(runs) > 1) + "from step " + ", ".join(f"{step:,}" for step in steps)
+        for (name, _), (steps, _) in columns.items()
+    ]
+    found = [chosen for _, chosen in columns.values()]
+    return table(
+        ["", *head], [[key.replace("_", " "), *(c.get(key) for c in found)] for key in _merged(found)], "facts"
+    )
 
 
-def _configuration(options: dict[str, Any]) -> str:
-    """The options of the run: first those that differ from the defaults, then the rest."""
+def _configuration(runs: Sequence[Recorded]) -> str:
+    """The options: those that differ between the runs, then those that differ from the defaults, then the rest."""
     usual = defaults(TrainConfig)
-    changed = [[k, str(v), str(usual.get(k, "none"))] for k, v in options.items() if k not in usual or usual[k] != v]
-    same = [[k, str(v)] for k, v in options.items() if k in usual and usual[k] == v]
-    rest = _folded(f"{len(same)} options at their defaults", _table(["option", "default"], same)) if same else ""
-    return _table(["option", "value", "default"], changed) + rest
-
-
-def _folded(title: str, content: str, opened: bool = False) -> str:
-    return f"<details{' open' * opened}><summary>{title}</summary>{content}</details>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Rows of any values as text; "" where there are none."""
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{titles}</tr>{body}</table></div>" if body else ""
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case bool() | str():
-            return escape(str(value)) or "–"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.4f}" if abs(value) >= 0.001 else f"{value:.3g}"
-        case None:
-            return "–"
-    return escape(json.dumps(value))
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; style-src \
-'unsafe-inline'; img-src data: blob:">
-<title>$name</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --faint: #6b6b70; --line: #e2e2e6; --tint: #f5f5f7 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8ea; --paper: #161618; --faint: #9c9ca3; --line: #35353a; --tint: #212124 }
-}
-body { margin: 0 auto; padding: 1.5rem max(1rem, 4vw) 4rem; max-width: 62rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; -webkit-text-size-adjust: 100% }
-h1 { font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere }
-h2 { margin: 2.5rem 0 .75rem; font-size: 1.15rem }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.3rem, 1fr)); gap: .75rem; margin: 0 }
-dl div { padding: .7rem .9rem; border-radius: .6rem; background: var(--tint) }
-dt { color: var(--faint); font-size: .8rem; line-height: 1.3 }
-dd { margin: .15rem 0 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
-th { color: var(--faint); font-weight: 500 }
-details { margin: .5rem 0 }
-summary { cursor: pointer; color: var(--faint) }
-pre { margin: .5rem 0; padding: .8rem 1rem; border-radius: .6rem; background: var(--tint); white-space: pre-wrap;
-  overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace }
-#curves text:not(.hoverlayer *) { fill: var(--ink) !important }
-</style>
-</head>
-<body>
-<h1>$name</h1>
-$body</body>
-</html>
-""")
+    values = {
+        name: [run.options.get(name, usual.get(name)) for run in runs] for name in _merged([r.options for r in runs])
+    }
+    differing = [[k, *map(str, found)] for k, found in values.items() if any(value != found[0] for value in found)]
+    common = {k: found[0] for k, found in values.items() if all(value == found[0] for value in found)}
+    changed = [[k, str(v), str(usual.get(k, "none"))] for k, v in common.items() if k not in usual or usual[k] != v]
+    same = [[k, str(v)] for k, v in common.items() if k in usual and usual[k] == v]
+    shared = table(["option", "value", "default"], changed)
+    if len(runs) > 1 and values:
+        shared = folded(f"{counted(len(changed), 'option')} with the same value in all runs", shared) if shared else ""
+        different = table(["different option", *_names(runs)], differing, "facts")
+        shared = (different or "<p>All runs have the same options.</p>\n") + shared
+    title = f"{counted(len(same), 'option')} at {'its default' if len(same) == 1 else 'their defaults'}"
+    rest = folded(title, table(["option", "default"], same)) if same else ""
+    return shared + rest

@@ -40,6 +40,7 @@ from folio.training.ownership import unwritable
 from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import Run, finish
 from folio.training.schedule import unreached
+from folio.training.start_record import facts
 from folio.training.work import save_checkpoint, scheduled_work
 
 T = TypeVar("T")
@@ -325,8 +326,9 @@ def _report_start(run: Run, notes: list[str]) -> None:
     for line in forecast.outlook(run):
         say(line)
     if not run.read_only:
-        chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
-        run.log.write({"kind": "start", "step": run.begun, **chosen})
+        if run.log.main:
+            chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
+            run.log.write({"kind": "start", "step": run.begun, **facts(run), **chosen})
         o = config.logging
         run.log.follow(
             trackers.parse(o.track) + ("wandb",) * o.wandb_log,

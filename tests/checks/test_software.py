@@ -31,7 +31,7 @@ def test_a_missing_package_of_an_extra(one, site) -> None:
     row = one("extra plot")
     assert row.mark == "missing"
     assert "matplotlib is missing" in row.text
-    assert row.text.endswith(": folio plot or folio report cannot draw")
+    assert row.text.endswith(": folio plot cannot draw")
     assert shlex.split(row.remedy)[1:] == ["-m", "pip", "install", "-e", f"{ROOT}[plot]"]
 
 

@@ -1,19 +1,16 @@
-"""The report of a run: its content, and that a browser shows it without a network."""
+"""The report of runs: the content of its page."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 from test_plot import evaluation, hellaswag, oddly, own, run, train, usual
-
-pytest.importorskip("plotly")
 
 Folio = Callable[..., Outcome]
 EVIL = "</script></pre></td><script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
@@ -23,14 +20,21 @@ START = {"kind": "start", "device": "cuda", "processor": "NVIDIA H100", "tokens_
 def text_of(page: str) -> str:
     """The visible text of a page, without scripts, styles and tags."""
     page = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)).strip()
 
 
-def page_of(folio: Folio, out: Path) -> str:
-    outcome = folio("report", str(out))
+def page_of(folio: Folio, *outs: Path) -> str:
+    page = Path("compare.html") if len(outs) > 1 else outs[0] / "report.html"
+    outcome = folio("report", *map(str, outs))
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out == f"wrote {out / 'report.html'}\n"
-    return (out / "report.html").read_text(encoding="utf-8")
+    assert outcome.out == f"wrote {page}\n"
+    return page.read_text(encoding="utf-8")
+
+
+def panels_of(page: str) -> dict[str, list[dict[str, Any]]]:
+    """The curves that a page draws, by the title of their panel; empty if it draws none."""
+    found = re.findall(r"<script type=application/json id=data>(.*?)</script>", page)
+    return {panel["title"]: panel["curves"] for data in found for panel in json.loads(data)["panels"]}
 
 
 def sample(step: int, text: str, number: int = 0) -> dict[str, Any]:
@@ -47,18 +51,21 @@ def test_the_report_of_a_real_run(folio: Folio, story: Path, tmp_path: Path) -> 
     page = page_of(folio, out)
     text = text_of(page)
     best = json.loads((out / "best.json").read_text())
-    assert f"best validation loss {best['loss']:.4f} at step {best['step']} steps 10 tokens (thousands) 1.28" in text
+    assert f"best validation loss {best['loss']:.4f} nats per token, after {best['step']} steps perplexity" in text
+    assert "steps 10 of 10 tokens (thousands) 1.28" in text
     assert "n_layer 2 12" in text  # asked, default
-    for words in ("tokens per second (median)", "device cpu", "matmul precision highest", "from step 0", f"{story} –"):
+    for words in ("tokens per second, median", "device cpu", "matmul precision highest", "from step 0", f"{story} –"):
         assert words in text
-    for absent in ("HellaSwag", "Samples", "folio eval"):
+    for absent in ("HellaSwag", "Samples", "folio eval", "of step", "at step"):
         assert absent not in text
-    assert page.count("<!doctype html>") == page.count("plotly.js v") == 1
+    assert page.count("<!doctype html>") == page.count("uPlot (v") == 1
+    assert list(panels_of(page)) == ["loss (nats per token)", "learning rate", "gradient norm", "tokens per second"]
+    assert len(page) < 150_000
 
 
 def test_options_that_differ_from_the_defaults_come_first(folio: Folio, tmp_path: Path) -> None:
     out = run(tmp_path / "run", usual(), n_layer=12, n_head=6, dataset="<b>", gone="yes")
-    changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 options at their defaults")
+    changed, same = text_of(page_of(folio, out)).split("Configuration")[1].split("1 option at its default")
     assert "n_head 6 12 dataset &lt;b&gt; openwebtext gone yes none" in changed
     assert "n_layer 12" in same
 
@@ -112,8 +119,11 @@ def test_samples_are_shown_as_text_and_the_last_step_is_open(folio: Folio, tmp_p
 def test_a_measurement_of_ones_own_has_its_panel_and_last_value(folio: Folio, tmp_path: Path) -> None:
     records = [own(step, norm=12 + step / 100, **{"<b>": 0.5}) for step in (0, 50, 100)]
     page = page_of(folio, run(tmp_path / "run", [*usual(), *records]))
-    assert "wte/norm, last 13 wte/&lt;b&gt;, last 0.5" in text_of(page)
-    assert page.count('"text":"wte\\u002fnorm"') + page.count('"text":"wte/norm"') == 1
+    after = "last value, after 100 steps"
+    assert f"wte/norm 13 {after} wte/&lt;b&gt; 0.5 {after}" in text_of(page)
+    (curve,) = panels_of(page)["wte/norm"]
+    assert (curve["x"], curve["y"]) == ([0, 50, 100], [12, 12.5, 13])
+    assert "wte/<b>" in panels_of(page)
     assert "wte/<b>" not in page
 
 
@@ -131,7 +141,7 @@ def test_a_measurement_of_ones_own_has_its_panel_and_last_value(folio: Folio, tm
 )
 def test_runs_with_few_records_have_a_report(folio: Folio, tmp_path: Path, records: list[dict[str, Any]]) -> None:
     page = page_of(folio, run(tmp_path / "run", records, '{"kind": "tra'))
-    assert ("plotly.js v" in page) == (records[0]["kind"] not in ("start", "sample"))
+    assert ("uPlot (v" in page) == bool(panels_of(page)) == (records[0]["kind"] not in ("start", "sample"))
     assert "nan" not in text_of(page)
 
 
@@ -168,11 +178,56 @@ def test_runs_with_odd_evaluations_have_a_report(folio: Folio, tmp_path: Path) -
         assert folio("report", str(out)).code == 0
 
 
-def test_the_report_of_a_long_run_is_small(folio: Folio, tmp_path: Path) -> None:
-    short, long = (
-        page_of(folio, run(tmp_path / str(steps), [train(step) for step in range(steps)])) for steps in (9, 20_000)
+def test_the_report_of_long_runs_is_small(folio: Folio, tmp_path: Path) -> None:
+    """Ten runs that are too long to show all points and samples take less than 1.5 MB."""
+    figures = {"lr": 0.00012345, "grad_norm": 1.23456789, "tokens_per_second": 12345.678, "seconds": 123.456}
+    long = [{**train(step), **figures} for step in range(20_000)]
+    samples = [sample(step, "word " * 200, number) for step in range(0, 20_000, 50) for number in range(5)]
+    one = page_of(folio, run(tmp_path / "run", [*long, *samples]))
+    assert len(one) < 1_000_000
+    assert "Samples of 80 of 400 steps." in one
+    assert "<summary>step 19,950<" in one
+    for number in range(10):
+        run(tmp_path / str(number), [*long[::4], *(own(0, **{f"norm_{i}": i}) for i in range(20))])
+    ten = page_of(folio, *(tmp_path / str(number) for number in range(10)))
+    assert len(ten) < 1_500_000
+    assert {len(curves) for curves in panels_of(ten).values()} == {10}
+
+
+def test_several_runs_are_on_one_page(folio: Folio, tmp_path: Path) -> None:
+    first = run(
+        tmp_path / "a" / "first", [*usual(), hellaswag(100), sample(100, "one")], n_head=6, dropout=0.1, bias=True
     )
-    assert len(long) < len(short) + 300_000
+    records = [*usual(), own(100, norm=2.5), hellaswag(100, "harness"), sample(100, "two"), {**START, "step": 0}]
+    second = run(tmp_path / "second", records, n_head=6, dropout=0.2)
+    append(second, {"kind": "hellaswag", "step": 100, "style": "harness", "acc_norm": 0.375})
+    page = page_of(folio, first, second)
+    text = text_of(page)
+    best = "3.0135 nats per token, after 100 steps"
+    assert text.startswith(f"first, second first, second first second best validation loss {best} {best} perplexity")
+    for words in (
+        "wte/norm – 2.5 last value, after 100 steps",
+        "first best 100 3.0135 3.0135 10,000 – first last 100 3.0135 3.0135 10,000 – second best 100",
+        "first 100 completion 0.2600 0.0044 second 100 harness 0.2600 0.0044",
+        "run step task metric value second 100 hellaswag, harness acc_norm 0.3750",
+        "first step 100 one second step 100 two",
+        "second, from step 0 device cuda",
+        "different option first second dropout 0.1 0.2 bias True False 1 option with the same value",
+    ):
+        assert words in text
+    panels = panels_of(page)
+    assert [(c["run"], c["name"]) for c in panels["loss (nats per token)"]] == [
+        (0, "train"), (0, "validation"), (1, "train"), (1, "validation")
+    ]  # fmt: skip
+    assert [c["run"] for c in panels["wte/norm"]] == [1]
+    assert not (first / "report.html").exists()
+    assert not (second / "report.html").exists()
+
+
+def test_a_folder_that_is_named_twice_is_one_run(folio: Folio, tmp_path: Path) -> None:
+    out = run(tmp_path / "run", usual())
+    assert folio("report", str(out), str(out / ".." / "run")).out == f"wrote {out / 'report.html'}\n"
+    assert text_of((out / "report.html").read_text(encoding="utf-8")).startswith("run run best validation loss")
 
 
 def test_a_report_without_a_run_or_a_writable_page_is_refused(folio: Folio, tmp_path: Path) -> None:
@@ -181,69 +236,8 @@ def test_a_report_without_a_run_or_a_writable_page_is_refused(folio: Folio, tmp_
     folder.mkdir()
     before = sorted(tmp_path.rglob("*"))
     assert_refused(folio("report", str(tmp_path)), tmp_path / "metrics.jsonl", "is missing")
+    assert_refused(folio("report", str(out), str(empty)), empty / "metrics.jsonl", "holds nothing yet")
     assert_refused(folio("report", str(empty)), empty / "metrics.jsonl", "holds nothing yet")
     assert_refused(folio("report", str(out), "-o", str(folder)), folder, "could not be written")
     assert_refused(folio("report", str(out), "-o", str(tmp_path / "page.png")), "page.png", ".html")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# In a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a run with HTML in every text that it can contain."""
-    from folio.records.report import report
-
-    out = tmp_path_factory.mktemp("runs") / "<img src=x onerror=evil=1>"
-    scored = [hellaswag(step, style) for step in (0, 50, 100) for style in ("completion", EVIL)]
-    records = [{**START, "step": 0, EVIL: EVIL}, *usual(), *scored, sample(100, EVIL), sample(50, "word " * 99)]
-    run(out, records, dataset="fineweb_edu", data_dir=EVIL, **{EVIL: EVIL})
-    append(out, {"kind": "lm_eval", "step": 9, "tasks": {EVIL: {EVIL: 1.5}}})
-    page = out.parent / "page.html"
-    report(out, page)
-    return page
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
-def test_a_browser_shows_the_report_without_a_network(browser: Any, page_file: Path, width: int, scheme: str) -> None:
-    context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 900})
-    page = context.new_page()
-    errors: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(page_file.as_uri())
-    page.wait_for_selector("#curves .scatterlayer .trace")
-
-    panel = page.locator("#curves .nsewdrag").first.bounding_box()
-    page.mouse.move(panel["x"] + panel["width"] / 2, panel["y"] + panel["height"] / 2)
-    page.wait_for_selector("#curves .hoverlayer .legendtext")
-    told = page.locator("#curves .hoverlayer").text_content()
-    assert re.search(r"train, smoothed : (\(\d+, )?3\.\d+", told), told
-
-    read = page.locator("body").inner_text()
-    assert read.count("<script>window.evil = 1</script>") >= 6
-    assert page.evaluate("window.evil") is None
-    colors = "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(c => parseInt(c.slice(4)))"
-    ink, paper = page.locator("body").evaluate(colors)
-    assert (ink > 200 > 50 > paper) if scheme == "dark" else (ink < 50 < 200 < paper)
-    tick = page.locator("#curves .ytick text").first.evaluate("e => parseInt(getComputedStyle(e).fill.slice(4))")
-    assert tick == ink
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
-    assert errors == []
-    assert requests == [page_file.as_uri()]

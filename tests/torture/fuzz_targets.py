@@ -327,14 +327,10 @@ def metrics_jsonl(content: bytes, folder: Path) -> None:
     (out / run_folder.METRICS).write_bytes(content)
     (out / run_folder.EVALUATIONS).write_bytes(content)
     metrics.holds_records(out / run_folder.METRICS)
-    read = history.read(out)
-    h = history.history("run", read, {})
-    for section in (report._summary, report._evaluations):
-        section(h, read)
-    report._hellaswag(h)
-    report._evaluated(metrics.read_metrics(out / run_folder.EVALUATIONS))
-    report._samples(read["sample"])
-    report._machine(read["start"])
+    run = report.recorded("run", out)
+    report.html([run])
+    report.html([run, run])
+    h = run.history
     for drawn in (h.train, h.validation, *h.others.values()):
         if drawn.size:
             history.smooth(drawn[1])

@@ -54,6 +54,7 @@ class History(NamedTuple):
     tokens: Points  # (2, N): steps, tokens trained on until then
     seconds: Points  # (2, N): steps, seconds from the run's start until then
     fineweb: bool  # the data is FineWeb-Edu, by its name
+    lost: int  # train and validation losses that were NaN or infinite
 
     def along(self, steps: NDArray[np.float64], axis: Axis) -> NDArray[np.float64]:
         """Where steps (N,) are on an x axis; NaN if the run did not record what the axis counts."""
@@ -116,6 +117,7 @@ def history(name: str, records: Records, options: dict[str, Any]) -> History:
         _until(records, "tokens"),
         _until(records, "seconds"),
         "fineweb" in "/".join(Path(source).parts[-2:]).lower(),  # data/fineweb_edu, edu_fineweb10B/*.npy
+        sum(r.get(key, 0) is None for kind, key in (("train", "loss"), ("eval", "val_loss")) for r in records[kind]),
     )
 
 

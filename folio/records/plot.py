@@ -145,6 +145,8 @@ def _draw_panels(fig: Any, histories: list[History], view: View) -> list[tuple[A
         ax.margins(x=0.02)
         labels = [label for h, look in zip(histories, looks, strict=True) for label in draw_curves(ax, h, view, look)]
         if title == LOSS:
+            if lost := sum(h.lost for h in histories):
+                ax.set_title(f"{title}, without {lost:,} that are not finite")
             ax.set_ylim(span(histories, view.log))
             _note_first(ax, histories, view, looks)
         _add_references(ax, title, histories)

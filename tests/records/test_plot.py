@@ -295,9 +295,17 @@ def test_looks_differ() -> None:
 @pytest.mark.parametrize(
     ("records", "end", "shown", "absent"),
     [
-        pytest.param([train(step) for step in range(9)], "", [LOSS, "train, smoothed"], ["validation"], id="no-eval"),
+        pytest.param(
+            [train(step) for step in range(9)], "", [f">{LOSS}<", "train, smoothed"], ["validation"], id="no-eval"
+        ),
         pytest.param([evaluation(0, 4.0), evaluation(5, 3.0)], "", [LOSS, ">3.0000<"], ["smoothed"], id="no-train"),
-        pytest.param([train(0), {**train(1), "loss": None}, evaluation(2, None)], "", [LOSS], [">valid"], id="null"),
+        pytest.param(
+            [train(0), {**train(1), "loss": None}, evaluation(2, None)],
+            "",
+            [f">{LOSS}, without 2 that are not finite<"],
+            [">valid"],
+            id="null",
+        ),
         pytest.param(usual(), '{"kind": "eval", "step": 200, "val_l', [LOSS, "3.0135"], [], id="cut"),
         pytest.param([evaluation(0, 4.0)], "", [LOSS, ">4.0000<", ">0<"], ["tokens"], id="one-evaluation"),
         pytest.param([train(0)], "", [LOSS], ["validation"], id="one-step"),

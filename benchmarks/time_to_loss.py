@@ -243,7 +243,7 @@ def _picture(curves: Mapping[str, tuple[list[float], list[float]]], form: str) -
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     with matplotlib.rc_context(plot.SETTINGS):
-        fig = Figure(figsize=(7, 4.2), layout="constrained")
+        fig = Figure(figsize=(plot.WIDTH, 4), layout="constrained")
         ax = fig.subplots()
         ax.set(xscale="log", xlabel="seconds of training", ylabel="validation loss (nats per token)")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -251,7 +251,7 @@ def _picture(curves: Mapping[str, tuple[list[float], list[float]]], form: str) -
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.25)
         for (name, (seconds, losses)), look in zip(curves.items(), plot.line_styles(len(curves)), strict=True):
-            ax.plot(seconds, losses, **look, markevery=[-1])
+            ax.plot(seconds, losses, **look, **plot.BOLD, markevery=[-1])
             label = f"{name.removesuffix('_shakespeare_cpu')}\n{losses[-1]:.2f}, {seconds[-1]:.0f} s"
             how: dict[str, Any] = {"textcoords": "offset points", "color": look["color"]}
             # beside the end of nanoGPT's curve, below that of the others
@@ -261,7 +261,7 @@ def _picture(curves: Mapping[str, tuple[list[float], list[float]]], form: str) -
         low, high = ax.get_ylim()
         ax.set_ylim(low - 0.15, min(3.0, high))  # all begin at 4.2
         drawn = io.BytesIO()
-        fig.savefig(drawn, format=form, dpi=150)
+        fig.savefig(drawn, format=form, dpi=plot.DPI)
     return drawn.getvalue()
 
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "export": "export a model: a Hugging Face folder, or a GGUF file",
     "import": "import a model of nanoGPT, its heirs or Hugging Face, to resume it",
     "eval": "measure a model: its loss, HellaSwag, the tasks of the lm-evaluation-harness",
-    "plot": "draw the losses and HellaSwag accuracies of runs",
+    "plot": "draw the losses, HellaSwag accuracies and other measurements of runs",
     "report": "write a one-page report of one run or several",
     "plan": "compute what a run would need: memory, time, cost",
     "bench": "measure the speed of training",

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,24 @@ from folio.records.run_folder import METRICS
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
 GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # its acc_norm: build-nanogpt, lm-evaluation-harness
 UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
+# Okabe and Ito's colors, which color-blind readers tell apart, in another order and darker: on white each has a
+# contrast of 3 or more, and neighbors differ in lightness, so in gray too.
+COLORS = ("#0062A3", "#D07D00", "#008A63", "#B83C00", "#3095CE", "#B3568C", "#000000")
 
+_DURATIONS = {86400.0: "days", 3600.0: "hours", 60.0: "minutes", 1.0: "seconds"}
 _MOST = 32  # measurements, besides Folio's own, that are drawn
 
 Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; an empty list for a kind without records
 Points: TypeAlias = NDArray[np.float64]  # (2, N): steps, values
+Counted: TypeAlias = Literal["step", "tokens", "time"]  # by an x axis
+
+
+class Axis(NamedTuple):
+    """An x axis: what it counts, in which unit, and its label."""
+
+    counted: Counted
+    unit: float  # tokens or seconds
+    label: str
 
 
 class History(NamedTuple):
@@ -39,16 +52,16 @@ class History(NamedTuple):
     hellaswag: dict[str, NDArray[np.float64]]  # style → (3, N): steps, acc_norm, its standard error
     others: dict[str, Points]  # "kind/field" → the values of a measurement that is not Folio's own
     tokens: Points  # (2, N): steps, tokens trained on until then
+    seconds: Points  # (2, N): steps, seconds from the run's start until then
     fineweb: bool  # the data is FineWeb-Edu, by its name
+    lost: int  # train and validation losses that were NaN or infinite
 
-    def along(self, steps: NDArray[np.float64], unit: float | None) -> NDArray[np.float64]:
-        """Where steps (N,) are on the x axis: the steps themselves, or the tokens trained on until then, in ``unit``.
-
-        NaN if the run recorded no tokens.
-        """
-        if unit is None:
+    def along(self, steps: NDArray[np.float64], axis: Axis) -> NDArray[np.float64]:
+        """Where steps (N,) are on an x axis; NaN if the run did not record what the axis counts."""
+        if axis.counted == "step":
             return steps
-        return np.interp(steps, *self.tokens) / unit if self.tokens.size else np.full_like(steps, np.nan)
+        known = self.tokens if axis.counted == "tokens" else self.seconds
+        return np.interp(steps, *known) / axis.unit if known.size else np.full_like(steps, np.nan)
 
     @property
     def best(self) -> tuple[float, float]:
@@ -94,10 +107,6 @@ def history(name: str, records: Records, options: dict[str, Any]) -> History:
         found = [r for r in scored if r["style"] == style]
         steps, accuracy, total = points(found, "step", "acc_norm", "total")
         hellaswag[style] = np.stack([steps, accuracy, np.sqrt(accuracy * (1 - accuracy) / np.maximum(total, 1))])
-    updates = points(records["train"], "step", "tokens")
-    updates[0] += 1  # a train line counts its own step's tokens
-    seen = np.hstack([updates, points(records["eval"], "step", "tokens")])
-    seen = seen[:, seen.min(axis=0) > 0]
     source = "" if options.get("data_mixture") else options.get("data_dir") or options.get("dataset") or ""
     return History(
         name,
@@ -105,9 +114,24 @@ def history(name: str, records: Records, options: dict[str, Any]) -> History:
         points(records["eval"], "step", "val_loss"),
         hellaswag,
         _others(records),
-        np.unique(np.hstack([np.zeros((2, 1)), seen]), axis=1) if seen.size else seen,
+        _until(records, "tokens"),
+        _until(records, "seconds"),
         "fineweb" in "/".join(Path(source).parts[-2:]).lower(),  # data/fineweb_edu, edu_fineweb10B/*.npy
+        sum(r.get(key, 0) is None for kind, key in (("train", "loss"), ("eval", "val_loss")) for r in records[kind]),
     )
+
+
+def _until(records: Records, key: str) -> Points:
+    """What train lines and evaluations counted until each step, from zero at step 0; of two counts, the lower."""
+    updates = points(records["train"], "step", key)
+    updates[0] += 1  # a train line counts its own step's
+    seen = np.hstack([updates, points(records["eval"], "step", key)])
+    seen = seen[:, seen.min(axis=0) > 0]
+    if not seen.size:
+        return seen
+    steps, values = np.unique(np.hstack([np.zeros((2, 1)), seen]), axis=1)
+    steps, first = np.unique(steps, return_index=True)
+    return np.stack([steps, values[first]])
 
 
 def _others(records: Records) -> dict[str, Points]:
@@ -127,59 +151,80 @@ def points(records: list[dict[str, Any]], *keys: str) -> NDArray[np.float64]:
     return columns[:, np.isfinite(columns).all(axis=0)]
 
 
-def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The mean of all values (N,), each weighted by exp(−distance / horizon), with N / 100 as the horizon.
+def smooth(
+    values: NDArray[np.float64], share: float = 0.01, at: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """The mean of all values (N,), each weighted by exp(−distance / horizon), with a share of the run as the horizon.
 
-    It averages over both sides, so that the curve does not lag behind the evaluations. The weights of each mean sum to
-    one, so that the ends are not pulled to zero.
+    ``at`` (N,) says where the values are, in ascending order; they are evenly spaced if it is missing. The mean is over
+    both sides, so that the curve does not lag behind the evaluations. The weights of each mean sum to one, so that the
+    ends are not pulled to zero. The horizon is at most a quarter of the way from the start, so that the fall of the
+    loss is not flattened.
     """
-    decay = math.exp(-1 / max(1.0, len(values) / 100))
+    at = np.arange(len(values), dtype=np.float64) if at is None else at
+    if len(values) < 2 or share == 0 or at[-1] == at[0]:
+        return values
+    horizons = np.minimum(share * (at[-1] - at[0]), (at[1:] - at[0]) / 4)
+    decays = np.exp(-np.diff(at) / horizons).tolist()
 
-    def before(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = itertools.accumulate(terms.tolist(), lambda total, term: decay * total + term)
-        return np.fromiter(sums, np.float64, len(terms))
+    def before(terms: list[float], decays: list[float]) -> NDArray[np.float64]:
+        pairs = zip([0.0, *decays], terms, strict=True)
+        sums = itertools.accumulate(pairs, lambda total, pair: pair[0] * total + pair[1], initial=0.0)
+        return np.fromiter(itertools.islice(sums, 1, None), np.float64, len(terms))
 
     def around(terms: NDArray[np.float64]) -> NDArray[np.float64]:
-        return before(terms) + before(terms[::-1])[::-1] - terms
+        forward, backward = before(terms.tolist(), decays), before(terms[::-1].tolist(), decays[::-1])
+        return forward + backward[::-1] - terms
 
     return around(values) / around(np.ones_like(values))
 
 
-def thin(points: Points, bins: int = 1000) -> Points:
+def thin(points: Points, bins: int = 1000, log: bool = False) -> Points:
     """The first, last, lowest and highest point of each bin. A line through these looks like a line through all.
 
-    This is M4 (Jugel et al., VLDB 2014).
+    The bins are as wide as each other on a linear axis, or on a logarithmic one. This is M4 (Jugel et al., VLDB 2014).
     """
-    if points.shape[1] <= 4 * bins:
+    count = points.shape[1]
+    if count <= 4 * bins:
         return points
-    edges = np.linspace(0, points.shape[1], bins + 1).astype(int).tolist()
+    edges = np.geomspace(1, count + 1, bins + 1) - 1 if log else np.linspace(0, count, bins + 1)
     values = points[1]
     kept = {
         i
-        for a, b in itertools.pairwise(edges)
+        for a, b in itertools.pairwise(np.unique(edges.round().astype(int)).tolist())
         for i in (a, a + int(values[a:b].argmin()), a + int(values[a:b].argmax()), b - 1)
     }
     return points[:, sorted(kept)]
 
 
-def span(histories: Sequence[History]) -> tuple[float, float]:
+def span(histories: Sequence[History], log: bool = False) -> tuple[float, float]:
     """The lowest and highest loss to show.
 
-    Losses of the first twentieth of a run are cut off at the top if they would take more than two thirds of the height.
-    The highest hundredth of the later train losses may be cut off too.
+    On a linear axis, losses of the first twentieth of the longest run, and of the first half of another, are cut off at
+    the top if they would take more than half of the height; the highest hundredth of the later train losses may be cut
+    off too. A logarithmic axis, which gives the beginning its room, shows all. GPT-2's loss is included if it is within
+    reach.
     """
-    shown, highest = [GPT2_LOSS] * any(h.fineweb for h in histories), -math.inf
-    for h in histories:
-        steps = h.train[0] if h.train.size else h.validation[0]
-        begin = steps[len(steps) // 20] if steps.size else 0.0
+    shown, highest = [], -math.inf
+    drawn = [h.train[0] if h.train.size else h.validation[0] for h in histories]
+    twentieth = max(steps[-1] for steps in drawn if steps.size) / 20
+    for h, steps in zip(histories, drawn, strict=True):
+        begin = min(twentieth, steps[len(steps) // 2]) if steps.size and not log else 0.0
         train, validation = (losses[at >= begin] for at, losses in (h.train, h.validation))
         shown += [train.min(), np.quantile(train, 0.99)] if train.size else []
         shown += validation.tolist()
         highest = max([highest, *shown, *h.train[1, :1], *h.validation[1, :1]])
     low, high = min(shown), max(shown)
-    high = low + 2 * (high - low) if highest - low > 3 * (high - low) > 0 else highest
+    high = low + 1.25 * (high - low) if highest - low > 2 * (high - low) > 0 and not log else highest
+    if any(h.fineweb for h in histories) and within_reach(GPT2_LOSS, low, high):
+        low, high = min(low, GPT2_LOSS), max(high, GPT2_LOSS)
     margin = 0.04 * (high - low) or 0.1
     return float(low - margin), float(high + margin)
+
+
+def within_reach(value: float, low: float, high: float) -> bool:
+    """Whether curves between ``low`` and ``high`` keep two thirds of the height if a value is shown with them."""
+    return low - (high - low) / 2 <= value <= high + (high - low) / 2
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -198,3 +243,15 @@ def unit_of(histories: Sequence[History]) -> tuple[float, str]:
     """The unit in which to count the tokens of the runs, and its name; (1, "") for fewer than a thousand."""
     most = max((h.tokens[1].max() for h in histories if h.tokens.size), default=0.0)
     return next(((unit, word) for unit, word in UNITS.items() if most >= unit), (1.0, ""))
+
+
+def axis_of(counted: Counted, histories: Sequence[History]) -> Axis:
+    """The x axis that counts steps, tokens or time, in the unit that fits the longest of the runs."""
+    if counted == "step":
+        return Axis(counted, 1.0, "step")
+    if counted == "tokens":
+        unit, word = unit_of(histories)
+        return Axis(counted, unit, f"tokens ({word})" if word else "tokens")
+    most = max((h.seconds[1].max() for h in histories if h.seconds.size), default=0.0)
+    unit, word = next(((unit, word) for unit, word in _DURATIONS.items() if most >= 2 * unit), (1.0, "seconds"))
+    return Axis(counted, unit, f"time ({word})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import numpy as np
 import pytest
 from conftest import SMALL, Outcome, assert_refused
 
-from folio.records.history import Records, history, names
+from folio.records.history import COLORS, Records, history, names
 from folio.records.plot import draw, line_styles
 from folio.records.run_folder import METRICS
 
 pytest.importorskip("matplotlib")
 
 Folio = Callable[..., Outcome]
-LOSS, HELLASWAG, TOKENS = "loss (nats per token)", "HellaSwag accuracy", "tokens (thousands)"
+LOSS, HELLASWAG, TOKENS = "loss (nats per token)", "HellaSwag accuracy (acc_norm)", "tokens (thousands)"
 
 
 def train(step: int, loss: float | None = None, rate: int = 100) -> dict[str, Any]:
@@ -55,17 +56,32 @@ def run(out: Path, records: list[dict[str, Any]], end: str = "", **asked: str) -
     return out
 
 
-def drawn(*outs: Path) -> str:
+def drawn(*outs: Path, **how: Any) -> str:
     """The plot of these runs as SVG, in which text stays text."""
     picture = outs[0] / "picture.svg"
-    draw(outs, picture)
+    draw(outs, picture, **how)
     return picture.read_text()
 
 
-def height(svg: str, text: str) -> float:
-    """The distance from the top of the only occurrence of this text."""
-    (found,) = re.findall(rf' y="([\d.]+)"[^>]*>{re.escape(text)}<', svg)
-    return float(found)
+def place(svg: str, text: str) -> tuple[float, float]:
+    """The place of the only occurrence of this text, in points from the left and the top."""
+    (found,) = re.findall(rf' x="([\d.]+)" y="([\d.]+)"[^>]*>{re.escape(text)}<', svg)
+    return float(found[0]), float(found[1])
+
+
+def lines(svg: str, color: str, width: float) -> list[list[tuple[float, float]]]:
+    """The points of each line of this color and width, in points from the left and the top."""
+    found = re.findall(
+        rf'<path d="([^"]*)" clip-path[^>]*stroke: {color.lower()};[^"]*stroke-width: {width:g}[;"]', svg
+    )
+    paths = [[(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path)] for path in found]
+    return [path for path in paths if len(path) > 1]
+
+
+def size(svg: str) -> tuple[float, float]:
+    """Width and height in points."""
+    ((width, height),) = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)
+    return float(width), float(height)
 
 
 def darkest(picture: Path) -> int:
@@ -84,7 +100,7 @@ def test_a_real_run_is_drawn(folio: Folio, story: Path, tmp_path: Path) -> None:
     assert darkest(out / "loss.png") < 50
     svg = drawn(out)
     best = json.loads((out / "best.json").read_text())["loss"]
-    for text in (LOSS, ">step<", TOKENS, "train, smoothed", ">validation<", ">a run<", f">{best:.4f}<"):
+    for text in (LOSS, ">step<", "train, smoothed", ">validation<", ">a run<", f">{best:.4f}<"):
         assert text in svg
     assert "GPT-2" not in svg
     assert HELLASWAG not in svg
@@ -117,27 +133,44 @@ def test_every_format_has_the_same_bytes_again(
     ],
 )
 def test_gpt2s_loss_is_drawn_for_fineweb_edu_only(tmp_path: Path, asked: dict[str, str], there: bool) -> None:
+    """Where it is within reach of the curves."""
     svg = drawn(run(tmp_path / "run", usual(), **asked))
     assert ("3.2924" in svg) == there
     assert ("GPT-2 124M" in svg) == there
 
 
+def test_gpt2s_loss_out_of_reach_is_not_drawn(tmp_path: Path) -> None:
+    far = [train(step, 9 - step / 100) for step in range(100)]
+    assert "GPT-2" not in drawn(run(tmp_path / "run", far, dataset="fineweb_edu"))
+
+
 @pytest.mark.parametrize(
-    ("styles", "values"),
+    ("styles", "score", "values"),
     [
-        (["completion"], {"completion 0.2955"}),
-        (["harness"], {"harness 0.3114"}),
-        (["completion", "harness"], {"completion 0.2955", "harness 0.3114"}),
-        (["another"], set()),
+        (["completion"], 0.29, {"completion: 0.2955"}),
+        (["harness"], 0.31, {"harness: 0.3114"}),
+        (["completion", "harness"], 0.3, {"completion: 0.2955", "harness: 0.3114"}),
+        (["another"], 0.3, set()),
+        (["completion"], 0.2, set()),
     ],
 )
 def test_gpt2s_hellaswag_accuracy_is_that_of_the_same_style(
-    tmp_path: Path, styles: list[str], values: set[str]
+    tmp_path: Path, styles: list[str], score: float, values: set[str]
 ) -> None:
-    scored = [hellaswag(step, style) for style in styles for step in (0, 50, 100)]
+    """Where it is within reach of the curves. Two styles of a run have labels."""
+    scored = [{**hellaswag(step, style), "acc_norm": score + step / 5000} for style in styles for step in (0, 50, 100)]
     svg = drawn(run(tmp_path / "run", [*usual(), *scored]))
     assert HELLASWAG in svg
-    assert {value for value in ("completion 0.2955", "harness 0.3114") if value in svg} == values
+    assert {value for value in ("completion: 0.2955", "harness: 0.3114") if value in svg} == values
+    assert (">harness<" in svg) == (len(styles) == 2)
+
+
+def test_accuracies_have_their_standard_errors(tmp_path: Path) -> None:
+    svg = drawn(run(tmp_path / "run", [hellaswag(0), hellaswag(100)]))
+    bars = re.findall(rf'd="M (\S+) (\S+) \nL (\S+) (\S+) \n" clip-path[^>]*stroke: {COLORS[0].lower()}', svg)
+    heights = [float(y) - float(v) for x, y, u, v in bars if x == u]
+    assert len(heights) == 2
+    assert min(heights) > 20
 
 
 def test_several_runs_have_different_names(tmp_path: Path) -> None:
@@ -146,39 +179,135 @@ def test_several_runs_have_different_names(tmp_path: Path) -> None:
     svg = drawn(*outs, outs[0])
     last = tmp_path.name
     for name in ("a/out", "b/out", f"{last}/_c", f"{last}/$d_{{$"):
-        assert svg.count(f">{name}: validation, best 3.0135 at step 100<") == 1
+        assert all(f">{line}<" in svg for line in textwrap.wrap(f"{name} 3.0135", 22))
     assert names([Path("/x/out")]) == ["out"]
 
 
-def test_tokens_have_an_axis_at_the_top_or_their_own_column(tmp_path: Path) -> None:
-    one, same, other = (run(tmp_path / f"run{i}", usual(rate)) for i, rate in enumerate((100, 100, 50)))
-    changed = run(tmp_path / "changed", [*usual(), train(100), {**train(101), "tokens": 10_300}])
-    silent = run(tmp_path / "silent", [{**train(step), "tokens": None} for step in range(9)])
-    for outs in ([one], [one, same]):
-        svg = drawn(*outs)
-        assert height(svg, TOKENS) < height(svg, "step") / 4
-    for outs in ([one, other], [changed], [other, one, silent]):
-        svg = drawn(*outs)
-        assert height(svg, TOKENS) == pytest.approx(height(svg, "step"), abs=1)
-    assert "tokens" not in drawn(silent)
+def test_each_run_has_its_color_and_a_label_of_it_at_the_end_of_its_curve(tmp_path: Path) -> None:
+    """The label gives the best validation loss, is right of the curve and near its height."""
+    svg = drawn(*(run(tmp_path / name, usual()[: n + 1] + usual()[100:]) for name, n in (("a", 99), ("b", 99))))
+    for name, color in zip("ab", COLORS, strict=False):
+        assert re.search(rf"fill: {color.lower()}[^>]*>{name} 3.0135<", svg)
+        ((*_, end),) = lines(svg, color, 2)
+        x, y = place(svg, f"{name} 3.0135")
+        assert end[0] < x < end[0] + 15
+        assert abs(end[1] - y) < 20
+        assert len(lines(svg, color, 0.9)) == 1  # train is thin
 
 
-def test_runs_differ_in_grayscale() -> None:
-    found = line_styles(6)
-    lightness = [np.dot(look["color"][:3], [0.299, 0.587, 0.114]) for look in found]
-    assert min(np.diff(lightness)) > 0.05
-    assert lightness[-1] < 0.65
-    assert len({(look["linestyle"], look["marker"]) for look in line_styles(20)}) == 20
+@pytest.mark.parametrize("count", [2, 8, 20])
+def test_labels_of_runs_that_end_alike_are_apart_and_in_the_picture(tmp_path: Path, count: int) -> None:
+    svg = drawn(*(run(tmp_path / f"run{i}", usual()) for i in range(count)))
+    places = [place(svg, f"run{i} 3.0135") for i in range(count)]
+    width, height = size(svg)
+    heights = sorted(y for _, y in places)
+    assert min(np.diff(heights)) >= 9  # points, the size of the letters
+    assert 9 < heights[0] < heights[-1] < height
+    assert max(x for x, _ in places) < width - 60
+
+
+def test_no_line_joins_the_untrained_evaluation_to_the_next(tmp_path: Path) -> None:
+    """It is a mark in the frame, or a note at its edge."""
+    svg = drawn(run(tmp_path / "near", usual()))
+    (bold,) = lines(svg, COLORS[0], 2)
+    thin = lines(svg, COLORS[0], 0.9)[0]
+    assert len(bold) == 5
+    assert bold[0][0] > thin[0][0] + 20
+    assert "step 0" not in svg
+    high = [train(0, 11.0), *usual()[1:100], evaluation(0, 10.98), *usual()[101:]]
+    svg = drawn(run(tmp_path / "far", high))
+    assert ">↑ validation at step 0: 10.98<" in svg
+    assert lines(svg, COLORS[0], 2)[0][0][0] > thin[0][0] + 20
+    assert ">↑ validation at step 0: 10.98<" in drawn(tmp_path / "far", run(tmp_path / "short", usual()[:9]))
+
+
+def test_the_axis_counts_steps_tokens_or_time(folio: Folio, tmp_path: Path) -> None:
+    """Runs whose steps have other tokens end at other places."""
+    timed = [{**record, "seconds": 60.0 * record["step"] + 60} for record in usual()]
+    outs = [run(tmp_path / "a", timed), run(tmp_path / "b", [{**r, "tokens": r["tokens"] // 2} for r in timed])]
+    for x, label, ends in (("step", "step", 1), ("tokens", TOKENS, 2), ("time", "time (minutes)", 1)):
+        picture = tmp_path / f"{x}.svg"
+        assert folio("plot", *map(str, outs), f"--x={x}", "-o", str(picture)).code == 0
+        svg = picture.read_text()
+        assert f">{label}<" in svg
+        assert len({lines(svg, color, 2)[0][-1][0] for color in COLORS[:2]}) == ends
+
+
+def test_a_logarithmic_axis_says_that_it_lacks_step_0(folio: Folio, tmp_path: Path) -> None:
+    out, picture = run(tmp_path / "run", usual()), tmp_path / "log.svg"
+    assert folio("plot", str(out), "--log", "-o", str(picture)).code == 0
+    svg = picture.read_text()
+    assert ">← validation at step 0: 5.00<" in svg
+    assert ">50<" in svg
+    assert ">0<" not in svg
+    (bold,) = lines(svg, COLORS[0], 2)
+    gaps = np.diff([x for x, _ in bold])  # of the steps 20, 40, 60, 80, 100
+    np.testing.assert_allclose(gaps / gaps[0], np.diff(np.log([20, 40, 60, 80, 100])) / np.log(2), rtol=1e-3)
+
+
+def test_smoothing_has_a_horizon_or_is_off(tmp_path: Path) -> None:
+    out = run(tmp_path / "run", usual())
+    roughness = {}
+    for smoothing in (0.1, 0.01, 0):
+        svg = drawn(out, smoothing=smoothing)
+        assert ("train, smoothed" in svg) == (smoothing > 0)
+        roughness[smoothing] = np.abs(np.diff([y for _, y in lines(svg, COLORS[0], 0.9)[0]], 2)[20:]).sum()
+    assert roughness[0.1] < roughness[0.01] / 3 < roughness[0] / 3
+
+
+@pytest.mark.parametrize(
+    ("records", "option", "words"),
+    [
+        ([{**train(step), "tokens": None} for step in range(9)], "--x=tokens", "does not say the tokens of any step"),
+        (usual(), "--x=time", "does not say the seconds of any step"),
+        ([train(0), evaluation(0, 4.0)], "--log", "has only step 0"),
+    ],
+)
+def test_an_axis_that_a_run_does_not_have_is_refused(
+    folio: Folio, tmp_path: Path, records: list[dict[str, Any]], option: str, words: str
+) -> None:
+    out = run(tmp_path / "run", records)
+    assert_refused(folio("plot", str(out), option), out / METRICS, words)
+    assert not (out / "loss.png").exists()
+
+
+def test_a_comparison_leaves_the_pictures_of_its_runs(
+    folio: Folio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compare.png in the working folder. A folder named twice is one run."""
+    monkeypatch.chdir(tmp_path)
+    outs = [run(Path(name), usual()) for name in ("a", "b")]
+    assert folio("plot", "a", "a/").out == f"wrote {Path('a/loss.png')}\n"
+    (outs[1] / "loss.png").write_bytes(b"own")
+    before = [(out / "loss.png").read_bytes() for out in outs]
+    assert folio("plot", "a", "b").out == "wrote compare.png\n"
+    assert [(out / "loss.png").read_bytes() for out in outs] == before
+    assert darkest(tmp_path / "compare.png") < 100
+
+
+def test_looks_differ() -> None:
+    found = line_styles(7)
+    assert [look["color"] for look in found] == list(COLORS)
+    assert {look["linestyle"] for look in found} == {"-"}
+    assert len({(look["color"], look["linestyle"], look["marker"]) for look in line_styles(28)}) == 28
 
 
 @pytest.mark.parametrize(
     ("records", "end", "shown", "absent"),
     [
-        pytest.param([train(step) for step in range(9)], "", [LOSS, "train, smoothed"], ["validation"], id="no-eval"),
+        pytest.param(
+            [train(step) for step in range(9)], "", [f">{LOSS}<", "train, smoothed"], ["validation"], id="no-eval"
+        ),
         pytest.param([evaluation(0, 4.0), evaluation(5, 3.0)], "", [LOSS, ">3.0000<"], ["smoothed"], id="no-train"),
-        pytest.param([train(0), {**train(1), "loss": None}, evaluation(2, None)], "", [LOSS], [">valid"], id="null"),
+        pytest.param(
+            [train(0), {**train(1), "loss": None}, evaluation(2, None)],
+            "",
+            [f">{LOSS}, without 2 that are not finite<"],
+            [">valid"],
+            id="null",
+        ),
         pytest.param(usual(), '{"kind": "eval", "step": 200, "val_l', [LOSS, "3.0135"], [], id="cut"),
-        pytest.param([evaluation(0, 4.0)], "", [LOSS, ">4.0000<"], ["tokens"], id="one-evaluation"),
+        pytest.param([evaluation(0, 4.0)], "", [LOSS, ">4.0000<", ">0<"], ["tokens"], id="one-evaluation"),
         pytest.param([train(0)], "", [LOSS], ["validation"], id="one-step"),
         pytest.param([hellaswag(100)], "", [HELLASWAG, ">step<"], [LOSS, "tokens"], id="hellaswag-alone"),
         pytest.param([own(9, norm=1.5)], "", [">wte/norm<", ">step<"], [LOSS, "tokens"], id="own-alone"),
@@ -203,7 +332,7 @@ def test_a_measurement_of_ones_own_has_a_panel_for_each_number(tmp_path: Path) -
     other = run(tmp_path / "other", [*usual(), hellaswag(50)])
     records = [own(step, norm=12 + step / 100, **{"angle\x1b": 0.5}) for step in (0, 50, 100)]
     svg = drawn(run(tmp_path / "run", [*usual(), hellaswag(50), *records]), other)
-    labels = [f">{label}<" for label in (LOSS, "(acc_norm)", "wte/norm", "wte/angle\ufffd")]
+    labels = [f">{label}<" for label in (LOSS, HELLASWAG, "wte/norm", "wte/angle\ufffd")]
     assert sorted(labels, key=svg.index) == labels
     alone = drawn(other)
     assert "wte" not in alone

@@ -15,7 +15,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from folio.api import build as build
     from folio.api import evaluate as evaluate
+    from folio.api import fit as fit
     from folio.api import generate as generate
     from folio.api import prepare as prepare
     from folio.api import train as train
@@ -30,7 +32,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "GPTConfig", "TrainConfig", "evaluate", "generate", "prepare", "train"]
+__all__ = ["GPT", "GPTConfig", "TrainConfig", "build", "evaluate", "fit", "generate", "prepare", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,9 @@ from folio.config.files import read_file
 from folio.config.options import TrainConfig
 from folio.config.table import flat
 from folio.config.values import COMMAND_LINE, convert
-from folio.training.loop import fit
+from folio.training import session as _session
 from folio.training.run import Run
 from folio.training.signals import EXIT_CODES
-from folio.training.start import running
 
 T = TypeVar("T")
 
@@ -39,27 +39,63 @@ def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
     return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", options))
 
 
-def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
-    """Trains a model, as ``folio train`` does, and returns the finished run: ``model``, ``out_dir``, ``state``.
+def build(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
+    """Builds a run, and checks everything that it needs; ``fit`` trains it. Its folder stays as it is until then.
 
     ``config`` are presets (``"shakespeare_char"``), files, or a ``TrainConfig`` to start from; options have the names
     that ``folio train --help`` lists. Later ones win.
+
+    >>> run = folio.build("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
+    >>> run.model.get_num_params()
+
+    Under a launcher such as torchrun, use it as ``with folio.build(…) as run:``, which leaves the process group at the
+    end.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    return _session.build(_options(TrainConfig(), "train", options, *config))
+
+
+def fit(run: Run) -> str:
+    """Trains a run until it is complete, or is stopped; returns the reason: ``"max_iters"``, ``"SIGINT"``, ….
+
+    >>> run = folio.build("shakespeare_char", out_dir="out")
+    >>> folio.fit(run)  # Ctrl-C, or the stop button of a notebook, stops it with a checkpoint
+    >>> print(*run.generate("ROMEO:", num_samples=1))
+    >>> folio.fit(run)  # continues, to the same bits as a run that was never stopped
+
+    The run holds its folder only meanwhile. A call with a complete run returns at once.
+
+    Raises:
+        ValueError, OSError: one line that names the file or option, the value and the remedy.
+        FloatingPointError: the loss is not finite; the checkpoints stay.
+    """
+    return _session.fit(run)
+
+
+def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
+    """Trains a model, as ``folio train`` does, and returns the run: ``model``, ``out_dir``, ``state``.
+
+    The arguments are those of ``build``.
 
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
     After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its micro step and saves a checkpoint; the program exits.
-    ``init_from="resume"`` continues the run, to the same bits.
+    ``init_from="resume"`` continues the run, to the same bits. In a notebook, or wherever Python waits for the next
+    line, Ctrl-C ends this call only: the run is returned, ``run.stop`` is ``"SIGINT"``, and ``fit`` continues it.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
-    with running(_options(TrainConfig(), "train", options, *config)) as run:
-        fit(run)
-    if run.stop == "SIGINT":
+    interactive = hasattr(sys, "ps1")
+    with build(*config, **options) as run:
+        _session.fit(run, *[""] * (not interactive))
+    if run.stop == "SIGINT" and not interactive:
         raise KeyboardInterrupt
-    if run.stop in EXIT_CODES:
+    if run.stop in EXIT_CODES and run.stop != "SIGINT":
         raise SystemExit(EXIT_CODES[run.stop])
     return run
 

@@ -47,11 +47,13 @@ class Log:
         self._console = Console(file=best_effort(sys.stdout), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Ends the progress bar, and closes the trackers and files; ``open`` opens them again."""
         if self._progress:
             self._progress.stop()
+            self._progress = None
         self._trackers.close()
-        for file in self._files:
-            file.close()
+        while self._files:
+            self._files.pop().close()
 
     def open(self, out_dir: Path, log_txt: bool | Literal["gpt-from-scratch"] = False, epoch: int = 1) -> None:
         """Writes records to ``out_dir/metrics.jsonl`` from now on, and to ``log.txt`` if asked.

@@ -36,8 +36,8 @@ from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
 from folio.training.ownership import unwritable
-from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
-from folio.training.run import Run, finish
+from folio.training.resume import find_former_run, overlay, restore, shape_of, take_folder
+from folio.training.run import FormerRun, Run, finish
 from folio.training.work import save_checkpoint, scheduled_work
 
 
@@ -55,24 +55,41 @@ def running(config: TrainConfig) -> Iterator[Run]:
 
 
 def build(config: TrainConfig) -> Run:
-    """Builds and checks everything that a run needs; until all of it is in place, its folder only gets a lock.
+    """Builds a run that has its folder.
 
     Raises:
         UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
     """
+    run = assemble(config)
+    try:
+        begin(run)
+    except BaseException:
+        run.runtime.close()
+        if run.lock:
+            run.lock.release()
+        raise
+    return run
+
+
+def assemble(config: TrainConfig) -> Run:
+    """Builds and checks everything that a run needs; its folder only gets a lock. ``begin`` makes the folder its own.
+
+    Raises:
+        UserError, FileNotFoundError, OSError: as ``build``.
+    """
     check(config)
     trackers.parse(config.logging.track)
     read_only = config.evaluation.eval_only
-    lock = None if read_only else _hold(config)
+    lock = None if read_only else hold(config)
     try:
-        return _build(config, lock, read_only)
+        return _assemble(config, lock, read_only)
     except BaseException:
         if lock:
             lock.release()
         raise
 
 
-def _hold(config: TrainConfig) -> Lock | None:
+def hold(config: TrainConfig) -> Lock | None:
     """Locks the folder, on rank 0 for all ranks; None on other ranks, and if there is nothing to resume."""
     out_dir = Path(config.output.out_dir)
     nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
@@ -84,7 +101,7 @@ def _hold(config: TrainConfig) -> Lock | None:
         raise unwritable(out_dir, error) from None
 
 
-def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
+def _assemble(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     former = _former_run(config, lock)
     begin = config.output.init_from
     notes: list[str] = []
@@ -125,16 +142,13 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         optimizers.check_first_update(optimizer)
         log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
         run_id = former.id if former else secrets.token_hex(6)
-        run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only)
+        run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only, former)
         if former:
             notes += restore(run, former)
         if minutes := config.optimizer.max_minutes:
             run.clock.limit(minutes)
         run.work, more = scheduled_work(run)
-        notes += more
-        if not read_only:
-            notes += _begin_files(run, former)
-        _report_start(run, notes)
+        run.notes = notes + more
     except BaseException:
         runtime.close()
         with shortage.explained("building the run", partial(advise_on_memory, config, shape, runtime)):
@@ -234,15 +248,36 @@ def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> 
     return runtime.wrap(model, (largest, tokens.block_size)), notes
 
 
-def _begin_files(run: Run, former: FormerRun | None) -> list[str]:
-    """Prepares the folder and opens its records; from here on the run may write. Returns notes."""
+def begin(run: Run) -> None:
+    """Makes the folder the run's own and opens its records, so that the run may write; then shows how it begins."""
+    if not run.read_only:
+        run.notes += run.runtime.broadcast(lambda: take_folder(run, run.former))
+        open_files(run)
+        if run.former and isinstance(run.former.found, PtFile):
+            save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
+            run.runtime.wait_for_write()
+    run.began = True
+    _report_start(run)
+
+
+def open_files(run: Run) -> None:
+    """Opens the run's records, to which it appends."""
     o = run.config.optimizer
-    notes = run.runtime.broadcast(lambda: take_folder(run, former))
     run.log.open(run.out_dir, run.config.logging.log_txt, o.restart_interval or o.max_iters or 1)
-    if former and isinstance(former.found, PtFile):
-        save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
-        run.runtime.wait_for_write()
-    return notes
+
+
+def follow(run: Run) -> None:
+    """Starts the trackers of the run, which continue at its step."""
+    o = run.config.logging
+    run.log.follow(
+        trackers.parse(o.track) + ("wandb",) * o.wandb_log,
+        run.out_dir,
+        project=o.wandb_project,
+        name=o.wandb_run_name,
+        run_id=run.id,
+        step=run.state.step,
+        config=flat(run.config),
+    )
 
 
 def vocab_size_of(tokens: Tokens) -> tuple[int, str]:
@@ -281,11 +316,11 @@ def _tokenizer_of(
     return spec, notes
 
 
-def _report_start(run: Run, notes: list[str]) -> None:
+def _report_start(run: Run) -> None:
     """Shows the user the notes and choices, then records the choices and starts the trackers."""
-    say, config, resolved = run.log.say, run.config, run.runtime.resolved
+    say, resolved = run.log.say, run.runtime.resolved
     say(f"tokens per iteration will be: {run.tokens_per_step:,}")
-    for note in notes:
+    for note in run.notes:
         say(note)
     say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
     say(
@@ -296,13 +331,4 @@ def _report_start(run: Run, notes: list[str]) -> None:
     if not run.read_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
         run.log.write({"kind": "start", "step": run.begun, **chosen})
-        o = config.logging
-        run.log.follow(
-            trackers.parse(o.track) + ("wandb",) * o.wandb_log,
-            run.out_dir,
-            project=o.wandb_project,
-            name=o.wandb_run_name,
-            run_id=run.id,
-            step=run.begun,
-            config=flat(config),
-        )
+        follow(run)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
@@ -18,7 +20,8 @@ from folio.config.options import TrainConfig
 from folio.config.table import flat
 from folio.config.values import COMMAND_LINE, convert
 from folio.training import session as _session
-from folio.training.run import Run
+from folio.training.callbacks import Callback as Callback
+from folio.training.run import Run as Run
 from folio.training.signals import EXIT_CODES
 
 T = TypeVar("T")
@@ -39,7 +42,12 @@ def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
     return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", options))
 
 
-def build(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
+def build(
+    *config: str | os.PathLike[str] | TrainConfig,
+    callbacks: Sequence[Callback] = (),
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Run:
     """Builds a run, and checks everything that it needs; ``fit`` trains it. Its folder stays as it is until then.
 
     ``config`` are presets (``"shakespeare_char"``), files, or a ``TrainConfig`` to start from; options have the names
@@ -54,7 +62,7 @@ def build(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
     """
-    return _session.build(_options(TrainConfig(), "train", options, *config))
+    return _session.build(_options(TrainConfig(), "train", options, *config), callbacks, loss)
 
 
 def fit(run: Run) -> str:
@@ -74,7 +82,12 @@ def fit(run: Run) -> str:
     return _session.fit(run)
 
 
-def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
+def train(
+    *config: str | os.PathLike[str] | TrainConfig,
+    callbacks: Sequence[Callback] = (),
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Run:
     """Trains a model, as ``folio train`` does, and returns the run: ``model``, ``out_dir``, ``state``.
 
     The arguments are those of ``build``.
@@ -91,7 +104,7 @@ def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
     interactive = hasattr(sys, "ps1")
-    with build(*config, **options) as run:
+    with build(*config, callbacks=callbacks, loss=loss, **options) as run:
         _session.fit(run, *[""] * (not interactive))
     if run.stop == "SIGINT" and not interactive:
         raise KeyboardInterrupt

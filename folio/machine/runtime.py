@@ -64,15 +64,15 @@ class Runtime(Ranks, Updates):
         Updates.__init__(self, device, dtype, choices.graphs)
         Ranks.__init__(self, choices.rank, choices.world, choices.backend if choices.grouped else None, choices.timeout)
 
-    def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
+    def wrap(self, model: GPT, batch: tuple[int, int] | None, own: Callable[..., Tensor] | None = None) -> Loss:
         """``model.loss`` on this device, under autocast, compiled or not, with gradients averaged over the ranks.
 
         This may replace the model's parameters, so make the optimizer afterwards. ``batch``: the largest shape (B, T)
-        of the batches; None if there is no backward.
+        of the batches; None if there is no backward. ``own`` takes the place of ``gpt.cross_entropy`` in training.
         """
         if batch and self.device.type == "cpu":
             keep_freed_memory()
-        loss = wrap(model, self.choices, batch)
+        loss = wrap(model, self.choices, batch, own)
         self._objective = objective_of(loss)
         if self.parallel != "ddp":
             self.extend_timeout()

@@ -116,6 +116,7 @@ class Run:
     lock: Lock | None = None  # on the folder, held by rank 0 for all ranks
     read_only: bool = False  # eval_only: measures the loss once and writes no file
     former: FormerRun | None = None  # that this one resumes
+    objective: str = ""  # the name of the loss to train on, if it is a user's
     number: int = field(default_factory=lambda: launch.JOB.runs)  # of the runs that this process builds, from 1
     notes: list[str] = field(default_factory=list)  # for the user, shown when the run takes its folder
     work: list[Work] = field(default_factory=list)  # between updates
@@ -220,6 +221,8 @@ def last_line(run: Run, again: str = "") -> str:
         if state.step:
             more = f" --patience={2 * patience}" if run.stop == "patience" else ""
             command = f"folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}{more} resumes it"
+            if run.objective:
+                command = f"folio.train(loss={run.objective}, init_from='resume', …) resumes it"
             why += f", {command if more else again or command}"
     if state.best:
         best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"

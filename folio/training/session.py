@@ -6,27 +6,32 @@ the same cells again, and a run that is dropped leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from folio.config.options import TrainConfig
 from folio.errors import UserError
 from folio.records import run_folder
 from folio.training import loop, start
+from folio.training.callbacks import Callback, work_of
+from folio.training.objective import UserLoss
 from folio.training.run import Run, last_line, leave_folder, nothing_to_do
 from folio.training.stopping import finished
 
 
-def build(config: TrainConfig) -> Run:
+def build(config: TrainConfig, callbacks: Sequence[Callback] = (), loss: Callable[..., Tensor] | None = None) -> Run:
     """A run that was built and checked, and does not hold its folder yet, which stays as it is.
 
     Raises:
         UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
     """
-    run = start.assemble(config)
+    work = [work_of(number, callback) for number, callback in enumerate(callbacks)]
+    run = start.assemble(config, work, None if loss is None else UserLoss(loss))
     if run.lock:
         run.left = _seen(run.out_dir)
         run.lock.release()

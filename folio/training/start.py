@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,9 +35,10 @@ from folio.records.log import Log, counted
 from folio.training import optimizers, ownership
 from folio.training.batches import micro_batches
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
+from folio.training.objective import UserLoss, require_same
 from folio.training.ownership import unwritable
 from folio.training.resume import find_former_run, overlay, restore, shape_of, take_folder
-from folio.training.run import FormerRun, Run, finish
+from folio.training.run import FormerRun, Run, Work, finish
 from folio.training.work import save_checkpoint, scheduled_work
 
 
@@ -71,7 +72,7 @@ def build(config: TrainConfig) -> Run:
     return run
 
 
-def assemble(config: TrainConfig) -> Run:
+def assemble(config: TrainConfig, callbacks: Sequence[Work] = (), own: UserLoss | None = None) -> Run:
     """Builds and checks everything that a run needs; its folder only gets a lock. ``begin`` makes the folder its own.
 
     Raises:
@@ -82,7 +83,7 @@ def assemble(config: TrainConfig) -> Run:
     read_only = config.evaluation.eval_only
     lock = None if read_only else hold(config)
     try:
-        return _assemble(config, lock, read_only)
+        return _assemble(config, callbacks, own, lock, read_only)
     except BaseException:
         if lock:
             lock.release()
@@ -101,12 +102,17 @@ def hold(config: TrainConfig) -> Lock | None:
         raise unwritable(out_dir, error) from None
 
 
-def _assemble(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
+def _assemble(
+    config: TrainConfig, callbacks: Sequence[Work], own: UserLoss | None, lock: Lock | None, read_only: bool
+) -> Run:
     former = _former_run(config, lock)
     begin = config.output.init_from
     notes: list[str] = []
+    objective = own.name if own else ""
     if former:
         config, notes = overlay(config, former)
+        if not read_only:
+            require_same(former.found.state.get("objective", ""), objective, Path(config.output.out_dir))
     check(config, merged=True)
     source = find.by_name(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found if former else source
@@ -131,8 +137,8 @@ def _assemble(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     if config.data.gradient_accumulation_steps % runtime.world == 0:
         tokens = replace(tokens, world=runtime.world)
     try:
-        _check_agreement(config, tokens, runtime, former)
-        loss, more = _wrap(config, model, tokens, runtime)
+        _check_agreement(config, tokens, runtime, former, objective)
+        loss, more = _wrap(config, model, tokens, runtime, own)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model, runtime.dtype)
         skips, max_z = config.optimizer.on_nonfinite == "skip", config.optimizer.max_loss_z
@@ -143,11 +149,12 @@ def _assemble(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
         run_id = former.id if former else secrets.token_hex(6)
         run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only, former)
+        run.objective = objective
         if former:
             notes += restore(run, former)
         if minutes := config.optimizer.max_minutes:
             run.clock.limit(minutes)
-        run.work, more = scheduled_work(run)
+        run.work, more = scheduled_work(run, callbacks)
         run.notes = notes + more
     except BaseException:
         runtime.close()
@@ -227,25 +234,33 @@ def _make_runtime(
     return Runtime(choices), notes
 
 
-def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:
-    """Raises UserError, on every rank, unless all ranks have the same options, data and checkpoint."""
+def _check_agreement(
+    config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None, objective: str
+) -> None:
+    """Raises UserError, on every rank, unless all ranks have the same options, data, checkpoint and loss."""
     runtime.require_equal(
         {name: value for name, value in flat(config).items() if name not in options_with(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
-        | {"the newest checkpoint": former.found.step if former else None}
+        | {"the newest checkpoint": former.found.step if former else None, "loss": objective}
         | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}
     )
 
 
-def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> tuple[Loss, list[str]]:
-    """The model's loss on this machine, and a note if the number of processes changes dropout."""
+def _wrap(
+    config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime, own: UserLoss | None
+) -> tuple[Loss, list[str]]:
+    """The model's loss on this machine, and notes if it is the user's ``own``, or the number of processes matters."""
     notes = []
     largest = max(rows for _, rows, _ in micro_batches(config.data, runtime.rank, runtime.world))
     if tokens.world != runtime.world:
         notes.append(
             f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"
         )
-    return runtime.wrap(model, (largest, tokens.block_size)), notes
+    batch = largest, tokens.block_size
+    if own:
+        notes.append(f"loss: {own.name}; evaluations stay cross entropy, in nats per token")
+        own.check(model.config, batch, runtime)
+    return runtime.wrap(model, batch, own), notes
 
 
 def begin(run: Run) -> None:

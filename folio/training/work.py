@@ -30,8 +30,8 @@ from folio.training.stopping import ENDS, agreed_signal, finished, not_finite_er
 T = TypeVar("T")
 
 
-def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
-    """All work between updates in its order, and notes about it for the reader."""
+def scheduled_work(run: Run, callbacks: Sequence[Work] = ()) -> tuple[list[Work], list[str]]:
+    """All work between updates in its order, with the user's ``callbacks``, and notes about it for the reader."""
     config = run.config
     loss = measurement("eval", config.evaluation.eval_interval, evaluate_loss)
     if run.read_only:
@@ -41,6 +41,7 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
     if config.optimizer.ema_decay:
         update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages, waits=False)
         work = [update, loss, measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1), *work[1:]]
+    work += callbacks
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))
@@ -95,21 +96,31 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
         return scheduled(run, interval, at_end=at_end, first=first, again=kind in run.owed)
 
     def do(run: Run) -> list[Record]:
-        owed = kind in run.owed
-        run.owed.add(kind)
+        try:
+            return measure(run)
+        except FloatingPointError as error:
+            raise not_finite_error(run, f"{error} at step {run.state.step}", run.state.step) from None
+
+    return Work(is_scheduled, owing(kind, do))
+
+
+def owing(name: str, measure: Callable[[Run], list[Record]]) -> Callable[[Run], list[Record]]:
+    """The function, which a signal may interrupt: then the run owes what has this name."""
+
+    def do(run: Run) -> list[Record]:
+        owed = name in run.owed
+        run.owed.add(name)
         if run.stop in EXIT_CODES:
             return []
         try:
             records = measure(run)
         except _AbandonedError:
             return []
-        except FloatingPointError as error:
-            raise not_finite_error(run, f"{error} at step {run.state.step}", run.state.step) from None
-        run.owed.discard(kind)
+        run.owed.discard(name)
         run.caught_up |= owed
         return records
 
-    return Work(is_scheduled, do)
+    return do
 
 
 def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
@@ -294,6 +305,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         "sources": run.tokens.sources(),
         "row": run.tokens.block_size,
         "owed": sorted(run.owed),
+        "objective": run.objective,
         "optimizer": type(run.optimizer).__name__,
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,

@@ -14,11 +14,11 @@ from torch import Tensor
 from folio.commands import eval as _eval
 from folio.commands import prepare as _prepare
 from folio.commands import sample as _sample
-from folio.config.compose import Layer, compose
+from folio.config.compose import Layer, compose, keywords
 from folio.config.files import read_file
 from folio.config.options import TrainConfig
 from folio.config.table import flat
-from folio.config.values import COMMAND_LINE, convert
+from folio.config.values import COMMAND_LINE
 from folio.training import session as _session
 from folio.training.callbacks import Callback as Callback
 from folio.training.run import Run as Run
@@ -153,9 +153,8 @@ def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.P
             values = read_file(os.fspath(item), type(base), names=names)
             names |= values
             layers.append(Layer(os.fspath(item), values, supersedes=True))
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    keywords = {name: convert(caller, name, value, type(base)) for name, value in plain.items()}
-    return compose(base, [*layers, Layer(COMMAND_LINE, keywords, supersedes=True)])
+    values = keywords(caller, type(base), given)
+    return compose(base, [*layers, Layer(COMMAND_LINE, values, supersedes=True)])
 
 
 def _with_sources(config: TrainConfig) -> TrainConfig:

@@ -68,10 +68,13 @@ class Ranks:
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
-    @property
-    def left_group(self) -> bool:
-        """This process was one of a group, and has left it, so that it can do nothing for the run any more."""
-        return self._grouped and not dist.is_initialized()
+    def require_group(self) -> None:
+        """Raises UserError if this process has left its group, since it can do nothing for the run then."""
+        if self._grouped and not dist.is_initialized():
+            raise UserError(
+                "this run is closed, and its processes have left each other: work inside of "
+                "`with folio.build(…) as run:`"
+            )
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""

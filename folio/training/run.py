@@ -16,10 +16,14 @@ import torch
 
 from folio.checkpoints.checkpoint import Checkpoint
 from folio.checkpoints.state import Skipped, State
-from folio.config.options import TrainConfig
+from folio.config.compose import typed
+from folio.config.options import Sampling, TrainConfig
 from folio.data.rows import Tokens
+from folio.data.token_files import SPLITS, Split
 from folio.data.tokenizers import Tokenizer, from_json
 from folio.errors import UserError
+from folio.evaluation.loss import measure
+from folio.generation.sampling import continuations
 from folio.locks import Lock
 from folio.machine import launch
 from folio.machine.flops import mfu
@@ -130,6 +134,9 @@ class Run:
     owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted
     caught_up: bool = False  # this process made a measurement that an earlier one owed
     began: bool = False  # the folder is this run's own
+    training: bool = False  # ``fit`` has been called and has not returned
+    save_due: bool = False  # a callback asks for a checkpoint of this step
+    write_checkpoint: Callable[[Run], Path] | None = None  # for ``save``
     left: Any = None  # how the folder was when the run released it
     failed: str = ""  # the error that ended training, after which the run cannot continue
     pending: Figures | None = None  # of the last step, read one step late
@@ -138,15 +145,63 @@ class Run:
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
 
+    def generate(self, start: str = "\n", *, seed: int | None = None, **options: Any) -> list[str]:
+        """Generates texts with the weights as they are now; each begins with the prompt ``start``.
+
+        Options are those of ``folio.generate`` about what is drawn: ``num_samples``, ``max_new_tokens``,
+        ``temperature``, ``top_k``, ``top_p``. Every rank must call this, and gets the same texts.
+
+        >>> print(*run.generate("ROMEO:", num_samples=2, max_new_tokens=100))
+
+        Raises:
+            ValueError: one line that names the option, the value and the remedy.
+        """
+        self.runtime.require_group()
+        how = typed("generate", Sampling(), {"start": start, **options})
+        seed = self.config.system.seed if seed is None else seed
+        return self.runtime.infer(lambda: continuations(self.model, self.make_tokenizer(), how, seed))
+
+    def evaluate(self, split: Split = "val", eval_iters: int = 0) -> dict[str, Any]:
+        """Measures cross entropy over a split of the run's data, with the weights as they are now.
+
+        ``eval_iters`` batches, evenly spaced over the split; 0: every token once. The result is that of
+        ``folio.evaluate``. Every rank must call this.
+
+        >>> run.evaluate()["loss"]
+
+        Raises:
+            ValueError: one line that names the option, the value and the remedy.
+            FloatingPointError: the loss is not finite.
+        """
+        self.runtime.require_group()
+        if split not in SPLITS:
+            raise UserError(f"evaluate: split = {split!r}: must be {' or '.join(SPLITS)}")
+        size = self.config.data.batch_size
+        return measure(self.model, self.loss, self.tokens, split, eval_iters * size, size, self.runtime, self.tokenizer)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step and returns its folder; every rank must call this.
+
+        In a callback, the checkpoint is written once the other callbacks of the step are done.
+
+        >>> run.save()
+        PosixPath('out/checkpoints/step-00000200')
+
+        Raises:
+            ValueError, OSError: one line that names the folder and the remedy.
+        """
+        assert self.write_checkpoint, "folio.build and folio.train make runs that can be saved"
+        return self.write_checkpoint(self)
+
+    def close(self) -> None:
+        """Leaves the process group, if a launcher such as torchrun made one. A run of one process can go on."""
+        close(self)
+
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Leaves the process group, if a launcher such as torchrun made one. A run of one process can go on."""
-        close(self)
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the data. Raises UserError if the meaning of the token ids is unknown."""

@@ -22,6 +22,7 @@ from folio.training.callbacks import Callback, work_of
 from folio.training.objective import UserLoss
 from folio.training.run import Run, last_line, leave_folder, nothing_to_do
 from folio.training.stopping import finished
+from folio.training.work import save_checkpoint
 
 
 def build(config: TrainConfig, callbacks: Sequence[Callback] = (), loss: Callable[..., Tensor] | None = None) -> Run:
@@ -36,6 +37,7 @@ def build(config: TrainConfig, callbacks: Sequence[Callback] = (), loss: Callabl
         run.left = _seen(run.out_dir)
         run.lock.release()
         run.lock = None
+    run.write_checkpoint = save
     return run
 
 
@@ -49,21 +51,20 @@ def fit(run: Run, again: str = "folio.fit(run) continues it") -> str:
     Raises:
         UserError: an error ended the run before; else as ``holding``. Whatever training raises.
     """
-    if run.failed:
-        raise UserError(
-            f"{run.failed} ended this run at step {run.state.step}: build it again with init_from='resume', which "
-            "continues from its last checkpoint"
-        )
+    _require_whole(run)
     if run.worked == run.state.step and not run.owed and (complete := finished(run)):
         run.log.say(nothing_to_do(run))
         return complete
     with holding(run):
         _continue(run)
+        run.training = True
         try:
             loop.fit(run)
         except BaseException as error:
             run.stop, run.failed = "", type(error).__name__
             raise
+        finally:
+            run.training = False
         run.log.say(last_line(run, again))
     return run.stop
 
@@ -86,7 +87,7 @@ def holding(run: Run) -> Iterator[None]:
         UserError: the run has left its process group; another run holds the folder, or has changed it since this run
             used it. OSError: the folder cannot be written.
     """
-    require_group(run)
+    run.runtime.require_group()
     run.clock.begin(run.state.seconds)
     try:
         _take(run)
@@ -102,11 +103,31 @@ def holding(run: Run) -> Iterator[None]:
             leave_folder(run)
 
 
-def require_group(run: Run) -> None:
-    """Raises UserError if the run was closed, and its processes have left each other."""
-    if run.runtime.left_group:
+def save(run: Run) -> Path:
+    """Writes a checkpoint and returns its folder; in a callback, after the step's work.
+
+    Raises:
+        UserError: as ``fit``. OSError: it cannot be written.
+    """
+    _require_whole(run)
+    if run.training:
+        run.save_due = True
+    else:
+        why, run.stop = run.stop, "save"  # so that it waits, and that a write that fails is an error
+        try:
+            with holding(run):
+                save_checkpoint(run)
+        finally:
+            run.stop = why
+    return run_folder.checkpoint_folder(run.out_dir, run.state.step)
+
+
+def _require_whole(run: Run) -> None:
+    """Raises UserError if an error ended the run, perhaps in the middle of an update."""
+    if run.failed:
         raise UserError(
-            "this run is closed, and its processes have left each other: work inside of `with folio.build(…) as run:`"
+            f"{run.failed} ended this run at step {run.state.step}: build it again with init_from='resume', which "
+            "continues from its last checkpoint"
         )
 
 

@@ -263,7 +263,8 @@ def _checkpoint_scheduled(run: Run) -> bool:
         interval = run.config.evaluation.eval_interval
     step, best = run.state.step, run.state.best is not None and run.state.best["step"] == run.state.step
     due = step % interval == 0 or best or bool(run.stop)
-    return due and step > 0 and (step != run.saved or run.caught_up or (bool(run.stop) and _write_failed(run)))
+    again = step != run.saved or run.caught_up or (bool(run.stop) and _write_failed(run))
+    return run.save_due or (due and step > 0 and again)
 
 
 def _write_failed(run: Run) -> bool:
@@ -284,6 +285,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         OSError: the checkpoint with which the run ends cannot be written; names it.
     """
     output, runtime, step = run.config.output, run.runtime, run.state.step
+    run.save_due = False
     if name := runtime.find_not_finite(run.model, run.optimizer):
         raise not_finite_error(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()

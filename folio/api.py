@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from folio.checkpoints import find as _find
 from folio.commands import eval as _eval
+from folio.commands import plot as _plot
 from folio.commands import prepare as _prepare
+from folio.commands import report as _report
 from folio.commands import sample as _sample
-from folio.config.compose import Layer, compose, keywords
+from folio.config.compose import Layer, compose, keywords, typed
+from folio.config.declare import Weights
 from folio.config.files import read_file
-from folio.config.options import TrainConfig
-from folio.config.table import flat
+from folio.config.options import Source, System, TrainConfig
+from folio.config.table import flat, table
 from folio.config.values import COMMAND_LINE
+from folio.data.tokenizers import Tokenizer as Tokenizer
+from folio.errors import UserError
+from folio.machine.choices import resolve
+from folio.model.gpt import GPT
 from folio.training import session as _session
 from folio.training.callbacks import Callback as Callback
 from folio.training.run import Run as Run
@@ -27,7 +35,7 @@ from folio.training.signals import EXIT_CODES
 T = TypeVar("T")
 
 
-def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
+def prepare(*text: str | os.PathLike[str], texts: Iterable[str] | None = None, **options: Any) -> Path:
     """Turns text into token files, as ``folio prepare`` does; returns their folder.
 
     ``text`` is the name of a known data set (``"shakespeare_char"``), or files, folders and globs of text, JSON lines
@@ -36,10 +44,20 @@ def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
     >>> folio.prepare("novels/", name="mycorpus", tokenizer="bytes")
     PosixPath('data/mycorpus')
 
+    ``texts`` gives the documents themselves: a list, or another iterable of ``str``, which is read as a stream, so that
+    it need not fit in memory.
+
+    >>> folio.prepare(texts=(row["body"] for row in rows), name="mycorpus")
+    PosixPath('data/mycorpus')
+
+    With a list, a call that was killed continues, and a repeated one does nothing. An iterable can be read only once:
+    a call that fails or is killed leaves nothing that counts, and the next one begins again.
+
     Raises:
         ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", options))
+    named = _prepare.Options(tuple(os.fspath(source) for source in text))
+    return _prepare.run(_options(named, "prepare", options), texts)
 
 
 def build(
@@ -140,6 +158,99 @@ def evaluate(what: str = "loss", **options: Any) -> dict[str, Any]:
         ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
     return _eval.run(_options(_eval.Options(), "evaluate", {"what": what, **options}))[0]
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and its tokenizer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load(
+    name: str | os.PathLike[str] = "out",
+    *,
+    checkpoint: str | int = "best",
+    device: str = "auto",
+    weights: Weights = "trained",
+) -> Loaded:
+    """A trained model and its tokenizer, to use in a program.
+
+    ``name`` is an out_dir, or what ``init_from`` takes: ``"gpt2"``, a Hugging Face folder or name, a ``.pt`` file.
+    ``checkpoint`` is ``"best"``, ``"latest"`` or a step of an out_dir; ``weights="ema"`` are the moving averages.
+
+    >>> model, tokenizer = folio.load("out")
+    >>> idx = torch.tensor([tokenizer.encode("ROMEO:").tolist()])
+    >>> print(tokenizer.decode(model.generate(idx, max_new_tokens=100)[0]))
+
+    Raises:
+        ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy; also if
+            nothing says what the token ids mean (``GPT.from_pretrained(name)`` loads such a model).
+    """
+    given = {"out_dir": name, "checkpoint": str(checkpoint), "weights": weights}
+    source = typed("load", Source(), given)
+    found = _find.by_name(source.out_dir, source.checkpoint).with_weights(source.weights)
+    tokenizer = found.tokenizer()
+    where = resolve(typed("load", System(), {"device": device})).device
+    return Loaded(found.model(dropout=0.0).to(where).eval(), tokenizer)
+
+
+@dataclass(frozen=True)
+class Picture(os.PathLike[str]):
+    """A picture in a file, which a notebook shows."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]] | None:
+        return (self.path.read_bytes(), {"width": 700}) if self.path.suffix.lower() == ".png" else None
+
+    def _repr_svg_(self) -> str | None:
+        return self.path.read_text(encoding="utf-8") if self.path.suffix.lower() == ".svg" else None
+
+
+def plot(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Any) -> Picture:
+    """Draws the losses and other measurements of runs, as ``folio plot`` does; a notebook shows the result.
+
+    >>> folio.plot("out-1", "out-2")
+
+    The result has the ``path`` of the picture, and stands for it wherever a path is expected. ``output`` is a ``.png``,
+    ``.svg`` or ``.pdf``; options are those that ``folio plot --help`` lists.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    base = _plot.Options(_names(out_dirs))
+    return Picture(_plot.run(_options(base, "plot", {"output": output, **options})))
+
+
+def report(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Any) -> Path:
+    """Writes a page about runs, as ``folio report`` does, and returns its path.
+
+    >>> folio.report("out", output="report.html")
+
+    Options are those that ``folio report --help`` lists.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    names = _names(out_dirs)
+    if "out_dirs" in table(_report.Options):
+        base = _report.Options(names)  # type: ignore[arg-type]
+    elif len(names) == 1:
+        base = _report.Options(names[0])
+    else:
+        raise UserError(f"report: {len(names)} folders: a page is about one run")
+    return _report.run(_options(base, "report", {"output": output, **options}))
+
+
+def _names(out_dirs: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    return tuple(os.fspath(out_dir) for out_dir in out_dirs) or ("out",)
 
 
 def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:

@@ -21,9 +21,14 @@ class Options:
 
 
 def main(options: Options) -> None:
+    say(f"wrote {run(options)}")
+
+
+def run(options: Options) -> Path:
+    """Draws, and returns the picture's path."""
     from folio.records.plot import draw
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     picture = Path(options.output) if options.output else out_dirs[0] / PICTURE
     draw(out_dirs, picture)
-    say(f"wrote {picture}")
+    return picture

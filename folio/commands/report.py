@@ -19,6 +19,11 @@ class Options:
 
 
 def main(options: Options) -> None:
+    say(f"wrote {run(options)}")
+
+
+def run(options: Options) -> Path:
+    """Writes the page, and returns its path."""
     from folio.records.report import report
 
     out_dir = Path(options.out_dir)
@@ -26,4 +31,4 @@ def main(options: Options) -> None:
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"{page}: its suffix must be .html")
     report(out_dir, page)
-    say(f"wrote {page}")
+    return page

@@ -96,7 +96,9 @@ def _record(run: Run, name: str, made: Any) -> Record:
             to_json({field: value})
         except (TypeError, ValueError, RecursionError):
             what = f"{_short(field)}: {_short(value)}, of the type {type(value).__name__}"
-            raise UserError(f"{name} returned {what}, which JSON lacks: give a float, an int or a text") from None
+            raise UserError(
+                f"{name} returned {what}, which JSON lacks: give a number (value.item() of a tensor) or a text"
+            ) from None
         if not isinstance(field, str):
             raise UserError(f"{name} returned a record with the key {_short(field)}: must be a text")
     return record

@@ -176,6 +176,8 @@ class Run:
         self.runtime.require_group()
         if split not in SPLITS:
             raise UserError(f"evaluate: split = {split!r}: must be {' or '.join(SPLITS)}")
+        if eval_iters < 0:
+            raise UserError(f"evaluate: eval_iters = {eval_iters}: must be at least 0")
         size = self.config.data.batch_size
         return measure(self.model, self.loss, self.tokens, split, eval_iters * size, size, self.runtime, self.tokenizer)
 

@@ -57,6 +57,7 @@ def fit(run: Run, again: str = "folio.fit(run) continues it") -> str:
         return complete
     with holding(run):
         _continue(run)
+        start.follow(run)
         run.training = True
         try:
             loop.fit(run)
@@ -138,7 +139,6 @@ def _take(run: Run) -> None:
         start.begin(run)
     elif not run.read_only:
         start.open_files(run)
-        start.follow(run)
 
 
 def _lock(run: Run) -> None:

@@ -64,6 +64,7 @@ def build(config: TrainConfig) -> Run:
     run = assemble(config)
     try:
         begin(run)
+        follow(run)
     except BaseException:
         run.runtime.close()
         if run.lock:
@@ -283,6 +284,8 @@ def open_files(run: Run) -> None:
 
 def follow(run: Run) -> None:
     """Starts the trackers of the run, which continue at its step."""
+    if run.read_only:
+        return
     o = run.config.logging
     run.log.follow(
         trackers.parse(o.track) + ("wandb",) * o.wandb_log,
@@ -332,7 +335,7 @@ def _tokenizer_of(
 
 
 def _report_start(run: Run) -> None:
-    """Shows the user the notes and choices, then records the choices and starts the trackers."""
+    """Shows the user the notes and choices, then records the choices."""
     say, resolved = run.log.say, run.runtime.resolved
     say(f"tokens per iteration will be: {run.tokens_per_step:,}")
     for note in run.notes:
@@ -346,4 +349,3 @@ def _report_start(run: Run) -> None:
     if not run.read_only:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
         run.log.write({"kind": "start", "step": run.begun, **chosen})
-        follow(run)

@@ -52,5 +52,3 @@ def kernel(folder: Path) -> Iterator[Kernel]:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-
-

@@ -15,9 +15,19 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from folio.api import Callback as Callback
+    from folio.api import Loaded as Loaded
+    from folio.api import Picture as Picture
+    from folio.api import Run as Run
+    from folio.api import Tokenizer as Tokenizer
+    from folio.api import build as build
     from folio.api import evaluate as evaluate
+    from folio.api import fit as fit
     from folio.api import generate as generate
+    from folio.api import load as load
+    from folio.api import plot as plot
     from folio.api import prepare as prepare
+    from folio.api import report as report
     from folio.api import train as train
     from folio.config.options import TrainConfig as TrainConfig
     from folio.model.config import GPTConfig as GPTConfig
@@ -30,7 +40,25 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT", "GPTConfig", "TrainConfig", "evaluate", "generate", "prepare", "train"]
+__all__ = [
+    "GPT",
+    "Callback",
+    "GPTConfig",
+    "Loaded",
+    "Picture",
+    "Run",
+    "Tokenizer",
+    "TrainConfig",
+    "build",
+    "evaluate",
+    "fit",
+    "generate",
+    "load",
+    "plot",
+    "prepare",
+    "report",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from torch import Tensor
+
+from folio.checkpoints import find as _find
 from folio.commands import eval as _eval
+from folio.commands import plot as _plot
 from folio.commands import prepare as _prepare
+from folio.commands import report as _report
 from folio.commands import sample as _sample
-from folio.config.compose import Layer, compose
+from folio.config.compose import Layer, compose, keywords, typed
+from folio.config.declare import Weights
 from folio.config.files import read_file
-from folio.config.options import TrainConfig
+from folio.config.options import Source, System, TrainConfig
 from folio.config.table import flat
-from folio.config.values import COMMAND_LINE, convert
-from folio.training.loop import fit
-from folio.training.run import Run
+from folio.config.values import COMMAND_LINE
+from folio.data.tokenizers import Tokenizer as Tokenizer
+from folio.machine.choices import resolve
+from folio.model.gpt import GPT
+from folio.training import session as _session
+from folio.training.callbacks import Callback as Callback
+from folio.training.run import Run as Run
 from folio.training.signals import EXIT_CODES
-from folio.training.start import running
 
 T = TypeVar("T")
 
 
-def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
+def prepare(*text: str | os.PathLike[str], texts: Iterable[str] | None = None, **options: Any) -> Path:
     """Turns text into token files, as ``folio prepare`` does; returns their folder.
 
     ``text`` is the name of a known data set (``"shakespeare_char"``), or files, folders and globs of text, JSON lines
@@ -33,33 +43,89 @@ def prepare(*text: str | os.PathLike[str], **options: Any) -> Path:
     >>> folio.prepare("novels/", name="mycorpus", tokenizer="bytes")
     PosixPath('data/mycorpus')
 
+    ``texts`` gives the documents themselves: a list, or another iterable of ``str``, which is read as a stream, so that
+    it need not fit in memory.
+
+    >>> folio.prepare(texts=(row["body"] for row in rows), name="mycorpus")
+    PosixPath('data/mycorpus')
+
+    With a list, a call that was killed continues, and a repeated one does nothing. An iterable can be read only once:
+    a call that fails or is killed leaves nothing that counts, and the next one begins again.
+
     Raises:
         ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    return _prepare.run(_options(_prepare.Options(tuple(os.fspath(source) for source in text)), "prepare", options))
+    named = _prepare.Options(tuple(os.fspath(source) for source in text))
+    return _prepare.run(_options(named, "prepare", options), texts)
 
 
-def train(*config: str | os.PathLike[str] | TrainConfig, **options: Any) -> Run:
-    """Trains a model, as ``folio train`` does, and returns the finished run: ``model``, ``out_dir``, ``state``.
+def build(
+    *config: str | os.PathLike[str] | TrainConfig,
+    callbacks: Sequence[Callback] = (),
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Run:
+    """Builds a run, and checks everything that it needs; ``fit`` trains it. Its folder stays as it is until then.
 
     ``config`` are presets (``"shakespeare_char"``), files, or a ``TrainConfig`` to start from; options have the names
     that ``folio train --help`` lists. Later ones win.
+
+    >>> run = folio.build("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
+    >>> run.model.get_num_params()
+
+    Under a launcher such as torchrun, use it as ``with folio.build(…) as run:``, which leaves the process group at the
+    end.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    return _session.build(_options(TrainConfig(), "train", options, *config), callbacks, loss)
+
+
+def fit(run: Run) -> str:
+    """Trains a run until it is complete, or is stopped; returns the reason: ``"max_iters"``, ``"SIGINT"``, ….
+
+    >>> run = folio.build("shakespeare_char", out_dir="out")
+    >>> folio.fit(run)  # Ctrl-C, or the stop button of a notebook, stops it with a checkpoint
+    >>> print(*run.generate("ROMEO:", num_samples=1))
+    >>> folio.fit(run)  # continues, to the same bits as a run that was never stopped
+
+    The run holds its folder only meanwhile. A call with a complete run returns at once.
+
+    Raises:
+        ValueError, OSError: one line that names the file or option, the value and the remedy.
+        FloatingPointError: the loss is not finite; the checkpoints stay.
+    """
+    return _session.fit(run)
+
+
+def train(
+    *config: str | os.PathLike[str] | TrainConfig,
+    callbacks: Sequence[Callback] = (),
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Run:
+    """Trains a model, as ``folio train`` does, and returns the run: ``model``, ``out_dir``, ``state``.
+
+    The arguments are those of ``build``.
 
     >>> run = folio.train("shakespeare_char", out_dir="out", max_iters=200, device="cpu")
     >>> run.state.val_loss
 
     After Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 the run finishes its micro step and saves a checkpoint; the program exits.
-    ``init_from="resume"`` continues the run, to the same bits.
+    ``init_from="resume"`` continues the run, to the same bits. In a notebook, or wherever Python waits for the next
+    line, Ctrl-C ends this call only: the run is returned, ``run.stop`` is ``"SIGINT"``, and ``fit`` continues it.
 
     Raises:
         ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
-    with running(_options(TrainConfig(), "train", options, *config)) as run:
-        fit(run)
-    if run.stop == "SIGINT":
+    interactive = hasattr(sys, "ps1")
+    with build(*config, callbacks=callbacks, loss=loss, **options) as run:
+        _session.fit(run, *[""] * (not interactive))
+    if run.stop == "SIGINT" and not interactive:
         raise KeyboardInterrupt
-    if run.stop in EXIT_CODES:
+    if run.stop in EXIT_CODES and run.stop != "SIGINT":
         raise SystemExit(EXIT_CODES[run.stop])
     return run
 
@@ -93,6 +159,93 @@ def evaluate(what: str = "loss", **options: Any) -> dict[str, Any]:
     return _eval.run(_options(_eval.Options(), "evaluate", {"what": what, **options}))[0]
 
 
+class Loaded(NamedTuple):
+    """A model in evaluation mode, and its tokenizer."""
+
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def load(
+    name: str | os.PathLike[str] = "out",
+    *,
+    checkpoint: str | int = "best",
+    device: str = "auto",
+    weights: Weights = "trained",
+) -> Loaded:
+    """A trained model and its tokenizer, to use in a program.
+
+    ``name`` is an out_dir, or what ``init_from`` takes: ``"gpt2"``, a Hugging Face folder or name, a ``.pt`` file.
+    ``checkpoint`` is ``"best"``, ``"latest"`` or a step of an out_dir; ``weights="ema"`` are the moving averages.
+
+    >>> model, tokenizer = folio.load("out")
+    >>> idx = torch.tensor([tokenizer.encode("ROMEO:").tolist()])
+    >>> print(tokenizer.decode(model.generate(idx, max_new_tokens=100)[0]))
+
+    Raises:
+        ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy; also if
+            nothing says what the token ids mean (``GPT.from_pretrained(name)`` loads such a model).
+    """
+    given = {"out_dir": name, "checkpoint": str(checkpoint), "weights": weights}
+    source = typed("load", Source(), given)
+    found = _find.by_name(source.out_dir, source.checkpoint).with_weights(source.weights)
+    tokenizer = found.tokenizer()
+    where = resolve(typed("load", System(), {"device": device})).device
+    return Loaded(found.model(dropout=0.0).to(where).eval(), tokenizer)
+
+
+@dataclass(frozen=True)
+class Picture(os.PathLike[str]):
+    """A picture in a file, which a notebook shows."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]] | None:
+        return (self.path.read_bytes(), {"width": 700}) if self.path.suffix.lower() == ".png" else None
+
+    def _repr_svg_(self) -> str | None:
+        return self.path.read_text(encoding="utf-8") if self.path.suffix.lower() == ".svg" else None
+
+
+def plot(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Any) -> Picture:
+    """Draws the losses and other measurements of runs, as ``folio plot`` does; a notebook shows the result.
+
+    >>> folio.plot("out-1", "out-2")
+
+    The result has the ``path`` of the picture, and stands for it wherever a path is expected. ``output`` is a ``.png``,
+    ``.svg`` or ``.pdf``; options are those that ``folio plot --help`` lists.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    base = _plot.Options(_names(out_dirs))
+    return Picture(_plot.run(_options(base, "plot", {"output": output, **options})))
+
+
+def report(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Any) -> Path:
+    """Writes a page about one run or several, as ``folio report`` does, and returns its path.
+
+    >>> folio.report("out", output="report.html")
+
+    Options are those that ``folio report --help`` lists.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: one line that names the file or option, the value and the remedy.
+    """
+    base = _report.Options(_names(out_dirs))
+    return _report.run(_options(base, "report", {"output": output, **options}))
+
+
+def _names(out_dirs: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
+    return tuple(os.fspath(out_dir) for out_dir in out_dirs) or ("out",)
+
+
 def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
     """The options in ``base``, then those of files, then the keywords, typed and checked as on the command line."""
     layers: list[Layer] = []
@@ -104,9 +257,8 @@ def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.P
             values = read_file(os.fspath(item), type(base), names=names)
             names |= values
             layers.append(Layer(os.fspath(item), values, supersedes=True))
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    keywords = {name: convert(caller, name, value, type(base)) for name, value in plain.items()}
-    return compose(base, [*layers, Layer(COMMAND_LINE, keywords, supersedes=True)])
+    values = keywords(caller, type(base), given)
+    return compose(base, [*layers, Layer(COMMAND_LINE, values, supersedes=True)])
 
 
 def _with_sources(config: TrainConfig) -> TrainConfig:

@@ -66,6 +66,7 @@ _NUMBER, _SCALAR = (int, float), (bool, int, float, str)
 _ENTRIES: dict[str, Any] = {  # entry of a state.json → its type, as ``_fits`` reads it
     "run": str,
     "optimizer": str,
+    "objective": str,
     "row": int,
     "tokenizer": (dict, NoneType),
     "data": (dict, str, NoneType),

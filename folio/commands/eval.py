@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -102,29 +101,20 @@ def _memory_advice(o: Options, chosen: Checkpoint, runtime: Runtime) -> str:
 
 def _loss(o: Options, chosen: Checkpoint, runtime: Runtime) -> tuple[dict[str, Any], str]:
     """Nats per token, and bits per byte of text, which do not depend on the tokenizer."""
-    from folio.evaluation.loss import evaluate, text_size
+    from folio.evaluation.loss import measure
 
     model = chosen.model(dropout=0.0)
     data, tokens, tokenizer = _tokens(o, chosen, model.config.block_size, model.transformer.wte.num_embeddings)
     windows = o.eval_iters * data.batch_size
     loss = runtime.wrap(model, None)
-    nats = evaluate(model, loss, tokens, o.split, windows, data.batch_size, runtime)
-    counted, size = text_size(tokens, o.split, windows, tokenizer)
-    found = {
-        "split": o.split,
-        "data": tokens.name,
-        "loss": nats,
-        "perplexity": math.exp(min(nats, 700.0)),
-        "bits_per_byte": nats * counted / (math.log(2) * size) if size else math.nan,
-        "tokens": counted,
-        "bytes": size,
-    }
+    found = measure(model, loss, tokens, o.split, windows, data.batch_size, runtime, tokenizer)
+    counted, size = found["tokens"], found["bytes"]
     text = (
         f"{found['bits_per_byte']:.4f} bits per byte: {counted:,} tokens, {size:,} bytes of {tokens.name}"
         if size
         else f"no bits per byte, since the tokenizer or the text is unknown: {counted:,} tokens of {tokens.name}"
     )
-    line = f"{o.split} loss {nats:.4f} nats per token, perplexity {found['perplexity']:.4g}, {text}"
+    line = f"{o.split} loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.4g}, {text}"
     return found, "\n".join([*(folder.note for folder in tokens.folders if folder.note), line])
 
 

@@ -37,10 +37,15 @@ class Options:
 
 
 def main(options: Options) -> None:
+    say(f"wrote {run(options)}")
+
+
+def run(options: Options) -> Path:
+    """Draws, and returns the picture's path."""
     from folio.records.plot import draw
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
     picture = Path(options.output or (COMPARISON if several else out_dirs[0] / PICTURE))
     draw(out_dirs, picture, options.x, log=options.log, smoothing=options.smooth)
-    say(f"wrote {picture}")
+    return picture

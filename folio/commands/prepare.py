@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from folio.config.files import find_preset
 from folio.data.token_files import META
 from folio.errors import UserError
 from folio.preparation.recipes import KNOWN, help_of, known, named_by_user
+from folio.preparation.sources import Given
 from folio.records.console import say
 
 _CHOICES = (
@@ -73,23 +75,25 @@ def _next_command(options: Options, folder: Path) -> str:
     return f"folio train small {data} (minutes on a CPU; medium and gpt2 are for a GPU)"
 
 
-def run(options: Options) -> Path:
-    """Prepares, and returns the folder."""
-    if not any(options.text):
+def run(options: Options, texts: Iterable[str] | None = None) -> Path:
+    """Prepares what the options name, or the texts of a program; returns the folder."""
+    if texts is None and not any(options.text):
         raise UserError(f"nothing to prepare: name a data set ({', '.join(KNOWN)}), your files or folders, or hf:NAME")
     from folio.preparation.job import prepare
 
     chosen: dict[str, Any] = {name: value for name in _CHOICES if (value := getattr(options, name))}
     if options.val_fraction and options.val_documents:
         raise UserError("--val_fraction and --val_documents exclude each other: give one")
-    first = options.text[0]
+    first = options.text[0] if texts is None else ""
     by_name = len(options.text) == 1 and (first in KNOWN or not _names_text(first))
-    name = options.name or (first if by_name else _name_of(first))
+    name = options.name or (first if by_name else _name_of(first or options.data_dir))
     folder = Path(options.data_dir or Path("data") / name)
     if by_name:
         recipe = known(first, folder, options.source, chosen)
     elif options.source:
         raise UserError("--source gives the text of a known data set only: name your files without --source")
+    elif texts is not None:
+        recipe = named_by_user(_given(texts, options), name, **chosen)
     else:
         recipe = named_by_user(options.text, name, **chosen)
     prepare(
@@ -101,6 +105,19 @@ def run(options: Options) -> Path:
         part=_part(options.shard_of),
     )
     return folder
+
+
+def _given(texts: Iterable[str], options: Options) -> Given:
+    """The texts as a source. Raises UserError if they are not documents, or options do not go with them."""
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise UserError(f"texts is of type {type(texts).__name__}: must be a list of documents, or another iterable")
+    if options.text:
+        raise UserError(f"texts and {options.text[0]} exclude each other: give one")
+    if not (options.name or options.data_dir):
+        raise UserError("texts have no name: give the data set one, name='…'")
+    if odd := [name for name in ("text_key", "config", "split", "streaming", "shard_of") if getattr(options, name)]:
+        raise UserError(f"{odd[0]} is for files: leave it out where you give texts")
+    return Given(texts)
 
 
 def _names_text(source: str) -> bool:

@@ -24,6 +24,11 @@ class Options:
 
 
 def main(options: Options) -> None:
+    say(f"wrote {run(options)}")
+
+
+def run(options: Options) -> Path:
+    """Writes the page, and returns its path."""
     from folio.records.report import report
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
@@ -33,4 +38,4 @@ def main(options: Options) -> None:
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"{page}: its suffix must be .html")
     report(out_dirs, page)
-    say(f"wrote {page}")
+    return page

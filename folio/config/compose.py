@@ -66,6 +66,21 @@ def compose(base: T, layers: Sequence[Layer]) -> T:
     return config
 
 
+def typed(caller: str, base: T, given: Mapping[str, Any]) -> T:
+    """The base with the keywords of a call, typed and checked as on the command line.
+
+    Raises:
+        UserError: as ``convert`` and ``compose``; names the ``caller``.
+    """
+    return compose(base, [Layer(COMMAND_LINE, keywords(caller, type(base), given), supersedes=True)])
+
+
+def keywords(caller: str, options: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call, converted to the types of their options."""
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    return {name: convert(caller, name, value, options) for name, value in plain.items()}
+
+
 def _without_replaced(layers: Sequence[Layer]) -> Sequence[Layer]:
     """The layers without the values in files that a later ``depth`` sets."""
     places = [i for i, layer in enumerate(layers) if "depth" in layer.values]

@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
         """Ids → UTF-8 bytes. One id may be part of a character; an id below ``size`` without a token gives no bytes."""
         ...
 
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids → text; bytes that are not UTF-8 become U+FFFD."""
+        return self.bytes([int(i) for i in ids]).decode("utf-8", errors="replace")
+
     def to_json(self) -> dict[str, Any]:
         """A description from which ``from_json`` makes the same tokenizer."""
         ...
@@ -69,7 +73,7 @@ class MissingCharactersError(UserError):
         return f"{self.lack}: leave them out of the text"
 
 
-class Characters:
+class Characters(Tokenizer):
     """One id for each character of a fixed, sorted vocabulary, as nanoGPT's shakespeare_char."""
 
     eot: int | None = None
@@ -113,7 +117,7 @@ def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """The 256 bytes of UTF-8 text."""
 
     size: int = 256
@@ -134,7 +138,7 @@ class Bytes:
         return _by_bytes({c: b for b, c in byte_characters().items()}, [], pattern=None)
 
 
-class Tiktoken:
+class Tiktoken(Tokenizer):
     """A byte-pair encoding by its name in tiktoken, such as gpt2.
 
     tiktoken fetches its tables from the network unless they are in its cache (TIKTOKEN_CACHE_DIR).
@@ -199,7 +203,7 @@ class Tiktoken:
         return fast
 
 
-class TokenizersFile:
+class TokenizersFile(Tokenizer):
     """A tokenizer of Hugging Face's tokenizers library, from the text of its ``tokenizer.json``.
 
     Raises:

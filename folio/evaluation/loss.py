@@ -61,6 +61,33 @@ def evaluate(
     return float(nats / counted)
 
 
+def measure(
+    model: GPT,
+    loss: Loss,
+    tokens: Tokens,
+    split: Split,
+    windows: int,
+    batch_size: int,
+    runtime: Runtime,
+    spec: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The loss over a split, as ``evaluate`` measures it, with what follows from it and what it was measured over.
+
+    ``spec`` as in ``text_size``. Bits per byte do not depend on the tokenizer; they are NaN if the text is unknown.
+    """
+    nats = evaluate(model, loss, tokens, split, windows, batch_size, runtime)
+    counted, size = text_size(tokens, split, windows, spec)
+    return {
+        "split": split,
+        "data": tokens.name,
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700.0)),
+        "bits_per_byte": nats * counted / (math.log(2) * size) if size else math.nan,
+        "tokens": counted,
+        "bytes": size,
+    }
+
+
 def text_size(tokens: Tokens, split: Split, windows: int, spec: dict[str, Any] | None) -> tuple[int, int]:
     """The number of targets that ``evaluate`` counts, and the bytes of text that they add to the tokens before them.
 

@@ -178,6 +178,10 @@ class StepGraphs:
         self._begun = False
         return result
 
+    def begin_step(self) -> None:
+        """The next micro step is the first of a step, and replaces the gradients."""
+        self._begun = False
+
     def _give_up(self, error: RecordingError) -> None:
         warnings.warn(f"CUDA graphs failed, continuing without them: {error}", stacklevel=4)
         self.stop()

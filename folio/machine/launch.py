@@ -112,10 +112,10 @@ def begin_run() -> str | None:
     return str(store.get(key).decode()) if store.check([key]) else None
 
 
-def remember_run(run: str) -> None:
-    """Stores the id of the run that was begun last, in case the launcher restarts this job (see ``begin_run``)."""
+def remember_run(number: int, run: str) -> None:
+    """Stores the id of a run of this process, in case the launcher restarts this job (see ``begin_run``)."""
     if "job" in JOB.stores:
-        JOB.stores["job"].set(f"run/{JOB.runs}", run)
+        JOB.stores["job"].set(f"run/{number}", run)
 
 
 def store_outlives_processes() -> bool:

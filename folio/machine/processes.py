@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -68,6 +68,14 @@ class Ranks:
             if group is not self._control:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
+    def require_group(self) -> None:
+        """Raises UserError if this process has left its group, since it can do nothing for the run then."""
+        if self._grouped and not dist.is_initialized():
+            raise UserError(
+                "this run is closed, and its processes have left each other: work inside of "
+                "`with folio.build(…) as run:`"
+            )
+
     def reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""
         if self.world > 1:
@@ -100,12 +108,12 @@ class Ranks:
     def wait_for_write(self) -> None:
         """Waits until the last ``write`` is done on rank 0; its error is raised on every rank."""
 
-        def wait() -> None:
+        def result() -> None:
             work, self._written = self._written, None
             if work:
                 work.result()
 
-        self.broadcast(wait)
+        self.broadcast(result)
 
     def write(self, make: Callable[[], None], wait: bool) -> None:
         """Calls ``make`` on rank 0: with ``wait`` in the main thread, while the other ranks wait; else in a thread.
@@ -116,6 +124,11 @@ class Ranks:
             self.broadcast(make)
         elif self.rank == 0:
             self._written = self._writer.submit(make)
+
+    def finish_writing(self) -> None:
+        """Waits until this process writes nothing, without an error and without the other ranks."""
+        if self._written:
+            wait([self._written])
 
     def gather(self, found: T) -> list[T]:
         """The values of all ranks, by rank, on every rank."""
@@ -143,6 +156,8 @@ class Ranks:
     def close(self) -> None:
         """Waits for the writer thread, and leaves the process group; exits if that takes too long.
 
+        A process without a group can still do everything afterwards, since the next ``write`` starts the thread again.
+
         A failing rank reports its error before it leaves, since the others only see that it left.
 
         ``launch.JOB`` keeps the groups' C++ objects until the process ends. Their destructor holds the GIL while it
@@ -156,7 +171,8 @@ class Ranks:
                 say(line, sys.stderr)
             os._exit(1)
 
-        self._writer.shutdown()
+        writer, self._writer = self._writer, ThreadPoolExecutor(1, "writer")
+        writer.shutdown()
         if self._grouped and dist.is_initialized():
             guard = threading.Timer(_CLEANUP, give_up)
             guard.daemon = True

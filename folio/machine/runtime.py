@@ -61,19 +61,20 @@ class Runtime(Ranks, Updates):
         if choices.deterministic != torch.are_deterministic_algorithms_enabled():  # the setter imports torch's compiler
             torch.use_deterministic_algorithms(choices.deterministic)
         self._objective: Any = None
+        self._batch: tuple[int, int] | None = None
         Updates.__init__(self, device, dtype, choices.graphs)
         Ranks.__init__(self, choices.rank, choices.world, choices.backend if choices.grouped else None, choices.timeout)
 
-    def wrap(self, model: GPT, batch: tuple[int, int] | None) -> Loss:
+    def wrap(self, model: GPT, batch: tuple[int, int] | None, own: Callable[..., Tensor] | None = None) -> Loss:
         """``model.loss`` on this device, under autocast, compiled or not, with gradients averaged over the ranks.
 
         This may replace the model's parameters, so make the optimizer afterwards. ``batch``: the largest shape (B, T)
-        of the batches; None if there is no backward.
+        of the batches; None if there is no backward. ``own`` takes the place of ``gpt.cross_entropy`` in training.
         """
         if batch and self.device.type == "cpu":
             keep_freed_memory()
-        loss = wrap(model, self.choices, batch)
-        self._objective = objective_of(loss)
+        loss = wrap(model, self.choices, batch, own)
+        self._objective, self._batch = objective_of(loss), batch
         if self.parallel != "ddp":
             self.extend_timeout()
         return loss
@@ -115,6 +116,14 @@ class Runtime(Ranks, Updates):
             self._objective.update_copy()
         self.first_step_done()
         return result
+
+    def drop_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets what micro steps have added to the gradients since the last update; all ranks must call this."""
+        if self.parallel != "ddp" and self._batch:  # FSDP keeps gradients of its own until the ranks exchange them
+            zeros = torch.zeros(self._batch, dtype=torch.long, device=self.device)
+            with exchange(self._objective, last=True):
+                self._objective(zeros, zeros)[0].backward()
+        super().drop_gradients(optimizer)
 
     def find_not_finite(self, model: GPT, optimizer: torch.optim.Optimizer) -> str:
         """The first weight, or moment of AdamW as ``<parameter>/<slot>``, with NaN or infinity on any rank, or ""."""

@@ -63,6 +63,13 @@ class Updates:
             return self._graphs.micro_step(run, idx, targets)
         return run(idx, targets, documents)
 
+    def drop_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forgets what micro steps have added to the gradients since the last update."""
+        if self._graphs and self._graphs.active:
+            self._graphs.begin_step()
+        else:
+            optimizer.zero_grad(set_to_none=True)
+
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 

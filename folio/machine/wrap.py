@@ -65,6 +65,16 @@ class _FromCopy(torch.autograd.Function):
         return gradients[0].to(ctx.dtype), None
 
 
+class TrainedOn:
+    """``own`` in place of ``gpt.cross_entropy`` where gradients are made; elsewhere, as in evaluations, ``usual``."""
+
+    def __init__(self, own: Callable[..., Tensor], usual: Callable[..., Tensor]) -> None:
+        self.own, self.usual = own, usual
+
+    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor, cap: float = 0.0) -> Tensor:
+        return (self.own if torch.is_grad_enabled() else self.usual)(x, weight, targets, cap)
+
+
 class WeightCopy:
     """A copy of the weights in 16 bits, in which the model computes; the gradients arrive at the weights in float32.
 
@@ -154,20 +164,22 @@ def recompute_blocks(model: GPT) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None) -> Loss:
+def wrap(model: GPT, choices: Choices, batch: tuple[int, int] | None, own: Callable[..., Tensor] | None = None) -> Loss:
     """``model.loss`` with the choices applied; see ``Runtime.wrap``."""
     device = torch.device(choices.device)
     dtype: torch.dtype = getattr(torch, choices.dtype)
     if choices.recompute:
         recompute_blocks(model)
+    if choices.logits and choices.parallel == "ddp":
+        model.cross_entropy = ChunkedCrossEntropy(choices.logits)
+    if own:
+        model.cross_entropy = TrainedOn(own, model.cross_entropy)
     if choices.parallel != "ddp":
         return _shard(model, choices, device, dtype)
     model.to(device)
     if choices.kind == "cpu" and not choices.compile:
         blocked = BlockedAttention(choices.attention_block) if choices.attention_block else attend
         set_attention(model, blocked, split_heads_at_once)
-    if choices.logits:
-        model.cross_entropy = ChunkedCrossEntropy(choices.logits)
     objective = Objective(
         model, compiled(model.loss) if choices.compile else model.loss, device, dtype, choices.weight_copy
     )

@@ -35,11 +35,21 @@ def is_finished(folder: Path, recipe: Recipe, described: dict[str, Any], overwri
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / META} is damaged ({error}): --overwrite replaces the data set") from None
     refuse_difference(f"{folder} was made", made, described, recipe.source)
+    if recipe.source.once:
+        raise already_there(folder)
     gone = [name for name in names if not (folder / name).is_file()]
     if gone:
         raise UserError(f"{folder / gone[0]} is missing: --overwrite replaces the data set")
     say(f"{folder} is finished: train has {counts['train']:,} tokens, val has {counts['val']:,}; nothing to do")
     return True
+
+
+def already_there(folder: Path) -> UserError:
+    """The error for texts that cannot be compared with those of a finished data set."""
+    return UserError(
+        f"{folder} is a data set already, and an iterable cannot be compared with it: give another name, a list, or "
+        "overwrite=True, which replaces it"
+    )
 
 
 def refuse_difference(what: str, old: dict[str, Any], new: dict[str, Any], source: Source) -> None:

@@ -34,6 +34,7 @@ class Hub:
     text_key: str = "text"
     held_out: float = 0.0
     size: int | None = None
+    once = False
 
     def describe(self) -> dict[str, Any]:
         what = {"hub": self.name, "config": self.config, "split": self.split, "held_out": self.held_out}

@@ -27,7 +27,7 @@ from folio.errors import UserError
 from folio.locks import InUseError, Lock
 from folio.preparation import sources
 from folio.preparation.documents import WorkerSettings
-from folio.preparation.finished import is_finished, refuse_difference
+from folio.preparation.finished import already_there, is_finished, refuse_difference
 from folio.preparation.parts import Parts, PartWriter
 from folio.preparation.progress import progress
 from folio.preparation.recipe import Recipe
@@ -65,7 +65,7 @@ def prepare(
     work = folder / UNFINISHED
     if is_finished(folder, recipe, described, overwrite):
         if "meta" in read_state(work):  # the process that moved all files was killed before it removed this folder
-            with contextlib.suppress(InUseError), _lock(work):
+            with contextlib.suppress(InUseError), _lock(work, once=False):
                 _remove(work)
         return
     job = _Job(recipe, described, workers, skip, overwrite)
@@ -106,19 +106,22 @@ def _remove(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    """Locks the folder for this process. If the process fails before its first commit, the folder is removed."""
+def _lock(work: Path, once: bool) -> Iterator[None]:
+    """Locks the folder for this process. If it fails, and no later process can continue, the folder is removed.
+
+    That is before the first commit, and with a source that is read ``once`` until all of it is written.
+    """
     files.require_own_folder(work)
     lock = Lock(work / _LOCK, "another process is preparing this data set", "wait until it has finished")
     try:
         yield
     except KeyboardInterrupt:
-        say("stopped: the same command continues from here")
+        say("stopped: nothing is left of it" if once else "stopped: the same command continues from here")
         raise
     except OSError as error:
         raise OSError(f"{error.filename or work}: {error.strerror or error}: run it again to continue") from None
     finally:
-        if unused := not (work / STATE).exists():
+        if unused := not (work / STATE).exists() or (once and "meta" not in read_state(work)):
             files.discard(work)
         lock.release()
         if unused and files.WINDOWS:
@@ -135,8 +138,9 @@ class _Job:
 
     def prepare_all(self, folder: Path, work: Path, parts: list[Path] | None = None) -> None:
         """Prepares everything, from the source or from complete parts of it."""
-        with _lock(work):
+        with _lock(work, self.recipe.source.once):
             state = self._state(work)
+            earlier = "meta" in state  # a process that was killed had written everything
             gone = parts and not all(_complete(path, self.described) for path in parts)
             if "meta" not in state and (gone or is_finished(folder, self.recipe, self.described, self.overwrite)):
                 return  # another process finished it in the meantime
@@ -165,13 +169,15 @@ class _Job:
             place = work / DIVIDED if state["place"] else work
             move(place, names, meta, folder, state["replaces"])
             _remove(work)
+            if earlier and self.recipe.source.once:
+                raise already_there(folder)
         for split in SPLITS:
             say(f"{split} has {meta['splits'][split]['tokens']:,} tokens")
         say(f"wrote {folder}{_count(meta['skipped'])}")
 
     def prepare_part(self, work: Path, part: tuple[int, int]) -> None:
         """Prepares one part, unless it is complete."""
-        with _lock(work):
+        with _lock(work, once=False):
             state = self._state(work)
             if not state.get("complete"):
                 tokenizer = self._tokenizer(work, state)
@@ -184,7 +190,8 @@ class _Job:
         state = read_state(work)
         if state and not self.overwrite:
             refuse_difference(f"{work} was begun", state["made"], self.described, self.recipe.source)
-        if not _has_settings(state, self.described):
+        afresh = self.recipe.source.once and (self.overwrite or "meta" not in state)
+        if afresh or not _has_settings(state, self.described):
             files.remove(work / STATE)
             state = {"made": self.described, "block": sources.BLOCK}
         return state
@@ -196,6 +203,8 @@ class _Job:
         if "alphabet" not in state:
             settings = WorkerSettings({}, "none", self.recipe.text_key)
             source = self.recipe.source
+            if source.once:
+                raise UserError("tokenizer=char reads the texts twice, and an iterable only once: give a list of them")
             found: set[str] = set()
             alphabets = results(Alphabet, settings, source.blocks(), source.size, self.workers)
             with contextlib.closing(alphabets):

@@ -23,7 +23,7 @@ from folio.files import download, read_text
 from folio.preparation.finding import find
 from folio.preparation.hub import Hub
 from folio.preparation.recipe import Layout, Recipe
-from folio.preparation.sources import Source, Texts
+from folio.preparation.sources import Given, Source, Texts
 from folio.preparation.text_files import Files
 from folio.records.console import say
 
@@ -137,7 +137,7 @@ def known(name: str, folder: Path, source: str, chosen: dict[str, Any]) -> Recip
 
 
 def named_by_user(
-    sources: Sequence[str],
+    sources: Sequence[str] | Given,
     name: str,
     *,
     tokenizer: str = "gpt2",
@@ -149,7 +149,7 @@ def named_by_user(
     split: str = "train",
     streaming: bool = False,
 ) -> Recipe:
-    """Files, folders and globs, or one ``hf:NAME``.
+    """Files, folders and globs, or one ``hf:NAME``, or the texts of a program.
 
     With a ``shard_size`` the files are ``<name>_train_000001.npy`` …, an end-of-text precedes each document, and the
     first shard is for validation unless a fraction is given. Without, they are train.bin and val.bin, an end-of-text
@@ -161,7 +161,10 @@ def named_by_user(
         raise UserError(f"name={name}: it begins the names of the shards, so it cannot have /, {{ or }}")
     tokens = None if tokenizer == "char" else named(tokenizer)
     source: Source
-    if sources[0].startswith("hf:"):
+    if isinstance(sources, Given):
+        source = sources
+        fraction = val_fraction or (0.01 if source.size is None else min(0.1, _VAL_BYTES / max(1, source.size)))
+    elif sources[0].startswith("hf:"):
         if len(sources) > 1:
             raise UserError(f"{sources[0]} must stand alone: prepare {sources[1]} as another data set and mix them")
         source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
@@ -171,8 +174,8 @@ def named_by_user(
         fraction = val_fraction or min(0.1, _VAL_BYTES / max(1, sum(p.stat().st_size for p in paths)))
         source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
     single = isinstance(source, Files) and source.single
-    if single and val_documents:
-        raise UserError(f"{sources[0]} is a single text: give --val_fraction, not --val_documents")
+    if isinstance(source, Files) and single and val_documents:
+        raise UserError(f"{source.names[0]} is a single text: give --val_fraction, not --val_documents")
     separated = tokens is not None and tokens.eot is not None
     by_shard = shard_size and separated and not (val_fraction or val_documents or single)
     layout = Layout(

@@ -38,6 +38,7 @@ class Files:
     text_key: str = "text"
     val_fraction: float = 0.0
     divisible: bool = True
+    once = False
 
     @property
     def size(self) -> int:

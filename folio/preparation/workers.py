@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def results(
     waiting: deque[tuple[Block, Future[Any]]] = deque()
     try:
         for block in blocks:
-            with _without_interrupts():  # which may start a process
+            with _without_interrupts(), _without_main():  # which may start a process
                 waiting.append((block, pool.submit(_run, block.spans)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
@@ -130,6 +131,17 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that is started inside does not run the caller's script once more, as multiprocessing makes it do."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _job: Callable[[Spans], Any]

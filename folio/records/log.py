@@ -22,6 +22,7 @@ from rich.progress import (
 
 from folio import files
 from folio.errors import UserError
+from folio.records import notebook
 from folio.records.console import best_effort, printable, say
 from folio.records.log_txt import build_nanogpt, gpt_from_scratch
 from folio.records.metrics import REWRITTEN, read_metrics, to_json
@@ -33,8 +34,8 @@ from folio.records.trackers import Identity, Trackers
 class Log:
     """Writes the records of a run to the console, files and trackers; does nothing on ranks other than 0 (``main``).
 
-    A terminal shows a progress bar below the lines; other outputs get nanoGPT's lines. Without ``monitor``, records go
-    only to files and trackers.
+    A terminal and a notebook show a progress bar, and a notebook a curve; other outputs get nanoGPT's lines. Without
+    ``monitor``, records go only to files and trackers.
     """
 
     def __init__(self, main: bool, total: int, monitor: bool = True) -> None:
@@ -43,15 +44,17 @@ class Log:
         self._tokens_per_step = 0
         self._files: list[_File] = []
         self._trackers = Trackers()
-        self._progress: Progress | None = None
+        self._bar: _Bar | notebook.Bar | None = None
         self._console = Console(file=best_effort(sys.stdout), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._progress:
-            self._progress.stop()
+        """Ends the progress bar, and closes the trackers and files; ``open`` opens them again."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
         self._trackers.close()
-        for file in self._files:
-            file.close()
+        while self._files:
+            self._files.pop().close()
 
     def open(self, out_dir: Path, log_txt: bool | Literal["gpt-from-scratch"] = False, epoch: int = 1) -> None:
         """Writes records to ``out_dir/metrics.jsonl`` from now on, and to ``log.txt`` if asked.
@@ -84,7 +87,11 @@ class Log:
         config: dict[str, Any],
     ) -> None:
         """Sends records to these trackers from now on; warns once about each that fails, now or later."""
-        if not self.main or not names:
+        if not self.main:
+            return
+        if self.monitor and self._console.is_jupyter:
+            self._trackers.add("the live curve", partial(notebook.Curve, out_dir))
+        if not names:
             return
         before = read_metrics(out_dir / METRICS) if step else []
         measured = [r for r in before if r["step"] == step and r["kind"] not in REWRITTEN]
@@ -94,39 +101,29 @@ class Log:
         """Prints a line on the console, but writes it nowhere else."""
         if not self.main:
             return
-        if self._progress:
-            self._progress.console.print(printable(line), markup=False, emoji=False)
+        if isinstance(self._bar, _Bar):
+            self._bar.say(line)
         else:
             say(line)
 
     def start(self, step: int, tokens_per_step: int) -> None:
-        """Starts the progress bar, on a terminal."""
+        """Starts the progress bar, on a terminal or in a notebook."""
         self._tokens_per_step = tokens_per_step
-        if self.main and self.monitor and self._console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(compact=True),
-                TextColumn("left"),
-            )
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._task = self._progress.add_task("", total=self.total, completed=step, figures="")
-            self._progress.start()
+        if self.main and self.monitor and self._console.is_jupyter:
+            self._bar = notebook.Bar(self.total, step)
+        elif self.main and self.monitor and self._console.is_terminal:
+            self._bar = _Bar(self._console, self.total, step)
 
     def busy(self, work: str) -> None:
         """Shows the work between steps beside the progress bar, such as ``evaluating, batch 37 of 400``."""
-        if self._progress:
-            self._progress.update(self._task, figures=work)
+        if self._bar:
+            self._bar.show(work)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Moves the progress bar."""
-        if self._progress:
-            self._progress.update(
-                self._task, completed=step, figures=f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
-            )
+        if self._bar:
+            left = (self.total - step) * self._tokens_per_step / tokens_per_second
+            self._bar.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s", step, left)
 
     def write(self, record: Record) -> None:
         """Writes one record: a line to each file and to the console, and to the trackers."""
@@ -140,7 +137,7 @@ class Log:
 
     def _line(self, record: Record) -> str:
         match record:
-            case {"kind": "train", "step": step, "loss": loss, "mfu": mfu} if not self._progress:
+            case {"kind": "train", "step": step, "loss": loss, "mfu": mfu} if not self._bar:
                 share = "" if math.isnan(mfu) else f", mfu {mfu * 100:.2f}%"
                 time = 1000 * self._tokens_per_step / record["tokens_per_second"]
                 return f"iter {step}: loss {loss:.4f}, time {time:.2f}ms{share}"
@@ -167,6 +164,34 @@ def counted(count: int, thing: str) -> str:
 def hellaswag_line(record: Record) -> str:
     """A line about an evaluation of HellaSwag."""
     return f"HellaSwag {hellaswag_scores(record)}"
+
+
+class _Bar:
+    """A progress bar on a terminal, below the lines."""
+
+    def __init__(self, console: Console, total: int, step: int) -> None:
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+        )
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task("", total=total, completed=step, figures="")
+        self._progress.start()
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(printable(line), markup=False, emoji=False)
+
+    def show(self, figures: str, step: int | None = None, left: float | None = None) -> None:
+        """``figures`` beside the bar, which measures the time ``left`` itself."""
+        self._progress.update(self._task, completed=step, figures=figures)
+
+    def stop(self) -> None:
+        self._progress.stop()
 
 
 class _File:

@@ -8,6 +8,7 @@ from typing import Any
 Record = dict[str, Any]
 
 KINDS = ("start", "train", "eval", "hellaswag", "sample")  # those of Folio itself
+OWN_KINDS = (*KINDS, "ema", "skipped")  # with those that are shown as if they were a user's
 _LARGEST = 1e18  # of tokens, steps, losses
 
 

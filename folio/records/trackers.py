@@ -9,8 +9,9 @@ import os
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -48,14 +49,18 @@ class Identity(NamedTuple):
     measured: Sequence[Record] = ()
 
 
-class Tracker(Protocol):
+class Receiver(Protocol):
     """Receives every record, and shows its numbers and texts over the steps. Any method may raise any exception."""
-
-    def __init__(self, run: Identity) -> None: ...
 
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Tracker(Receiver, Protocol):
+    """A receiver for a run that ``--track`` names."""
+
+    def __init__(self, run: Identity) -> None: ...
 
 
 def figures(record: Record, more: Mapping[str, str] = {}) -> dict[str, float]:
@@ -176,12 +181,15 @@ class Trackers:
     """The trackers of a run. One that fails is dropped with a warning and does not stop the run."""
 
     def __init__(self) -> None:
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, Receiver] = {}
 
     def open(self, names: Sequence[str], run: Identity) -> None:
         for name in dict.fromkeys(names):
-            with self._dropping(name):
-                self._open[name] = KNOWN[name](run)
+            self.add(name, partial(KNOWN[name], run))
+
+    def add(self, name: str, make: Callable[[], Receiver]) -> None:
+        with self._dropping(name):
+            self._open[name] = make()
 
     def write(self, record: Record) -> None:
         for name, tracker in [*self._open.items()]:
@@ -200,5 +208,5 @@ class Trackers:
             yield
         except Exception as error:
             self._open.pop(name, None)
-            remedy = f" (pip install {name})" if isinstance(error, ImportError) else ""
+            remedy = f" (pip install {error.name or name})" if isinstance(error, ImportError) else ""
             warnings.warn(f"{name}: {first_line(error)}: training continues without it{remedy}", stacklevel=2)

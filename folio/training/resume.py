@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from folio import files
 from folio.checkpoints import checkpoint, find, pt_files
@@ -24,20 +24,12 @@ from folio.records.metrics import rewind
 from folio.records.run_folder import METRICS, NANOGPT
 from folio.training import ownership
 from folio.training.ownership import unwritable
-from folio.training.run import Run
+from folio.training.run import FormerRun, Run
 
 _SHAPE = tuple(f.name for f in fields(GPTConfig) if f.name != "dropout")
 
 
 _PARTS = {"model", "data", "scaler", "resolved"} | {f.name for f in fields(State)}  # the keys of every state.json
-
-
-class FormerRun(NamedTuple):
-    """An earlier run: its id, and its newest checkpoint with a readable state."""
-
-    id: str
-    found: checkpoint.Checkpoint
-    notes: tuple[str, ...] = ()  # for the user
 
 
 def has_run(out_dir: Path) -> bool:
@@ -220,7 +212,7 @@ def take_folder(run: Run, former: FormerRun | None) -> list[str]:
         else:
             notes = [*filter(None, [ownership.move_aside(out_dir, bool(run.config.logging.log_txt))])]
         run_folder.write_config(out_dir, run.id, flat(run.config))
-        launch.remember_run(run.id)
+        launch.remember_run(run.number, run.id)
     except OSError as error:
         raise unwritable(out_dir, error) from None
     return notes

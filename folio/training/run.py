@@ -14,12 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from folio.checkpoints.checkpoint import Checkpoint
 from folio.checkpoints.state import Skipped, State
-from folio.config.options import TrainConfig
+from folio.config.compose import typed
+from folio.config.options import Sampling, TrainConfig
 from folio.data.rows import Tokens
+from folio.data.token_files import SPLITS, Split
 from folio.data.tokenizers import Tokenizer, from_json
 from folio.errors import UserError
+from folio.evaluation.loss import measure
+from folio.generation.sampling import continuations
 from folio.locks import Lock
+from folio.machine import launch
 from folio.machine.flops import mfu
 from folio.machine.runtime import Runtime
 from folio.machine.wrap import Loss
@@ -34,6 +40,14 @@ class Work(NamedTuple):
     scheduled: Callable[[Run], bool]
     do: Callable[[Run], Iterable[Record]]
     waits: bool = True  # for the last step, whose loss is read before
+
+
+class FormerRun(NamedTuple):
+    """An earlier run: its id, and its newest checkpoint with a readable state."""
+
+    id: str
+    found: Checkpoint
+    notes: tuple[str, ...] = ()  # for the user
 
 
 class Figures(NamedTuple):
@@ -63,6 +77,10 @@ class Clock:
     @property
     def expired(self) -> bool:
         return time.perf_counter() > self.deadline
+
+    def begin(self, seconds: float) -> None:
+        """Goes on from so many seconds of the run, those of earlier processes included."""
+        self.started = time.perf_counter() - seconds
 
     def limit(self, minutes: float) -> None:
         """Expires so many minutes from now."""
@@ -101,6 +119,10 @@ class Run:
     state: State
     lock: Lock | None = None  # on the folder, held by rank 0 for all ranks
     read_only: bool = False  # eval_only: measures the loss once and writes no file
+    former: FormerRun | None = None  # that this one resumes
+    objective: str = ""  # the name of the loss to train on, if it is a user's
+    number: int = field(default_factory=lambda: launch.JOB.runs)  # of the runs that this process builds, from 1
+    notes: list[str] = field(default_factory=list)  # for the user, shown when the run takes its folder
     work: list[Work] = field(default_factory=list)  # between updates
     clock: Clock = field(default_factory=Clock)
     skipped: Skipped = field(default_factory=Skipped)
@@ -111,11 +133,77 @@ class Run:
     signal: str = ""  # the name of the one that this rank received
     owed: set[str] = field(default_factory=set)  # measurements of this step that a signal interrupted
     caught_up: bool = False  # this process made a measurement that an earlier one owed
+    began: bool = False  # the folder is this run's own
+    training: bool = False  # ``fit`` has been called and has not returned
+    save_due: bool = False  # a callback asks for a checkpoint of this step
+    write_checkpoint: Callable[[Run], Path] | None = None  # for ``save``
+    left: Any = None  # how the folder was when the run released it
+    failed: str = ""  # the error that ended training, after which the run cannot continue
     pending: Figures | None = None  # of the last step, read one step late
 
     @property
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
+
+    def generate(self, start: str = "\n", *, seed: int | None = None, **options: Any) -> list[str]:
+        """Generates texts with the weights as they are now; each begins with the prompt ``start``.
+
+        Options are those of ``folio.generate`` about what is drawn: ``num_samples``, ``max_new_tokens``,
+        ``temperature``, ``top_k``, ``top_p``. Every rank must call this, and gets the same texts.
+
+        >>> print(*run.generate("ROMEO:", num_samples=2, max_new_tokens=100))
+
+        Raises:
+            ValueError: one line that names the option, the value and the remedy.
+        """
+        self.runtime.require_group()
+        how = typed("generate", Sampling(), {"start": start, **options})
+        seed = self.config.system.seed if seed is None else seed
+        return self.runtime.infer(lambda: continuations(self.model, self.make_tokenizer(), how, seed))
+
+    def evaluate(self, split: Split = "val", eval_iters: int = 0) -> dict[str, Any]:
+        """Measures cross entropy over a split of the run's data, with the weights as they are now.
+
+        ``eval_iters`` batches, evenly spaced over the split; 0: every token once. The result is that of
+        ``folio.evaluate``. Every rank must call this.
+
+        >>> run.evaluate()["loss"]
+
+        Raises:
+            ValueError: one line that names the option, the value and the remedy.
+            FloatingPointError: the loss is not finite.
+        """
+        self.runtime.require_group()
+        if split not in SPLITS:
+            raise UserError(f"evaluate: split = {split!r}: must be {' or '.join(SPLITS)}")
+        if eval_iters < 0:
+            raise UserError(f"evaluate: eval_iters = {eval_iters}: must be at least 0")
+        size = self.config.data.batch_size
+        return measure(self.model, self.loss, self.tokens, split, eval_iters * size, size, self.runtime, self.tokenizer)
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this step and returns its folder; every rank must call this.
+
+        In a callback, the checkpoint is written once the other callbacks of the step are done.
+
+        >>> run.save()
+        PosixPath('out/checkpoints/step-00000200')
+
+        Raises:
+            ValueError, OSError: one line that names the folder and the remedy.
+        """
+        assert self.write_checkpoint, "folio.build and folio.train make runs that can be saved"
+        return self.write_checkpoint(self)
+
+    def close(self) -> None:
+        """Leaves the process group, if a launcher such as torchrun made one. A run of one process can go on."""
+        close(self)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def make_tokenizer(self) -> Tokenizer:
         """The tokenizer of the data. Raises UserError if the meaning of the token ids is unknown."""
@@ -155,31 +243,53 @@ def finish(run: Run) -> None:
     """Reports how the run ended, and releases its files, processes and lock; must be called on every path."""
     try:
         if run.stop:
-            run.log.say(_last_line(run))
-        run.log.close()
+            run.log.say(last_line(run))
     finally:
-        try:
-            run.runtime.close()
-        finally:
-            if run.lock:
-                run.lock.release()
+        close(run)
 
 
-def _last_line(run: Run) -> str:
+def close(run: Run) -> None:
+    """Releases the files, the processes and the lock of a run."""
+    try:
+        leave_folder(run)
+    finally:
+        run.runtime.close()
+
+
+def leave_folder(run: Run) -> None:
+    """Closes the run's files, and releases its lock."""
+    try:
+        run.log.close()
+        run.runtime.finish_writing()
+    finally:
+        if run.lock:
+            run.lock.release()
+            run.lock = None
+
+
+def last_line(run: Run, again: str = "") -> str:
+    """How the run ended. ``again``: what continues it, if it is not complete; by default a command."""
     state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
-    if run.begun == state.step > 0 and not run.caught_up:
-        if run.stop == "max_iters":
-            return f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that"
-        if run.stop == "patience":
-            in_vain = counted(state.evaluations_without_improvement, "evaluation")
-            return f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that"
+    if run.begun == state.step > 0 and not run.caught_up and run.stop in ("max_iters", "patience"):
+        return nothing_to_do(run)
     why = best = ""
     if run.stop != "max_iters":
         why = f" ({run.stop})"
         if state.step:
             more = f" --patience={2 * patience}" if run.stop == "patience" else ""
-            folder = shlex.quote(str(run.out_dir))
-            why += f", folio train --init_from=resume --out_dir={folder}{more} resumes it"
+            command = f"folio train --init_from=resume --out_dir={shlex.quote(str(run.out_dir))}{more} resumes it"
+            if run.objective:
+                command = f"folio.train(loss={run.objective}, init_from='resume', …) resumes it"
+            why += f", {command if more else again or command}"
     if state.best:
         best = f"; best validation loss {state.best['loss']:.4f} at step {state.best['step']:.0f}"
     return f"step {state.step} of {max_iters}{why}{best}"
+
+
+def nothing_to_do(run: Run) -> str:
+    """Why a complete run makes no step, and the option that lets it continue."""
+    state, max_iters, patience = run.state, run.config.optimizer.max_iters, run.config.optimizer.patience
+    if state.step >= max_iters:
+        return f"nothing to do: the run is at step {state.step}: raise --max_iters={max_iters} above that"
+    in_vain = counted(state.evaluations_without_improvement, "evaluation")
+    return f"nothing to do: no better loss in {in_vain}: raise --patience={patience} above that"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -36,9 +36,10 @@ from folio.records.log import Log, counted
 from folio.training import forecast, optimizers, ownership
 from folio.training.batches import micro_batches
 from folio.training.memory_advice import advise_on_memory, check_size, least_memory
+from folio.training.objective import UserLoss, require_same
 from folio.training.ownership import unwritable
-from folio.training.resume import FormerRun, find_former_run, overlay, restore, shape_of, take_folder
-from folio.training.run import Run, finish
+from folio.training.resume import find_former_run, overlay, restore, shape_of, take_folder
+from folio.training.run import FormerRun, Run, Work, finish
 from folio.training.schedule import unreached
 from folio.training.start_record import facts
 from folio.training.work import save_checkpoint, scheduled_work
@@ -60,24 +61,42 @@ def running(config: TrainConfig) -> Iterator[Run]:
 
 
 def build(config: TrainConfig) -> Run:
-    """Builds and checks everything that a run needs; until all of it is in place, its folder only gets a lock.
+    """Builds a run that has its folder.
 
     Raises:
         UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
     """
+    run = assemble(config)
+    try:
+        begin(run)
+        follow(run)
+    except BaseException:
+        run.runtime.close()
+        if run.lock:
+            run.lock.release()
+        raise
+    return run
+
+
+def assemble(config: TrainConfig, callbacks: Sequence[Work] = (), own: UserLoss | None = None) -> Run:
+    """Builds and checks everything that a run needs; its folder only gets a lock. ``begin`` makes the folder its own.
+
+    Raises:
+        UserError, FileNotFoundError, OSError: as ``build``.
+    """
     check(config)
     trackers.parse(config.logging.track)
     read_only = config.evaluation.eval_only
-    lock = None if read_only else _hold(config)
+    lock = None if read_only else hold(config)
     try:
-        return _build(config, lock, read_only)
+        return _assemble(config, callbacks, own, lock, read_only)
     except BaseException:
         if lock:
             lock.release()
         raise
 
 
-def _hold(config: TrainConfig) -> Lock | None:
+def hold(config: TrainConfig) -> Lock | None:
     """Locks the folder, on rank 0 for all ranks; None on other ranks, and if there is nothing to resume."""
     out_dir = Path(config.output.out_dir)
     nothing_there = config.output.init_from == "resume" and not out_dir.is_dir()
@@ -89,12 +108,17 @@ def _hold(config: TrainConfig) -> Lock | None:
         raise unwritable(out_dir, error) from None
 
 
-def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
+def _assemble(
+    config: TrainConfig, callbacks: Sequence[Work], own: UserLoss | None, lock: Lock | None, read_only: bool
+) -> Run:
     former = _former_run(config, lock)
     begin = config.output.init_from
     notes: list[str] = []
+    objective = own.name if own else ""
     if former:
         config, notes = overlay(config, former)
+        if not read_only:
+            require_same(former.found.state.get("objective", ""), objective, Path(config.output.out_dir))
     check(config, merged=True)
     source = find.by_name(begin) if not former and begin not in ("scratch", "resume", "auto") else None
     given = former.found if former else source
@@ -127,8 +151,8 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
     if config.data.gradient_accumulation_steps % runtime.world == 0:
         tokens = replace(tokens, world=runtime.world)
     try:
-        _check_agreement(config, tokens, runtime, former)
-        loss, more = _wrap(config, model, tokens, runtime)
+        _check_agreement(config, tokens, runtime, former, objective)
+        loss, more = _wrap(config, model, tokens, runtime, own)
         notes += more
         optimizer = optimizers.optimizer(config.optimizer, model, runtime.dtype)
         skips, max_z = config.optimizer.on_nonfinite == "skip", config.optimizer.max_loss_z
@@ -138,16 +162,14 @@ def _build(config: TrainConfig, lock: Lock | None, read_only: bool) -> Run:
         optimizers.check_first_update(optimizer)
         log = Log(runtime.rank == 0, config.optimizer.max_iters, config.logging.monitor)
         run_id = former.id if former else secrets.token_hex(6)
-        run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only)
+        run = Run(config, run_id, model, loss, optimizer, tokens, spec, runtime, log, State(), lock, read_only, former)
+        run.objective = objective
         if former:
             notes += restore(run, former)
         if minutes := config.optimizer.max_minutes:
             run.clock.limit(minutes)
-        run.work, more = scheduled_work(run)
-        notes += more
-        if not read_only:
-            notes += _begin_files(run, former)
-        _report_start(run, notes)
+        run.work, more = scheduled_work(run, callbacks)
+        run.notes = notes + more
     except BaseException:
         runtime.close()
         with shortage.explained("building the run", partial(advise_on_memory, config, shape, runtime)):
@@ -226,36 +248,67 @@ def _make_runtime(
     return Runtime(choices), notes
 
 
-def _check_agreement(config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None) -> None:
-    """Raises UserError, on every rank, unless all ranks have the same options, data and checkpoint."""
+def _check_agreement(
+    config: TrainConfig, tokens: Tokens, runtime: Runtime, former: FormerRun | None, objective: str
+) -> None:
+    """Raises UserError, on every rank, unless all ranks have the same options, data, checkpoint and loss."""
     runtime.require_equal(
         {name: value for name, value in flat(config).items() if name not in options_with(TrainConfig, local=True)}
         | {"the vocabulary": tokens.vocab_size, "the data": tokens.fingerprint()}
-        | {"the newest checkpoint": former.found.step if former else None}
+        | {"the newest checkpoint": former.found.step if former else None, "loss": objective}
         | {name: runtime.resolved[name] for name in ("device", "dtype", "compile")}
     )
 
 
-def _wrap(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> tuple[Loss, list[str]]:
-    """The model's loss on this machine, and a note if the number of processes changes dropout."""
+def _wrap(
+    config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime, own: UserLoss | None
+) -> tuple[Loss, list[str]]:
+    """The model's loss on this machine, and notes if it is the user's ``own``, or the number of processes matters."""
     notes = []
     largest = max(rows for _, rows, _ in micro_batches(config.data, runtime.rank, runtime.world))
     if tokens.world != runtime.world:
         notes.append(
             f"{runtime.world} processes do not divide the micro steps: dropout masks are not those of one process"
         )
-    return runtime.wrap(model, (largest, tokens.block_size)), notes
+    batch = largest, tokens.block_size
+    if own:
+        notes.append(f"loss: {own.name}; evaluations stay cross entropy, in nats per token")
+        own.check(model.config, batch, runtime)
+    return runtime.wrap(model, batch, own), notes
 
 
-def _begin_files(run: Run, former: FormerRun | None) -> list[str]:
-    """Prepares the folder and opens its records; from here on the run may write. Returns notes."""
+def begin(run: Run) -> None:
+    """Makes the folder the run's own and opens its records, so that the run may write; then shows how it begins."""
+    if not run.read_only:
+        run.notes += run.runtime.broadcast(lambda: take_folder(run, run.former))
+        open_files(run)
+        if run.former and isinstance(run.former.found, PtFile):
+            save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
+            run.runtime.wait_for_write()
+    run.began = True
+    _report_start(run)
+
+
+def open_files(run: Run) -> None:
+    """Opens the run's records, to which it appends."""
     o = run.config.optimizer
-    notes = run.runtime.broadcast(lambda: take_folder(run, former))
     run.log.open(run.out_dir, run.config.logging.log_txt, o.restart_interval or o.max_iters or 1)
-    if former and isinstance(former.found, PtFile):
-        save_checkpoint(run)  # so that the run resumes from a checkpoint of this program, not from a foreign file
-        run.runtime.wait_for_write()
-    return notes
+
+
+def follow(run: Run) -> None:
+    """Starts the trackers of the run, which continue at its step."""
+    if run.read_only:
+        return
+    o = run.config.logging
+    run.log.follow(
+        trackers.parse(o.track) + ("wandb",) * o.wandb_log,
+        run.out_dir,
+        project=o.wandb_project,
+        name=o.wandb_run_name,
+        run_id=run.id,
+        step=run.state.step,
+        config=flat(run.config),
+    )
 
 
 def fit_context(config: T) -> tuple[T, list[str]]:
@@ -311,11 +364,11 @@ def _tokenizer_of(
     return spec, notes
 
 
-def _report_start(run: Run, notes: list[str]) -> None:
-    """Shows the user the notes and choices, then records the choices and starts the trackers."""
-    say, config, resolved = run.log.say, run.config, run.runtime.resolved
+def _report_start(run: Run) -> None:
+    """Shows the user the notes and choices, then records the choices."""
+    say, resolved = run.log.say, run.runtime.resolved
     say(f"tokens per iteration will be: {run.tokens_per_step:,}")
-    for note in notes:
+    for note in run.notes:
         say(note)
     say(f"number of parameters: {run.model.get_num_params() / 1e6:.2f}M")
     say(
@@ -325,17 +378,6 @@ def _report_start(run: Run, notes: list[str]) -> None:
     )
     for line in forecast.outlook(run):
         say(line)
-    if not run.read_only:
-        if run.log.main:
-            chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
-            run.log.write({"kind": "start", "step": run.begun, **facts(run), **chosen})
-        o = config.logging
-        run.log.follow(
-            trackers.parse(o.track) + ("wandb",) * o.wandb_log,
-            run.out_dir,
-            project=o.wandb_project,
-            name=o.wandb_run_name,
-            run_id=run.id,
-            step=run.begun,
-            config=flat(config),
-        )
+    if not run.read_only and run.log.main:
+        chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
+        run.log.write({"kind": "start", "step": run.begun, **facts(run), **chosen})

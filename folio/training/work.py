@@ -31,8 +31,8 @@ from folio.training.stopping import ENDS, agreed_signal, finished, not_finite_er
 T = TypeVar("T")
 
 
-def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
-    """All work between updates in its order, and notes about it for the reader."""
+def scheduled_work(run: Run, callbacks: Sequence[Work] = ()) -> tuple[list[Work], list[str]]:
+    """All work between updates in its order, with the user's ``callbacks``, and notes about it for the reader."""
     config = run.config
     loss = measurement("eval", config.evaluation.eval_interval, evaluate_loss)
     if run.read_only:
@@ -43,6 +43,7 @@ def scheduled_work(run: Run) -> tuple[list[Work], list[str]]:
         update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages, waits=False)
         average = measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1)
         work = [*time_left(run), update, loss, average, *measurements]
+    work += callbacks
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))
@@ -97,21 +98,31 @@ def measurement(kind: str, interval: int, measure: Callable[[Run], list[Record]]
         return scheduled(run, interval, at_end=at_end, first=first, again=kind in run.owed)
 
     def do(run: Run) -> list[Record]:
-        owed = kind in run.owed
-        run.owed.add(kind)
+        try:
+            return measure(run)
+        except FloatingPointError as error:
+            raise not_finite_error(run, f"{error} at step {run.state.step}", run.state.step) from None
+
+    return Work(is_scheduled, owing(kind, do))
+
+
+def owing(name: str, measure: Callable[[Run], list[Record]]) -> Callable[[Run], list[Record]]:
+    """The function, which a signal may interrupt: then the run owes what has this name."""
+
+    def do(run: Run) -> list[Record]:
+        owed = name in run.owed
+        run.owed.add(name)
         if run.stop in EXIT_CODES:
             return []
         try:
             records = measure(run)
         except _AbandonedError:
             return []
-        except FloatingPointError as error:
-            raise not_finite_error(run, f"{error} at step {run.state.step}", run.state.step) from None
-        run.owed.discard(kind)
+        run.owed.discard(name)
         run.caught_up |= owed
         return records
 
-    return Work(is_scheduled, do)
+    return do
 
 
 def _measurements_of_text(run: Run) -> tuple[list[Work], list[str]]:
@@ -254,7 +265,8 @@ def _checkpoint_scheduled(run: Run) -> bool:
         interval = run.config.evaluation.eval_interval
     step, best = run.state.step, run.state.best is not None and run.state.best["step"] == run.state.step
     due = step % interval == 0 or best or bool(run.stop)
-    return due and step > 0 and (step != run.saved or run.caught_up or (bool(run.stop) and _write_failed(run)))
+    again = step != run.saved or run.caught_up or (bool(run.stop) and _write_failed(run))
+    return run.save_due or (due and step > 0 and again)
 
 
 def _write_failed(run: Run) -> bool:
@@ -275,6 +287,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         OSError: the checkpoint with which the run ends cannot be written; names it.
     """
     output, runtime, step = run.config.output, run.runtime, run.state.step
+    run.save_due = False
     if name := runtime.find_not_finite(run.model, run.optimizer):
         raise not_finite_error(run, f"{name} is not finite after {step} steps", step)
     run.log.sync()
@@ -296,6 +309,7 @@ def save_checkpoint(run: Run) -> tuple[()]:
         "sources": run.tokens.sources(),
         "row": run.tokens.block_size,
         "owed": sorted(run.owed),
+        "objective": run.objective,
         "optimizer": type(run.optimizer).__name__,
         "scaler": runtime.scaler.state_dict(),
         "resolved": runtime.resolved,

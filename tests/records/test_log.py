@@ -102,7 +102,7 @@ def test_the_progress_bar_names_the_current_work(
     log = Log(True, total=10)
     log.start(0, tokens_per_step=500)
     log.busy("evaluating, batch 37 of 400")
-    log._progress.refresh()
+    log._bar._progress.refresh()
     log.close()
     assert "evaluating, batch 37 of 400" in capsys.readouterr().out
 

@@ -11,17 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, SMALL, STORY, python, tree
+from small_runs import TINY
 
 import folio
 from folio.config.options import TrainConfig
 from folio.config.table import override
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
-
-TINY: dict[str, Any] = {}
-for flag in SMALL:
-    name, _, value = flag.removeprefix("--").partition("=")
-    TINY[name] = {"True": True, "False": False}.get(value, int(value) if value.isdecimal() else value)
 
 
 @pytest.fixture(scope="module")

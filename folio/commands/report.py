@@ -8,16 +8,19 @@ from pathlib import Path
 from folio.config.declare import ITSELF, option
 from folio.errors import UserError
 from folio.records.console import say
+from folio.records.run_folder import REPORT
+
+COMPARISON = "compare.html"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write a one-page report of one run, or of several beside each other, which opens without a network."""
+    """Write a one-page report that opens without a network, about one run or several side by side."""
 
     out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
     output: str = option(
         "",
-        "page (.html); default: OUT_DIR/report.html, or compare.html for several runs",
+        "page (.html); default: OUT_DIR/report.html, of several runs ./compare.html",
         path=ITSELF,
         short="-o",
     )
@@ -33,8 +36,7 @@ def run(options: Options) -> Path:
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
     several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
-    default = Path("compare.html") if several else out_dirs[0] / "report.html"
-    page = Path(options.output) if options.output else default
+    page = Path(options.output or (COMPARISON if several else out_dirs[0] / REPORT))
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"{page}: its suffix must be .html")
     report(out_dirs, page)

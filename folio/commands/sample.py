@@ -58,7 +58,7 @@ def texts(options: Options) -> list[str]:
     from folio.generation.sampling import continuations
 
     if options.sampling.interactive:
-        raise UserError("interactive=True is for folio sample: give each prompt to a call of its own")
+        raise UserError("interactive=True works only in the command folio sample: call this once for each prompt")
     with _opened(options) as (model, vocabulary):
         return continuations(model, vocabulary, options.sampling, options.system.seed)
 

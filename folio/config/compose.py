@@ -166,17 +166,8 @@ def check(config: Any, merged: bool = False) -> None:
             "lower --min_lr, or set --decay_lr=False"
         )
     sources = getattr(config, "sources", {})
-    if (rate := values.get("adam_learning_rate", "auto")) != "auto":
-        if values["optimizer"] != "muon" and sources.get("adam_learning_rate") in (None, COMMAND_LINE):
-            raise UserError(
-                f"adam_learning_rate={rate:g} is for optimizer=muon only: set --adam_learning_rate=auto and "
-                "--learning_rate"
-            )
-        if not values["learning_rate"] and values["optimizer"] == "muon":
-            raise UserError(
-                f"adam_learning_rate={rate:g} is scaled by the schedule of learning_rate, which is 0: raise "
-                "--learning_rate"
-            )
+    if values.get("adam_learning_rate", "auto") != "auto":
+        _check_adam_rate(values, sources)
     if sources.get("max_flops") == COMMAND_LINE and values["max_flops"] and not values["depth"]:
         raise UserError(
             f"max_flops={values['max_flops']:g} has no effect with depth=0: set --depth, or remove --max_flops"
@@ -197,6 +188,19 @@ def check(config: Any, merged: bool = False) -> None:
         raise UserError(
             f"check_replicas_every={values['check_replicas_every']}: parallel=fsdp keeps one copy of each weight, so "
             "there is nothing to compare: set --check_replicas_every=0, or use --parallel=hsdp"
+        )
+
+
+def _check_adam_rate(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raises UserError if ``adam_learning_rate`` would have no effect."""
+    rate, muon = values["adam_learning_rate"], values["optimizer"] == "muon"
+    if not muon and sources.get("adam_learning_rate") in (None, COMMAND_LINE):
+        raise UserError(
+            f"adam_learning_rate={rate:g} is for optimizer=muon only: set --adam_learning_rate=auto and --learning_rate"
+        )
+    if muon and not values["learning_rate"]:
+        raise UserError(
+            f"adam_learning_rate={rate:g} is scaled by the schedule of learning_rate, which is 0: raise --learning_rate"
         )
 
 

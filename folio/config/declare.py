@@ -53,9 +53,9 @@ def depth_option() -> Any:
 def max_flops_option() -> Any:
     return option(
         0.0,
-        "depth: floating-point operations of the run, at most; 0: no limit",
-        details="It limits the steps that depth sets. Two CPU cores do some 5e13 in five minutes, a laptop's GPU 5e16 "
-        "in an hour.",
+        "most floating-point operations of a run with depth; 0: no limit",
+        details="It limits the steps that depth sets. Two CPU cores do about 5e13 in some minutes, a laptop's GPU "
+        "about 5e16 in an hour.",
         min=0,
         advanced=True,
     )

@@ -17,7 +17,7 @@ RATIO = 12  # training tokens for each parameter
 PASSES = 4  # over the training tokens of the data set, at most
 AT_12 = 1.32e9, 2**19  # training tokens and tokens of a step at depth 12, with 32,768 token ids
 FEW = 100  # steps; in fewer, weight decay would undo the updates
-MICRO, LOGITS = 2**14, 2**28  # tokens of a micro step and their logits, at most
+MICRO, LOGITS = 2**14, 2**28  # tokens of a micro step, and their logits: about so many at most
 WARM_UP, ADAM_WARM_UP = 40, 2000  # steps at most: nanochat's with Muon, nanoGPT's with AdamW
 RATE, ADAM_RATE = 0.12, 0.11  # learning rates · √n_embd
 EVALUATED = 2**16  # tokens of each split in an evaluation
@@ -53,11 +53,10 @@ def rules(
 ) -> dict[str, Rule]:
     """The options that depth sets, by name.
 
-    ``given["max_flops"]``, if it is there and not 0, limits the training tokens.
-
     Args:
         depth: The number of layers.
-        given: Values of options that were given: they win, and other options follow from them.
+        given: Values of options that were given: they win, and other options follow from them. Its ``max_flops``, if
+            not 0, limits the training tokens.
         row: Tokens of a row.
         vocab_size: Token ids.
         tokens: Training tokens of the data set, if they are known.

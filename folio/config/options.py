@@ -349,8 +349,8 @@ class Sampling:
     interactive: bool = option(
         False,
         "continue each prompt that you type, token by token",
-        details="With num_samples=1, unless you set it; start, if you set it, is the first prompt. Prompts may come "
-        "through a pipe, one a line.",
+        details="num_samples is 1 unless you set it; start, if you set it, is the first prompt. From a pipe, it "
+        "reads one prompt per line.",
     )
 
 

@@ -19,9 +19,8 @@ _INTRODUCTION = f"Type the beginning of a text. Ctrl-C stops a text; Ctrl-D or {
 def converse(model: GPT, tokenizer: Tokenizer, o: Sampling, seed: int, start: str | None = None) -> int:
     """Continues each line that the user types; returns the number of lines that the model cannot encode.
 
-    The text of prompt n, from 0 on, is that of ``folio sample`` for sample n. With several ``num_samples``, it takes
-    the next so many samples, one after another. So the same prompts give the same texts, whatever Ctrl-C cut off.
-    ``start`` is the first prompt.
+    Prompt n, counted from 0, is continued as sample n of ``folio sample``; each prompt uses ``num_samples`` of them. So
+    the same prompts give the same texts, whatever Ctrl-C cut off. ``start`` is the first prompt.
 
     Raises:
         ValueError, FileNotFoundError: ``start`` cannot be encoded, as ``encode_prompt`` says.

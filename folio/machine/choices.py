@@ -182,7 +182,7 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
         raise UserError(f"device={asked}: this machine has none; use --device=cpu or --device=auto")
     if device.type == "mps" and world > 1:
         raise UserError(
-            "device=mps: gloo does not support it, so a run has one process there: start it without torchrun"
+            "device=mps: several processes cannot train on it, since gloo does not support MPS: start without torchrun"
         )
     if device.type != "cuda":
         return device.type
@@ -199,7 +199,7 @@ def _device(machine: Machine, asked: str, before: str | None, local_rank: int, w
 
 def _dtype(machine: Machine, device: str, asked: str, before: str | None) -> str:
     if asked == "bfloat16" and not machine.has_bfloat16(device):
-        raise UserError("dtype=bfloat16: MPS has it from macOS 14 on: use --dtype=float16 or --dtype=float32")
+        raise UserError("dtype=bfloat16: on MPS it needs macOS 14 or later: use --dtype=float16 or --dtype=float32")
     if asked != "auto":
         return asked
     fast = machine.fast_dtype(device)

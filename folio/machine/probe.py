@@ -25,7 +25,7 @@ def cores() -> int:
 def memory() -> float:
     """Bytes that this process may use: the least of the machine's memory, the container's and ``ulimit -v``.
 
-    Infinity if the system says nothing of it.
+    Infinity if the system says none of them.
     """
     return min(machine_memory(), container_memory(), _limit("RLIMIT_AS"))
 

@@ -14,9 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from folio.records.facts import AVERAGED, Recorded
-from folio.records.history import GPT2_HELLASWAG, GPT2_LOSS, History, Points, points, smooth, span, thin
+from folio.records.history import (
+    GPT2_HELLASWAG,
+    GPT2_LOSS,
+    HELLASWAG,
+    LOSS,
+    History,
+    Points,
+    points,
+    smooth,
+    span,
+    thin,
+)
 
-LOSS, HELLASWAG = "loss (nats per token)", "HellaSwag accuracy (acc_norm)"  # titles of panels
 _POINTS = 60_000  # of all curves together, about a megabyte
 _FIRST = 100  # points that are always kept, since a logarithmic axis gives them much room
 _KNOTS = 300  # at which tokens and seconds are given; between them they grow evenly

@@ -20,6 +20,7 @@ from folio.records.metrics import read_metrics
 from folio.records.record import measured, number
 from folio.records.run_folder import METRICS
 
+LOSS, HELLASWAG = "loss (nats per token)", "HellaSwag accuracy (acc_norm)"  # titles of panels
 GPT2_LOSS = 3.2924  # nats per token of GPT-2 124M over FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
 GPT2_HELLASWAG = {"completion": 0.2955, "harness": 0.3114}  # its acc_norm: build-nanogpt, lm-evaluation-harness
 UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}

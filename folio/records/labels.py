@@ -1,4 +1,4 @@
-"""Labels of curves: beside their ends, inside the picture, and not one over another."""
+"""Labels of the curves of a picture: beside their ends, inside the axes, and not on top of each other."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_labels(ax: Any, labels: Sequence[Label]) -> list[Any]:
 
 
 def spread_labels(fig: Any, panels: Sequence[tuple[Any, list[Any]]]) -> None:
-    """Moves the labels of each panel off the curves, and apart, up and down, by little and inside their axes."""
+    """Moves the labels of each panel up or down a little, off the curves and off each other, inside their axes."""
     from matplotlib.text import Text
 
     fig.draw_without_rendering()
@@ -70,7 +70,7 @@ def spread_labels(fig: Any, panels: Sequence[tuple[Any, list[Any]]]) -> None:
 
 
 def _free(ax: Any, box: Any) -> float:
-    """The center of a box, moved up or down in its axes to the nearest place where it covers no curve, if there is."""
+    """The height nearest to the box's own at which it covers no curve; its own if there is none."""
     at = np.linspace(box.x0, box.x1, 100)
     paths = [line.get_path().transformed(line.get_transform()).vertices for line in ax.lines]
     curves = [np.interp(at, path[:, 0], path[:, 1], left=np.nan, right=np.nan) for path in paths if len(path)]
@@ -81,7 +81,7 @@ def _free(ax: Any, box: Any) -> float:
 
 
 def _columns(boxes: list[tuple[Any, Any]]) -> list[list[tuple[Any, Any]]]:
-    """The labels in groups, of which no two share a place on the x axis."""
+    """The labels in groups that do not overlap along the x axis."""
     columns: list[list[tuple[Any, Any]]] = []
     right = -math.inf
     for box, text in sorted(boxes, key=lambda found: found[0].x0):
@@ -95,7 +95,7 @@ def _columns(boxes: list[tuple[Any, Any]]) -> list[list[tuple[Any, Any]]]:
 def spread(centers: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
     """Centers of boxes that do not overlap, between ``low`` and ``high``, in the same order, near the given ones.
 
-    This is least squares by pooling adjacent violators. Boxes that are higher together than the room are cut off above.
+    This is least squares by pooling adjacent violators. Boxes that do not fit between the two extend above ``high``.
     """
     order = sorted(range(len(centers)), key=centers.__getitem__)
     below = dict(zip(order, itertools.accumulate((heights[i] for i in order), initial=0.0), strict=False))

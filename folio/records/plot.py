@@ -20,6 +20,8 @@ from folio.records.history import (
     COLORS,
     GPT2_HELLASWAG,
     GPT2_LOSS,
+    HELLASWAG,
+    LOSS,
     Axis,
     Counted,
     History,
@@ -36,7 +38,6 @@ from folio.records.history import (
 from folio.records.labels import Label, add_labels, lines_of, spread_labels
 from folio.records.run_folder import METRICS
 
-LOSS, HELLASWAG = "loss (nats per token)", "HellaSwag accuracy (acc_norm)"  # titles of panels
 FORMATS = (".png", ".svg", ".pdf")
 SETTINGS: dict[Any, Any] = {
     "font.size": 10,

@@ -15,15 +15,15 @@ from typing import Any
 from folio import files
 from folio.config.options import TrainConfig
 from folio.config.table import defaults
-from folio.records.curves import LOSS, figure, script_data
+from folio.records.curves import figure, script_data
+from folio.records.elements import cards, folded, section, table, with_note
 from folio.records.facts import SHOWN, Recorded, duration, facts
-from folio.records.history import history, names, options_of, read
+from folio.records.history import LOSS, history, names, options_of, read
 from folio.records.log import counted
 from folio.records.metrics import read_metrics
 from folio.records.plot import write
 from folio.records.record import number
 from folio.records.run_folder import EVALUATIONS
-from folio.records.tables import cards, folded, section, table, with_note
 
 _PAGE = Path(__file__).parent / "page"
 _SAMPLES = 400_000  # characters of all samples together; of more, some steps are left out

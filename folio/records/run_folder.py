@@ -23,6 +23,7 @@ BEST = "best.json"  # step and loss of the best evaluation
 CHECKPOINTS = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"  # in a folder of CHECKPOINTS
 PICTURE = "loss.png"
+REPORT = "report.html"
 LOG_TXT = "log.txt"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"

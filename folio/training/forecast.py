@@ -1,4 +1,4 @@
-"""What a run will take: its steps and epochs before it begins, the time left after its first steps, and advice."""
+"""What a run will take: its steps and epochs, the time that is left, and which preset fits this machine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from folio.training.run import Run, Work
 
 SIZES = ("depth", "n_layer", "n_head", "n_embd", "block_size")
 DAY = 24.0  # hours
-WARM_UP, TIMED = 3, 10  # steps of this process: compiling and capturing graphs ends; the time left is said
-WORTH = 20  # steps that remain, at least
+WARM_UP = 3  # first steps of this process, which compile and capture graphs: not timed
+TIMED = 10  # steps after which the time left is printed
+WORTH = 20  # steps that must remain then
 FORWARD = 1 / 3  # share of a step's time that its forward takes
 
 
 def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> list[str]:
-    """One line about a new run that no option sized, if this machine needs more than a day; else none.
+    """One line if no option sets the model's size and the run would take this machine more than a day; else none.
 
-    The hours are those of ``folio plan``. A CPU without a known peak, and MPS, need more than a day as well.
+    The hours are those of ``folio plan``. On MPS, and on a CPU without a known peak, the run takes more than a day too.
     """
     values, usual, device = flat(config), defaults(TrainConfig), runtime.device
     from_files = set(config.sources.values()) - {COMMAND_LINE, SOURCE}
@@ -43,7 +44,7 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
     row = config.data.gradient_accumulation_steps * config.data.batch_size * tokens.block_size
 
     def hours(count: float) -> float:
-        """Of so many tokens."""
+        """The time that this number of tokens takes."""
         return per_token * count / (MFU * limit * runtime.world) / 3600 if limit else float("inf")
 
     if (needed := hours(float(row) * steps)) <= DAY:
@@ -55,13 +56,13 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
     data = shlex.join(f"--{name}={values[name]}" for name in where)
     takes = f"about {needed:,.0f} hours" if limit else "more than a day"
     return [
-        f"no option names a size, so this is GPT-2 124M for {counted(steps, 'step')}: it takes {takes} on this "
-        f"machine; what fits it: folio train {preset} {data}"
+        f"no option sets the model's size, so this trains GPT-2 124M for {counted(steps, 'step')}, which takes {takes} "
+        f"on this machine. A preset that fits it: folio train {preset} {data}"
     ]
 
 
 def outlook(run: Run) -> list[str]:
-    """One line about the steps of this process: their number, tokens, and epochs of each data set."""
+    """One line: the steps and tokens that this process will train on, and the epochs of each data set."""
     steps = run.config.optimizer.max_iters - run.begun
     if steps < 1 or run.read_only or not run.log.monitor:
         return []
@@ -75,9 +76,9 @@ def _epochs(count: float) -> str:
 
 
 def time_left(run: Run) -> list[Work]:
-    """Work that says, after the first steps of this process, how long the run will still take; on rank 0 only.
+    """Work that prints the time left, once, after the first steps of this process; on rank 0 only.
 
-    It waits for nothing. The time of a step is the median of those after the first ones, which compile.
+    The time of a step is the median of the timed ones. Nothing waits for the device.
     """
     first, steps = run.begun, run.config.optimizer.max_iters
     if not (run.log.main and run.log.monitor) or steps - first - TIMED < WORTH:
@@ -93,7 +94,7 @@ def time_left(run: Run) -> list[Work]:
             seconds = statistics.median(b - a for a, b in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False))
             left = seconds * (steps - run.state.step + FORWARD * _steps_in_evaluations(run))
             without = " without HellaSwag" * (run.config.evaluation.hellaswag_interval > 0)
-            run.log.say(f"about {duration(min(left, run.clock.deadline - marks[-1]))} left{without}")
+            run.log.say(f"about {rounded_duration(min(left, run.clock.deadline - marks[-1]))} left{without}")
         return ()
 
     return [Work(scheduled, do, waits=False)]
@@ -110,7 +111,7 @@ def _steps_in_evaluations(run: Run) -> float:
     return count * (of_val + of_train + average) / run.tokens_per_step
 
 
-def duration(seconds: float) -> str:
+def rounded_duration(seconds: float) -> str:
     """Seconds in words: 190.0 → "3 minutes"."""
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= (55 if unit == "minute" else 1.5 * size):

@@ -40,7 +40,7 @@ def _height(done: float, config: Optimizer) -> float:
 
 
 def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
-    """One line about a warm-up or a decay that ends after the run, if not all their lengths were set on purpose.
+    """One line if the warm-up or the decay ends after the run, and not all lengths were set on purpose; else none.
 
     ``sources``: what set each option; without an entry it is at its default.
     """
@@ -52,11 +52,11 @@ def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
         return []
     rate = learning_rate(last, c)
     if c.warmup_iters > last:
-        what = f"rises to only {rate:.2g} of {c.learning_rate:g} in the last step: its warm-up has {c.warmup_iters:,}"
+        what = f"is only {rate:.2g} in the last step, not {c.learning_rate:g}: its warm-up has {c.warmup_iters:,} steps"
     else:
         what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {c.lr_decay_iters:,} steps"
     warm_up = c.warmup_iters if "warmup_iters" in sources and c.warmup_iters <= last else c.max_iters // 50
     return [
-        f"the learning rate {what}; --warmup_iters={warm_up} --lr_decay_iters={c.max_iters} fit a run of "
-        f"{c.max_iters:,} steps"
+        f"the learning rate {what}. For a run of {c.max_iters:,} steps, set --warmup_iters={warm_up} "
+        f"--lr_decay_iters={c.max_iters}"
     ]

@@ -41,7 +41,7 @@ from folio.training.ownership import unwritable
 from folio.training.resume import find_former_run, overlay, restore, shape_of, take_folder
 from folio.training.run import FormerRun, Run, Work, finish
 from folio.training.schedule import unreached
-from folio.training.start_record import facts
+from folio.training.start_record import start_facts
 from folio.training.work import save_checkpoint, scheduled_work
 
 T = TypeVar("T")
@@ -126,16 +126,12 @@ def _assemble(
     if given:
         shape, more = shape_of(given.config(), config, former)
         notes += more
-    sized = config.depth and not former
-    if sized:
-        config, more = fit_context(config)
+    if config.depth and not former:
+        config, tokens, more = _sized_by_depth(config)
         notes += more
         shape = config.model
-    tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
-    if sized:
-        config, found = with_depth(config, vocab_size_of(tokens)[0], tokens.length("train"))
-        notes.append(depth.summary(config.depth, found, flat(config)))
-        shape, tokens = config.model, replace(tokens, batch_size=config.data.batch_size)
+    else:
+        tokens = Tokens.open(config.data, shape.block_size, config.system.seed)
     theirs = former.found.asked if former else {}
     mine = {name: by for name, by in config.sources.items() if by == COMMAND_LINE or name not in theirs}
     config = replace(config, data=accumulated(config.data, tokens.block_size, mine))
@@ -189,6 +185,15 @@ def _former_run(config: TrainConfig, lock: Lock | None) -> FormerRun | None:
         ownership.refuse_foreign(out_dir, bool(config.logging.log_txt), resuming)
     former = find_former_run(out_dir, "auto", known) if known is not None else None
     return former or find_former_run(out_dir, begin)
+
+
+def _sized_by_depth(config: TrainConfig) -> tuple[TrainConfig, Tokens, list[str]]:
+    """The config with the options that depth sets for its data, the data, and notes."""
+    config, notes = fit_context(config)
+    tokens = Tokens.open(config.data, config.model.block_size, config.system.seed)
+    config, found = with_depth(config, vocab_size_of(tokens)[0], tokens.length("train"))
+    notes.append(depth.summary(config.depth, found, flat(config)))
+    return config, replace(tokens, batch_size=config.data.batch_size), notes
 
 
 def _fit_to_data(
@@ -312,9 +317,9 @@ def follow(run: Run) -> None:
 
 
 def fit_context(config: T) -> tuple[T, list[str]]:
-    """The config with fewer positions, if depth sizes the model, no row was asked for, and the data is shorter.
+    """The config with a smaller ``block_size`` if a split of the data is shorter than a row; and a note.
 
-    Returns a note as well. Raises as ``Tokens.open``.
+    Only with ``depth``, and unless the command line or ``window`` sets the row. Raises as ``Tokens.open``.
     """
     c: Any = config
     if not c.depth or c.data.window or c.sources.get("block_size") == COMMAND_LINE:
@@ -380,4 +385,4 @@ def _report_start(run: Run) -> None:
         say(line)
     if not run.read_only and run.log.main:
         chosen = {"tokens_per_iteration": run.tokens_per_step, **resolved}
-        run.log.write({"kind": "start", "step": run.begun, **facts(run), **chosen})
+        run.log.write({"kind": "start", "step": run.begun, **start_facts(run), **chosen})

@@ -14,8 +14,8 @@ from folio.machine import probe
 from folio.training.run import Run
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """Facts of this start that no option and no choice of the machine says; None or missing if they are not known."""
+def start_facts(run: Run) -> dict[str, Any]:
+    """Facts of this start that are neither options nor choices of the machine; None if they are not known."""
     device = run.runtime.device.type
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

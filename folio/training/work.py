@@ -38,12 +38,12 @@ def scheduled_work(run: Run, callbacks: Sequence[Work] = ()) -> tuple[list[Work]
     if run.read_only:
         return [loss], []
     measurements, notes = _measurements_of_text(run)
-    work = [*time_left(run), loss, *measurements]
+    work = [loss, *measurements]
     if config.optimizer.ema_decay:
         update = Work(lambda run: scheduled(run, 1, at_end=False, first=1), update_averages, waits=False)
         average = measurement("ema", config.evaluation.eval_interval, evaluate_average, first=1)
-        work = [*time_left(run), update, loss, average, *measurements]
-    work += callbacks
+        work = [update, loss, average, *measurements]
+    work = [*time_left(run), *work, *callbacks]
     if config.processes.check_replicas_every:
         work.append(Work(_replicas_scheduled, check_replicas))
     work.append(Work(_checkpoint_scheduled, save_checkpoint))

@@ -133,7 +133,7 @@ def test_several_processes_have_no_graphs(launched: Callable[..., None]) -> None
 
 
 def test_several_processes_do_not_use_mps(launched: Callable[..., None]) -> None:
-    """gloo does not support it."""
+    """gloo does not support MPS."""
     apple = Fake(("mps", "cpu"))
     assert resolve(System(), machine=apple).device == "mps"
     launched(WORLD_SIZE="2")
@@ -271,10 +271,10 @@ def test_what_mps_lacks(launched: Callable[..., None]) -> None:
     """bfloat16 on an older macOS, and other processes; each in one line."""
     apple = Fake(("mps", "cpu"), bfloat16=False)
     assert resolve(System(), machine=apple).dtype == "float32"
-    with pytest.raises(UserError, match="dtype=bfloat16: MPS has it from macOS 14 on: use --dtype=float16"):
+    with pytest.raises(UserError, match="dtype=bfloat16: on MPS it needs macOS 14 or later: use --dtype=float16"):
         resolve(System(dtype="bfloat16"), machine=apple)
     assert resolve(System(dtype="bfloat16"), machine=replace(apple, bfloat16=True)).kind == "mps"
     launched(WORLD_SIZE="2")
     assert resolve(System(), machine=apple).kind == "cpu"
-    with pytest.raises(UserError, match="device=mps: gloo does not support it"):
+    with pytest.raises(UserError, match="device=mps: several processes cannot train on it"):
         resolve(System(device="mps"), machine=apple)

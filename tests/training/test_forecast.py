@@ -20,7 +20,7 @@ from folio.machine.choices import resolve
 from folio.machine.runtime import Runtime
 from folio.model.gpt import GPT
 from folio.training import forecast
-from folio.training.forecast import advise_on_size, duration
+from folio.training.forecast import advise_on_size, rounded_duration
 from folio.training.schedule import learning_rate, unreached
 
 Folio = Callable[..., Outcome]
@@ -58,7 +58,7 @@ def test_only_the_time_of_later_steps_and_of_evaluations_counts(train: Train, mo
     monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     out = train("out", "--max_iters=110", "--eval_interval=1000", "--eval_iters=1")  # 8 rows of each split, once
     # 100 steps and the end's evaluation, of a step's tokens twice
-    assert left(out) == [f"about {duration(100 * (100 + 2 / 3 / 2))} left"] == ["about 3 hours left"]
+    assert left(out) == [f"about {rounded_duration(100 * (100 + 2 / 3 / 2))} left"] == ["about 3 hours left"]
 
 
 def test_a_mixture_has_epochs_of_each_data_set(train: Train, story: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_mixture_has_epochs_of_each_data_set(train: Train, story: Path) -> Non
     ],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert rounded_duration(seconds) == words
 
 
 # Size
@@ -151,11 +151,13 @@ def unreached_by(sources: str, **options: float) -> list[str]:
 
 def test_a_schedule_that_outlasts_the_run() -> None:
     (line,) = unreached_by("max_iters", max_iters=500)
-    assert line.startswith("the learning rate rises to only 0.00015 of 0.0006 in the last step: its warm-up has 2,000")
-    assert "--warmup_iters=10 --lr_decay_iters=500 fit" in line
+    assert line.startswith(
+        "the learning rate is only 0.00015 in the last step, not 0.0006: its warm-up has 2,000 steps"
+    )
+    assert line.endswith("set --warmup_iters=10 --lr_decay_iters=500")
     (line,) = unreached_by("max_iters warmup_iters", max_iters=50_000, warmup_iters=300)
     assert line.startswith("the learning rate is 0.00059 in the last step, not 6e-05: its decay has 600,000 steps")
-    assert "--warmup_iters=300 --lr_decay_iters=50000 fit" in line
+    assert line.endswith("set --warmup_iters=300 --lr_decay_iters=50000")
     fitting = replace(TrainConfig().optimizer, max_iters=500, warmup_iters=10, lr_decay_iters=500)
     assert max(learning_rate(step, fitting) for step in range(500)) == fitting.learning_rate
     assert learning_rate(500, fitting) == fitting.min_lr

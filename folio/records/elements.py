@@ -1,4 +1,4 @@
-"""The pieces of HTML of which a report consists. All text is escaped."""
+"""The HTML elements of a report. All text in them is escaped."""
 
 from __future__ import annotations
 

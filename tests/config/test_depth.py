@@ -241,6 +241,10 @@ def test_a_run_prints_its_values_and_keeps_them(folio: Callable[..., Outcome], s
         folio("train", "--init_from=resume", "--depth=3", f"--out_dir={out}"),
         "--depth=3 does not fit the checkpoint, which has depth=2",
     )
+    assert_refused(
+        folio("train", "--init_from=resume", "--max_flops=1e9", f"--out_dir={out}"),
+        "--max_flops=1e+09 does not fit the checkpoint, which has max_flops=0: set --max_iters",
+    )
 
 
 def test_the_data_decide_the_steps(folio: Callable[..., Outcome], story: Path) -> None:

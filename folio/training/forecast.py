@@ -22,13 +22,14 @@ SIZES = ("depth", "n_layer", "n_head", "n_embd", "block_size")
 DAY = 24.0  # hours
 WARM_UP, TIMED = 3, 10  # steps of this process: compiling and capturing graphs ends; the time left is said
 WORTH = 20  # steps that remain, at least
+UNKNOWN = 3e13  # FLOP/s, at most, of a CPU or Apple's GPU whose peak is unknown
 FORWARD = 1 / 3  # share of a step's time that its forward takes
 
 
 def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> list[str]:
     """One line about a new run that no option sized, if this machine needs more than a day; else none.
 
-    The hours are those of ``folio plan``. A CPU without a known peak, and MPS, need more than a day as well.
+    The hours are those of ``folio plan``. A CPU without a known peak, and MPS, get a generous one.
     """
     values, usual, device = flat(config), defaults(TrainConfig), runtime.device
     from_files = set(config.sources.values()) - {COMMAND_LINE, SOURCE}
@@ -44,7 +45,7 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
 
     def hours(count: float) -> float:
         """Of so many tokens."""
-        return per_token * count / (MFU * limit * runtime.world) / 3600 if limit else float("inf")
+        return per_token * count / (MFU * (limit or UNKNOWN) * runtime.world) / 3600
 
     if (needed := hours(float(row) * steps)) <= DAY:
         return []

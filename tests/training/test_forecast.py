@@ -133,6 +133,8 @@ def test_no_advice_where_a_size_is_named_or_fits(advice: Callable[..., list[str]
     assert advice("cpu", 4e11, by="own.py") == []
     assert advice("cuda", None) == []
     assert advice("cuda", 1e16) == []
+    few = replace(usual, optimizer=replace(usual.optimizer, max_iters=2))
+    assert advice("cpu", None, config=few) == advice("mps", None, config=few) == []
     for config in (
         replace(usual, model=replace(usual.model, n_layer=2)),
         replace(usual, optimizer=replace(usual.optimizer, max_minutes=5.0)),
@@ -151,7 +153,9 @@ def unreached_by(sources: str, **options: float) -> list[str]:
 
 def test_a_schedule_that_outlasts_the_run() -> None:
     (line,) = unreached_by("max_iters", max_iters=500)
-    assert line.startswith("the learning rate rises to only 0.00015 of 0.0006 in the last step: its warm-up has 2,000")
+    assert line.startswith(
+        "the learning rate rises to only 0.00015 of 0.0006 in the last step: its warm-up has 2,000 steps;"
+    )
     assert "--warmup_iters=10 --lr_decay_iters=500 fit" in line
     (line,) = unreached_by("max_iters warmup_iters", max_iters=50_000, warmup_iters=300)
     assert line.startswith("the learning rate is 0.00059 in the last step, not 6e-05: its decay has 600,000 steps")

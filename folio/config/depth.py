@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from folio.errors import UserError
+
 SOURCE = "--depth"  # the source of a value that depth set
 WIDTH = 64  # of a head, and of the model for each layer
 RATIO = 12  # training tokens for each parameter
@@ -60,6 +62,9 @@ def rules(
         row: Tokens of a row.
         vocab_size: Token ids.
         tokens: Training tokens of the data set, if they are known.
+
+    Raises:
+        UserError: the data set is known, and ``max_flops`` allows not one step.
     """
     found: dict[str, Rule] = {}
 
@@ -79,7 +84,8 @@ def rules(
     budget, why = RATIO * parameters, f"{RATIO} tokens for each of {parameters:,} parameters"
     if tokens and budget > PASSES * tokens:
         budget, why = PASSES * tokens, f"{PASSES} passes over {tokens:,} tokens"
-    limit = given.get("max_flops", 0) / (6 * parameters + 12 * layers * width * row)  # as machine.flops counts them
+    per_token = 6 * parameters + 12 * layers * width * row  # as machine.flops counts them
+    limit = given.get("max_flops", 0) / per_token
     if limited := 0 < limit < budget:
         budget, why = limit, f"at most {given['max_flops']:g} FLOP"
 
@@ -90,6 +96,11 @@ def rules(
     if not (in_step := given.get("total_batch_size")):
         micro_steps = _power_of_two(usual / (size * row))
         in_step = size * row * rule("gradient_accumulation_steps", micro_steps, f"{usual:,} tokens in a step")
+    if limited and budget < in_step and tokens and "max_iters" not in given:
+        raise UserError(
+            f"max_flops={given['max_flops']:g} is less than one step takes: {per_token * in_step:.3g} for "
+            f"{in_step:,} tokens: raise --max_flops, or lower --depth"
+        )
     steps = rule("max_iters", max(1, int(budget / in_step) if limited else round(budget / in_step)), why)
     rule("lr_decay_iters", steps, "max_iters")
     longest = WARM_UP if muon else ADAM_WARM_UP

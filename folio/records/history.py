@@ -29,6 +29,7 @@ UNITS = {1e12: "trillions", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
 COLORS = ("#0062A3", "#D07D00", "#008A63", "#B83C00", "#3095CE", "#B3568C", "#000000")
 
 _DURATIONS = {86400.0: "days", 3600.0: "hours", 60.0: "minutes", 1.0: "seconds"}
+_LEAST = 1e-12  # of a horizon, as a share of the run: two values of one step have no distance
 _MOST = 32  # measurements, besides Folio's own, that are drawn
 
 Records: TypeAlias = dict[str, list[dict[str, Any]]]  # by kind; an empty list for a kind without records
@@ -165,7 +166,7 @@ def smooth(
     at = np.arange(len(values), dtype=np.float64) if at is None else at
     if len(values) < 2 or share == 0 or at[-1] == at[0]:
         return values
-    horizons = np.minimum(share * (at[-1] - at[0]), (at[1:] - at[0]) / 4)
+    horizons = np.minimum(share * (at[-1] - at[0]), (at[1:] - at[0]) / 4).clip(_LEAST * (at[-1] - at[0]))
     decays = np.exp(-np.diff(at) / horizons).tolist()
 
     def before(terms: list[float], decays: list[float]) -> NDArray[np.float64]:

@@ -223,7 +223,7 @@ def _draw_losses(several: bool, ax: Any, h: History, view: View, look: Look) -> 
     ax.plot(*best, **{**look, **RING})
     value = f"{best[1]:.4f}"
     if several:
-        end = max(found[0, -1], *drawn[0, -1:])
+        end = max([*found[0, -1:], *drawn[0, -1:]])
         return [Label(end, found[1, -1], f"{h.name} {value}", look["color"])]
     return [Label(best[0], best[1], value, look["color"])]
 

@@ -23,13 +23,14 @@ DAY = 24.0  # hours
 WARM_UP = 3  # first steps of this process, which compile and capture graphs: not timed
 TIMED = 10  # steps after which the time left is printed
 WORTH = 20  # steps that must remain then
+UNKNOWN = 3e13  # FLOP/s, at most, of a CPU or Apple's GPU whose peak is unknown
 FORWARD = 1 / 3  # share of a step's time that its forward takes
 
 
 def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Runtime) -> list[str]:
     """One line if no option sets the model's size and the run would take this machine more than a day; else none.
 
-    The hours are those of ``folio plan``. On MPS, and on a CPU without a known peak, the run takes more than a day too.
+    The hours are those of ``folio plan``. A CPU without a known peak, and MPS, get a generous one.
     """
     values, usual, device = flat(config), defaults(TrainConfig), runtime.device
     from_files = set(config.sources.values()) - {COMMAND_LINE, SOURCE}
@@ -45,7 +46,7 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
 
     def hours(count: float) -> float:
         """The time that this number of tokens takes."""
-        return per_token * count / (MFU * limit * runtime.world) / 3600 if limit else float("inf")
+        return per_token * count / (MFU * (limit or UNKNOWN) * runtime.world) / 3600
 
     if (needed := hours(float(row) * steps)) <= DAY:
         return []

@@ -79,12 +79,14 @@ def overlay(config: TrainConfig, former: FormerRun) -> tuple[TrainConfig, list[s
     """The config, by defaults < files < the former run's options < command line; and notes about that run.
 
     Raises:
-        UserError: the command line gives another depth.
+        UserError: the command line gives another depth, or another limit of its operations.
     """
     asked, notes = former.found.asked, list(former.notes)
-    typed = config.sources.get("depth") == COMMAND_LINE and asked
-    if typed and config.depth != (theirs := asked.get("depth", 0)):
-        raise UserError(f"--depth={config.depth} does not fit the checkpoint, which has depth={theirs}")
+    for name in ("depth", "max_flops") if asked else ():
+        mine, theirs = getattr(config, name), asked.get(name, 0)
+        if config.sources.get(name) == COMMAND_LINE and mine != theirs:
+            more = ": set --max_iters" * (name == "max_flops")
+            raise UserError(f"--{name}={mine:g} does not fit the checkpoint, which has {name}={theirs:g}{more}")
     merged, overridden = over_files(config, asked)
     notes += overridden
     o = merged.optimizer

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
+
+from folio.records.log import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,13 +53,13 @@ def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
         return []
     if max(c.warmup_iters, c.lr_decay_iters) <= c.max_iters:
         return []
-    rate = learning_rate(last, c)
+    rate, steps = learning_rate(last, c), partial(counted, thing="step")
     if c.warmup_iters > last:
-        what = f"is only {rate:.2g} in the last step, not {c.learning_rate:g}: its warm-up has {c.warmup_iters:,} steps"
+        what = f"is only {rate:.2g} in the last step, not {c.learning_rate:g}: its warm-up has {steps(c.warmup_iters)}"
     else:
-        what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {c.lr_decay_iters:,} steps"
+        what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {steps(c.lr_decay_iters)}"
     warm_up = c.warmup_iters if "warmup_iters" in sources and c.warmup_iters <= last else c.max_iters // 50
     return [
-        f"the learning rate {what}. For a run of {c.max_iters:,} steps, set --warmup_iters={warm_up} "
+        f"the learning rate {what}. For a run of {steps(c.max_iters)}, set --warmup_iters={warm_up} "
         f"--lr_decay_iters={c.max_iters}"
     ]

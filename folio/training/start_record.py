@@ -49,7 +49,7 @@ def commit(clone: Path) -> str | None:
     command = ["git", "--no-optional-locks", "-C", str(clone), "describe", "--always", "--dirty", "--exclude=*"]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        found = subprocess.run([*command, "--abbrev=12"], env=outside, capture_output=True, text=True, timeout=5)
+        found = subprocess.run([*command, "--abbrev=12"], env=outside, capture_output=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() or None
+    return found.stdout.decode(errors="replace").strip() or None

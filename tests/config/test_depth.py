@@ -104,6 +104,15 @@ def test_a_limit_of_operations_ends_the_run(vocab_size: int) -> None:
     assert values(3, vocab_size, max_flops=5e12, max_iters=500)["lr_decay_iters"] == 500
 
 
+def test_a_limit_below_one_step_is_refused(folio: Callable[..., Outcome], story: Path) -> None:
+    argv = [f"--data_dir={story}", "--depth=1", "--block_size=16", "--max_flops=1000"]
+    words = "max_flops=1000 is less than one step takes: "
+    assert_refused(folio("plan", *argv), words, "for 16 tokens: raise --max_flops")
+    assert_refused(folio("train", *argv, "--device=cpu"), words)
+    assert_refused(folio("plan", *argv[:3], "--max_flops=1e9", "--total_batch_size=1048576"), "for 1,048,576 tokens")
+    assert folio("plan", *argv, "--max_iters=2").code == 0
+
+
 def test_a_micro_step_has_few_logits() -> None:
     """Those of GPT-2's vocabulary fit a laptop's GPU."""
     assert values(12, 50304)["batch_size"] * 1024 * 50304 < 2**28
@@ -231,6 +240,10 @@ def test_a_run_prints_its_values_and_keeps_them(folio: Callable[..., Outcome], s
     assert_refused(
         folio("train", "--init_from=resume", "--depth=3", f"--out_dir={out}"),
         "--depth=3 does not fit the checkpoint, which has depth=2",
+    )
+    assert_refused(
+        folio("train", "--init_from=resume", "--max_flops=1e9", f"--out_dir={out}"),
+        "--max_flops=1e+09 does not fit the checkpoint, which has max_flops=0: set --max_iters",
     )
 
 

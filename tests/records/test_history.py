@@ -52,6 +52,12 @@ def test_smoothing_does_not_flatten_the_fall() -> None:
     assert smooth(fall)[0] == pytest.approx(11, abs=0.01)
 
 
+def test_smoothing_takes_values_of_one_step_and_any_horizon() -> None:
+    values, at = np.array([4.0, 2.0, 3.0, 5.0]), np.array([0.0, 0.0, 1.0, 1.0])
+    assert smooth(values, 1e-3, at) == pytest.approx([3.0, 3.0, 4.0, 4.0])
+    assert smooth(values, 5e-324).tolist() == values.tolist()
+
+
 def test_thinning_for_a_logarithmic_axis_keeps_the_beginning() -> None:
     points = np.stack([np.arange(1.0, 100_001), np.random.default_rng(0).normal(size=100_000)])
     kept = thin(points, bins=100, log=True)[0]

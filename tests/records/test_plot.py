@@ -285,6 +285,15 @@ def test_a_comparison_leaves_the_pictures_of_its_runs(
     assert darkest(tmp_path / "compare.png") < 100
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_a_run_of_evaluations_alone_has_its_label_beside_another_run(tmp_path: Path, log: bool) -> None:
+    only = run(tmp_path / "only", [evaluation(step, 3.0) for step in (0, 20)])
+    begun = run(tmp_path / "begun", [train(0), evaluation(0, 4.0), evaluation(20, 2.5)])
+    picture = drawn(only, begun, log=log)
+    assert "only 3.0000" in picture
+    assert "begun 2.5000" in picture
+
+
 def test_looks_differ() -> None:
     found = line_styles(7)
     assert [look["color"] for look in found] == list(COLORS)

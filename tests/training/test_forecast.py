@@ -133,6 +133,8 @@ def test_no_advice_where_a_size_is_named_or_fits(advice: Callable[..., list[str]
     assert advice("cpu", 4e11, by="own.py") == []
     assert advice("cuda", None) == []
     assert advice("cuda", 1e16) == []
+    few = replace(usual, optimizer=replace(usual.optimizer, max_iters=2))
+    assert advice("cpu", None, config=few) == advice("mps", None, config=few) == []
     for config in (
         replace(usual, model=replace(usual.model, n_layer=2)),
         replace(usual, optimizer=replace(usual.optimizer, max_minutes=5.0)),

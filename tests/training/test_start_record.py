@@ -65,3 +65,13 @@ def test_the_commit_is_that_of_the_checkout_itself(tmp_path: Path, monkeypatch: 
     assert commit(clone / "inner") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit(clone) is None
+
+
+def test_gits_words_in_no_encoding_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats the name of a folder that another user owns."""
+    (tmp_path / ".git").mkdir()
+    git = tmp_path / "git"
+    git.write_bytes(b"#!/bin/sh\necho 'fatal: dubious ownership of \xff' >&2\nexit 128\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert commit(tmp_path) is None

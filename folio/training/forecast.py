@@ -20,6 +20,7 @@ from folio.training.run import Run, Work
 
 SIZES = ("depth", "n_layer", "n_head", "n_embd", "block_size")
 DAY = 24.0  # hours
+YEAR = 365.25 * 86400  # seconds
 WARM_UP, TIMED = 3, 10  # steps of this process: compiling and capturing graphs ends; the time left is said
 WORTH = 20  # steps that remain, at least
 FORWARD = 1 / 3  # share of a step's time that its forward takes
@@ -53,10 +54,10 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
     preset = "small" if device.type == "cpu" else "gpt2" if able else "medium"
     where = sorted(config.sources.keys() & options_with(TrainConfig, role="data")) or ["dataset"]
     data = shlex.join(f"--{name}={values[name]}" for name in where)
-    takes = f"about {needed:,.0f} hours" if limit else "more than a day"
+    takes = f"about {duration(3600 * needed)}" if limit else "more than a day"
     return [
-        f"no option names a size, so this is GPT-2 124M for {counted(steps, 'step')}: it takes {takes} on this "
-        f"machine; what fits it: folio train {preset} {data}"
+        f"no option sets a size, so this trains GPT-2 124M for {counted(steps, 'step')}: {takes} on this machine; "
+        f"a size that fits: folio train {preset} {data}"
     ]
 
 
@@ -112,7 +113,7 @@ def _steps_in_evaluations(run: Run) -> float:
 
 def duration(seconds: float) -> str:
     """Seconds in words: 190.0 → "3 minutes"."""
-    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+    for size, unit in ((YEAR, "year"), (86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= (55 if unit == "minute" else 1.5 * size):
             return counted(round(seconds / size), unit)
     return counted(max(1, 10 * round(seconds / 10) if seconds >= 20 else round(seconds)), "second")

@@ -52,9 +52,9 @@ def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
         return []
     rate = learning_rate(last, c)
     if c.warmup_iters > last:
-        what = f"rises to only {rate:.2g} of {c.learning_rate:g} in the last step: its warm-up has {c.warmup_iters:,}"
+        what = f"rises to only {rate:.2g} of {c.learning_rate:g}: its warm-up has {c.warmup_iters:,} steps"
     else:
-        what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {c.lr_decay_iters:,} steps"
+        what = f"ends at {rate:.2g}, not {c.min_lr:g}: its decay has {c.lr_decay_iters:,} steps"
     warm_up = c.warmup_iters if "warmup_iters" in sources and c.warmup_iters <= last else c.max_iters // 50
     return [
         f"the learning rate {what}; --warmup_iters={warm_up} --lr_decay_iters={c.max_iters} fit a run of "

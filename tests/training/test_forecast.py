@@ -152,10 +152,10 @@ def unreached_by(sources: str, **options: float) -> list[str]:
 
 def test_a_schedule_that_outlasts_the_run() -> None:
     (line,) = unreached_by("max_iters", max_iters=500)
-    assert line.startswith("the learning rate rises to only 0.00015 of 0.0006 in the last step: its warm-up has 2,000")
+    assert line.startswith("the learning rate rises to only 0.00015 of 0.0006: its warm-up has 2,000 steps; ")
     assert "--warmup_iters=10 --lr_decay_iters=500 fit" in line
     (line,) = unreached_by("max_iters warmup_iters", max_iters=50_000, warmup_iters=300)
-    assert line.startswith("the learning rate is 0.00059 in the last step, not 6e-05: its decay has 600,000 steps")
+    assert line.startswith("the learning rate ends at 0.00059, not 6e-05: its decay has 600,000 steps")
     assert "--warmup_iters=300 --lr_decay_iters=50000 fit" in line
     fitting = replace(TrainConfig().optimizer, max_iters=500, warmup_iters=10, lr_decay_iters=500)
     assert max(learning_rate(step, fitting) for step in range(500)) == fitting.learning_rate

@@ -22,7 +22,7 @@ FEW = 100  # steps; in fewer, weight decay would undo the updates
 MICRO, LOGITS = 2**14, 2**28  # tokens of a micro step, and their logits: about so many at most
 WARM_UP, ADAM_WARM_UP = 40, 2000  # steps at most: nanochat's with Muon, nanoGPT's with AdamW
 RATE, ADAM_RATE = 0.12, 0.11  # learning rates · √n_embd
-EVALUATED = 2**16  # tokens of each split in an evaluation
+EVALUATED, SHARE = 2**16, 16  # tokens of each split in an evaluation: at most, and training tokens for each
 RECIPE = {
     "position": "rope",
     "norm": "unweighted",
@@ -116,7 +116,8 @@ def rules(
     decay = _rounded(2 / (rate * max(steps, FEW))) if rate else 0.0
     rule("weight_decay", decay, f"2 / (learning_rate · max_iters), at most that of {FEW} steps")
     rule("eval_interval", max(1, math.ceil(steps / 10)), "ten evaluations")
-    rule("eval_iters", max(1, EVALUATED // (size * row)), f"{EVALUATED:,} tokens of each split")
+    evaluated = min(EVALUATED, steps * in_step // SHARE)
+    rule("eval_iters", max(1, evaluated // (size * row)), f"about {evaluated:,} tokens of each split")
     return found
 
 

@@ -70,7 +70,7 @@ class MissingCharactersError(UserError):
         return str(self.args[0])
 
     def __str__(self) -> str:
-        return f"{self.lack}: leave them out of the text"
+        return f"{self.lack}: remove such characters from the text"
 
 
 class Characters(Tokenizer):

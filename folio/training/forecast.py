@@ -20,6 +20,7 @@ from folio.training.run import Run, Work
 
 SIZES = ("depth", "n_layer", "n_head", "n_embd", "block_size")
 DAY = 24.0  # hours
+YEAR = 365.25 * 86400  # seconds
 WARM_UP = 3  # first steps of this process, which compile and capture graphs: not timed
 TIMED = 10  # steps after which the time left is printed
 WORTH = 20  # steps that must remain then
@@ -55,7 +56,7 @@ def advise_on_size(config: TrainConfig, model: GPT, tokens: Tokens, runtime: Run
     preset = "small" if device.type == "cpu" else "gpt2" if able else "medium"
     where = sorted(config.sources.keys() & options_with(TrainConfig, role="data")) or ["dataset"]
     data = shlex.join(f"--{name}={values[name]}" for name in where)
-    takes = f"about {needed:,.0f} hours" if limit else "more than a day"
+    takes = f"about {rounded_duration(3600 * needed)}" if limit else "more than a day"
     return [
         f"no option sets the model's size, so this trains GPT-2 124M for {counted(steps, 'step')}, which takes {takes} "
         f"on this machine. A preset that fits it: folio train {preset} {data}"
@@ -114,7 +115,7 @@ def _steps_in_evaluations(run: Run) -> float:
 
 def rounded_duration(seconds: float) -> str:
     """Seconds in words: 190.0 → "3 minutes"."""
-    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+    for size, unit in ((YEAR, "year"), (86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= (55 if unit == "minute" else 1.5 * size):
             return counted(round(seconds / size), unit)
     return counted(max(1, 10 * round(seconds / 10) if seconds >= 20 else round(seconds)), "second")

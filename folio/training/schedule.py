@@ -55,9 +55,9 @@ def unreached(config: Optimizer, sources: Mapping[str, str]) -> list[str]:
         return []
     rate, steps = learning_rate(last, c), partial(counted, thing="step")
     if c.warmup_iters > last:
-        what = f"is only {rate:.2g} in the last step, not {c.learning_rate:g}: its warm-up has {steps(c.warmup_iters)}"
+        what = f"rises to only {rate:.2g} of {c.learning_rate:g}: its warm-up has {steps(c.warmup_iters)}"
     else:
-        what = f"is {rate:.2g} in the last step, not {c.min_lr:g}: its decay has {steps(c.lr_decay_iters)}"
+        what = f"ends at {rate:.2g}, not {c.min_lr:g}: its decay has {steps(c.lr_decay_iters)}"
     warm_up = c.warmup_iters if "warmup_iters" in sources and c.warmup_iters <= last else c.max_iters // 50
     return [
         f"the learning rate {what}. For a run of {steps(c.max_iters)}, set --warmup_iters={warm_up} "

@@ -113,6 +113,16 @@ def test_a_limit_below_one_step_is_refused(folio: Callable[..., Outcome], story:
     assert folio("plan", *argv, "--max_iters=2").code == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "tokens"), [(60, 60 * 512 // 16), (1000, 1000 * 512 // 16), (10**6, 2**16), (1, 512)]
+)
+def test_a_short_run_evaluates_on_few_tokens(steps: int, tokens: int) -> None:
+    """A sixteenth of its training tokens in whole micro steps, at least one and at most 65,536 tokens."""
+    found = rules(3, {"max_iters": steps, "total_batch_size": 512, "block_size": 256}, 256, 50304)
+    micro_step = found["batch_size"].value * 256
+    assert found["eval_iters"].value == max(1, tokens // micro_step)
+
+
 def test_a_micro_step_has_few_logits() -> None:
     """Those of GPT-2's vocabulary fit a laptop's GPU."""
     assert values(12, 50304)["batch_size"] * 1024 * 50304 < 2**28

@@ -56,7 +56,7 @@ def test_stream_of_bytes_by_hand() -> None:
 
 def test_unknown_characters_are_named() -> None:
     """The first five of them, and how many the vocabulary has."""
-    with pytest.raises(ValueError, match=r"2 characters lacks 'c', 'd': leave them out"):
+    with pytest.raises(ValueError, match=r"2 characters lacks 'c', 'd': remove such characters"):
         Characters("ab").encode("abdc")
     with pytest.raises(ValueError, match=r"lacks 'c', 'd', 'e', 'f', 'g' …"):
         Characters("ab").encode("gfedcbazyx")

@@ -117,7 +117,7 @@ def test_lines_that_are_refused(session: Callable[..., Outcome]) -> None:
     assert done.code == 2
     assert sampled(done.out) == sampled(session(b"\xef\xbb\xbfThe \n").out)  # a byte order mark is no character
     first, second, third = done.err.splitlines()
-    assert first == "prompt: the vocabulary of 59 characters lacks '€': leave them out of the text"
+    assert first == "prompt: the vocabulary of 59 characters lacks '€': remove such characters from the text"
     assert second == "prompt=FILE:nowhere.txt: nowhere.txt: No such file or directory"
     assert third == "prompt has bytes that are not UTF-8 text"
     refused = session(b"The \n", "--start=€")
@@ -203,7 +203,7 @@ def test_ctrl_c_stops_the_text_and_not_the_program(terminal: Callable[..., Termi
         assert len(texts[-1]) > 40
     assert texts[0][:20] != texts[1][:20]
     user.type("€\n")
-    assert "lacks '€': leave them out of the text\n> " in user.until("text\n> ")
+    assert "lacks '€': remove such characters from the text\n> " in user.until("text\n> ")
     user.type("half a")
     user.until("half a")
     user.type("\x03")

@@ -167,7 +167,7 @@ class Loaded(NamedTuple):
 
 
 def load(
-    name: str | os.PathLike[str] = "out",
+    name: str | os.PathLike[str],
     *,
     checkpoint: str | int = "best",
     device: str = "auto",

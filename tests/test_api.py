@@ -136,6 +136,10 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: folio.evaluate(out_dir="nowhere"), "nowhere"),
         (lambda: folio.generate(out_dir="nowhere"), "nowhere"),
         (lambda: folio.prepare(), "nothing to prepare"),
+        (lambda: folio.load("nowhere"), "nowhere"),
+        (lambda: folio.plot("nowhere"), "nowhere"),
+        (lambda: folio.plot(outputt="x.png"), "plot: unknown option 'outputt': did you mean 'output'?"),
+        (lambda: folio.report("nowhere"), "nowhere"),
     ],
 )
 def test_what_is_wrong_is_one_line(call: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +157,7 @@ def test_help_shows_it_all() -> None:
     text = pydoc.plain(pydoc.render_doc(folio))
     for name in folio.__all__:
         assert name in text
-        assert getattr(folio, name).__doc__
+        assert getattr(folio, name).__doc__ or name == "Callback"  # an alias
     assert "as ``folio eval`` does" in text
     assert set(folio.__all__) <= set(dir(folio))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
@@ -173,19 +177,52 @@ def test_the_import_alone_is_light() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_load(trained: Any, tmp_path: Path) -> None:
+    """The model and the tokenizer of a folder, by any name of a model."""
+    model, tokenizer = folio.load(trained.out_dir, device="cpu", checkpoint=10)
+    assert not model.training
+    for p, q in zip(model.parameters(), trained.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    idx = torch.tensor([tokenizer.encode("The ").tolist()])
+    text = tokenizer.decode(model.generate(idx, max_new_tokens=5)[0])
+    assert (text[:4], len(text)) == ("The ", 9)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    assert isinstance(folio.load(str(trained.out_dir)), folio.Loaded)
+
+
+def test_plot_and_report(trained: Any, tmp_path: Path) -> None:
+    """What the commands write; a notebook shows the picture."""
+    picture = folio.plot(trained.out_dir, output=tmp_path / "a.png")
+    shown = picture._repr_png_()
+    assert shown is not None
+    assert Path(picture).read_bytes() == shown[0]
+    assert folio.plot(trained.out_dir).path == trained.out_dir / "loss.png"
+    svg = folio.plot(trained.out_dir, output=tmp_path / "a.svg")
+    assert svg._repr_png_() is None
+    assert str(svg._repr_svg_()).startswith("<?xml")
+    assert folio.report(trained.out_dir, output=tmp_path / "a.html").read_text(encoding="utf-8").endswith("</html>\n")
+
+
 @pytest.mark.slow
-def test_the_notebook(shared_data: Path, tmp_path: Path) -> None:
-    """Five cells, run by Jupyter's own kernel: the third draws, and the last measures what the second trained."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    (tmp_path / "data" / "shakespeare_char").mkdir(parents=True)
-    text = (shared_data / "tinyshakespeare.txt").read_bytes()
-    (tmp_path / "data" / "shakespeare_char" / "input.txt").write_bytes(text)
-    notebook = nbformat.read(ROOT / "docs" / "first-run.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert len(cells) == 5
-    cells[1].source = cells[1].source.replace("1000", "20")
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert "step 20 of 20" in "".join(output.text for output in cells[1].outputs)
-    assert "image/png" in cells[2].outputs[-1].data
-    assert cells[3].outputs[0].text.startswith("ROMEO:")
-    assert "'tokens': 111539" in cells[4].outputs[0].data["text/plain"]
+def test_a_typed_program(tmp_path: Path) -> None:
+    """mypy --strict has nothing to say about a program that uses the public names."""
+    (tmp_path / "program.py").write_text(
+        "import folio\nimport torch\nfrom pathlib import Path\n\n\n"
+        "def norm(run: folio.Run) -> dict[str, float | str]:\n"
+        "    return {'kind': 'norm', 'x': run.model.lm_head.weight.norm().item()}\n\n\n"
+        "def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:\n"
+        "    return logits.mean() + targets.sum()\n\n\n"
+        "callbacks: list[folio.Callback] = [(10, norm), (lambda run: run.state.step == 3, lambda run: None)]\n"
+        "where: Path = folio.prepare(texts=(str(i) for i in range(9)), name='x')\n"
+        "with folio.build('shakespeare_char', out_dir='out', callbacks=callbacks, loss=loss) as run:\n"
+        "    why: str = folio.fit(run)\n"
+        "    texts: list[str] = run.generate('x', num_samples=2)\n"
+        "    found: float = run.evaluate('val')['loss']\n"
+        "    saved: Path = run.save()\n"
+        "model, tokenizer = folio.load('out')\n"
+        "ids: torch.Tensor = model.generate(torch.tensor([tokenizer.encode('x').tolist()]), 5)\n"
+        "print(tokenizer.decode(ids[0].tolist()), folio.plot('out').path, folio.report('out'), folio.GPTConfig())\n",
+        encoding="utf-8",
+    )
+    done = python("-m", "mypy", "--strict", f"--cache-dir={tmp_path}", "program.py", cwd=tmp_path, MYPYPATH=str(ROOT))
+    assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n"), done.stdout

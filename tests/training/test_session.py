@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def whole(build: Build) -> Iterator[folio.Run]:
-    """A run that was never stopped, with another one's folder."""
+def whole(build: Build) -> folio.Run:
+    """A run that was never stopped, in a folder of its own."""
     run = build("whole")
     assert folio.fit(run) == "max_iters"
     return run

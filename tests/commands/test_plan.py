@@ -133,7 +133,7 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices(folio, data) -> None:
         muon, adamw = gpt2_on_gpus(shards=shards, muon=True), gpt2_on_gpus(shards=shards)
         assert needed(GPT2, muon).optimizer == 4 * (2 * PARAMETERS - matrices) // shards
         assert bytes_sent(GPT2, muon) - bytes_sent(GPT2, adamw) == pytest.approx(sent, abs=1)
-    argv = ["gpt2", "--gpus=8", "--vocab_size=50304", f"--data_dir={data}"]
+    argv = ["train_gpt2", "--gpus=8", "--vocab_size=50304", f"--data_dir={data}"]
     plans = [folio("plan", *argv, *more).out for more in ((), ("--optimizer=muon",), ("--ema_decay=0.9",))]
     assert [re.search(r"([\d.]+) GB  optimizer", plan)[1] for plan in plans] == ["0.99", "0.66", "1.49"]
 
@@ -210,7 +210,7 @@ def _sent(trace: Path, shards: int, replicas: int) -> float:
 
 
 def test_gpt2_on_eight_gpus_by_hand(folio, data) -> None:
-    argv = f"gpt2 --gpus 8 --gpu h100 --price 2 --vocab_size=50304 --data_dir={data}"
+    argv = f"train_gpt2 --gpus 8 --gpu h100 --price 2 --vocab_size=50304 --data_dir={data}"
     code, out, err = folio("plan", *argv.split())
     assert (code, err) == (0, "")
     work = 6 * (PARAMETERS - 1024 * 768) + 12 * 12 * 768 * 1024  # of a token

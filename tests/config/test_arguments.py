@@ -77,7 +77,7 @@ PLACES = {
     "export": {"to", "out_dir"},
     "import": {"model", "to"},
     "plot": {"out_dirs", "output"},
-    "report": {"out_dir", "output"},
+    "report": {"out_dirs", "output"},
     "plan": {"data_dir", "dataset", "data_mixture"},
     "bench": {"data_dir", "dataset", "data_mixture", "peer"},
     "train_gpt": {"data_root", "log_dir"},

@@ -36,8 +36,8 @@ def test_a_signal_to_all_processes(spawn: Spawn, articles: list[str], tmp_path: 
             time.sleep(moment)
             family = set(child.family())
             os.killpg(child.process.pid, number)
-            assert child.end(5) in (128 + number, -number), child.output()
-            until(gone, family, timeout=5)
+            assert child.end(20) in (128 + number, -number), child.output()
+            until(gone, family, timeout=20)
             assert "Traceback" not in child.output(), (number, moment, child.output())
             assert child.output().count("interrupted") <= 1
     to_its_end(spawn(*argv, f"--data_dir={tmp_path / 'out'}"))

@@ -20,7 +20,7 @@ class Options:
     out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
     output: str = option(
         "",
-        "picture (.png, .svg, .pdf); default: OUT_DIR/loss.png, of several runs ./compare.png",
+        "picture; default: OUT_DIR/loss.png; of several runs: compare.png",
         path=ITSELF,
         short="-o",
     )

@@ -20,7 +20,7 @@ class Options:
     out_dirs: tuple[str, ...] = option(("out",), "folders of the runs", path=ITSELF, positional="OUT_DIR …")
     output: str = option(
         "",
-        "page (.html); default: OUT_DIR/report.html, of several runs ./compare.html",
+        "page; default: OUT_DIR/report.html; of several runs: compare.html",
         path=ITSELF,
         short="-o",
     )

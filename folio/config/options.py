@@ -348,7 +348,7 @@ class Sampling:
     top_p: float = option(1.0, "draw from the fewest tokens with this probability", above=0, max=1)
     interactive: bool = option(
         False,
-        "continue each prompt that you type, token by token",
+        "continue each prompt that you type",
         details="num_samples is 1 unless you set it; start, if you set it, is the first prompt. From a pipe, it "
         "reads one prompt per line.",
     )

@@ -21,6 +21,7 @@ class Options:
     output: str = option(
         "",
         "picture; default: OUT_DIR/loss.png; of several runs: compare.png",
+        details="Its suffix is the format: .png, .svg or .pdf.",
         path=ITSELF,
         short="-o",
     )

@@ -192,7 +192,7 @@ def test_a_script_of_the_clone_speaks_under_its_own_name(monkeypatch, capfd, scr
 
 
 def test_an_argument_that_is_no_option_is_one_line(folio, tmp_path) -> None:
-    for argv in (["train", "-x"], ["report", str(tmp_path), "more"], ["train", "--n_layer"], ["train", "--"]):
+    for argv in (["train", "-x"], ["doctor", "more"], ["train", "--n_layer"], ["train", "--"]):
         code, out, err = folio(*argv)
         assert (code, out, err.count("\n")) == (2, "", 1), argv
         assert argv[-1].lstrip("-") in err

@@ -8,9 +8,7 @@ from typing import Literal
 
 from folio.config.declare import ITSELF, option
 from folio.records.console import say
-from folio.records.run_folder import PICTURE
-
-COMPARISON = "compare.png"
+from folio.records.run_folder import PICTURE, output_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ def run(options: Options) -> Path:
     from folio.records.plot import draw
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
-    several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
-    picture = Path(options.output or (COMPARISON if several else out_dirs[0] / PICTURE))
+    picture = Path(options.output) if options.output else output_of(out_dirs, PICTURE)
     draw(out_dirs, picture, options.x, log=options.log, smoothing=options.smooth)
     return picture

@@ -8,9 +8,7 @@ from pathlib import Path
 from folio.config.declare import ITSELF, option
 from folio.errors import UserError
 from folio.records.console import say
-from folio.records.run_folder import REPORT
-
-COMPARISON = "compare.html"
+from folio.records.run_folder import REPORT, output_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,7 @@ def run(options: Options) -> Path:
     from folio.records.report import report
 
     out_dirs = [Path(out_dir) for out_dir in options.out_dirs or ("out",)]
-    several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
-    page = Path(options.output or (COMPARISON if several else out_dirs[0] / REPORT))
+    page = Path(options.output) if options.output else output_of(out_dirs, REPORT)
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"{page}: its suffix must be .html")
     report(out_dirs, page)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 
 from folio.records.facts import AVERAGED, Recorded
 from folio.records.history import (
-    GPT2_HELLASWAG,
-    GPT2_LOSS,
     HELLASWAG,
     LOSS,
     History,
     Points,
     points,
+    references,
     smooth,
     span,
     thin,
@@ -64,7 +63,7 @@ def figure(runs: Sequence[Recorded]) -> dict[str, Any] | None:
                 "title": title,
                 "range": _range(title, curves, histories),
                 "falls": title == LOSS,  # a logarithmic axis has room for its beginning, which ``range`` may cut off
-                "references": _references(title, histories),
+                "references": [(f"GPT-2 124M, {name}", value) for name, value in references(title, histories)],
                 "curves": [_as_json(curve, most) for curve in curves],
             }
             for title, curves in panels.items()
@@ -126,10 +125,7 @@ def _with_first(some: Points, every: Points) -> Points:
 
 def _axes(run: Recorded) -> dict[str, Any]:
     """Tokens and seconds at some steps, from which a browser computes those of every step."""
-    seconds = np.hstack([points(run.records[kind], "step", "seconds") for kind in ("train", "eval")])
-    seconds = seconds[:, np.lexsort(seconds[::-1])]
-    seconds[1] = np.maximum.accumulate(seconds[1])
-    found = {"tokens": run.history.tokens, "seconds": seconds}
+    found = {"tokens": run.history.tokens, "seconds": run.history.seconds}
     return {
         name: _numbers(knots[:, _evenly(knots.shape[1], _KNOTS)]) if knots.size else None
         for name, knots in found.items()
@@ -144,7 +140,7 @@ def _range(title: str, curves: list[Curve], histories: list[History]) -> list[fl
     if title == HELLASWAG:
         bounds = np.hstack([c.points[1] + sign * c.error for c in curves if c.error is not None for sign in (-1, 1)])
         low, high = float(bounds.min()), float(bounds.max())
-        shown = [value for _, value in _references(title, histories) if low <= value <= high + _REACH]
+        shown = [value for _, value in references(title, histories) if low <= value <= high + _REACH]
         return _with_margin(low, max([high, *shown]))
     if all(curve.noisy for curve in curves):  # a few values may be much higher than the rest
         return _with_margin(*np.quantile(np.hstack([curve.points[1] for curve in curves]), (0.005, 0.995)).tolist())
@@ -154,15 +150,6 @@ def _range(title: str, curves: list[Curve], histories: list[History]) -> list[fl
 def _with_margin(low: float, high: float) -> list[float]:
     margin = 0.05 * (high - low) or abs(low) / 10 or 1.0
     return [low - margin, high + margin]
-
-
-def _references(title: str, histories: list[History]) -> list[tuple[str, float]]:
-    """GPT-2's own values, which are drawn across a panel if it shows them."""
-    if title == LOSS and any(h.fineweb for h in histories):
-        return [("GPT-2 124M", GPT2_LOSS)]
-    styles = sorted({style for h in histories for style, scored in h.hellaswag.items() if scored.size})
-    known = [style for style in styles if style in GPT2_HELLASWAG]
-    return [(f"GPT-2 124M, {style}", GPT2_HELLASWAG[style]) for style in known if title == HELLASWAG]
 
 
 def _evenly(count: int, most: int) -> NDArray[np.int64]:

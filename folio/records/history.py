@@ -229,6 +229,20 @@ def within_reach(value: float, low: float, high: float) -> bool:
     return low - (high - low) / 2 <= value <= high + (high - low) / 2
 
 
+def references(title: str, histories: Sequence[History]) -> list[tuple[str, float]]:
+    """GPT-2 124M's own values for a panel of these runs: what each was measured on, and the value."""
+    if title == LOSS:
+        return [("on FineWeb-Edu", GPT2_LOSS)] * any(h.fineweb for h in histories)
+    styles = sorted({style for h in histories for style, found in h.hellaswag.items() if found.size})
+    return [(style, GPT2_HELLASWAG[style]) for style in styles if style in GPT2_HELLASWAG and title == HELLASWAG]
+
+
+def named(out_dirs: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The folders with a name for each; one that is given twice counts once."""
+    folders = {path.resolve(): path for path in out_dirs}
+    return list(zip(names(list(folders)), folders.values(), strict=True))
+
+
 def names(folders: Sequence[Path]) -> list[str]:
     """A name for each folder: the last parts of its path, as few as make the names differ, in printable characters."""
     depths = range(1, max(len(path.parts) for path in folders) + 1)

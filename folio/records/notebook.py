@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from folio.records.facts import duration
 from folio.records.plot import draw
 from folio.records.record import Record
 from folio.records.run_folder import PICTURE
@@ -43,8 +44,7 @@ class Bar:
         self._shown = now
         parts = [f"step {self._step:,} of {self._total:,}", *filter(None, [figures])]
         if math.isfinite(self._left):
-            minutes, seconds = divmod(round(self._left), 60)
-            parts.append(f"{minutes}:{seconds:02} left")
+            parts.append(f"{duration(self._left)} left")
         text = " · ".join(parts)
         bar = f'<progress value="{self._step}" max="{max(1, self._total)}" style="width: 16em"></progress>'
         self._handle.update({"text/html": f"<div>{bar} {html.escape(text)}</div>", "text/plain": text}, raw=True)

@@ -18,8 +18,6 @@ from folio import files
 from folio.errors import UserError
 from folio.records.history import (
     COLORS,
-    GPT2_HELLASWAG,
-    GPT2_LOSS,
     HELLASWAG,
     LOSS,
     Axis,
@@ -27,9 +25,10 @@ from folio.records.history import (
     History,
     axis_of,
     history,
-    names,
+    named,
     options_of,
     read,
+    references,
     smooth,
     span,
     thin,
@@ -96,10 +95,9 @@ def draw(
     import matplotlib
     from matplotlib.figure import Figure
 
-    folders = {path.resolve(): path for path in out_dirs}
-    named = zip(names(list(folders)), folders.values(), strict=True)
-    histories = [history(name, read(path), options_of(path)) for name, path in named]
-    for h, path in zip(histories, folders.values(), strict=True):
+    runs = named(out_dirs)
+    histories = [history(name, read(path), options_of(path)) for name, path in runs]
+    for h, (_, path) in zip(histories, runs, strict=True):
         _check(h, path / METRICS, x, log)
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
@@ -266,12 +264,9 @@ def _note_first(ax: Any, histories: list[History], view: View, looks: list[Look]
 def _add_references(ax: Any, title: str, histories: list[History]) -> None:
     """Draws GPT-2's own values that are within reach of the curves of a panel."""
     low, high = ax.dataLim.intervaly if title == HELLASWAG else ax.get_ylim()
-    if title == LOSS and any(h.fineweb for h in histories) and low < GPT2_LOSS < high:
-        _reference(ax, GPT2_LOSS, "on FineWeb-Edu")
-    if title == HELLASWAG:
-        for style in sorted({style for h in histories for style, found in h.hellaswag.items() if found.size}):
-            if style in GPT2_HELLASWAG and within_reach(GPT2_HELLASWAG[style], low, high):
-                _reference(ax, GPT2_HELLASWAG[style], style)
+    for name, value in references(title, histories):
+        if low < value < high or (title == HELLASWAG and within_reach(value, low, high)):
+            _reference(ax, value, name)
 
 
 def _reference(ax: Any, value: float, name: str) -> None:

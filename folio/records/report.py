@@ -18,7 +18,7 @@ from folio.config.table import defaults
 from folio.records.curves import figure, script_data
 from folio.records.elements import cards, folded, section, table, with_note
 from folio.records.facts import SHOWN, Recorded, duration, facts
-from folio.records.history import LOSS, history, names, options_of, read
+from folio.records.history import LOSS, history, named, options_of, read
 from folio.records.log import counted
 from folio.records.metrics import read_metrics
 from folio.records.plot import write
@@ -37,9 +37,7 @@ def report(out_dirs: Sequence[Path], page: Path) -> None:
         ValueError: a run has not begun.
         OSError: the page cannot be written.
     """
-    folders = {path.resolve(): path for path in out_dirs}
-    named = zip(names(list(folders)), folders.values(), strict=True)
-    write(page, html([recorded(name, path) for name, path in named]).encode("utf-8", "replace"))
+    write(page, html([recorded(name, path) for name, path in named(out_dirs)]).encode("utf-8", "replace"))
 
 
 def recorded(name: str, out_dir: Path) -> Recorded:

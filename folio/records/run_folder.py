@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ CHECKPOINTS = "checkpoints"
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"  # in a folder of CHECKPOINTS
 PICTURE = "loss.png"
 REPORT = "report.html"
+COMPARISON = "compare"  # the stem of a picture or page about several runs, in the working folder
 LOG_TXT = "log.txt"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
@@ -36,6 +38,12 @@ _LOCK = ".folio.lock"
 
 def checkpoint_folder(out_dir: Path, step: int) -> Path:
     return out_dir / CHECKPOINTS / f"step-{step:08d}"
+
+
+def output_of(out_dirs: Sequence[Path], name: str) -> Path:
+    """Where the picture or page of this name goes: beside its run; that of several runs into the working folder."""
+    several = len({out_dir.resolve() for out_dir in out_dirs}) > 1
+    return Path(COMPARISON).with_suffix(Path(name).suffix) if several else out_dirs[0] / name
 
 
 def replaced_folder(out_dir: Path, step: int) -> Path:

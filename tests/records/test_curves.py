@@ -74,7 +74,7 @@ def test_a_spike_of_the_gradient_does_not_flatten_the_rest(tmp_path: Path) -> No
 
 
 def test_tokens_and_seconds_are_given_by_step(tmp_path: Path) -> None:
-    records = [{**train(step, rate=50), "seconds": 2.0 * step} for step in range(1000)]
+    records = [{**train(step, rate=50), "seconds": 2.0 * (step + 1)} for step in range(1000)]  # after the update
     drawn = figure([recorded("run", run(tmp_path / "run", records))])
     assert drawn
     (axes,) = drawn["runs"]

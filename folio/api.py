@@ -24,6 +24,8 @@ from folio.config.options import Source, System, TrainConfig
 from folio.config.table import flat
 from folio.config.values import COMMAND_LINE
 from folio.data.tokenizers import Tokenizer as Tokenizer
+from folio.files import read_bytes as _read_bytes
+from folio.files import read_text as _read_text
 from folio.machine.choices import resolve
 from folio.model.gpt import GPT
 from folio.training import session as _session
@@ -207,10 +209,10 @@ class Picture(os.PathLike[str]):
         return str(self.path)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, Any]] | None:
-        return (self.path.read_bytes(), {"width": 700}) if self.path.suffix.lower() == ".png" else None
+        return (_read_bytes(self.path), {"width": 700}) if self.path.suffix.lower() == ".png" else None
 
     def _repr_svg_(self) -> str | None:
-        return self.path.read_text(encoding="utf-8") if self.path.suffix.lower() == ".svg" else None
+        return _read_text(self.path) if self.path.suffix.lower() == ".svg" else None
 
 
 def plot(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, **options: Any) -> Picture:

@@ -23,6 +23,7 @@ DELEGATES = {  # modules with the functions behind nanoGPT's methods of GPT
     "checkpoints.find",
     "generation.sampling",
     "machine.flops",
+    "machine.probe",
     "training.optimizers",
 }
 PUBLIC = {

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from folio.config.declare import ITSELF, option
 from folio.config.files import find_preset
-from folio.data.token_files import META
 from folio.errors import UserError
 from folio.preparation.recipes import KNOWN, help_of, known, named_by_user
 from folio.preparation.sources import Given
@@ -61,6 +60,8 @@ class Options:
 
 def main(options: Options) -> None:
     folder = run(options)
+    from folio.data.token_files import META  # NumPy's import must not delay an error above
+
     if (folder / META).exists():
         say(f"next: {_next_command(options, folder)}")
 

@@ -350,8 +350,13 @@ class GPT(nn.Module):
         return adamw(self, learning_rate, betas, weight_decay)
 
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float) -> float:
-        """Share of this device's peak FLOPS that ``fwdbwd_per_iter`` rows in ``dt`` seconds reach; NaN if unknown."""
-        from folio.machine.flops import mfu
+        """Share of this device's peak FLOPS that ``fwdbwd_per_iter`` rows in ``dt`` seconds reach; NaN if unknown.
 
-        p = next(self.parameters())
-        return mfu(self, fwdbwd_per_iter * self.config.block_size / dt, p.device, torch.bfloat16)
+        The peak is that of the type which ``dtype=auto`` chooses there.
+        """
+        from folio.machine.flops import mfu
+        from folio.machine.probe import Machine
+
+        device = next(self.parameters()).device
+        dtype = getattr(torch, Machine().fast_dtype(str(device)))
+        return mfu(self, fwdbwd_per_iter * self.config.block_size / dt, device, dtype)

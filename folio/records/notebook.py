@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from folio.files import read_bytes
 from folio.records.facts import duration
 from folio.records.plot import draw
 from folio.records.record import Record
@@ -78,6 +79,6 @@ class Curve:
 
         began, picture = time.monotonic(), self._out_dir / PICTURE
         draw([self._out_dir], picture)
-        self._handle.update(Image(data=picture.read_bytes(), width=600))  # type: ignore[no-untyped-call]
+        self._handle.update(Image(data=read_bytes(picture), width=600))  # type: ignore[no-untyped-call]
         self._behind, self._ended = False, time.monotonic()
         self._took = self._ended - began

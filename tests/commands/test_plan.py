@@ -96,12 +96,12 @@ def gpt2_on_gpus(**changes) -> Step:
     [
         "--dtype=float32 --block_size=256 --batch_size=8 --gradient_accumulation_steps=1 "
         "--n_layer=4 --n_head=4 --n_embd=384 --vocab_size=1024",
-        "--dtype=bfloat16 --block_size=512 --batch_size=4 --gradient_accumulation_steps=2 "
+        "--dtype=auto --block_size=512 --batch_size=4 --gradient_accumulation_steps=2 "
         "--n_layer=4 --n_head=8 --n_embd=384 --vocab_size=8192",
-        "--dtype=bfloat16 --block_size=256 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1 "
+        "--dtype=auto --block_size=256 --batch_size=8 --gradient_accumulation_steps=2 --dropout=0.1 "
         "--n_layer=6 --n_head=4 --n_embd=512 --vocab_size=1024 --activation_checkpointing=block",
     ],
-    ids=["short, float32", "long, bfloat16", "recomputed, with dropout"],
+    ids=["short, float32", "long, auto", "recomputed, with dropout"],
 )
 def test_a_run_takes_the_memory_that_was_planned(tmp_path, data, options) -> None:
     """Within 15 %, on a CPU, with a C library that returns freed memory at once."""

@@ -132,7 +132,7 @@ def test_no_input(finished: Path) -> None:
 
 
 def test_only_the_command_is_interactive(finished: Path) -> None:
-    with pytest.raises(UserError, match="for folio sample: give each prompt to a call of its own"):
+    with pytest.raises(UserError, match="works only in the command folio sample: call this once for each prompt"):
         api.generate("The", out_dir=str(finished), interactive=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import statistics
 import time
@@ -93,8 +94,11 @@ def time_left(run: Run) -> list[Work]:
     def do(run: Run) -> tuple[()]:
         marks.append(time.perf_counter())
         if len(marks) > TIMED:
-            seconds = statistics.median(b - a for a, b in zip(marks[WARM_UP:], marks[WARM_UP + 1 :], strict=False))
-            left = seconds * (steps - run.state.step + FORWARD * _steps_in_evaluations(run))
+            interval = run.config.evaluation.eval_interval
+            timed = [b - a for a, b in itertools.pairwise(marks)][WARM_UP:]
+            alone = [s for step, s in enumerate(timed, first + WARM_UP) if step % interval]  # without an evaluation
+            evaluations = FORWARD * _steps_in_evaluations(run) if alone else 0.0  # else they are in every time
+            left = statistics.median(alone or timed) * (steps - run.state.step + evaluations)
             without = " without HellaSwag" * (run.config.evaluation.hellaswag_interval > 0)
             run.log.say(f"about {rounded_duration(min(left, run.clock.deadline - marks[-1]))} left{without}")
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,6 +60,16 @@ def test_only_the_time_of_later_steps_and_of_evaluations_counts(train: Train, mo
     out = train("out", "--max_iters=110", "--eval_interval=1000", "--eval_iters=1")  # 8 rows of each split, once
     # 100 steps and the end's evaluation, of a step's tokens twice
     assert left(out) == [f"about {rounded_duration(100 * (100 + 2 / 3 / 2))} left"] == ["about 3 hours left"]
+
+
+@pytest.mark.parametrize(("interval", "each"), [(1, 300), (2, 100)])
+def test_no_evaluation_counts_twice(train: Train, monkeypatch: pytest.MonkeyPatch, interval: int, each: float) -> None:
+    """Steps of 100 s, and evaluations of 200 s: in the time of every step, or in none that counts."""
+    now = itertools.accumulate(itertools.cycle([100.0] * (interval - 1) + [300.0]))
+    monkeypatch.setattr(forecast, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    out = train("out", "--max_iters=110", f"--eval_interval={interval}", "--eval_iters=1")
+    evaluations = 0 if interval == 1 else 51 * 2 / 3 / 2
+    assert left(out) == [f"about {rounded_duration(each * (100 + evaluations))} left"]
 
 
 def test_a_mixture_has_epochs_of_each_data_set(train: Train, story: Path) -> None:

@@ -27,6 +27,13 @@ from folio.records.run_folder import EVALUATIONS
 
 _PAGE = Path(__file__).parent / "page"
 _SAMPLES = 400_000  # characters of all samples together; of more, some steps are left out
+_MACHINE = {  # what the names of ``Choices`` mean to a reader
+    "attention_block": "queries in a block of attention",
+    "graphs": "CUDA graphs",
+    "logits": "logits in a chunk of the loss",
+    "weight_copy": "16-bit copy of the weights",
+    "world": "processes",
+}
 
 
 def report(out_dirs: Sequence[Path], page: Path) -> None:
@@ -217,7 +224,9 @@ def _machine(runs: Sequence[Recorded]) -> str:
     ]
     found = [chosen for _, chosen in columns.values()]
     return table(
-        ["", *head], [[key.replace("_", " "), *(c.get(key) for c in found)] for key in _merged(found)], "facts"
+        ["", *head],
+        [[_MACHINE.get(key, key.replace("_", " ")), *(c.get(key) for c in found)] for key in _merged(found)],
+        "facts",
     )
 
 

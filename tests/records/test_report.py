@@ -54,7 +54,14 @@ def test_the_report_of_a_real_run(folio: Folio, story: Path, tmp_path: Path) -> 
     assert f"best validation loss {best['loss']:.4f} nats per token, after {best['step']} steps perplexity" in text
     assert "steps 10 of 10 tokens (thousands) 1.28" in text
     assert "n_layer 2 12" in text  # asked, default
-    for words in ("tokens per second, median", "device cpu", "matmul precision highest", "from step 0", f"{story} –"):
+    for words in (
+        "tokens per second, median",
+        "device cpu",
+        "matmul precision highest",
+        "processes 1",
+        "from step 0",
+        f"{story} –",
+    ):
         assert words in text
     for absent in ("HellaSwag", "Samples", "folio eval", "of step", "at step"):
         assert absent not in text

@@ -135,8 +135,9 @@ def reached(out: Path, step: int) -> Callable[[], bool]:
     """A function that tells whether a run has written its train line of this step."""
 
     def look() -> bool:
-        path = out / "metrics.jsonl"
-        lines = read_metrics(path) if path.exists() else []
+        lines = []
+        with contextlib.suppress(FileNotFoundError):  # before a run begins, and while one begins anew
+            lines = read_metrics(out / "metrics.jsonl")
         return any(r["kind"] == "train" and r["step"] >= step for r in lines)
 
     return look

@@ -120,7 +120,7 @@ def some(tmp_path: Path, shared_data: Path) -> Callable[[int], Path]:
     return made
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("render", [rendered_by, their_render], ids=["written here", "theirs"])
 def test_completion_is_build_nanogpts(some, gpt2, render, count) -> None:
     path, model = some(count), model_of(gpt2.size, 256)

@@ -234,7 +234,7 @@ def test_sharding_in_bfloat16(run: Train) -> None:
 
     Without clipping, since the norm of shards is summed in another order, which may round a weight differently.
     """
-    flags = ("--dtype=bfloat16", "--max_iters=20", "--grad_clip=0.0")
+    flags = ("--dtype=bfloat16", "--n_embd=32", "--max_iters=20", "--grad_clip=0.0")
     whole, shares = (run(2, *flags, f"--parallel={parallel}").losses() for parallel in ("ddp", "fsdp"))
     assert shares == pytest.approx(whole, abs=1e-6)
     assert run(1, *flags, "--dtype=float32").losses() != pytest.approx(whole, abs=1e-4)

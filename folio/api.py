@@ -24,6 +24,7 @@ from folio.config.options import Source, System, TrainConfig
 from folio.config.table import flat
 from folio.config.values import COMMAND_LINE
 from folio.data.tokenizers import Tokenizer as Tokenizer
+from folio.errors import UserError
 from folio.files import read_bytes as _read_bytes
 from folio.files import read_text as _read_text
 from folio.machine.choices import resolve
@@ -57,7 +58,7 @@ def prepare(*text: str | os.PathLike[str], texts: Iterable[str] | None = None, *
     Raises:
         ValueError, FileNotFoundError: one line that names the file or option, the value and the remedy.
     """
-    named = _prepare.Options(tuple(os.fspath(source) for source in text))
+    named = _prepare.Options(tuple(map(_path, text)))
     return _prepare.run(_options(named, "prepare", options), texts)
 
 
@@ -98,6 +99,8 @@ def fit(run: Run) -> str:
         ValueError, OSError: one line that names the file or option, the value and the remedy.
         FloatingPointError: the loss is not finite; the checkpoints stay.
     """
+    if not isinstance(run, Run):
+        raise UserError(f"{run!r:.80} is no run: folio.build makes one")
     return _session.fit(run)
 
 
@@ -245,7 +248,14 @@ def report(*out_dirs: str | os.PathLike[str], output: str | os.PathLike[str] | N
 
 
 def _names(out_dirs: Sequence[str | os.PathLike[str]]) -> tuple[str, ...]:
-    return tuple(os.fspath(out_dir) for out_dir in out_dirs) or ("out",)
+    return tuple(map(_path, out_dirs)) or ("out",)
+
+
+def _path(value: str | os.PathLike[str]) -> str:
+    try:
+        return os.fspath(value)
+    except TypeError:
+        raise UserError(f"{value!r:.80}, of the type {type(value).__name__}, is no path") from None
 
 
 def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.PathLike[str] | TrainConfig) -> T:
@@ -256,9 +266,9 @@ def _options(base: T, caller: str, given: Mapping[str, Any], *config: str | os.P
         if isinstance(item, TrainConfig):
             base, layers, names = _with_sources(item), [], flat(item)  # type: ignore[assignment]
         else:
-            values = read_file(os.fspath(item), type(base), names=names)
+            values = read_file(path := _path(item), type(base), names=names)
             names |= values
-            layers.append(Layer(os.fspath(item), values, supersedes=True))
+            layers.append(Layer(path, values, supersedes=True))
     values = keywords(caller, type(base), given)
     return compose(base, [*layers, Layer(COMMAND_LINE, values, supersedes=True)])
 

@@ -8,14 +8,16 @@ import pydoc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, STORY, python, tree
 from small_runs import TINY
 
 import folio
+from folio.config.compose import typed
 from folio.config.options import TrainConfig
-from folio.config.table import override
+from folio.config.table import flat, override
 from folio.records import run_folder
 from folio.records.metrics import read_metrics
 
@@ -41,6 +43,14 @@ def test_presets_a_config_and_options_from_left_to_right(story: Path, tmp_path: 
     asked = run.config
     assert (asked.optimizer.max_iters, asked.model.n_embd, asked.logging.log_interval) == (2, 8, 2)
     assert asked.data.batch_size == TINY["batch_size"]
+
+
+def test_scalars_of_numpy_and_torch_are_numbers() -> None:
+    given = {"n_layer": np.int64(3), "learning_rate": np.float64(0.5), "bias": np.True_, "dropout": torch.tensor(0.25)}
+    found = flat(typed("train", folio.TrainConfig(), given))
+    assert {name: (found[name], type(found[name])) for name in given} == {
+        "n_layer": (3, int), "learning_rate": (0.5, float), "bias": (True, bool), "dropout": (0.25, float)
+    }  # fmt: skip
 
 
 def test_resume(story: Path, tmp_path: Path, trained: Any) -> None:
@@ -140,6 +150,10 @@ def test_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: folio.plot("nowhere"), "nowhere"),
         (lambda: folio.plot(outputt="x.png"), "plot: unknown option 'outputt': did you mean 'output'?"),
         (lambda: folio.report("nowhere"), "nowhere"),
+        (lambda: folio.report(["a", "b"]), "['a', 'b'], of the type list, is no path"),
+        (lambda: folio.train({"n_layer": 4}), "{'n_layer': 4}, of the type dict, is no path"),
+        (lambda: folio.fit("out"), "'out' is no run: folio.build makes one"),
+        (lambda: folio.build(callbacks=None), "callbacks is of type NoneType: must be a list of pairs"),
     ],
 )
 def test_what_is_wrong_is_one_line(call: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +202,8 @@ def test_load(trained: Any, tmp_path: Path) -> None:
     assert (text[:4], len(text)) == ("The ", 9)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert isinstance(folio.load(str(trained.out_dir)), folio.Loaded)
+    with pytest.raises(ValueError, match=f"is a checkpoint of the run .*: give {trained.out_dir}, and checkpoint=10"):
+        folio.load(trained.save())
 
 
 def test_plot_and_report(trained: Any, tmp_path: Path) -> None:

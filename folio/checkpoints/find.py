@@ -70,6 +70,10 @@ def in_folder(path: Path, which: str = "best") -> Checkpoint:
     Raises:
         FileNotFoundError, ValueError: as ``by_name``.
     """
+    run = path.parent.parent
+    for step in run_folder.steps(run):
+        if path == run_folder.existing_folder(run, step):
+            raise UserError(f"{path} is a checkpoint of the run {run}: give {run}, and checkpoint={step}")
     if not run_folder.steps(path):
         if (path / run_folder.NANOGPT).exists():
             return _the_only(pt_files.read(path / run_folder.NANOGPT), which)

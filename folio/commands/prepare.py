@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +110,7 @@ def run(options: Options, texts: Iterable[str] | None = None) -> Path:
 
 def _given(texts: Iterable[str], options: Options) -> Given:
     """The texts as a source. Raises UserError if they are not documents, or options do not go with them."""
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise UserError(f"texts is of type {type(texts).__name__}: must be a list of documents, or another iterable")
     if options.text:
         raise UserError(f"texts and {options.text[0]} exclude each other: give one")

@@ -77,8 +77,14 @@ def typed(caller: str, base: T, given: Mapping[str, Any]) -> T:
 
 def keywords(caller: str, options: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of a call, converted to the types of their options."""
-    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
-    return {name: convert(caller, name, value, options) for name, value in plain.items()}
+    return {name: convert(caller, name, _plain(value), options) for name, value in given.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, and a scalar of NumPy or torch as Python's number."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _without_replaced(layers: Sequence[Layer]) -> Sequence[Layer]:

@@ -53,8 +53,12 @@ def stream(
     token costs ``block_size`` tokens' work.
 
     Raises:
-        FloatingPointError: the logits are not finite.
+        FloatingPointError: the logits are not finite. UserError: ``temperature`` or ``top_k`` is too small.
     """
+    if not temperature >= 0:
+        raise UserError(f"temperature={temperature}: must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if uniform is None:
         uniform = torch.rand(idx.size(0), max_new_tokens, dtype=torch.float64)
     uniform = uniform.to(idx.device, torch.float32 if idx.device.type == "mps" else torch.float64)

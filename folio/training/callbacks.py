@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -35,6 +36,9 @@ def work_of(number: int, callback: Callback) -> Work:
     if not callable(function):
         raise UserError(f"{where}: its function is {_short(function)}: must be a function of the run")
     name = f"{where} ({name_of(function)})"
+    for part, called in (("its function", function), ("due", due)):
+        if callable(called) and not _takes_one(called):
+            raise UserError(f"{name}: {part} must take one argument, the run")
     if not callable(due) and (type(due) is not int or due < 1):
         raise UserError(
             f"{name}: due is {_short(due)}: must be a number of steps of at least 1, or a function of the run"
@@ -46,6 +50,16 @@ def work_of(number: int, callback: Callback) -> Work:
         return [_record(run, name, each) for each in made]
 
     return Work(_asked_once(due, name) if callable(due) else _at_multiples(due, name), owing(name, do))
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # one that is written in C may have no signature
+        return True
+    return True
 
 
 def _at_multiples(interval: int, name: str) -> Callable[[Run], bool]:

@@ -81,6 +81,8 @@ class UserLoss:
             )
         if not found.requires_grad:
             raise UserError(f"loss={self.name} returned a tensor without a gradient: compute it by torch's operations")
+        if not any(g is not None for g in torch.autograd.grad(found, (x, weight), allow_unused=True)):
+            raise UserError(f"loss={self.name} does not depend on its first argument, so there is nothing to train")
 
 
 def name_of(function: Any) -> str:

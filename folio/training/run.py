@@ -103,7 +103,7 @@ class Clock:
         self._paused += time.perf_counter() - began
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """All parts of a run."""
 
@@ -144,6 +144,10 @@ class Run:
     @property
     def out_dir(self) -> Path:
         return Path(self.config.output.out_dir)
+
+    def __repr__(self) -> str:
+        why = f", {self.stop}" if self.stop else ""
+        return f"<Run {self.out_dir}: step {self.state.step} of {self.config.optimizer.max_iters}{why}>"
 
     def generate(self, start: str = "\n", *, seed: int | None = None, **options: Any) -> list[str]:
         """Generates texts with the weights as they are now; each begins with the prompt ``start``.

@@ -6,7 +6,7 @@ the same cells again, and a run that is dropped leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ def build(config: TrainConfig, callbacks: Sequence[Callback] = (), loss: Callabl
     Raises:
         UserError, FileNotFoundError, OSError: one line that names the option or file and the remedy.
     """
+    if not isinstance(callbacks, Iterable):
+        raise UserError(f"callbacks is of type {type(callbacks).__name__}: must be a list of pairs (due, function)")
     work = [work_of(number, callback) for number, callback in enumerate(callbacks)]
     run = start.assemble(config, work, None if loss is None else UserLoss(loss))
     if run.lock:
@@ -85,9 +87,11 @@ def holding(run: Run) -> Iterator[None]:
     """Inside, the run's folder is locked and its files are open.
 
     Raises:
-        UserError: the run has left its process group; another run holds the folder, or has changed it since this run
-            used it. OSError: the folder cannot be written.
+        UserError: the run is training, so a callback called this; it has left its process group; another run holds
+            the folder, or has changed it since this run used it. OSError: the folder cannot be written.
     """
+    if run.training:
+        raise UserError("this run is training: a callback cannot train it, but only generate, evaluate and save")
     run.runtime.require_group()
     run.clock.begin(run.state.seconds)
     try:
@@ -126,10 +130,9 @@ def save(run: Run) -> Path:
 def _require_whole(run: Run) -> None:
     """Raises UserError if an error ended the run, perhaps in the middle of an update."""
     if run.failed:
-        raise UserError(
-            f"{run.failed} ended this run at step {run.state.step}: build it again with init_from='resume', which "
-            "continues from its last checkpoint"
-        )
+        kept = run_folder.steps(run.out_dir)
+        remedy = f", with init_from='resume', which continues from step {kept[-1]}" if kept else ""
+        raise UserError(f"{run.failed} ended this run at step {run.state.step}: build it again{remedy}")
 
 
 def _take(run: Run) -> None:

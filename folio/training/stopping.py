@@ -63,7 +63,8 @@ def not_finite_error(run: Run, what: str, updates: int) -> FloatingPointError:
     )
     if updates <= run.begun:
         earlier = [step for step in kept if step < run.begun]
-        remedy = "the weights that the run began with are the cause: " + (
+        own = f"loss={run.objective} or " if run.objective else ""
+        remedy = f"{own}the weights that the run began with are the cause: " + (
             f"move {run_folder.checkpoint_folder(run.out_dir, run.begun)} away and resume from step {earlier[-1]}"
             if earlier
             else "begin with other weights, or with another --dtype"

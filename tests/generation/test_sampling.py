@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +74,12 @@ def test_cached_is_uncached(model: GPT, T: int, new: int) -> None:
     found = generate(model, idx, new, uniform=uniform)
     assert found.tolist() == uncached(model, idx, uniform).tolist()
     assert found.shape == (3, T + new)
+
+
+@pytest.mark.parametrize("how", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": 0}])
+def test_what_cannot_be_drawn(model: GPT, how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        model.generate(prompt(1, 3), 2, **how)
 
 
 def test_a_sample_does_not_depend_on_the_others(model: GPT) -> None:

@@ -104,6 +104,7 @@ class Counting(Iterator[str]):
         (iter(["a", "b", None]), {}, "texts: item 2 is of type NoneType"),
         ("one text", {}, "texts is of type str: must be a list of documents"),
         (5, {}, "texts is of type int"),
+        ({"a": "text"}, {}, "texts is of type dict"),
         ([], {}, "no document is left for train, of 0 in all"),
         (DOCS, {"name": ""}, "texts have no name"),
         (DOCS, {"shard_of": "0/2"}, "shard_of is for files"),

@@ -142,6 +142,8 @@ def test_a_bad_record(train: Train, made: Any, words: str) -> None:
         (("5", norm), "due is '5'"),
         ((True, norm), "due is True"),
         ((5, None), "callbacks[0]: its function is None: must be a function of the run"),
+        ((5, lambda: None), "its function must take one argument, the run"),
+        ((lambda run, step: True, norm), "callbacks[0] (norm): due must take one argument"),
     ],
 )
 def test_a_bad_callback(train: Train, callback: Any, words: str, tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_micro_steps_are_weighted_by_their_tokens(train: Train) -> None:
         (lambda logits, targets: logits.sum(-1), "a tensor of the shape (4, 16) and type float32: must be a scalar"),
         (lambda logits, targets: 1.0, "returned float: must be a tensor"),
         (lambda logits, targets: torch.zeros(()), "without a gradient"),
+        (lambda logits, targets: torch.zeros((), requires_grad=True), "does not depend on its first argument"),
         (lambda x, targets: x, "its parameters are (x, targets): the first must be named logits or hidden"),
         (lambda logits: logits, "its parameters are (logits): must be (logits, targets), (hidden, targets) or"),
         (lambda logits, targets, head: logits, "its parameters are (logits, targets, head): must be"),

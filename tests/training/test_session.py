@@ -159,9 +159,15 @@ def test_it_holds_the_folder_while_it_trains(build: Build) -> None:
             build("out", init_from="resume")
         held.append((run.out_dir / LOCK).exists())
 
-    run = build("out", callbacks=[(6, other)])
+    def itself(run: folio.Run) -> None:
+        with pytest.raises(ValueError, match="a callback cannot train it"):
+            folio.fit(run)
+
+    run = build("out", callbacks=[(6, itself), (6, other)])
+    assert repr(run) == f"<Run {run.out_dir}: step 0 of 12>"
     folio.fit(run)
     assert held == [True, True, True]
+    assert repr(run) == f"<Run {run.out_dir}: step 12 of 12, max_iters>"
     assert not (run.out_dir / LOCK).exists()
 
 
@@ -225,7 +231,7 @@ def test_after_an_error_only_a_checkpoint_continues(build: Build) -> None:
     assert not (run.out_dir / LOCK).exists()
     for call in (folio.fit, folio.Run.save):
         with pytest.raises(
-            ValueError, match="KeyError ended this run at step 6: build it again with init_from='resume'"
+            ValueError, match=r"KeyError ended this run at step 6: build it again, .* which continues from step 4"
         ):
             call(run)
     assert len(run.generate(num_samples=1, max_new_tokens=3)) == 1

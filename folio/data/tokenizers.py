@@ -163,7 +163,8 @@ class Tiktoken(Tokenizer):
         except OSError as error:  # requests' errors are OSErrors
             raise FileNotFoundError(
                 f"the tables of tokenizer {name!r} are not cached and could not be fetched "
-                f"({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds them"
+                f"({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds them; "
+                "folio prepare --tokenizer=bytes needs none"
             ) from None
         self.name = name
         self.size = self._encoding.n_vocab

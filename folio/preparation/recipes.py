@@ -159,7 +159,8 @@ def named_by_user(
 
     if shard_size and not re.fullmatch(r"[^/{}]+", name):
         raise UserError(f"name={name}: it begins the names of the shards, so it cannot have /, {{ or }}")
-    tokens = None if tokenizer == "char" else named(tokenizer)
+    paths, names = ((), ()) if isinstance(sources, Given) or sources[0].startswith("hf:") else find(sources)
+    tokens = None if tokenizer == "char" else named(tokenizer)  # may have to fetch it, so a wrong name is told before
     source: Source
     if isinstance(sources, Given):
         source = sources
@@ -170,7 +171,6 @@ def named_by_user(
         source = Hub(sources[0].removeprefix("hf:"), config, split, streaming, text_key)
         fraction = val_fraction or 0.01
     else:
-        paths, names = find(sources)
         fraction = val_fraction or min(0.1, _VAL_BYTES / max(1, sum(p.stat().st_size for p in paths)))
         source = Files(paths, names, text_key, fraction, tokens is None or tokens.divisible)
     single = isinstance(source, Files) and source.single

@@ -9,6 +9,7 @@ import pytest
 
 from folio.data import decoding, tokenizers
 from folio.data.tokenizers import Bytes, Characters, Tiktoken, Tokenizer
+from folio.preparation.recipes import named_by_user
 
 TEXT = "The ferry – naïve, 渡し船, 🚢 – left.\n\ttwice  \r\n"
 
@@ -95,5 +96,9 @@ def test_gpt2_without_tables_or_network(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"'gpt2' are not cached .*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'gpt2' are not cached .*TIKTOKEN_CACHE_DIR.* --tokenizer=bytes needs none"
+    ):
         Tiktoken("gpt2")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: no such file"):  # said before the tables are sought
+        named_by_user(["nowhere.txt"], "corpus")

@@ -54,8 +54,8 @@ def max_flops_option() -> Any:
     return option(
         0.0,
         "most floating-point operations of a run with depth; 0: no limit",
-        details="It limits the steps that depth sets. Two CPU cores do about 5e13 in some minutes, a laptop's GPU "
-        "about 5e16 in an hour.",
+        details="It limits the steps that depth sets. Two CPU cores do about 5e13 in up to 20 minutes, a laptop's "
+        "GPU about 5e16 in an hour.",
         min=0,
         advanced=True,
     )

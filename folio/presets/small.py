@@ -1,4 +1,4 @@
-# A small model in some minutes on two CPU cores, of any data set: folio train small --dataset=my
+# A small model in up to 20 minutes on two CPU cores, of any data set: folio train small --dataset=my
 # Depth's rules give the rest (docs/depth.md); folio plan small --dataset=my lists it.
 depth = 3
 max_flops = 5e13

@@ -30,8 +30,7 @@ class Child:
     """A Python process in its own session, with its output; ``before`` are words before Python on its command line."""
 
     def __init__(self, argv: list[str], log: Path, threads: int, before: Sequence[str] = (), **more: str) -> None:
-        # passive: waiting threads yield their cores to other processes; the bits are the same
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
         self.log = log
         self.out = next((word for word in argv if word.startswith("--out_dir=")), "")
         with log.open("w") as file:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to the other worker's tests
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave their cores to others; same bits
 
 import pytest
 import torch

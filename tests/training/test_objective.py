@@ -105,6 +105,11 @@ def test_a_bad_loss(train: Train, tmp_path: Path, loss: Any, words: str) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_loss_that_is_not_finite_is_named(train: Train) -> None:
+    with pytest.raises(FloatingPointError, match="lambda> or the weights that the run began with are the cause"):
+        train("out", loss=lambda logits, targets: logits.sum() * torch.nan)
+
+
 def test_the_users_own_error_arrives_as_it_is(train: Train) -> None:
     def broken(logits: Tensor, targets: Tensor) -> Tensor:
         raise KeyError("mine")

@@ -9,7 +9,7 @@ BIN := .venv/bin
 
 .PHONY: demo test torture check fuzz clean
 
-demo: .venv/installed   ## prepare, train, sample and plot, in about two minutes
+demo: .venv/installed   ## prepare, train, sample and plot, in some minutes
 	$(BIN)/folio demo
 
 test: .venv/installed   ## the fast tests; MARK="not gpu" runs the slow ones too; WORKERS=2: two at a time

@@ -33,7 +33,7 @@ COMMANDS = {
     "plan": "compute what a run would need: memory, time, cost",
     "bench": "measure the speed of training",
     "doctor": "report what this machine has, and what each missing part means",
-    "demo": "prepare, train, sample and plot on Python's own sources, in two minutes",
+    "demo": "prepare, train, sample and plot on Python's own sources, in minutes",
 }
 EXAMPLES = {
     "prepare": "folio prepare novels/ --name=novels",

@@ -1,4 +1,4 @@
-"""folio demo: prepare, train, sample and plot in two minutes, on text that every machine has."""
+"""folio demo: prepare, train, sample and plot in some minutes, on text that every machine has."""
 
 from __future__ import annotations
 
